@@ -1,0 +1,63 @@
+"""layerskip: train, decode, verify and serve models whose early layers can already predict.
+
+import layerskip
+
+lm = layerskip.load("demo")
+print(lm.generate(["def add(a, b):"], max_new_tokens=32)[0].text)
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from layerskip.decoding.config import GenerationConfig
+    from layerskip.decoding.scoring import Score
+    from layerskip.decoding.stats import GenerationStats
+    from layerskip.decoding.stream import (
+        DraftEvent,
+        FinishEvent,
+        GenerationResult,
+        GenerationStream,
+        StreamEvent,
+        TokenEvent,
+    )
+    from layerskip.errors import LayerSkipError
+    from layerskip.language_model import LanguageModel, Session, load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DraftEvent",
+    "FinishEvent",
+    "GenerationConfig",
+    "GenerationResult",
+    "GenerationStats",
+    "GenerationStream",
+    "LanguageModel",
+    "LayerSkipError",
+    "Score",
+    "Session",
+    "StreamEvent",
+    "TokenEvent",
+    "__version__",
+    "load",
+]
+
+_MODULES = {
+    "GenerationConfig": "decoding.config",
+    "Score": "decoding.scoring",
+    "GenerationStats": "decoding.stats",
+    **dict.fromkeys(
+        ("DraftEvent", "FinishEvent", "GenerationResult", "GenerationStream", "StreamEvent", "TokenEvent"),
+        "decoding.stream",
+    ),
+    "LayerSkipError": "errors",
+    **dict.fromkeys(("LanguageModel", "Session", "load"), "language_model"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first used, so that `import layerskip` itself costs nothing."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'layerskip' has no attribute {name!r}")
+    return getattr(import_module(f"layerskip.{_MODULES[name]}"), name)

@@ -1,0 +1,7 @@
+"""`python -m layerskip` is `layerskip`."""
+
+import sys
+
+from layerskip.cli.main import main
+
+sys.exit(main())

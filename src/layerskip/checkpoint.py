@@ -1,0 +1,271 @@
+"""Checkpoints on disk: a hub id, a folder or `demo` -> configuration, memory-mapped weights, tokenizer."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from layerskip.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    InvalidArgumentError,
+    OutOfMemoryError,
+    TokenizerError,
+    WeightsError,
+)
+from layerskip.hub import download
+from layerskip.model.cache import free_memory
+from layerskip.model.config import ModelConfig, read_eos
+from layerskip.model.decoder import Decoder
+from layerskip.model.families import parse_config
+from layerskip.model.weights import load_decoder, tensor_shapes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEMO_NAME = "demo"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder in Hugging Face's format: config.json, safetensors, tokenizer."""
+
+    folder: Path
+    name: str
+    """What the user called it."""
+
+    @cached_property
+    def raw_config(self) -> dict[str, Any]:
+        """Contents of config.json."""
+        path = self.folder / "config.json"
+        if not path.is_file():
+            raise CheckpointError(f"{self.folder} is not a checkpoint: it has no config.json")
+        return _read_json(path)
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        """The model's sizes and switches."""
+        return parse_config(self.raw_config)
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end a text: generation_config.json's, or else config.json's."""
+        path = self.folder / "generation_config.json"
+        return (read_eos(_read_json(path)) if path.is_file() else ()) or self.config.eos_token_ids
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the network; a tied head counts once."""
+        return sum(torch.Size(shape).numel() for shape in tensor_shapes(self.config).values())
+
+    @cached_property
+    def weights(self) -> "SafetensorsFiles":
+        """The checkpoint's tensors."""
+        return SafetensorsFiles(find_weight_files(self.folder))
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The checkpoint's tokenizer.
+
+        Raises:
+            TokenizerError: There is none, or it can't be read.
+        """
+        from transformers import AutoTokenizer
+
+        files = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+        if not any((self.folder / file).is_file() for file in files):
+            raise TokenizerError(
+                f"{self.folder} has no tokenizer (tokenizer.json); copy the one that the model was trained with there, "
+                "or pass token ids in place of text"
+            )
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        except Exception as error:  # transformers raises nearly anything here, from KeyError to bare Exception
+            raise TokenizerError(f"the tokenizer in {self.folder} can't be read: {error}") from error
+        return tokenizer
+
+    def load_decoder(self, *, dtype: str = "auto", device: str = "auto", max_context: int | None = None) -> Decoder:
+        """Load the network.
+
+        Args:
+            dtype: `float32`, `bfloat16`, `float16`, or `auto`: float32 on a CPU, the checkpoint's own elsewhere.
+            device: `cpu`, `cuda`, `cuda:1`, ..., or `auto`: a CUDA GPU if there is one.
+            max_context: Longest sequence in tokens; the model's own context if not given. For a model with LongRoPE
+                that is the context before scaling, and a larger value selects the long factors, for all lengths.
+
+        Raises:
+            InvalidArgumentError: Unknown dtype or device, or a context beyond the model's.
+            OutOfMemoryError: The weights don't fit.
+            CheckpointError: Anything wrong with the files.
+        """
+        config = self.config
+        on = choose_device(device)
+        kind = choose_dtype(dtype, on, self.raw_config)
+        context = choose_context(config, max_context)
+        needed = self.num_parameters * kind.itemsize
+        free = free_memory(on)
+        weights = self.weights
+        if free is not None and needed > free:
+            raise OutOfMemoryError(
+                f"{self.name} needs {needed / 2**30:.2f} GiB in {kind} and {free / 2**30:.2f} GiB are free on {on}; "
+                "use a 16-bit dtype, a smaller model or another device"
+            )
+        return load_decoder(config, weights, dtype=kind, device=on, max_context=context)
+
+
+class SafetensorsFiles:
+    """Tensors by name from one or more safetensors files, memory-mapped (`model.weights.TensorSource`)."""
+
+    def __init__(self, files: dict[str, Path | None]) -> None:
+        """Read the files' headers.
+
+        Args:
+            files: File of each tensor; or one entry `"": file` whose tensors are all taken.
+
+        Raises:
+            WeightsError: A file is missing, truncated or not safetensors, or lacks a tensor that the index names.
+        """
+        self._file_of: dict[str, Path] = {}
+        paths = {path for path in files.values() if path is not None}
+        present = {path: _tensor_names(path) for path in sorted(paths)}
+        if "" in files:
+            self._file_of = {name: path for path in paths for name in present[path]}
+            return
+        for name, path in files.items():
+            if path is None or name not in present[path]:
+                raise WeightsError(f"the index names tensor {name!r} in {path}, which doesn't have it")
+            self._file_of[name] = path
+
+    def names(self) -> frozenset[str]:
+        """Names of all tensors."""
+        return frozenset(self._file_of)
+
+    def get(self, name: str) -> Tensor:
+        """One tensor, in a mapping of its own.
+
+        Tensors that are read through one handle share a mapping of the whole file, and the pages of those that were
+        copied long ago would stay resident until the last of them goes.
+        """
+        from safetensors import safe_open
+
+        with safe_open(self._file_of[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+
+def open_checkpoint(name: str, *, revision: str | None = None) -> Checkpoint:
+    """Find a checkpoint by name, downloading it if it is a hub id.
+
+    Args:
+        name: `demo` (the embedded model), a folder, or a hub id (`owner/name`).
+        revision: Branch, tag or commit of a hub repository.
+
+    Raises:
+        CheckpointNotFoundError: There is no such thing.
+        GatedRepositoryError: Access has to be requested first.
+    """
+    if not name:
+        raise CheckpointNotFoundError("no model was named; give 'demo', a folder, or a hub id such as 'owner/name'")
+    if name == DEMO_NAME:
+        return Checkpoint(Path(__file__).parent / "assets" / "demo", name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return Checkpoint(folder, name)
+    if folder.exists():
+        raise CheckpointError(f"{name} is a file; give the folder that holds config.json and the weights")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointNotFoundError(
+            f"there is no folder {name!r}, and it isn't a hub id ('owner/name') or 'demo' either"
+        )
+    return Checkpoint(download(name, revision), name)
+
+
+def find_weight_files(folder: Path) -> dict[str, Path | None]:
+    """Which safetensors file holds which tensor (`""` for all, where there is one file).
+
+    Raises:
+        WeightsError: No safetensors, only pickles, a broken index, or a shard that is missing.
+    """
+    if (folder / WEIGHTS_FILE).is_file():  # where there are both, transformers takes this one too
+        return {"": folder / WEIGHTS_FILE}
+    index = folder / INDEX_FILE
+    if index.is_file():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise WeightsError(f"{index} has no 'weight_map' of tensors to files; download the checkpoint again")
+        missing = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
+        if missing:
+            raise WeightsError(f"{len(missing)} weight files named by {index} are missing, first {missing[0]!r}")
+        return {name: folder / file for name, file in weight_map.items()}
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        raise WeightsError(
+            f"{folder} has only pickled weights ({pickles[0]}), which can run code when they are read; convert them "
+            "with transformers: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+        )
+    raise WeightsError(f"{folder} has no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}")
+
+
+def choose_device(device: str) -> torch.device:
+    """The named device, or for `auto` a CUDA GPU if there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise InvalidArgumentError(f"device {device!r} is not known; use auto, cpu, cuda or cuda:N") from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise InvalidArgumentError(f"device {device!r}: this machine has {torch.cuda.device_count()} usable CUDA GPUs")
+    if chosen.type not in ("cpu", "cuda"):
+        raise InvalidArgumentError(f"device {device!r} is not supported; use auto, cpu, cuda or cuda:N")
+    return chosen
+
+
+def choose_dtype(dtype: str, device: torch.device, raw_config: dict[str, Any]) -> torch.dtype:
+    """The named dtype, or for `auto` float32 on a CPU and the checkpoint's own elsewhere."""
+    if dtype == "auto":
+        own = raw_config.get("dtype") or raw_config.get("torch_dtype") or "float32"
+        return torch.float32 if device.type == "cpu" else DTYPES.get(own, torch.float32)
+    if dtype not in DTYPES:
+        raise InvalidArgumentError(f"dtype {dtype!r} is not supported; use auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def choose_context(config: ModelConfig, max_context: int | None) -> int:
+    """Longest sequence in tokens to prepare for."""
+    limit = config.max_position_embeddings
+    if max_context is None:
+        originals = [r.original_max_position_embeddings for r in config.ropes.values() if r.rope_type == "longrope"]
+        return min([limit, *originals])
+    if not 1 <= max_context <= limit:
+        raise InvalidArgumentError(f"max_context {max_context} is outside 1..{limit}, the model's context in tokens")
+    return max_context
+
+
+def _tensor_names(path: Path) -> frozenset[str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return frozenset(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(
+            f"{path} can't be read as safetensors ({error}); it is truncated or not in that format: download it again"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} can't be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content

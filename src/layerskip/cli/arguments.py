@@ -1,0 +1,163 @@
+"""Command-line arguments: frozen dataclasses, turned into flags by tyro, and the groups that commands share.
+
+A command's arguments are a frozen keyword-only dataclass. Its docstring is the help's first paragraph and ends with an
+example; the docstring below a field is that flag's help. Groups are fields of their own and add their flags without a
+prefix:
+
+    @dataclass(frozen=True, kw_only=True)
+    class VerifyArguments:
+        model: ModelArguments = field(default_factory=ModelArguments)
+        decoding: DecodingArguments = field(default_factory=DecodingArguments)
+        output: OutputArguments = field(default_factory=OutputArguments)
+
+Nothing here imports torch: help must come at once.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from inspect import cleandoc
+from io import StringIO
+from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import fill
+from typing import Annotated, Literal, TextIO, TypeVar
+
+import tyro
+from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes, UseAppendAction, arg
+
+from layerskip.decoding.config import GenerationConfig
+from layerskip.errors import InvalidArgumentError
+
+Arguments = TypeVar("Arguments")
+Switch = FlagCreatePairsOff[bool]
+"""A flag without its opposite."""
+Text = Annotated[str | None, arg(metavar="TEXT")]
+File = Annotated[Path | None, arg(metavar="FILE")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArguments:
+    """Which model, and how to load it."""
+
+    model: Annotated[str, arg(metavar="MODEL")] = "demo"
+    """demo (the embedded model), a folder, or a hub id (owner/name)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights; auto: float32 on a CPU, the checkpoint's own elsewhere."""
+    device: Annotated[str, arg(metavar="DEVICE")] = "auto"
+    """cpu, cuda, cuda:1, ...; auto: a CUDA GPU if there is one."""
+    revision: Annotated[str | None, arg(metavar="NAME")] = None
+    """Branch, tag or commit of a hub repository."""
+    max_context: int | None = None
+    """Longest text in tokens, prompt included; the model's own context if not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputArguments:
+    """What is printed."""
+
+    json: Switch = False
+    """Print JSON, and nothing else, on standard output."""
+    no_color: Switch = False
+    """No colours; without it, they appear on a terminal, unless NO_COLOR is set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingArguments(GenerationConfig):
+    """How to decode; the same names as in Python."""
+
+    do_sample: Annotated[bool | None, arg(aliases=["--sample"])] = None
+    """Sample, or take the most likely token. If not given: sample when temperature, top-k, top-p or min-p is set."""
+    stop: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="TEXT")] = ()
+    """A text that ends the generation; it isn't part of the result."""
+
+
+def parse(kind: type[Arguments], command: str, argv: Sequence[str]) -> Arguments:
+    """Arguments of a command; prints the help and leaves (`SystemExit`) where it is asked for.
+
+    Args:
+        kind: The command's dataclass.
+        command: The command's name.
+        argv: What follows it.
+
+    Raises:
+        InvalidArgumentError: The command line is wrong; the message fits into one line.
+    """
+    shown, report = _Copy(sys.stdout), _Copy(sys.stderr)
+    paragraphs = cleandoc(kind.__doc__ or "").split("\n\n")
+    description = "\n\n".join(text if "\n " in text else text.replace("\n", " ") for text in paragraphs)
+    wants_help = not {"-h", "--help"}.isdisjoint(argv)
+    try:
+        with redirect_stdout(shown), redirect_stderr(report), _columns(None if wants_help else 10_000):
+            return tyro.cli(
+                kind,
+                prog=f"layerskip {command}",
+                description=description,
+                args=list(argv),
+                config=(DisallowNone, OmitArgPrefixes),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            print(_wrap(shown.getvalue()), end="")
+            raise
+        hint = f"; see layerskip {command} --help"
+        raise InvalidArgumentError(condense(report.getvalue()) + hint) from None
+
+
+class _Copy(StringIO):
+    """Keeps what is printed, and passes for the stream that it stands for."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+    def isatty(self) -> bool:
+        return self._stream.isatty() and not os.environ.get("NO_COLOR")
+
+
+def _wrap(text: str) -> str:
+    """Break the description's lines, which tyro leaves as long as they are, between words."""
+    width = get_terminal_size().columns
+    lines = (
+        line if line[:1] in " │╭╰\x1b" else fill(line, width, break_on_hyphens=False) for line in text.splitlines()
+    )
+    return "\n".join(lines) + "\n"
+
+
+def condense(report: str) -> str:
+    """The message in one of tyro's framed error reports."""
+    lines = [line.strip("│| \t") for line in report.splitlines()]
+    rules = [place for place, line in enumerate(lines) if re.match("[╭╰─+-]{2}", line)] + [len(lines)]
+    message = " ".join(lines[rules[0] + 1 : rules[1]]) if len(rules) > 2 else " ".join(lines)
+    message = re.sub(r"^Error parsing (?!--)\S+: ", "", message)
+    message = re.sub(r"^Error parsing (--\S+): ", r"\1: ", message)
+    message = re.sub(
+        r"no type matching (.+?) could be instantiated from \['(.*)'\]\. .*", r"expected \1, got '\2'", message
+    )
+    message = re.sub(r"\. Expected 1 values\.$", "", message)
+    guess = re.search(r"Perhaps you meant:\s+(--[\w-]+)", "\n".join(lines))
+    if guess:
+        message += f" (did you mean {guess[1]}?)"
+    return message[:1].lower() + message[1:]
+
+
+@contextmanager
+def _columns(number: int | None) -> Iterator[None]:
+    """Make tyro believe in a terminal of this width, so that it breaks no line of an error's message."""
+    before = os.environ.get("COLUMNS")
+    if number is not None:
+        os.environ["COLUMNS"] = str(number)
+    try:
+        yield
+    finally:
+        if number is not None:
+            os.environ.pop("COLUMNS")
+            if before is not None:
+                os.environ["COLUMNS"] = before

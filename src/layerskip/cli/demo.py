@@ -1,0 +1,209 @@
+"""`layerskip demo`: the embedded model writes the same text in both ways, and a table says what that cost."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from layerskip.cli.arguments import ModelArguments, OutputArguments, parse
+from layerskip.cli.exit_code import ExitCode
+from layerskip.cli.terminal import draws, load_model, make_console, progress
+from layerskip.decoding.config import GenerationConfig
+
+if TYPE_CHECKING:
+    from layerskip.decoding.stream import GenerationResult
+    from layerskip.language_model import LanguageModel
+
+PROMPTS = ("def fibonacci(n):\n", "import os\n\n\ndef read_file(path):\n")
+MIN_REPETITIONS, MAX_REPETITIONS, ENOUGH_SECONDS = 3, 7, 5.0
+EXPLANATION = """\
+LayerSkip: the first {exit_layer} of this model's {num_layers} layers draft up to {num_speculations} tokens, then the
+other layers verify them at once. What holds is kept, and the first token that doesn't is corrected: the text is exactly
+the one that the model writes token by token, in fewer steps. The model is tiny and learnt from Python's standard
+library: watch how it writes, not what.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoArguments:
+    """Watch the embedded model write Python token by token, then with drafts, and see what both cost.
+
+    Exit code 1 if the texts differ.
+
+    Example:
+        layerskip demo --exit-layer 2 --num-speculations 3
+    """
+
+    exit_layer: int | None = None
+    """Layers that draft (1..L); a quarter of them if not given."""
+    num_speculations: int = 4
+    """Most tokens to draft in a round."""
+    max_new_tokens: int = 48
+    """Tokens to write after each of two prompts."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: a CUDA GPU if there is one."""
+    output: OutputArguments = field(default_factory=OutputArguments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Both ways over all prompts: medians of interleaved repetitions."""
+
+    plain: "list[GenerationResult]"
+    drafted: "list[GenerationResult]"
+    plain_tokens_per_second: float
+    drafted_tokens_per_second: float
+    repetitions: int
+
+    @property
+    def speedup(self) -> float:
+        """Self-speculative over autoregressive tokens per second."""
+        return self.drafted_tokens_per_second / self.plain_tokens_per_second
+
+    @property
+    def same_text(self) -> bool:
+        """Whether both wrote the same tokens after every prompt."""
+        return [r.token_ids for r in self.plain] == [r.token_ids for r in self.drafted]
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command."""
+    arguments = parse(DemoArguments, "demo", argv)
+    config = GenerationConfig(
+        exit_layer=arguments.exit_layer,
+        num_speculations=arguments.num_speculations,
+        max_new_tokens=arguments.max_new_tokens,
+        ignore_eos=True,
+    )
+    lm = load_model(ModelArguments(device=arguments.device, dtype="float32"), arguments.output)
+    if not arguments.output.json and not _show(lm, config, arguments.output):
+        return ExitCode.INTERRUPTED
+    with progress(arguments.output, "measuring both ways in turn, without showing them"):
+        measurement = measure(lm, config)
+    if arguments.output.json:
+        print(json.dumps(record(lm, config, measurement)))
+    else:
+        _show_table(lm, measurement, arguments.output)
+    return ExitCode.DONE if measurement.same_text else ExitCode.CHECK_FAILED
+
+
+def measure(lm: "LanguageModel", config: GenerationConfig) -> Measurement:
+    """Decode all prompts in both ways, in turn, after a warm-up; at least three times, then while time is left."""
+    from layerskip.cli.summary import autoregressive, warm_up
+
+    for prompt in PROMPTS:
+        warm_up(lm, prompt, config)
+    ways = (autoregressive(config), config)
+    results: list[list[GenerationResult]] = [[], []]
+    speeds: list[list[float]] = [[], []]
+    started = perf_counter()
+    while len(speeds[0]) < MIN_REPETITIONS or (
+        len(speeds[0]) < MAX_REPETITIONS and perf_counter() - started < ENOUGH_SECONDS
+    ):
+        for way, each in enumerate(ways):
+            results[way] = [lm.generate([prompt], each)[0] for prompt in PROMPTS]
+            seconds = sum(result.stats.seconds for result in results[way])
+            speeds[way].append(sum(result.stats.tokens for result in results[way]) / seconds)
+    return Measurement(
+        plain=results[0],
+        drafted=results[1],
+        plain_tokens_per_second=median(speeds[0]),
+        drafted_tokens_per_second=median(speeds[1]),
+        repetitions=len(speeds[0]),
+    )
+
+
+def record(lm: "LanguageModel", config: GenerationConfig, measurement: Measurement) -> dict[str, Any]:
+    """The measurement for JSON."""
+    from layerskip.cli.summary import result_record
+
+    both = zip(PROMPTS, measurement.plain, measurement.drafted, strict=True)
+    return {
+        "model": lm.checkpoint.name,
+        "config": result_record(lm, config, measurement.drafted[0])["config"],
+        "repetitions": measurement.repetitions,
+        "autoregressive": {"tokens_per_second": measurement.plain_tokens_per_second},
+        "self_speculative": {"tokens_per_second": measurement.drafted_tokens_per_second},
+        "speedup": measurement.speedup,
+        "same_text": measurement.same_text,
+        "prompts": [
+            {
+                "prompt": prompt,
+                "text": drafted.text,
+                "autoregressive": asdict(plain.stats),
+                "self_speculative": asdict(drafted.stats),
+                "same_text": plain.token_ids == drafted.token_ids,
+            }
+            for prompt, plain, drafted in both
+        ],
+    }
+
+
+def _show(lm: "LanguageModel", config: GenerationConfig, output: OutputArguments) -> bool:
+    """Write after each prompt in both ways for all to see; False if the user stops it."""
+    from layerskip.cli.summary import autoregressive, warm_up
+    from layerskip.cli.terminal_stream import Painter, follow, write_plain
+    from layerskip.decoding.loop import choose_exit_layer
+
+    console = make_console(output)
+    painter = Painter(console)
+    exit_layer, num_layers = choose_exit_layer(config, lm.decoder), lm.decoder.num_layers
+    explanation = EXPLANATION.format(
+        exit_layer=exit_layer, num_layers=num_layers, num_speculations=config.num_speculations
+    )
+    console.print(explanation.replace("\n", " "), end="\n\n")
+    warm_up(lm, PROMPTS[0], config)
+    for name, each in (("Token by token", autoregressive(config)), ("With drafts", config)):
+        console.rule(name, align="left")
+        if each.speculates and draws(output):
+            painter.legend()
+        for prompt in PROMPTS:
+            if draws(output):
+                painter.prompt(prompt)
+                shown = follow(lm.stream(prompt, each, show_drafts=True), painter.draw)
+                painter.finish()
+            else:
+                print(prompt, end="")
+                shown = follow(lm.stream(prompt, each), write_plain)
+                print()
+            print()
+            if shown.interrupted:
+                return False
+    return True
+
+
+def _show_table(lm: "LanguageModel", measurement: Measurement, output: OutputArguments) -> None:
+    from rich.table import Table
+
+    from layerskip.cli.summary import difference, speculation_rows
+
+    console = make_console(output)
+    table = Table()
+    table.add_column("")
+    table.add_column("token by token", justify="right")
+    table.add_column("with drafts", justify="right")
+    table.add_row(
+        "tokens/s", f"{measurement.plain_tokens_per_second:.1f}", f"{measurement.drafted_tokens_per_second:.1f}"
+    )
+    table.add_row("speed", "1.00x", f"{measurement.speedup:.2f}x", style="bold")
+    calls = [sum(r.stats.layer_calls for r in results) for results in (measurement.plain, measurement.drafted)]
+    table.add_row("layer calls", *(f"{number:,}" for number in calls))
+    stats = [result.stats for result in measurement.drafted]
+    rounds = max(sum(each.rounds for each in stats), 1)
+    mean_length = sum(each.tokens - 1 for each in stats) / rounds
+    accepted, drafted = sum(each.accepted for each in stats), sum(each.drafted for each in stats)
+    for name, value in speculation_rows(accepted, drafted, mean_length):
+        table.add_row(name, "", value)
+    table.add_row("same text", "", "yes" if measurement.same_text else "NO")
+    console.print(table)
+    tokens = sum(each.tokens for each in stats)
+    console.print(
+        f"Measured on {lm.decoder.device} after a warm-up: medians of {measurement.repetitions} repetitions in turn, "
+        f"{tokens} tokens each, prompts included in the time.",
+        style="dim",
+    )
+    for plain, with_drafts in zip(measurement.plain, measurement.drafted, strict=True):
+        if plain.token_ids != with_drafts.token_ids:
+            console.print(difference(with_drafts.token_ids, plain.token_ids), style="bold red")

@@ -1,0 +1,89 @@
+"""The command line's entry: finds the command, runs it, and turns every failure into one line and an exit code.
+
+A command NAME is the module `layerskip.cli.NAME` and one line in `COMMANDS`. Its module has
+
+    def run(argv: Sequence[str]) -> int:
+        arguments = parse(NameArguments, "NAME", argv)     # layerskip.cli.arguments; answers --help by itself
+        ...                                                # import what needs torch here, not at the top
+        return ExitCode.DONE
+
+and lets `LayerSkipError` and `KeyboardInterrupt` pass: `main` handles them. `exit_code.ExitCode` has the codes.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from layerskip import __version__
+from layerskip.cli.exit_code import ExitCode
+from layerskip.errors import InvalidArgumentError, LayerSkipError
+
+COMMANDS = {
+    "generate": "write after a prompt, and show what speculation does",
+    "chat": "talk with a model that has a chat template",
+    "verify": "prove that self-speculative decoding changes nothing",
+    "inspect": "show what a checkpoint is and which exits it offers",
+    "demo": "see the embedded model draft and verify",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: What follows the program's name; that of the process if not given.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except LayerSkipError as error:
+        print(f"layerskip: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return ExitCode.FAILED
+    except KeyboardInterrupt:
+        return ExitCode.INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has gone; Python mustn't try to flush the rest at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.PIPE_CLOSED
+    return code
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return ExitCode.DONE
+    if argv[0] in ("-V", "--version"):
+        print(f"layerskip {__version__}")
+        return ExitCode.DONE
+    command, *rest = argv
+    if command not in COMMANDS:
+        kind = "option" if command.startswith("-") else "command"
+        raise InvalidArgumentError(f"unknown {kind} {command!r}; use {', '.join(COMMANDS)}, --help or --version")
+    try:
+        code: int = import_module(f"layerskip.cli.{command}").run(rest)
+    except SystemExit as stop:  # tyro has answered --help
+        code = stop.code if isinstance(stop.code, int) else ExitCode.DONE
+    return code
+
+
+def _overview() -> str:
+    width = max(map(len, [*COMMANDS, "--version"]))
+    return "\n".join(
+        [
+            "usage: layerskip COMMAND [OPTIONS]",
+            "",
+            "Decode with models whose early layers draft and whose other layers verify.",
+            "",
+            "commands:",
+            *(f"  {name:{width}}  {line}" for name, line in COMMANDS.items()),
+            "",
+            "options:",
+            f"  {'--help':{width}}  show this, or after a command its options",
+            f"  {'--version':{width}}  show the version",
+            "",
+            'example: layerskip generate --prompt "def add(a, b):" --exit-layer 4',
+        ]
+    )

@@ -1,0 +1,21 @@
+"""Progress bars for work of known length."""
+
+import sys
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from layerskip.cli.arguments import OutputArguments
+from layerskip.cli.terminal import is_terminal, make_console
+
+
+def make_progress(output: OutputArguments) -> Progress:
+    """A progress bar on standard error; silent where that isn't a terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=make_console(output, stderr=True),
+        transient=True,
+        disable=not is_terminal(sys.stderr),
+    )

@@ -1,0 +1,119 @@
+"""The terminal: whether there is one, its colours, progress, and a prompt line with history."""
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from rich.console import Console
+
+from layerskip.cli.arguments import ModelArguments, OutputArguments
+from layerskip.errors import TokenizerError
+
+if TYPE_CHECKING:
+    from layerskip.language_model import LanguageModel
+
+HISTORY_LENGTH = 1000
+
+
+def is_terminal(stream: IO[str]) -> bool:
+    """Whether a stream is a terminal that can move its cursor."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def draws(output: OutputArguments) -> bool:
+    """Whether standard output gets colours, drafts and tables, and not plain text or JSON."""
+    return is_terminal(sys.stdout) and not output.json
+
+
+def make_console(output: OutputArguments, *, stderr: bool = False) -> Console:
+    """A console for tables and coloured text that shows texts as they are; `NO_COLOR` is respected."""
+    no_color = True if output.no_color else None
+    return Console(stderr=stderr, no_color=no_color, highlight=False, markup=False, emoji=False)
+
+
+def progress(output: OutputArguments, message: str) -> AbstractContextManager[object]:
+    """A line on standard error while something takes its time; nothing where that isn't a terminal, or for JSON."""
+    if output.json or not is_terminal(sys.stderr):
+        return nullcontext()
+    return make_console(output, stderr=True).status(message)
+
+
+def load_model(arguments: ModelArguments, output: OutputArguments) -> "LanguageModel":
+    """Load the model that the arguments name, with its tokenizer.
+
+    Raises:
+        LayerSkipError: As `layerskip.load`; a tokenizer that is missing is reported when it is first used.
+    """
+    with progress(output, "starting"):
+        from layerskip.checkpoint import open_checkpoint
+        from layerskip.language_model import LanguageModel
+
+        _silence_libraries(bars=not output.json and is_terminal(sys.stderr))
+    checkpoint = open_checkpoint(arguments.model, revision=arguments.revision)  # downloads show their own bars
+    with progress(output, f"loading {arguments.model}"):
+        decoder = checkpoint.load_decoder(
+            dtype=arguments.dtype, device=arguments.device, max_context=arguments.max_context
+        )
+        model = LanguageModel(checkpoint, decoder)
+        with suppress(TokenizerError):
+            _ = model.tokenizer
+    return model
+
+
+def _silence_libraries(*, bars: bool) -> None:
+    """Keep other libraries' remarks and progress bars off the terminal, but for downloads if `bars`."""
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if not bars:
+        disable_progress_bars()
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+@contextmanager
+def line_history(name: str) -> Iterator[None]:
+    """Arrow keys and a history at `input`, kept in the user's state folder where that can be written.
+
+    Args:
+        name: Names the history's file.
+    """
+    try:
+        import readline
+    except ImportError:  # not on every platform; `input` works without
+        yield
+        return
+    file = _state_folder() / f"{name}_history"
+    with suppress(OSError):
+        readline.read_history_file(file)
+    readline.set_history_length(HISTORY_LENGTH)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(file)
+
+
+def read_line(prompt: str) -> str | None:
+    """One line from the user; None at the end of input (Ctrl-D), an empty line after Ctrl-C."""
+    try:
+        return input(prompt)
+    except EOFError:
+        print()
+        return None
+    except KeyboardInterrupt:
+        print("  (/quit or Ctrl-D ends)")
+        return ""
+
+
+def _state_folder() -> Path:
+    given = os.environ.get("XDG_STATE_HOME", "")
+    home = Path(os.environ.get("HOME") or "~").expanduser()
+    return (Path(given) if Path(given).is_absolute() else home / ".local" / "state") / "layerskip"

@@ -1,0 +1,141 @@
+"""How to decode: one frozen dataclass, checked once, shared by the Python API and the command line."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+from layerskip.errors import InvalidArgumentError
+
+Strategy = Literal["autoregressive", "self_speculative"]
+Acceptance = Literal["coupled", "rejection"]
+
+MIN_TEMPERATURE = 1e-6
+"""Below it, sampling is greedy: logits divided by less could overflow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """Options of a generation; names are Hugging Face's, those of speculation Meta's."""
+
+    max_new_tokens: int = 128
+    """Most tokens to write for each prompt."""
+    generation_strategy: Strategy = "self_speculative"
+    """autoregressive: one token a step. self_speculative: draft with the early layers, verify with the rest."""
+    exit_layer: int | None = None
+    """Layers that draft (1..L); a quarter of them if not given. With autoregressive: layers that are run at all."""
+    num_speculations: int = 4
+    """Most tokens to draft in a round."""
+    do_sample: bool | None = None
+    """Sample, or take the most likely token. If not given: sample when temperature, top-k, top-p or min-p is set."""
+    temperature: float = 1.0
+    """Divides the logits; 0 is greedy, and so is anything below 1e-6."""
+    top_k: int = 0
+    """Sample among the k most likely tokens only; 0 is all."""
+    top_p: float = 1.0
+    """Sample among the most likely tokens that together have this probability."""
+    min_p: float = 0.0
+    """Sample among tokens with at least this share of the likeliest one's probability."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that occurred already become less likely."""
+    no_repeat_ngram_size: int = 0
+    """No run of this many tokens occurs twice; 0 is off."""
+    seed: int | None = None
+    """Seed of sampling, used for every prompt alike; a new one for each call if not given."""
+    acceptance: Acceptance = "coupled"
+    """coupled: the very text that autoregressive sampling gives with this seed. rejection: same distribution."""
+    block_verification: bool = True
+    """With rejection, accept drafts as a block, which keeps more of them than one by one."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the generation; they aren't part of the result."""
+    eos_token_ids: tuple[int, ...] | None = None
+    """Token ids that end the generation; the checkpoint's if not given."""
+    ignore_eos: bool = False
+    """Write on after an end-of-sequence token."""
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            InvalidArgumentError: Naming the field, its value and what is allowed.
+        """
+        object.__setattr__(self, "stop", _strings("stop", self.stop))
+        if self.eos_token_ids is not None:
+            object.__setattr__(self, "eos_token_ids", _token_ids("eos_token_ids", self.eos_token_ids))
+        _choice("generation_strategy", self.generation_strategy, get_args(Strategy))
+        _choice("acceptance", self.acceptance, get_args(Acceptance))
+        _whole("max_new_tokens", self.max_new_tokens, least=1)
+        _whole("num_speculations", self.num_speculations, least=1)
+        _whole("top_k", self.top_k, least=0)
+        _whole("no_repeat_ngram_size", self.no_repeat_ngram_size, least=0)
+        if self.exit_layer is not None:
+            _whole("exit_layer", self.exit_layer, least=1)
+        if self.seed is not None:
+            _whole("seed", self.seed, least=0, most=2**63 - 1)
+        _real("temperature", self.temperature, "0 or more", lambda x: x >= 0)
+        _real("top_p", self.top_p, "above 0 and at most 1", lambda x: 0 < x <= 1)
+        _real("min_p", self.min_p, "from 0 to 1", lambda x: 0 <= x <= 1)
+        _real("repetition_penalty", self.repetition_penalty, "above 0", lambda x: x > 0)
+        for name in ("do_sample", "block_verification", "ignore_eos"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (name == "do_sample" and value is None):
+                raise InvalidArgumentError(f"{name} must be True or False, got {value!r}")
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn rather than the likeliest taken."""
+        if self.temperature < MIN_TEMPERATURE:
+            return False
+        if self.do_sample is not None:
+            return self.do_sample
+        return self.temperature != 1.0 or self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
+    @property
+    def speculates(self) -> bool:
+        """Whether early layers draft."""
+        return self.generation_strategy == "self_speculative"
+
+
+def make_config(config: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig:
+    """A config from a config, keyword arguments, or both (the arguments win).
+
+    Raises:
+        InvalidArgumentError: An argument that isn't a field, or a bad value.
+    """
+    names = [field.name for field in fields(GenerationConfig)]
+    unknown = sorted(set(options) - set(names))
+    if unknown:
+        raise InvalidArgumentError(f"unknown option {unknown[0]!r}; known: {', '.join(names)}")
+    if config is not None and not isinstance(config, GenerationConfig):
+        raise InvalidArgumentError(f"config must be a GenerationConfig, got {type(config).__name__}")
+    return replace(config or GenerationConfig(), **options)
+
+
+def _choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise InvalidArgumentError(f"{name} {value!r} is not known; use {' or '.join(allowed)}")
+
+
+def _whole(name: str, value: object, *, least: int, most: int | None = None) -> None:
+    allowed = f"a whole number of at least {least}" + (f" and at most {most}" if most is not None else "")
+    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+        raise InvalidArgumentError(f"{name} must be {allowed}, got {value!r}")
+
+
+def _real(name: str, value: object, allowed: str, check: Any) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not abs(value) < 1e300 or not check(value):  # type: ignore[arg-type]
+        raise InvalidArgumentError(f"{name} must be {allowed}, got {value!r}")
+
+
+def _strings(name: str, value: object) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else (None,)
+    if not all(isinstance(text, str) and text for text in texts):
+        raise InvalidArgumentError(f"{name} must be texts that aren't empty, got {value!r}")
+    return tuple(str(text) for text in texts)
+
+
+def _token_ids(name: str, value: object) -> tuple[int, ...]:
+    ids = (value,) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else (None,)
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise InvalidArgumentError(f"{name} must be token ids, got {value!r}")
+    return tuple(int(i) for i in ids)

@@ -1,0 +1,185 @@
+"""The loop of a generation: read the prompts, then step after step until every row has ended.
+
+It knows tokens only; text, stop strings and colours are `text` and `stream`.
+"""
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+
+from layerskip.decoding import autoregressive, self_speculative
+from layerskip.decoding.batch import Batch, Round, Row
+from layerskip.decoding.config import GenerationConfig
+from layerskip.decoding.sampling import Sampler
+from layerskip.decoding.stats import Stopwatch
+from layerskip.errors import InvalidArgumentError, PromptError
+from layerskip.model.cache import KVCache
+from layerskip.model.decoder import Decoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drafted:
+    """Drafts of one row that are about to be verified."""
+
+    row: Row
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Committed:
+    """Tokens that became part of a row's text: first accepted drafts, then the target's own token."""
+
+    row: Row
+    tokens: tuple[int, ...]
+    num_accepted: int
+    num_drafted: int
+
+
+def default_exit_layer(num_layers: int) -> int:
+    """The exit used for drafting where none is named: a quarter of the layers."""
+    return max(1, num_layers // 4)
+
+
+def choose_exit_layer(config: GenerationConfig, decoder: Decoder) -> int:
+    """The exit that a config means on this network, checked.
+
+    Raises:
+        InvalidArgumentError: `exit_layer` is outside 1..L.
+    """
+    if config.exit_layer is not None:
+        return decoder.config.check_exit_layer(config.exit_layer)
+    return default_exit_layer(decoder.num_layers) if config.speculates else decoder.num_layers
+
+
+def check_prompt(tokens: Sequence[int], config: GenerationConfig, decoder: Decoder, index: int = 0) -> int:
+    """Tokens that may be written after a prompt: `max_new_tokens`, or what the context leaves.
+
+    Raises:
+        PromptError: The prompt is empty, has ids outside the vocabulary, or leaves no room.
+    """
+    if not tokens:
+        raise PromptError(f"prompt {index} is empty; give at least one token")
+    vocab_size = decoder.config.vocab_size
+    for token in tokens:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise PromptError(f"prompt {index} has token id {token!r}; allowed are whole numbers 0..{vocab_size - 1}")
+    room = decoder.max_context - len(tokens)
+    if room < 1:
+        raise PromptError(
+            f"prompt {index} has {len(tokens)} tokens, and the context of {decoder.max_context} must hold it and at "
+            "least one new token; shorten the prompt (max_context at loading sets the context, up to the model's own)"
+        )
+    return min(config.max_new_tokens, room)
+
+
+def make_batch(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    *,
+    eos_token_ids: Sequence[int],
+    seed: int,
+    cache: KVCache | None = None,
+) -> Batch:
+    """Rows for prompts, with a cache of their own or one that holds a prefix of each already.
+
+    Args:
+        decoder: The network.
+        prompts: Token ids of each prompt.
+        config: How to decode.
+        eos_token_ids: The checkpoint's, for a config that names none.
+        seed: Seed of every row.
+        cache: Holds the first `cache.lengths[b]` tokens of prompt b, at most all but one; a new one if not given.
+
+    Raises:
+        PromptError: A prompt that can't be continued.
+        InvalidArgumentError: No prompts, or an exit layer that the network doesn't have.
+        OutOfMemoryError: The cache doesn't fit.
+    """
+    if not prompts:
+        raise InvalidArgumentError("no prompts were given; give at least one")
+    choose_exit_layer(config, decoder)
+    room = [check_prompt(prompt, config, decoder, index) for index, prompt in enumerate(prompts)]
+    capacity = max(len(prompt) + new for prompt, new in zip(prompts, room, strict=True))
+    cache = cache or decoder.new_cache(len(prompts), capacity)
+    rows = [
+        Row(index=i, tokens=list(prompt), prompt_length=len(prompt), max_new_tokens=room[i], seed=seed)
+        for i, prompt in enumerate(prompts)
+    ]
+    for row, length in zip(rows, cache.lengths, strict=True):
+        row.recorder.cached_tokens = length
+    eos = eos_token_ids if config.eos_token_ids is None else config.eos_token_ids
+    return Batch(
+        decoder=decoder,
+        cache=cache,
+        rows=rows,
+        config=config,
+        sampler=Sampler(config),
+        eos_token_ids=frozenset() if config.ignore_eos else frozenset(eos),
+        stopwatch=Stopwatch(decoder.device),
+    )
+
+
+def decode(batch: Batch, *, show_drafts: bool = False) -> Iterator[Drafted | Committed]:
+    """Write all rows to their ends, telling what happens.
+
+    A caller may end a row itself by `Row.finish` before it asks for the next event.
+
+    Args:
+        batch: From `make_batch`; empty when the iterator ends.
+        show_drafts: Tell drafts before they are verified, which waits for the device once more a round.
+    """
+    exit_layer = choose_exit_layer(batch.config, batch.decoder)
+    depth = batch.decoder.num_layers if batch.config.speculates else exit_layer
+    for row in batch.rows:
+        row.recorder.start()
+    calls = batch.decoder.layer_calls
+    rounds = autoregressive.prefill(batch, depth)
+    yield from _commit(batch, rounds, calls, first=True)
+    while batch.rows:
+        calls = batch.decoder.layer_calls
+        if batch.config.speculates:
+            rounds = yield from _speculate(batch, exit_layer, show_drafts)
+        else:
+            rounds = autoregressive.step(batch, depth)
+        yield from _commit(batch, rounds, calls)
+
+
+def _speculate(batch: Batch, exit_layer: int, show_drafts: bool) -> Generator[Drafted, None, list[Round]]:
+    """One round; returns its `Round`s."""
+    start = batch.stopwatch.mark()
+    draft = self_speculative.draft(batch, exit_layer, batch.config.num_speculations)
+    middle = batch.stopwatch.mark()
+    if show_drafts:
+        for row, tokens, usable in zip(batch.rows, draft.tokens.tolist(), draft.num_drafts, strict=True):
+            yield Drafted(row=row, tokens=tuple(tokens[:usable]))
+    resumed = batch.stopwatch.mark()
+    rounds = self_speculative.verify(batch, draft)
+    end = batch.stopwatch.mark()
+    for row in batch.rows:
+        row.recorder.seconds_drafting += batch.stopwatch.between(start, middle)
+        row.recorder.seconds_verifying += batch.stopwatch.between(resumed, end)
+    return rounds
+
+
+def _commit(batch: Batch, rounds: list[Round], calls_before: int, *, first: bool = False) -> Iterator[Committed]:
+    """Extend the rows by a step's tokens, end those that are done, and drop them."""
+    calls = batch.decoder.layer_calls - calls_before
+    for row, result in zip(list(batch.rows), rounds, strict=True):
+        tokens = (*result.drafts[: result.num_accepted], result.token)
+        stop = next((i for i, token in enumerate(tokens) if token in batch.eos_token_ids), None)
+        kept = tokens if stop is None else tokens[: stop + 1]
+        num_accepted = min(result.num_accepted, len(kept))
+        row.round_start = len(row.tokens)
+        row.tokens += kept
+        row.recorder.layer_calls += calls
+        row.recorder.record_tokens()
+        if not first:
+            row.recorder.record_round(len(result.drafts), num_accepted)
+        if stop is not None:
+            row.finish("stop", kept[-1])
+        elif row.remaining == 0:
+            row.finish("length")
+        yield Committed(row=row, tokens=kept, num_accepted=num_accepted, num_drafted=len(result.drafts))
+    for position, row in enumerate(batch.rows):  # texts that were cut short: forget what lies beyond their end
+        batch.cache.rollback(position, min(batch.cache.lengths[position], len(row.tokens) - 1))
+    batch.drop_finished()

@@ -1,0 +1,135 @@
+"""What a generation cost and what its drafts were worth."""
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationStats:
+    """Figures of one prompt's generation; in a batch, times and layer calls are those of the batch while it ran."""
+
+    tokens: int
+    """Tokens written, an end-of-sequence token included."""
+    prompt_tokens: int
+    """Tokens of the prompt."""
+    cached_tokens: int
+    """Tokens of the prompt whose keys and values were cached already."""
+    seconds: float
+    """From the start to this prompt's last token."""
+    time_to_first_token_s: float
+    """Seconds from the start to this prompt's first token."""
+    tokens_per_second: float
+    """tokens / seconds, the reading of the prompt included."""
+    rounds: int
+    """Steps after the prompt: drafted rounds, or single tokens."""
+    drafted: int
+    """Drafts proposed."""
+    accepted: int
+    """Drafts that became part of the text."""
+    acceptance_rate: float
+    """accepted / drafted, 0 without drafts."""
+    drafted_by_position: tuple[int, ...]
+    """Drafts proposed as the first, second, ... of a round."""
+    accepted_by_position: tuple[int, ...]
+    """Drafts accepted as the first, second, ... of a round."""
+    mean_accepted_length: float
+    """Tokens that a round adds: its accepted drafts and the target's own one; 0 without rounds."""
+    layer_calls: int
+    """Layers entered, each counted once a call whatever its rows and tokens."""
+    seconds_drafting: float
+    """Seconds in the layers and heads that draft."""
+    seconds_verifying: float
+    """Seconds in the remaining layers, the head over the drafts, and acceptance."""
+
+
+@dataclass(kw_only=True)
+class StatsRecorder:
+    """Counts one row's generation as it goes."""
+
+    started: float = field(default_factory=time.perf_counter)
+    cached_tokens: int = 0
+    rounds: int = 0
+    drafted_by_position: list[int] = field(default_factory=list)
+    accepted_by_position: list[int] = field(default_factory=list)
+    last_accepted: int = 0
+    """Drafts kept in the last round."""
+    layer_calls: int = 0
+    seconds_drafting: float = 0.0
+    seconds_verifying: float = 0.0
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+
+    def start(self) -> None:
+        """Note the time at which work begins."""
+        self.started = time.perf_counter()
+
+    def record_tokens(self) -> None:
+        """Note the time at which tokens were committed."""
+        self.last_token_at = time.perf_counter()
+        if self.first_token_at is None:
+            self.first_token_at = self.last_token_at
+
+    def record_round(self, num_drafts: int, num_accepted: int) -> None:
+        """Count a round that proposed `num_drafts` and kept `num_accepted` of them."""
+        self.rounds += 1
+        self.last_accepted = num_accepted
+        missing = num_drafts - len(self.drafted_by_position)
+        self.drafted_by_position += [0] * missing
+        self.accepted_by_position += [0] * missing
+        for position in range(num_drafts):
+            self.drafted_by_position[position] += 1
+            self.accepted_by_position[position] += position < num_accepted
+
+    def cut_round(self, num_tokens: int) -> None:
+        """Count only the first `num_tokens` of the last round's drafts as accepted: the text was cut there."""
+        for position in range(max(0, num_tokens), self.last_accepted):
+            self.accepted_by_position[position] -= 1
+        self.last_accepted = min(self.last_accepted, max(0, num_tokens))
+
+    def finish(self, prompt_tokens: int, tokens: int) -> GenerationStats:
+        """The figures so far."""
+        seconds = (self.last_token_at or time.perf_counter()) - self.started
+        drafted, accepted = sum(self.drafted_by_position), sum(self.accepted_by_position)
+        return GenerationStats(
+            tokens=tokens,
+            prompt_tokens=prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            seconds=seconds,
+            time_to_first_token_s=(self.first_token_at or self.started) - self.started,
+            tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
+            rounds=self.rounds,
+            drafted=drafted,
+            accepted=accepted,
+            acceptance_rate=accepted / drafted if drafted else 0.0,
+            drafted_by_position=tuple(self.drafted_by_position),
+            accepted_by_position=tuple(self.accepted_by_position),
+            mean_accepted_length=(tokens - 1) / self.rounds if self.rounds else 0.0,
+            layer_calls=self.layer_calls,
+            seconds_drafting=self.seconds_drafting,
+            seconds_verifying=self.seconds_verifying,
+        )
+
+
+class Stopwatch:
+    """Seconds between marks; on CUDA they are events, read once the device has been waited for anyway."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def mark(self) -> "float | torch.cuda.Event":
+        """The present moment on the device."""
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    @staticmethod
+    def between(start: "float | torch.cuda.Event", end: "float | torch.cuda.Event") -> float:
+        """Seconds from one mark to a later one that the device has passed."""
+        if isinstance(start, float) or isinstance(end, float):
+            return float(end) - float(start)  # type: ignore[arg-type]
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000

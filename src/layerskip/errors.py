@@ -1,0 +1,41 @@
+"""Every exception that a user can cause; each message says what was given, what is allowed and what to do."""
+
+
+class LayerSkipError(Exception):
+    """Base of all errors raised on purpose by this package."""
+
+
+class InvalidArgumentError(LayerSkipError, ValueError):
+    """An argument has a value that can't be used (a negative length, a NaN temperature, an exit layer beyond L)."""
+
+
+class PromptError(InvalidArgumentError):
+    """A prompt is empty, or doesn't fit into the model's context."""
+
+
+class CheckpointError(LayerSkipError):
+    """A checkpoint can't be found, read or understood."""
+
+
+class CheckpointNotFoundError(CheckpointError):
+    """No such folder and no such repository, or the hub can't be reached."""
+
+
+class GatedRepositoryError(CheckpointError):
+    """The repository exists, and the user has no access to it yet."""
+
+
+class WeightsError(CheckpointError):
+    """Weights are missing, truncated, of the wrong shape, or not in safetensors format."""
+
+
+class TokenizerError(CheckpointError):
+    """The checkpoint has no usable tokenizer, or no chat template where one is needed."""
+
+
+class UnsupportedModelError(CheckpointError):
+    """The model family, or a setting in its config.json that changes the computation, isn't implemented."""
+
+
+class OutOfMemoryError(LayerSkipError, MemoryError):
+    """There isn't enough free memory for the weights or the cache."""

@@ -1,0 +1,244 @@
+"""The package's front: a checkpoint that generates, streams and scores text."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import index
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from layerskip.checkpoint import Checkpoint, open_checkpoint
+from layerskip.decoding.config import GenerationConfig, make_config
+from layerskip.decoding.loop import check_prompt, choose_exit_layer, make_batch
+from layerskip.decoding.scoring import Score, all_logits, score_tokens
+from layerskip.decoding.stream import GenerationResult, GenerationStream
+from layerskip.errors import InvalidArgumentError, PromptError, TokenizerError
+from layerskip.model.cache import KVCache
+from layerskip.model.config import ModelConfig
+from layerskip.model.decoder import Decoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SESSION_TOKENS = 1024
+"""Tokens for which a session has room at first."""
+
+Prompts = Sequence[str] | Sequence[Sequence[int]]
+
+
+def load(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    max_context: int | None = None,
+) -> "LanguageModel":
+    """Load a checkpoint.
+
+    Args:
+        name: `demo` (the embedded model), a folder, or a hub id (`owner/name`).
+        dtype: `float32`, `bfloat16`, `float16`, or `auto`: float32 on a CPU, the checkpoint's own elsewhere.
+        device: `cpu`, `cuda`, `cuda:1`, ..., or `auto`: a CUDA GPU if there is one.
+        revision: Branch, tag or commit of a hub repository.
+        max_context: Longest sequence in tokens; the model's own context if not given (for LongRoPE models the one
+            before scaling: ask for more to select the long factors).
+
+    Raises:
+        CheckpointError: The checkpoint can't be found, read or understood; its subclasses say which.
+        OutOfMemoryError: The weights don't fit.
+        InvalidArgumentError: A bad dtype, device or context.
+
+    Example:
+        >>> lm = load("demo")
+        >>> lm.generate(["def add(a, b):"], max_new_tokens=20)[0].text
+    """
+    checkpoint = open_checkpoint(name, revision=revision)
+    decoder = checkpoint.load_decoder(dtype=dtype, device=device, max_context=max_context)
+    return LanguageModel(checkpoint, decoder)
+
+
+@dataclass(eq=False)
+class Session:
+    """Keys and values kept between calls, for texts that grow (a chat): only what is new is read."""
+
+    cache: KVCache
+    tokens: list[int]
+    """Tokens whose keys and values the cache holds."""
+    num_layers: int
+    """Layers that have them."""
+
+
+class LanguageModel:
+    """A network with its tokenizer."""
+
+    def __init__(self, checkpoint: Checkpoint, decoder: Decoder) -> None:
+        self.checkpoint = checkpoint
+        self.decoder = decoder
+
+    @property
+    def config(self) -> ModelConfig:
+        """The network's sizes and switches."""
+        return self.decoder.config
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer, loaded when first used; raises `TokenizerError` if there is none."""
+        return self.checkpoint.tokenizer
+
+    def generate(
+        self, prompts: Prompts, config: GenerationConfig | None = None, **options: Any
+    ) -> list[GenerationResult]:
+        """Write after each prompt.
+
+        Args:
+            prompts: Texts, or lists of token ids.
+            config: How to decode.
+            **options: Fields of `GenerationConfig`; they win over `config`.
+
+        Returns:
+            Results in the order of the prompts.
+
+        Raises:
+            PromptError: A prompt is empty or too long.
+            InvalidArgumentError: A bad option.
+            OutOfMemoryError: The cache doesn't fit.
+        """
+        stream = self._stream(prompts, make_config(config, options), show_drafts=False, session=None)
+        return stream.run()
+
+    def stream(
+        self,
+        prompts: str | Prompts,
+        config: GenerationConfig | None = None,
+        *,
+        show_drafts: bool = False,
+        session: Session | None = None,
+        **options: Any,
+    ) -> GenerationStream:
+        """Write after one or more prompts, telling token by token what happens.
+
+        Args:
+            prompts: A text, texts, or lists of token ids.
+            config: How to decode.
+            show_drafts: Also tell drafts before they are verified.
+            session: Keys and values of an earlier call (`new_session`), for a single prompt that begins alike.
+            **options: Fields of `GenerationConfig`; they win over `config`.
+
+        Returns:
+            An iterator of events. Ctrl-C ends it with what was written so far.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        return self._stream(prompts, make_config(config, options), show_drafts=show_drafts, session=session)
+
+    def new_session(self) -> Session:
+        """An empty session; its cache grows between calls, up to the model's context."""
+        cache = self.decoder.new_cache(1, min(SESSION_TOKENS, self.decoder.max_context))
+        return Session(cache, [], self.decoder.num_layers)
+
+    def score(
+        self,
+        prompts: Prompts,
+        continuations: Prompts | None = None,
+        *,
+        exit_layer: int | None = None,
+    ) -> list[Score]:
+        """Log-likelihoods of continuations after their prompts, or of the prompts themselves.
+
+        Args:
+            prompts: Texts, or lists of token ids.
+            continuations: One for each prompt, of the same kind; if not given, each prompt's own tokens after its
+                first are scored.
+            exit_layer: Layers to run (1..L); all if not given. An early exit gives other scores.
+
+        Raises:
+            PromptError: Nothing to score, or too long.
+            InvalidArgumentError: A bad exit layer, or not as many continuations as prompts.
+        """
+        contexts = self.encode(prompts)
+        if continuations is None:
+            contexts, targets = [c[:1] for c in contexts], [c[1:] for c in contexts]
+        else:
+            targets = self.encode(continuations, special_tokens=False)
+        if len(targets) != len(contexts):
+            raise InvalidArgumentError(f"{len(contexts)} prompts need as many continuations, got {len(targets)}")
+        return score_tokens(self.decoder, contexts, targets, self._depth(exit_layer))
+
+    def logits(self, token_ids: Sequence[int], exit_layer: int | None = None) -> Tensor:
+        """Logits after each token: [Q, V], float32.
+
+        Args:
+            token_ids: Q token ids.
+            exit_layer: Layers to run (1..L); all if not given.
+
+        Raises:
+            PromptError: No tokens, too many, or ids outside the vocabulary.
+            InvalidArgumentError: A bad exit layer.
+        """
+        return all_logits(self.decoder, list(token_ids), self._depth(exit_layer))
+
+    def encode(self, prompts: Prompts, *, special_tokens: bool = True) -> list[list[int]]:
+        """Token ids of texts (ids pass through), with the tokenizer's own special tokens, such as a leading <s>."""
+        if isinstance(prompts, str):
+            raise InvalidArgumentError("prompts must be a list of texts or of token ids; got a single text")
+        encoded = []
+        given: Sequence[str | Sequence[int]] = prompts
+        for place, prompt in enumerate(given):
+            if not isinstance(prompt, str):
+                try:
+                    encoded.append([index(token) for token in prompt])
+                except TypeError as error:
+                    raise PromptError(f"prompt {place} must be a text or a list of token ids: {error}") from error
+            elif not prompt:
+                raise PromptError(f"prompt {place} is empty; give at least one character")
+            else:
+                encoded.append(list(self.tokenizer(prompt, add_special_tokens=special_tokens)["input_ids"]))
+        return encoded
+
+    def _depth(self, exit_layer: int | None) -> int:
+        return self.decoder.num_layers if exit_layer is None else self.config.check_exit_layer(exit_layer)
+
+    def _stream(
+        self, prompts: Prompts, config: GenerationConfig, *, show_drafts: bool, session: Session | None
+    ) -> GenerationStream:
+        encoded = self.encode(prompts)
+        tokenizer = self._tokenizer_or_none(config)
+        seed = secrets.randbits(63) if config.seed is None else config.seed
+        cache = self._resume(session, encoded, config) if session is not None else None
+        batch = make_batch(
+            self.decoder, encoded, config, eos_token_ids=self.checkpoint.eos_token_ids, seed=seed, cache=cache
+        )
+        if session is not None:
+            session.tokens = batch.rows[0].tokens
+        return GenerationStream(batch, tokenizer, show_drafts=show_drafts)
+
+    def _resume(self, session: Session, prompts: list[list[int]], config: GenerationConfig) -> KVCache:
+        """Roll a session back to what the prompt has in common with it."""
+        if len(prompts) != 1:
+            raise InvalidArgumentError(f"a session holds one text; got {len(prompts)} prompts")
+        room = check_prompt(prompts[0], config, self.decoder)
+        depth = self.decoder.num_layers if config.speculates else choose_exit_layer(config, self.decoder)
+        kept = session.tokens[: session.cache.lengths[0]] if depth <= session.num_layers else []
+        common = 0
+        for ours, theirs in zip(kept, prompts[0][:-1], strict=False):
+            if ours != theirs:
+                break
+            common += 1
+        session.cache.rollback(0, common)
+        session.num_layers = depth
+        needed = len(prompts[0]) + room
+        if needed > session.cache.capacity:
+            larger = self.decoder.new_cache(1, min(max(needed, 2 * session.cache.capacity), self.decoder.max_context))
+            larger.take(session.cache)
+            session.cache = larger
+        return session.cache
+
+    def _tokenizer_or_none(self, config: GenerationConfig) -> "PreTrainedTokenizerBase | None":
+        """Token ids need no tokenizer, unless stop strings are to be found in their text."""
+        try:
+            return self.tokenizer
+        except TokenizerError:
+            if config.stop:
+                raise
+            return None

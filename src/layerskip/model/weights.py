@@ -1,0 +1,204 @@
+"""From a checkpoint's tensors to a `Decoder`: names, shapes, stacking, dtype; one weight copied at a time.
+
+Shapes: D width, V vocabulary, I width of the MLP, H and H_kv heads, D_head channels of a head.
+"""
+
+import mmap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from layerskip.errors import WeightsError
+from layerskip.model.config import ModelConfig
+from layerskip.model.decoder import Decoder, LayerWeights
+from layerskip.model.families import FAMILIES
+from layerskip.model.linear import DenseLinear, Linear, can_pack, make_linear
+
+EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+NORMS = ("attention_norm", "q_norm", "k_norm", "post_attention_norm", "mlp_norm", "post_mlp_norm")
+
+
+class TensorSource(Protocol):
+    """Tensors by name, on the CPU, in the dtype of the file."""
+
+    def names(self) -> frozenset[str]:
+        """Names of all tensors."""
+        ...
+
+    def get(self, name: str) -> Tensor:
+        """One tensor. If it is memory-mapped, then by a mapping of its own, so that its pages go when it does."""
+        ...
+
+
+def load_decoder(
+    config: ModelConfig, source: TensorSource, *, dtype: torch.dtype, device: torch.device, max_context: int
+) -> Decoder:
+    """Build the network, copying one weight at a time.
+
+    The embedding table of a network whose head is packed stays memory-mapped in the file's dtype, so that a tied
+    table isn't held twice. On a CPU the peak is the network's own size and one copy of its largest weight.
+
+    Args:
+        config: Sizes and switches.
+        source: The checkpoint's tensors.
+        dtype: Dtype of the weights in memory.
+        device: Where they go.
+        max_context: Longest sequence in tokens that will be run.
+
+    Raises:
+        WeightsError: A tensor is missing, unknown, or of the wrong shape.
+    """
+    check_names(config, source.names())
+    target = _Target(device, dtype, packed=can_pack(device, dtype))
+    embedding, head = _load_tables(config, source, target)
+    layers = [_load_layer(config, index, source, target) for index in range(config.num_layers)]
+    final_norm = _norm_weight(config, _checked(source, FINAL_NORM, (config.hidden_size,)), device)
+    return Decoder(
+        config,
+        embedding=embedding,
+        layers=layers,
+        final_norm=final_norm,
+        head=head,
+        dtype=dtype,
+        device=device,
+        max_context=max_context,
+    )
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a checkpoint of this configuration must have."""
+    shapes: dict[str, tuple[int, ...]] = {
+        EMBEDDING: (config.vocab_size, config.hidden_size),
+        FINAL_NORM: (config.hidden_size,),
+    }
+    if not config.tie_word_embeddings:
+        shapes[HEAD] = (config.vocab_size, config.hidden_size)
+    for index in range(config.num_layers):
+        for ours, theirs in FAMILIES[config.model_type].weights.items():
+            for name, shape in zip(theirs, _part_shapes(config, ours, len(theirs)), strict=True):
+                shapes[f"model.layers.{index}.{name}.weight"] = shape
+                if _has_bias(config, ours):
+                    shapes[f"model.layers.{index}.{name}.bias"] = shape[:1]
+    return shapes
+
+
+def check_names(config: ModelConfig, names: Iterable[str]) -> None:
+    """Raise `WeightsError` unless the checkpoint has exactly the tensors that the network uses."""
+    present, expected = set(names), set(tensor_shapes(config))
+    missing = sorted(expected - present)
+    if missing:
+        raise WeightsError(
+            f"the checkpoint lacks {len(missing)} of {len(expected)} tensors, first {missing[0]!r}; "
+            "its files are incomplete, or config.json doesn't describe them"
+        )
+    unknown = sorted(n for n in present - expected if n != HEAD and not n.endswith("rotary_emb.inv_freq"))
+    if unknown:
+        raise WeightsError(
+            f"the checkpoint has {len(unknown)} tensors that a {config.model_type!r} model with this config.json "
+            f"doesn't use, first {unknown[0]!r}; config.json doesn't describe them"
+        )
+
+
+def _part_shapes(config: ModelConfig, ours: str, parts: int) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the checkpoint's tensors that make up one of our weights."""
+    width, inner = config.hidden_size, config.intermediate_size
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    match ours:
+        case "qkv":
+            return ((q, width), (kv, width), (kv, width)) if parts == 3 else ((q + 2 * kv, width),)
+        case "o":
+            return ((width, q),)
+        case "gate_up":
+            return ((inner, width),) * 2 if parts == 2 else ((2 * inner, width),)
+        case "down":
+            return ((width, inner),)
+        case "q_norm" | "k_norm":
+            return ((config.head_dim,),)
+        case _:
+            return ((width,),)
+
+
+def _has_bias(config: ModelConfig, ours: str) -> bool:
+    switches = {"qkv": config.qkv_bias, "o": config.o_bias, "gate_up": config.mlp_bias, "down": config.mlp_bias}
+    return switches.get(ours, False)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where weights go."""
+
+    device: torch.device
+    dtype: torch.dtype
+    packed: bool
+    """Whether `make_linear` copies them once more, so that what it is given lives for a moment only."""
+
+    def empty(self, shape: Sequence[int]) -> Tensor:
+        """Room for a weight.
+
+        What lives for a moment is mapped by itself. malloc would put it on its heap (glibc raises the size from which
+        it maps with every mapping that is freed, up to 32 MiB), packed weights would land behind it, and holes and an
+        untrimmed top would stay: twice the largest weight for nothing.
+        """
+        if not self.packed:
+            return torch.empty(shape, dtype=self.dtype, device=self.device)
+        memory = mmap.mmap(-1, torch.Size(shape).numel() * self.dtype.itemsize)
+        return torch.frombuffer(memory, dtype=self.dtype).view(shape)
+
+
+def _load_tables(config: ModelConfig, source: TensorSource, target: _Target) -> tuple[Tensor, Linear]:
+    """Embedding table and head, before the layers: their copies are the largest and exist while little else does."""
+    shapes = [(config.vocab_size, config.hidden_size)]
+    if config.tie_word_embeddings and not target.packed:
+        embedding = _stack(source, [EMBEDDING], shapes, target)
+        return embedding, DenseLinear(embedding)
+    head = make_linear(_stack(source, [EMBEDDING if config.tie_word_embeddings else HEAD], shapes, target))
+    if target.packed:  # mapped anew, without the pages that the head was copied from
+        return _checked(source, EMBEDDING, shapes[0]), head
+    return _stack(source, [EMBEDDING], shapes, target), head
+
+
+def _load_layer(config: ModelConfig, index: int, source: TensorSource, target: _Target) -> LayerWeights:
+    weights: dict[str, Linear | Tensor] = {}
+    for ours, theirs in FAMILIES[config.model_type].weights.items():
+        shapes = _part_shapes(config, ours, len(theirs))
+        names = [f"model.layers.{index}.{name}" for name in theirs]
+        if ours in NORMS:
+            norm = _checked(source, names[0] + ".weight", shapes[0])
+            weights[ours] = _norm_weight(config, norm, target.device)
+            continue
+        bias = None
+        if _has_bias(config, ours):
+            parts = [_checked(source, name + ".bias", shape[:1]) for name, shape in zip(names, shapes, strict=True)]
+            bias = torch.cat(parts).to(target.device, target.dtype)
+        weights[ours] = make_linear(_stack(source, [name + ".weight" for name in names], shapes, target), bias)
+    return LayerWeights(**weights)  # type: ignore[arg-type]
+
+
+def _stack(source: TensorSource, names: Sequence[str], shapes: Sequence[tuple[int, ...]], target: _Target) -> Tensor:
+    """Tensors of the checkpoint one below the other, each copied straight into its place."""
+    if target.packed and len(names) == 1:
+        tensor = _checked(source, names[0], shapes[0])
+        if tensor.dtype == target.dtype:  # packed from the file itself
+            return tensor
+    rows = [shape[0] for shape in shapes]
+    stacked = target.empty((sum(rows), *shapes[0][1:]))
+    for name, shape, part in zip(names, shapes, torch.split(stacked, rows), strict=True):
+        part.copy_(_checked(source, name, shape))
+    return stacked
+
+
+def _norm_weight(config: ModelConfig, weight: Tensor, device: torch.device) -> Tensor:
+    """Norm weights are kept in float32: norms are computed in it, whatever the model's dtype."""
+    return (weight.float() + config.norm_weight_offset).to(device)
+
+
+def _checked(source: TensorSource, name: str, shape: tuple[int, ...]) -> Tensor:
+    tensor = source.get(name)
+    if tuple(tensor.shape) != shape:
+        raise WeightsError(f"tensor {name!r} has shape {tuple(tensor.shape)}; config.json asks for {shape}")
+    if not tensor.is_floating_point():
+        raise WeightsError(f"tensor {name!r} has dtype {tensor.dtype}; weights must be floating point")
+    return tensor

@@ -1,0 +1,122 @@
+"""Set-up that all tests share."""
+
+import shutil
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+DEMO = Path(__file__).parents[1] / "src" / "layerskip" / "assets" / "demo"
+
+# Small enough to be written and loaded in milliseconds; 4 layers, 32 channels, grouped heads.
+TINY_CONFIG: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+TINY_FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 8},
+    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8, "sliding_window_pattern": 2},
+}
+
+
+class TinyCheckpoint(Protocol):
+    """Writes a small random checkpoint and returns its folder."""
+
+    def __call__(
+        self,
+        model_type: str = "llama",
+        *,
+        seed: int = 0,
+        dtype: str = "float32",
+        max_shard_size: str | None = None,
+        tokenizer: bool = False,
+        **config: Any,
+    ) -> Path: ...
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
+    """A factory of small random checkpoints of any family, written by transformers, each in a folder of its own.
+
+    Args of the factory:
+        model_type: The family.
+        seed: Seed of the weights.
+        dtype: Dtype of the file.
+        max_shard_size: Such as "40KB", for a checkpoint of several files.
+        tokenizer: Also copy the demo's tokenizer (4096 tokens; the vocabulary is as large then).
+        **config: Keys of config.json that differ from `TINY_CONFIG`.
+    """
+
+    def write(
+        model_type: str = "llama",
+        *,
+        seed: int = 0,
+        dtype: str = "float32",
+        max_shard_size: str | None = None,
+        tokenizer: bool = False,
+        **config: Any,
+    ) -> Path:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        vocabulary = {"vocab_size": 4096} if tokenizer else {}
+        settings = {**TINY_CONFIG, **TINY_FAMILY_CONFIGS.get(model_type, {}), **vocabulary, **config}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
+        randomize(model, seed)
+        folder = tmp_path_factory.mktemp(model_type)
+        model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size or "1GB")
+        if tokenizer:
+            for file in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copy(DEMO / file, folder)
+        return folder
+
+    return write
+
+
+def randomize(model: Any, seed: int) -> None:
+    """Give every weight a random value that matters: transformers starts norms at 1, biases at 0, the rest near 0."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if weight.dim() == 1:  # norms and biases: keep their centre, 1 or 0
+                weight.add_(0.3 * noise)
+            else:
+                weight.copy_(1.5 * noise / weight.shape[-1] ** 0.5)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def single_thread() -> None:
+    """One torch thread a process: parallel workers don't compete, and sums are the same with and without them."""
+    try:
+        import torch
+    except ImportError:
+        return
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where there is no CUDA device."""
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items or _has_cuda():
+        return
+    for item in gpu_items:
+        item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _has_cuda() -> bool:
+    try:
+        import torch
+    except ImportError:
+        return False
+    return torch.cuda.is_available()

@@ -1,0 +1,309 @@
+"""Checkpoints by hub id, against a small hub on this machine; each call in a process of its own, as a user's is."""
+
+import hashlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import layerskip
+
+SRC = Path(__file__).parents[2] / "src"
+TOKENS = [1, 2, 3]
+TOKEN = "hf_secret"
+SUPERFLUOUS = ("consolidated.safetensors", "pytorch_model.bin", "README.md", "onnx/model.onnx", "model.gguf")
+
+# Prints what came of each `[name, revision]` as JSON. The first only downloads, which needs no torch.
+DOWNLOAD = """
+import json, sys
+from layerskip.errors import LayerSkipError
+from layerskip.hub import download
+results = []
+for name, revision in json.loads(sys.argv[1]):
+    try:
+        results.append({"folder": str(download(name, revision))})
+    except LayerSkipError as error:
+        results.append({"error": type(error).__name__, "message": str(error)})
+assert "torch" not in sys.modules
+print(json.dumps(results))
+"""
+LOAD = """
+import json, sys
+import layerskip
+results = []
+for name, revision in json.loads(sys.argv[1]):
+    lm = layerskip.load(name, revision=revision, dtype="float32", device="cpu")
+    tokens = lm.encode(["hello"])[0]
+    results.append({"logits": lm.logits([1, 2, 3]).tolist(), "folder": str(lm.checkpoint.folder), "tokens": tokens})
+print(json.dumps(results))
+"""
+
+
+@dataclass
+class Repository:
+    """A repository of the stub: revisions with their commits, and files of each commit."""
+
+    commits: dict[str, dict[str, bytes]]
+    revisions: dict[str, str]
+    gated: bool = False
+    """Nobody has access; as on the hub, its description is public and its files are not."""
+    hidden: bool = False
+    """With `gated`: not even the description is given."""
+    broken: int = 0
+    """Status of every answer, or -1 to hang up without one, where not 0."""
+
+
+@dataclass
+class Hub:
+    """The stub's content and what it was asked."""
+
+    url: str
+    repositories: dict[str, Repository]
+    requests: list[tuple[str, str, str | None]] = field(default_factory=list)
+    """Method, path, Authorization header."""
+
+    def files_sent(self) -> set[str]:
+        """Names of the files whose contents were sent."""
+        found = (re.fullmatch(r"/[^/]+/[^/]+/resolve/[^/]+/(.+)", p) for m, p, _ in self.requests if m == "GET")
+        return {match[1] for match in found if match}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """The part of the hub's HTTP interface that `snapshot_download` uses."""
+
+    protocol_version = "HTTP/1.1"
+    server: "Server"
+
+    def do_GET(self) -> None:
+        hub, path = self.server.hub, self.path.split("?")[0]
+        hub.requests.append((self.command, path, self.headers.get("Authorization")))
+        api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path)
+        file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        match = api or file
+        repository = hub.repositories.get(match[1]) if match else None
+        if match is None or repository is None:
+            return self.refuse(404, "RepoNotFound")
+        if repository.broken == -1:
+            self.close_connection = True
+            return None
+        if repository.broken:
+            return self.refuse(repository.broken, "")
+        if repository.gated and (repository.hidden or file or match[2] == "tree"):
+            return self.refuse(403 if self.headers.get("Authorization") else 401, "GatedRepo")
+        revision = (api[3] if api else match[2]) or "main"
+        commit = repository.revisions.get(revision, revision)
+        if commit not in repository.commits:
+            return self.refuse(404, "RevisionNotFound")
+        files = repository.commits[commit]
+        if api:
+            return self.send(json.dumps(self.describe(api, commit, files)).encode(), "application/json", commit)
+        if match[3] not in files:
+            return self.refuse(404, "EntryNotFound")
+        return self.send(files[match[3]], "application/octet-stream", commit)
+
+    do_HEAD = do_GET
+
+    def describe(self, api: re.Match[str], commit: str, files: dict[str, bytes]) -> Any:
+        if api[2] == "tree":
+            return [
+                {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                for name, content in files.items()
+            ]
+        return {"id": api[1], "sha": commit, "siblings": [{"rfilename": name} for name in files], "tags": []}
+
+    def send(self, content: bytes, kind: str, commit: str) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", commit)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def refuse(self, status: int, code: str) -> None:
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("X-Error-Message", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        """Nothing on the terminal."""
+
+
+class Server(ThreadingHTTPServer):
+    """Serves one `Hub`."""
+
+    daemon_threads = True
+    hub: Hub
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tiny_checkpoint: Callable[..., Path]) -> tuple[Path, Path]:
+    """Two commits' checkpoints: the newer one in one file, the older one in shards."""
+    return tiny_checkpoint(seed=1, tokenizer=True), tiny_checkpoint(seed=2, tokenizer=True, max_shard_size="300KB")
+
+
+@pytest.fixture
+def hub(checkpoints: tuple[Path, Path]) -> Iterator[Hub]:
+    new, old = ({file.name: file.read_bytes() for file in folder.iterdir()} for folder in checkpoints)
+    new |= dict.fromkeys(SUPERFLUOUS, b"not wanted")
+    commits = {"a" * 40: new, "b" * 40: old}
+    open_one = Repository(commits, {"main": "a" * 40, "v1": "b" * 40})
+    gated = Repository(commits, open_one.revisions, gated=True)
+    hidden = Repository(commits, open_one.revisions, gated=True, hidden=True)
+    server = Server(("127.0.0.1", 0), Handler)
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    server.hub = Hub(url, {"owner/open": open_one, "owner/gated": gated, "owner/hidden": hidden})
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.hub
+    server.shutdown()
+    server.server_close()
+
+
+@dataclass
+class User:
+    """Runs scripts with a hub cache of its own."""
+
+    home: Path
+    endpoint: str
+
+    def run(self, script: str, *calls: tuple[str, str | None], **environment: str) -> list[dict[str, Any]]:
+        """What became of each call, all in one process."""
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
+        settings = {
+            "PYTHONPATH": str(SRC),
+            "HF_HOME": str(self.home),
+            "HF_ENDPOINT": self.endpoint,
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-c", script, json.dumps(calls)]
+        result = subprocess.run(
+            command, env={**kept, **settings, **environment}, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert result.returncode == 0, result.stderr
+        return list(json.loads(result.stdout.splitlines()[-1]))
+
+
+@pytest.fixture
+def user(hub: Hub, tmp_path: Path) -> User:
+    return User(tmp_path / "home", hub.url)
+
+
+def test_load_online_then_offline(hub: Hub, user: User, checkpoints: tuple[Path, Path]) -> None:
+    (online,) = user.run(LOAD, ("owner/open", None))
+    wanted = layerskip.load(str(checkpoints[0]), dtype="float32", device="cpu").logits(TOKENS)
+    assert online["logits"] == wanted.tolist()
+    assert online["tokens"]
+    assert hub.files_sent() == {file.name for file in checkpoints[0].iterdir()}
+    assert user.home in Path(online["folder"]).parents
+    assert {authorization for _, _, authorization in hub.requests} == {None}
+    asked = len(hub.requests)
+    assert user.run(LOAD, ("owner/open", None), HF_HUB_OFFLINE="1") == [online]
+    assert len(hub.requests) == asked
+
+
+def test_superfluous_files_stay_where_they_are(hub: Hub, user: User) -> None:
+    first, again = user.run(DOWNLOAD, ("owner/open", None), ("owner/open", None))
+    assert first == again
+    sent = [path for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path]
+    assert len(sent) == len(set(sent)), "a cached file was sent again"
+    folder = Path(first["folder"])
+    assert (folder / "model.safetensors").is_file()
+    assert not hub.files_sent() & set(SUPERFLUOUS)
+    assert not {str(file.relative_to(folder)) for file in folder.rglob("*")} & set(SUPERFLUOUS)
+
+
+def test_revisions(user: User, checkpoints: tuple[Path, Path]) -> None:
+    tag, commit = user.run(DOWNLOAD, ("owner/open", "v1"), ("owner/open", "b" * 40))
+    assert tag == commit
+    folder = Path(tag["folder"])
+    assert folder.name == "b" * 40
+    assert {file.name for file in folder.iterdir()} == {file.name for file in checkpoints[1].iterdir()}
+    assert len(list(folder.glob("model-*-of-*.safetensors"))) > 1
+    logits = [layerskip.load(str(f), device="cpu").logits(TOKENS).tolist() for f in (folder, *checkpoints)]
+    assert logits[0] == logits[2] != logits[1]
+
+
+@pytest.mark.parametrize("token", ["", TOKEN], ids=["stranger", "logged-in"])
+def test_gated(hub: Hub, user: User, token: str) -> None:
+    names = ("owner/gated", "owner/hidden")
+    results = user.run(DOWNLOAD, *((name, None) for name in names), **({"HF_TOKEN": token} if token else {}))
+    for name, result in zip(names, results, strict=True):
+        assert result["error"] == "GatedRepositoryError"
+        steps = (
+            f"1. Request access at https://huggingface.co/{name}",
+            "2. Make a read token",
+            "3. Run `hf auth login`",
+        )
+        for words in (f"{name} is gated", *steps, "HF_TOKEN"):
+            assert words in result["message"]
+        assert TOKEN not in result["message"]
+    assert {authorization for _, _, authorization in hub.requests} == {f"Bearer {token}" if token else None}
+
+
+def test_what_does_not_exist(user: User) -> None:
+    repository, tag, commit, malformed = user.run(
+        DOWNLOAD, ("owner/nothing", None), ("owner/open", "v9"), ("owner/open", "c" * 40), ("owner/na me", None)
+    )
+    assert repository["error"] == tag["error"] == commit["error"] == "CheckpointNotFoundError"
+    for words in ("no repository 'owner/nothing'", "spelling", "private", "HF_TOKEN"):
+        assert words in repository["message"]
+    assert "owner/open has no revision 'v9'" in tag["message"]
+    assert f"owner/open has no revision '{'c' * 40}'" in commit["message"]
+    assert malformed["error"] == "CheckpointError"
+    assert "'owner/na me' is not a hub id" in malformed["message"]
+
+
+def test_offline_and_not_cached(hub: Hub, user: User) -> None:
+    (result,) = user.run(DOWNLOAD, ("owner/open", None), HF_HUB_OFFLINE="1")
+    assert result["error"] == "CheckpointNotFoundError"
+    for words in ("owner/open is not in the local cache", "go online", "HF_HUB_OFFLINE"):
+        assert words in result["message"]
+    assert not hub.requests
+
+
+def test_hub_out_of_reach(user: User) -> None:
+    """What is cached is taken, and the rest fails at once."""
+    (cached,) = user.run(DOWNLOAD, ("owner/open", None))
+    with socket.socket() as free:  # a port that nobody listens on once this is closed
+        free.bind(("127.0.0.1", 0))
+        closed = f"http://127.0.0.1:{free.getsockname()[1]}"
+    start = time.monotonic()
+    again, result = user.run(DOWNLOAD, ("owner/open", None), ("owner/other", None), HF_ENDPOINT=closed)
+    assert time.monotonic() - start < 20
+    assert again == cached
+    assert result["error"] == "CheckpointNotFoundError"
+    assert "owner/other is not in the local cache and the hub can't be reached" in result["message"]
+
+
+def test_proxy_out_of_reach(user: User) -> None:
+    (result,) = user.run(DOWNLOAD, ("owner/open", None), HTTP_PROXY="http://127.0.0.1:9", NO_PROXY="")
+    assert result["error"] in ("CheckpointError", "CheckpointNotFoundError")
+    assert "owner/open" in result["message"]
+
+
+def test_hub_out_of_order(hub: Hub, user: User) -> None:
+    """It forbids, is down, or hangs up."""
+    commits = hub.repositories["owner/open"].commits
+    words = {403: "403 Forbidden", 500: "500", -1: "disconnected"}
+    for broken in words:
+        hub.repositories[f"owner/broken{broken}"] = Repository(commits, {}, broken=broken)
+    results = user.run(DOWNLOAD, *((f"owner/broken{broken}", None) for broken in words))
+    for broken, result in zip(words, results, strict=True):
+        assert result["error"] == "CheckpointError"
+        assert f"owner/broken{broken}" in result["message"]
+        assert words[broken] in result["message"]

@@ -1,0 +1,94 @@
+"""Rejection sampling end to end: what a tiny network's first round drafts has the target's joint distribution."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from torch import Tensor
+
+from layerskip.decoding import self_speculative
+from layerskip.decoding.config import GenerationConfig
+from layerskip.decoding.loop import decode, make_batch
+from layerskip.decoding.sampling import Sampler
+from layerskip.language_model import LanguageModel
+
+VOCAB, ROWS, BATCHES = 12, 4000, 5
+PROMPT = [3, 1, 4]
+
+
+@pytest.fixture(scope="module")
+def small(make_lm: Callable[..., LanguageModel]) -> LanguageModel:
+    return make_lm(vocab=VOCAB, width=16, layers=3, early=1, late=0.8, context=16, sharpness=1.5)
+
+
+def exact_pairs(lm: LanguageModel, config: GenerationConfig) -> Tensor:
+    """[V, V], joint probability of tokens 1 and 2 after the prompt (token 0 is the prefill's, and summed over)."""
+    sampler = Sampler(config)
+
+    def probs(tokens: list[int]) -> Tensor:
+        return sampler.scores(lm.logits(tokens)[None, -1:]).softmax(-1)[0, 0].double()
+
+    pairs = torch.zeros(VOCAB, VOCAB, dtype=torch.double)
+    first = probs(PROMPT)
+    for a in first.nonzero().flatten().tolist():
+        second = probs([*PROMPT, a])
+        for b in second.nonzero().flatten().tolist():
+            pairs[b] += first[a] * second[b] * probs([*PROMPT, a, b])
+    return pairs
+
+
+def drawn_pairs(lm: LanguageModel, config: GenerationConfig) -> Tensor:
+    """[V, V], how often tokens 1 and 2 of many rows, each with a seed of its own, were which pair."""
+    outputs: list[list[int]] = []
+    for number in range(BATCHES):
+        batch = make_batch(lm.decoder, [PROMPT] * ROWS, config, eos_token_ids=(), seed=0)
+        rows = list(batch.rows)
+        for row in rows:
+            row.seed = number * ROWS + row.index
+        for event in decode(batch):
+            if len(event.row.output) >= 3:
+                event.row.finish("length", length=3)
+        outputs += [row.output for row in rows]
+    chosen = torch.tensor(outputs)
+    counts = torch.zeros(VOCAB, VOCAB)
+    return counts.index_put_((chosen[:, 1], chosen[:, 2]), torch.ones(len(chosen)), accumulate=True)
+
+
+def p_value(counts: Tensor, probs: Tensor) -> float:
+    """Chi-square test, cells with fewer than 5 expected draws pooled."""
+    counts, expected = counts.flatten().double(), probs.flatten() / probs.sum() * counts.sum()
+    assert not counts[expected == 0].any(), "a token that the target never gives"
+    large = expected >= 5
+    pooled = [torch.cat((x[large], x[~large].sum()[None])) for x in (counts, expected)]
+    keep = pooled[1] > 0
+    return float(chisquare(pooled[0][keep].numpy(), pooled[1][keep].numpy()).pvalue)
+
+
+def joint_p_value(lm: LanguageModel, options: dict[str, Any]) -> float:
+    """P-value of the two tokens that the first round drafts."""
+    config = GenerationConfig(
+        max_new_tokens=4, num_speculations=2, exit_layer=1, acceptance="rejection", do_sample=True, **options
+    )
+    return p_value(drawn_pairs(lm, config), exact_pairs(lm, config))
+
+
+MODES: list[dict[str, Any]] = [
+    {"block_verification": False},
+    {"block_verification": True, "top_k": 5, "temperature": 1.3},
+    {"block_verification": False, "top_p": 0.8},
+]
+
+
+@pytest.mark.parametrize("options", MODES, ids=str)
+def test_tokens_are_distributed_as_the_targets(small: LanguageModel, options: dict[str, Any]) -> None:
+    assert joint_p_value(small, options) > 0.01
+
+
+def test_a_biased_rule_is_noticed(small: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def always(drafts: Tensor, draft_probs: Tensor, target_probs: Tensor, uniforms: Tensor, num: Tensor) -> Any:
+        return num, target_probs[torch.arange(len(num)), num]
+
+    monkeypatch.setattr(self_speculative, "accept_block", always)
+    assert joint_p_value(small, {}) < 1e-6

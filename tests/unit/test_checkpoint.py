@@ -1,0 +1,138 @@
+"""Finding checkpoints, and choosing device, dtype and context."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import layerskip
+from layerskip.checkpoint import Checkpoint, choose_context, choose_device, choose_dtype, open_checkpoint
+from layerskip.errors import InvalidArgumentError
+from layerskip.model.families import parse_config
+
+TOKENS = [5, 3, 80, 41]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_shards_hold_the_same_network(tiny_checkpoint: Callable[..., Path]) -> None:
+    single, sharded = tiny_checkpoint(), tiny_checkpoint(max_shard_size="40KB")
+    assert (single / "model.safetensors").is_file()
+    assert len(list(sharded.glob("model-*.safetensors"))) > 2
+    logits = [layerskip.load(str(folder), dtype="float32", device="cpu").logits(TOKENS) for folder in (single, sharded)]
+    assert torch.equal(*logits)
+
+
+def test_a_single_file_wins_over_an_index(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """As in transformers."""
+    shutil.copytree(tiny_checkpoint(max_shard_size="40KB"), tmp_path, dirs_exist_ok=True)
+    shutil.copy(tiny_checkpoint(seed=1) / "model.safetensors", tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    logits = layerskip.load(str(tmp_path), dtype="float32", device="cpu").logits(TOKENS)
+    torch.testing.assert_close(logits, theirs(torch.tensor([TOKENS])).logits[0].detach(), rtol=0, atol=1e-4)
+
+
+def test_one_shard_with_an_index(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Files may have any name; the index tells."""
+    shutil.copytree(tiny_checkpoint(), tmp_path, dirs_exist_ok=True)
+    names = list(load_file(tmp_path / "model.safetensors"))
+    (tmp_path / "model.safetensors").rename(tmp_path / "weights.safetensors")
+    weight_map = dict.fromkeys(names, "weights.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    layerskip.load(str(tmp_path), device="cpu")
+
+
+def test_open_tensors_outlive_their_file(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copytree(tiny_checkpoint(), tmp_path, dirs_exist_ok=True)
+    lm = layerskip.load(str(tmp_path), device="cpu")
+    before = lm.logits(TOKENS)
+    shutil.rmtree(tmp_path)
+    assert torch.equal(lm.logits(TOKENS), before)
+
+
+def test_demo() -> None:
+    checkpoint = open_checkpoint("demo")
+    assert checkpoint.config.model_type == "llama"
+    assert checkpoint.tokenizer.decode(checkpoint.tokenizer("hello world")["input_ids"]).strip() == "hello world"
+    assert checkpoint.num_parameters == sum(
+        tensor.numel() for tensor in load_file(checkpoint.folder / "model.safetensors").values()
+    )
+
+
+@pytest.mark.parametrize("spelling", ["absolute", "relative", "home"])
+def test_folders(
+    spelling: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_checkpoint(), tmp_path / "mine" / "model")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    name = {"absolute": str(tmp_path / "mine" / "model"), "relative": "mine/model", "home": "~/mine/model"}[spelling]
+    assert open_checkpoint(name).config.num_layers == 4
+
+
+@pytest.mark.parametrize(
+    ("generation", "own", "wanted"),
+    [(None, 3, (3,)), ([4, 5], 3, (4, 5)), (6, 3, (6,)), ("silent", 3, (3,)), (None, None, ())],
+)
+def test_end_of_sequence(tmp_path: Path, generation: object, own: object, wanted: tuple[int, ...]) -> None:
+    raw = json.loads((open_checkpoint("demo").folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "eos_token_id": own}))
+    if generation is not None:
+        content = {} if generation == "silent" else {"eos_token_id": generation}
+        (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    assert Checkpoint(tmp_path, "").eos_token_ids == wanted
+
+
+def test_devices() -> None:
+    assert choose_device("cpu") == CPU
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for device in ("gpu", "cpu:x", "", "meta", "cuda:99"):
+        with pytest.raises(InvalidArgumentError) as error:
+            choose_device(device)
+        assert repr(device) in str(error.value)
+
+
+def test_dtypes() -> None:
+    assert choose_dtype("bfloat16", CPU, {}) == torch.bfloat16
+    assert choose_dtype("auto", CPU, {"dtype": "bfloat16"}) == torch.float32
+    assert choose_dtype("auto", CUDA, {"dtype": "bfloat16"}) == torch.bfloat16
+    assert choose_dtype("auto", CUDA, {"torch_dtype": "float16"}) == torch.float16
+    assert choose_dtype("auto", CUDA, {}) == torch.float32
+    with pytest.raises(InvalidArgumentError, match=r"dtype 'int8'.*auto, float32, bfloat16, float16"):
+        choose_dtype("int8", CPU, {})
+
+
+def test_contexts() -> None:
+    raw = {
+        "model_type": "phi3",
+        "vocab_size": 8,
+        "hidden_size": 32,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "original_max_position_embeddings": 16,
+    }
+    assert choose_context(parse_config(raw), None) == 64
+    scaling = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = parse_config({**raw, "rope_scaling": scaling})
+    assert choose_context(config, None) == 16
+    assert choose_context(config, 64) == 64
+    assert choose_context(config, 1) == 1
+    for bad in (0, -1, 65):
+        with pytest.raises(InvalidArgumentError, match=rf"max_context {bad} is outside 1\.\.64"):
+            choose_context(config, bad)
+
+
+def test_mixed_dtypes(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> None:
+    """A file may mix dtypes; each tensor is converted by itself."""
+    shutil.copytree(tiny_checkpoint(), tmp_path, dirs_exist_ok=True)
+    tensors = {key: tensor.clone() for key, tensor in load_file(tmp_path / "model.safetensors").items()}
+    wanted = layerskip.load(str(tmp_path), dtype="float32", device="cpu").logits(TOKENS)
+    name = "model.layers.0.self_attn.k_proj.weight"
+    save_file({**tensors, name: tensors[name].double()}, tmp_path / "model.safetensors")
+    assert torch.equal(layerskip.load(str(tmp_path), dtype="float32", device="cpu").logits(TOKENS), wanted)

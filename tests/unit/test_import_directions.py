@@ -1,0 +1,152 @@
+"""Imports point one way, and importing the package or asking for help stays cheap."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parents[2] / "src"
+PACKAGE = SRC / "layerskip"
+
+# Lowest first. A module may import from its own layer and from the ones before it. "" is layerskip/__init__.py.
+LAYERS = [
+    {"errors"},
+    {"model"},
+    {"hub", "checkpoint"},
+    {"decoding"},
+    {"language_model"},
+    {"evaluation", "training", "serving", "interop"},
+    {"cli", "__main__", ""},
+]
+HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
+TOP = len(LAYERS) - 1
+
+
+def module_name(path: Path) -> str:
+    """src/layerskip/model/cache.py -> layerskip.model.cache, src/layerskip/model/__init__.py -> layerskip.model."""
+    parts = path.relative_to(SRC).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_names(source: str, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
+    """Yield (line, absolute dotted name) of everything imported, wherever in the file the import stands."""
+    package = module if is_package else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=names):
+                yield from ((node.lineno, alias.name) for alias in names)
+            case ast.ImportFrom(module=origin, names=names, level=level):
+                base = package.split(".")[: len(package.split(".")) - level + 1] if level else []
+                prefix = ".".join([*base, *([origin] if origin else [])])
+                yield from ((node.lineno, f"{prefix}.{alias.name}") for alias in names)
+            case ast.Call(
+                func=ast.Name(id="import_module") | ast.Attribute(attr="import_module"),
+                args=[ast.Constant(value=str(name)), *_],
+            ):
+                yield node.lineno, name
+
+
+def unit_of(name: str) -> str | None:
+    """Top-level unit behind an absolute dotted name: "model", ...; "" for the public API; None for other packages."""
+    parts = name.split(".")
+    if parts[0] != "layerskip" or parts[1:] == ["__version__"]:
+        return None
+    unit = parts[1] if len(parts) > 1 else ""
+    return unit if unit in HEIGHT or unit in units_on_disk() else ""
+
+
+def units_on_disk() -> set[str]:
+    """Names of the modules and packages directly below src/layerskip that hold Python."""
+    modules = {path.stem for path in PACKAGE.glob("*.py") if path.name != "__init__.py"}
+    return modules | {path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.rglob("*.py"))}
+
+
+def violations(source: str, module: str, is_package: bool = False) -> list[str]:
+    """Describe each import in `source` that points upwards."""
+    own_unit = unit_of(module)
+    found = []
+    for line, name in imported_names(source, module, is_package):
+        unit = unit_of(name)
+        if unit is None or HEIGHT.get(unit, 0) <= HEIGHT.get(own_unit or "", TOP):  # another test reports unknown units
+            continue
+        target = f"`{unit}`" if unit else "the public API in layerskip/__init__.py"
+        found.append(f"{module}, line {line}: `{own_unit}` must not import {name}: {target} is a higher layer")
+    return found
+
+
+def test_every_top_level_module_has_a_layer() -> None:
+    unknown = sorted(units_on_disk() - set(HEIGHT))
+    assert not unknown, f"src/layerskip has modules without a layer: {unknown}; give them one in LAYERS, in {__file__}"
+
+
+def test_imports_point_to_the_same_or_a_lower_layer() -> None:
+    found: list[str] = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path != PACKAGE / "__init__.py":
+            found += violations(path.read_text("utf-8"), module_name(path), path.name == "__init__.py")
+    assert not found, "\n".join(["imports that point upwards:", *found])
+
+
+@pytest.mark.parametrize(
+    ("source", "module"),
+    [
+        ("import layerskip.decoding.policy", "layerskip.model.cache"),
+        ("from layerskip.checkpoint import load", "layerskip.model.cache"),
+        ("from layerskip import cli", "layerskip.evaluation.report"),
+        ("from layerskip import load", "layerskip.evaluation.report"),
+        ("from ..decoding import policy", "layerskip.model.cache"),
+        ("from .. import decoding", "layerskip.model.cache"),
+        ("def f():\n    from layerskip.model.cache import KVCache", "layerskip.errors"),
+        ("if TYPE_CHECKING:\n    from layerskip.language_model import X", "layerskip.decoding.policy"),
+        ("importlib.import_module('layerskip.serving.app')", "layerskip.language_model"),
+    ],
+)
+def test_an_upward_import_is_found(source: str, module: str) -> None:
+    assert len(violations(source, module)) == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "module"),
+    [
+        ("import torch\nfrom transformers import AutoTokenizer", "layerskip.model.cache"),
+        ("from layerskip.errors import LayerSkipError", "layerskip.model.cache"),
+        ("from .config import ModelConfig\nfrom . import rope", "layerskip.model.cache"),
+        ("from layerskip.training import data", "layerskip.evaluation.datasets"),
+        ("from layerskip import __version__", "layerskip.evaluation.report"),
+        ("from layerskip import load, errors", "layerskip.cli.main"),
+    ],
+)
+def test_other_imports_are_let_through(source: str, module: str) -> None:
+    assert violations(source, module) == []
+
+
+def modules_loaded_by(code: str) -> set[str]:
+    """Run `code` in a fresh interpreter; return the names of the top-level modules that it loaded."""
+    report = "\nimport json, sys\nprint(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+    env = {**os.environ, "PYTHONPATH": str(SRC)}
+    result = subprocess.run(
+        [sys.executable, "-c", code + report], env=env, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return set(json.loads(result.stdout.splitlines()[-1]))
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    assert modules_loaded_by("import layerskip").isdisjoint({"torch", "transformers", "rich", "tyro"})
+
+
+def test_help_does_not_load_torch() -> None:
+    code = """
+from layerskip.cli.main import main
+try:
+    status = main(["--help"])
+except SystemExit as stop:
+    status = stop.code
+assert not status, f"--help ended with status {status!r}"
+"""
+    assert modules_loaded_by(code).isdisjoint({"torch", "transformers"})

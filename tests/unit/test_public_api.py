@@ -1,0 +1,61 @@
+"""The Python interface, spelled out: changing it is a decision, not an accident."""
+
+import dataclasses
+import inspect
+
+import layerskip
+
+SIGNATURES = {
+    "load": "name, *, dtype, device, revision, max_context",
+    "LanguageModel.generate": "self, prompts, config, **options",
+    "LanguageModel.stream": "self, prompts, config, *, show_drafts, session, **options",
+    "LanguageModel.score": "self, prompts, continuations, *, exit_layer",
+    "LanguageModel.logits": "self, token_ids, exit_layer",
+    "LanguageModel.encode": "self, prompts, *, special_tokens",
+    "LanguageModel.new_session": "self",
+}
+FIELDS = {
+    "GenerationConfig": """max_new_tokens generation_strategy exit_layer num_speculations do_sample temperature top_k
+        top_p min_p repetition_penalty no_repeat_ngram_size seed acceptance block_verification stop eos_token_ids
+        ignore_eos""",
+    "GenerationResult": "text token_ids finish_reason stop_reason seed stats",
+    "GenerationStats": """tokens prompt_tokens cached_tokens seconds time_to_first_token_s tokens_per_second rounds
+        drafted accepted acceptance_rate drafted_by_position accepted_by_position mean_accepted_length layer_calls
+        seconds_drafting seconds_verifying""",
+    "TokenEvent": "index token_id text source",
+    "DraftEvent": "index token_ids text",
+    "FinishEvent": "index text result",
+    "Score": "token_ids token_logprobs logprob is_greedy",
+}
+
+
+def test_every_public_name_can_be_imported() -> None:
+    assert all(getattr(layerskip, name) is not None for name in layerskip.__all__)
+    assert sorted(layerskip.__all__) == sorted(
+        """DraftEvent FinishEvent GenerationConfig GenerationResult GenerationStats GenerationStream LanguageModel
+        LayerSkipError Score Session StreamEvent TokenEvent __version__ load""".split()
+    )
+
+
+def test_signatures() -> None:
+    for path, expected in SIGNATURES.items():
+        thing = layerskip
+        for name in path.split("."):
+            thing = getattr(thing, name)
+        assert _names(thing) == expected, path
+
+
+def test_fields() -> None:
+    for name, expected in FIELDS.items():
+        fields = [field.name for field in dataclasses.fields(getattr(layerskip, name))]
+        assert fields == expected.split(), name
+
+
+def _names(function: object) -> str:
+    """Parameters by name, with a `*` before those that are keyword-only."""
+    parts: list[str] = []
+    for parameter in inspect.signature(function).parameters.values():  # type: ignore[arg-type]
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in parts:
+            parts.append("*")
+        parts.append(f"**{parameter.name}" if parameter.kind is parameter.VAR_KEYWORD else parameter.name)
+    return ", ".join(parts)

@@ -1,0 +1,86 @@
+"""Statistics of a generation."""
+
+import time
+
+import pytest
+import torch
+
+from layerskip.decoding.stats import StatsRecorder, Stopwatch
+from layerskip.language_model import LanguageModel
+
+
+def test_rounds_are_counted_by_position() -> None:
+    recorder = StatsRecorder()
+    recorder.record_round(3, 2)
+    recorder.record_round(3, 0)
+    recorder.record_round(1, 1)
+    recorder.record_round(0, 0)
+    stats = recorder.finish(prompt_tokens=5, tokens=8)
+    assert stats.drafted_by_position == (3, 2, 2)
+    assert stats.accepted_by_position == (2, 1, 0)
+    assert (stats.drafted, stats.accepted, stats.rounds) == (7, 3, 4)
+    assert stats.acceptance_rate == pytest.approx(3 / 7)
+    assert stats.mean_accepted_length == pytest.approx(7 / 4)
+
+
+def test_a_round_that_is_cut_loses_its_last_drafts() -> None:
+    recorder = StatsRecorder()
+    recorder.record_round(4, 3)
+    recorder.record_round(4, 3)
+    recorder.cut_round(10)
+    assert recorder.accepted_by_position == [2, 2, 2, 0]
+    recorder.cut_round(1)
+    recorder.cut_round(1)
+    assert recorder.accepted_by_position == [2, 1, 1, 0]
+    recorder.cut_round(-1)  # cut even before the round
+    assert recorder.accepted_by_position == [1, 1, 1, 0]
+    assert recorder.drafted_by_position == [2, 2, 2, 2]
+
+
+def test_without_rounds_nothing_is_divided_by_zero() -> None:
+    stats = StatsRecorder().finish(prompt_tokens=1, tokens=0)
+    assert (stats.acceptance_rate, stats.mean_accepted_length, stats.drafted_by_position) == (0.0, 0.0, ())
+    assert stats.time_to_first_token_s == 0.0
+
+
+def test_times_run_from_the_start_to_the_last_token() -> None:
+    recorder = StatsRecorder(started=100.0)
+    recorder.first_token_at, recorder.last_token_at = 100.5, 104.0
+    stats = recorder.finish(prompt_tokens=1, tokens=8)
+    assert (stats.time_to_first_token_s, stats.seconds, stats.tokens_per_second) == (0.5, 4.0, 2.0)
+
+
+def test_stopwatch_measures_seconds() -> None:
+    watch = Stopwatch(torch.device("cpu"))
+    start = watch.mark()
+    time.sleep(0.02)
+    assert 0.015 < watch.between(start, watch.mark()) < 1
+
+
+def test_a_generation_is_measured(text_lm: LanguageModel) -> None:
+    time_before = time.perf_counter()
+    (result,) = text_lm.generate([[2, 3, 4]], max_new_tokens=20, exit_layer=3)
+    elapsed = time.perf_counter() - time_before
+    stats = result.stats
+    assert (stats.tokens, stats.prompt_tokens, stats.cached_tokens) == (20, 3, 0)
+    assert 0 < stats.time_to_first_token_s < stats.seconds < elapsed
+    assert stats.tokens_per_second == pytest.approx(20 / stats.seconds)
+    assert stats.seconds_drafting > 0
+    assert stats.seconds_verifying > 0
+    assert stats.seconds_drafting + stats.seconds_verifying < stats.seconds - stats.time_to_first_token_s
+
+
+def test_plain_decoding_drafts_nothing(text_lm: LanguageModel) -> None:
+    (result,) = text_lm.generate([[2, 3, 4]], max_new_tokens=9, generation_strategy="autoregressive")
+    stats = result.stats
+    assert (stats.drafted, stats.accepted, stats.rounds, stats.mean_accepted_length) == (0, 0, 8, 1.0)
+    assert (stats.seconds_drafting, stats.seconds_verifying) == (0.0, 0.0)
+
+
+def test_the_clock_starts_with_the_work(text_lm: LanguageModel) -> None:
+    """A stream that waits before it is read doesn't count the wait."""
+    stream = text_lm.stream([[2, 3, 4]], max_new_tokens=2)
+    time.sleep(0.5)
+    for _ in stream:
+        pass
+    assert stream.results()[0].stats.seconds < 0.4

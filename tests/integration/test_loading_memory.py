@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from layerskip.checkpoint import Checkpoint
+from layerskip.model.linear import WIDE
 from layerskip.model.weights import tensor_shapes
 
 SRC = Path(__file__).parents[2] / "src"
@@ -50,14 +51,14 @@ print(megabytes("VmHWM") - baseline)
 """
 
 
-def write_checkpoint(folder: Path, *, tied: bool, num_files: int, dtype: torch.dtype) -> float:
-    """A Llama of about 300 MB in float32; returns its exact size in MB (of float32, a tied head once)."""
+def write_checkpoint(folder: Path, *, tied: bool, width: int, num_files: int, dtype: torch.dtype) -> float:
+    """A Llama of 200 to 300 MB in float32; returns its exact size in MB (of float32, a tied head once)."""
     config = {
         "model_type": "llama",
         "vocab_size": 16000,
-        "hidden_size": 1024,
+        "hidden_size": width,
         "intermediate_size": 2560,
-        "num_hidden_layers": 5 if tied else 4,
+        "num_hidden_layers": (5 if tied else 4) * WIDE // width,
         "num_attention_heads": 16,
         "num_key_value_heads": 4,
         "max_position_embeddings": 64,
@@ -79,18 +80,26 @@ def write_checkpoint(folder: Path, *, tied: bool, num_files: int, dtype: torch.d
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
 @pytest.mark.parametrize(
-    ("tied", "num_files", "stored", "dtype"),
+    ("tied", "width", "num_files", "stored", "dtype"),
     [
-        (True, 1, "float32", "float32"),
-        (False, 3, "float32", "float32"),
-        (True, 2, "bfloat16", "float32"),
+        (True, WIDE, 1, "float32", "float32"),
+        (False, WIDE, 3, "float32", "float32"),
+        (True, WIDE // 2, 1, "float32", "float32"),  # most weights are packed
+        (False, WIDE // 2, 3, "float32", "float32"),
+        (True, WIDE // 2, 2, "bfloat16", "float32"),
     ],
 )
 def test_peak_is_little_more_than_the_network(
-    tmp_path: Path, tiny_checkpoint: Callable[..., Path], tied: bool, num_files: int, stored: str, dtype: str
+    tmp_path: Path,
+    tiny_checkpoint: Callable[..., Path],
+    tied: bool,
+    width: int,
+    num_files: int,
+    stored: str,
+    dtype: str,
 ) -> None:
     folder = tmp_path / "large"
-    size = write_checkpoint(folder, tied=tied, num_files=num_files, dtype=getattr(torch, stored))
+    size = write_checkpoint(folder, tied=tied, width=width, num_files=num_files, dtype=getattr(torch, stored))
     size *= getattr(torch, dtype).itemsize / 4
     environment = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", MEASURE, str(tiny_checkpoint()), str(folder), dtype]

@@ -1,4 +1,4 @@
-"""Packed weights multiply like plain ones.
+"""Every kernel and layout multiplies like torch's own product.
 
 Shapes: I input width, O output width.
 """
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layerskip.model.linear import DenseLinear, PackedLinear, can_pack, make_linear
+from layerskip.model.linear import WIDE, DenseLinear, OneDNNLinear, has_onednn, make_linear, pack, packs
 
 CPU = torch.device("cpu")
 ROWS = [*range(1, 10), 64]
@@ -19,44 +19,50 @@ def random(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-@pytest.mark.parametrize(("inner", "outer"), [(64, 96), (40, 51)])
-def test_packed_equals_plain(dtype: torch.dtype, bias: bool, inner: int, outer: int) -> None:
-    if not can_pack(CPU, dtype):
-        pytest.skip(f"oneDNN packs no {dtype} here")
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize(("inner", "outer"), [(64, 96), (40, 51), (WIDE, 33)])
+def test_equals_stock(dtype: torch.dtype, bias: bool, packed: bool, inner: int, outer: int) -> None:
+    if not has_onednn(CPU, dtype):
+        pytest.skip(f"oneDNN multiplies no {dtype} here")
     weight = random(outer, inner).to(dtype)
     added = random(outer).to(dtype) if bias else None
-    packed = PackedLinear(weight, added)
+    linear = OneDNNLinear(pack(weight) if packed else weight, added)
     tolerance = 1e-5 if dtype == torch.float32 else 2**-7
     for rows in ROWS:
         x = random(rows, inner).to(dtype)
         wanted = F.linear(x.double(), weight.double(), None if added is None else added.double())
-        out = packed(x)
+        out = linear(x)
         assert out.dtype == dtype
         assert out.shape == (rows, outer)
         assert float((out.double() - wanted).abs().max() / wanted.abs().max()) < tolerance
-        assert torch.equal(packed(x.view(1, rows, inner))[0], out)  # any leading dimensions
-        assert torch.equal(packed(x.view(rows, 1, inner))[:, 0], out)
+        assert torch.equal(linear(x.view(1, rows, inner))[0], out)  # any leading dimensions
+        assert torch.equal(linear(x.view(rows, 1, inner))[:, 0], out)
 
 
-def test_packed_weights_are_a_copy() -> None:
-    if not can_pack(CPU, torch.float32):
-        pytest.skip("oneDNN packs nothing here")
-    weight, x = random(8, 16), random(2, 16)
-    packed = PackedLinear(weight)
-    before = packed(x)
+@pytest.mark.parametrize(("inner", "packed"), [(16, True), (WIDE - 1, True), (WIDE, False)])
+def test_narrow_weights_are_packed_and_wide_ones_kept(inner: int, packed: bool) -> None:
+    if not has_onednn(CPU, torch.float32):
+        pytest.skip("oneDNN multiplies nothing here")
+    assert packs(CPU, torch.float32, inner) == packed
+    weight, x = random(8, inner), random(2, inner)
+    linear = make_linear(weight)
+    assert isinstance(linear, OneDNNLinear)
+    assert (linear.weight is weight) != packed
+    before = linear(x)
     weight.zero_()
-    assert torch.equal(packed(x), before)
+    assert torch.equal(linear(x), before) == packed
 
 
 def test_strided_weights() -> None:
-    weight, x = random(16, 8).t(), random(3, 16)
-    torch.testing.assert_close(make_linear(weight)(x), F.linear(x, weight))
+    for inner in (16, WIDE):
+        weight, x = random(inner, 8).t(), random(3, inner)
+        torch.testing.assert_close(make_linear(weight)(x), F.linear(x, weight), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 def test_other_dtypes_stay_plain(dtype: torch.dtype) -> None:
-    assert not can_pack(CPU, dtype)
+    assert not has_onednn(CPU, dtype)
     weight, added, x = random(8, 16).to(dtype), random(8).to(dtype), random(3, 16).to(dtype)
     linear = make_linear(weight, added)
     assert isinstance(linear, DenseLinear)
@@ -65,5 +71,5 @@ def test_other_dtypes_stay_plain(dtype: torch.dtype) -> None:
 
 
 def test_other_devices_stay_plain() -> None:
-    assert not can_pack(torch.device("meta"), torch.float32)
+    assert not has_onednn(torch.device("meta"), torch.float32)
     assert isinstance(make_linear(torch.empty(4, 4, device="meta")), DenseLinear)

@@ -1,4 +1,4 @@
-"""Matrix products with resident weights, in the layout that is fastest for a few rows at a time.
+"""Matrix products with resident weights, by the kernel and in the layout that are fastest for a few rows at a time.
 
 Shapes: N any leading dimensions, I input width, O output width.
 """
@@ -11,6 +11,10 @@ from torch import Tensor
 
 PACKED_ROWS = 8
 """Rows for which packed weights are laid out: decoding multiplies 1 to about 9, and this layout serves them all."""
+WIDE = 1024
+"""Input width from which float32 weights stay as they are: their rows are then long enough to stream from memory, and a
+single row of x takes about a quarter less time than with packed weights, seven rows a seventh more
+(`benchmarks/linear_layouts.py`)."""
 
 
 class Linear(Protocol):
@@ -22,7 +26,7 @@ class Linear(Protocol):
 
 
 class DenseLinear:
-    """Weights as torch keeps them, [O, I]; may be shared with the embedding table."""
+    """Weights as torch keeps them, [O, I], and torch's own product; may be shared with the embedding table."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight = weight
@@ -32,23 +36,32 @@ class DenseLinear:
         return F.linear(x, self.weight, self.bias)
 
 
-class PackedLinear:
-    """Weights reordered by oneDNN into blocks: on a CPU a product of 2 to 9 rows then costs about as much as one row.
-
-    Stock `F.linear` takes two to six times as long for such skinny products.
-    """
+class OneDNNLinear:
+    """oneDNN's product on a CPU; stock `F.linear` takes up to twice as long for one row and two to four for several."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_ROWS)
+        """Take a weight as it is, or packed; only the former may be shared.
+
+        Args:
+            weight: [O, I], contiguous, or from `pack`.
+            bias: [O], or None.
+        """
+        self.weight = weight
         self.bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return result
 
 
-def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `PackedLinear` works here for this dtype."""
+def pack(weight: Tensor) -> Tensor:
+    """A copy reordered into blocks, with which a product of 2 to 9 rows costs little more than one of a single row."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_ROWS)
+    return packed
+
+
+def has_onednn(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `OneDNNLinear` works here for this dtype."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     operators = torch.ops.mkldnn
@@ -59,13 +72,20 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
+def packs(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether `make_linear` copies a weight of this input width (I) into another layout."""
+    return has_onednn(device, dtype) and (dtype != torch.float32 or width < WIDE)
+
+
 def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """The fastest linear layer for the weight's device and dtype; the weight may be freed afterwards.
+    """The fastest linear layer for the weight's device, dtype and width; the weight is kept unless `packs` says so.
 
     Args:
         weight: [O, I].
         bias: [O], or None.
     """
-    if can_pack(weight.device, weight.dtype):
-        return PackedLinear(weight, bias)
+    if packs(weight.device, weight.dtype, weight.shape[1]):
+        return OneDNNLinear(pack(weight), bias)
+    if has_onednn(weight.device, weight.dtype):
+        return OneDNNLinear(weight.contiguous(), bias)
     return DenseLinear(weight, bias)

@@ -15,7 +15,7 @@ from layerskip.errors import WeightsError
 from layerskip.model.config import ModelConfig
 from layerskip.model.decoder import Decoder, LayerWeights
 from layerskip.model.families import FAMILIES
-from layerskip.model.linear import DenseLinear, Linear, can_pack, make_linear
+from layerskip.model.linear import Linear, make_linear, packs
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 NORMS = ("attention_norm", "q_norm", "k_norm", "post_attention_norm", "mlp_norm", "post_mlp_norm")
@@ -52,7 +52,7 @@ def load_decoder(
         WeightsError: A tensor is missing, unknown, or of the wrong shape.
     """
     check_names(config, source.names())
-    target = _Target(device, dtype, packed=can_pack(device, dtype))
+    target = _Target(device, dtype)
     embedding, head = _load_tables(config, source, target)
     layers = [_load_layer(config, index, source, target) for index in range(config.num_layers)]
     final_norm = _norm_weight(config, _checked(source, FINAL_NORM, (config.hidden_size,)), device)
@@ -132,8 +132,10 @@ class _Target:
 
     device: torch.device
     dtype: torch.dtype
-    packed: bool
-    """Whether `make_linear` copies them once more, so that what it is given lives for a moment only."""
+
+    def packs(self, shape: Sequence[int]) -> bool:
+        """Whether `make_linear` copies such a weight once more, so that what it is given lives for a moment only."""
+        return packs(self.device, self.dtype, shape[1])
 
     def empty(self, shape: Sequence[int]) -> Tensor:
         """Room for a weight.
@@ -142,7 +144,7 @@ class _Target:
         it maps with every mapping that is freed, up to 32 MiB), packed weights would land behind it, and holes and an
         untrimmed top would stay: twice the largest weight for nothing.
         """
-        if not self.packed:
+        if not self.packs(shape):
             return torch.empty(shape, dtype=self.dtype, device=self.device)
         memory = mmap.mmap(-1, torch.Size(shape).numel() * self.dtype.itemsize)
         return torch.frombuffer(memory, dtype=self.dtype).view(shape)
@@ -151,11 +153,12 @@ class _Target:
 def _load_tables(config: ModelConfig, source: TensorSource, target: _Target) -> tuple[Tensor, Linear]:
     """Embedding table and head, before the layers: their copies are the largest and exist while little else does."""
     shapes = [(config.vocab_size, config.hidden_size)]
-    if config.tie_word_embeddings and not target.packed:
+    packed = target.packs(shapes[0])
+    if config.tie_word_embeddings and not packed:
         embedding = _stack(source, [EMBEDDING], shapes, target)
-        return embedding, DenseLinear(embedding)
+        return embedding, make_linear(embedding)
     head = make_linear(_stack(source, [EMBEDDING if config.tie_word_embeddings else HEAD], shapes, target))
-    if target.packed:  # mapped anew, without the pages that the head was copied from
+    if packed:  # mapped anew, without the pages that the head was copied from
         return _checked(source, EMBEDDING, shapes[0]), head
     return _stack(source, [EMBEDDING], shapes, target), head
 
@@ -179,7 +182,7 @@ def _load_layer(config: ModelConfig, index: int, source: TensorSource, target: _
 
 def _stack(source: TensorSource, names: Sequence[str], shapes: Sequence[tuple[int, ...]], target: _Target) -> Tensor:
     """Tensors of the checkpoint one below the other, each copied straight into its place."""
-    if target.packed and len(names) == 1:
+    if len(names) == 1 and target.packs(shapes[0]):
         tensor = _checked(source, names[0], shapes[0])
         if tensor.dtype == target.dtype:  # packed from the file itself
             return tensor

@@ -176,7 +176,8 @@ class LanguageModel:
             PromptError: No tokens, too many, or ids outside the vocabulary.
             InvalidArgumentError: A bad exit layer.
         """
-        return all_logits(self.decoder, list(token_ids), self._depth(exit_layer))
+        (tokens,) = self.encode([token_ids])
+        return all_logits(self.decoder, tokens, self._depth(exit_layer))
 
     def encode(self, prompts: Prompts, *, special_tokens: bool = True) -> list[list[int]]:
         """Token ids of texts (ids pass through), with the tokenizer's own special tokens, such as a leading <s>."""

@@ -263,8 +263,17 @@ class TestScores:
                 text_lm.score([self.TEXT], exit_layer=exit_layer)
             with pytest.raises(InvalidArgumentError, match="exit_layer"):
                 text_lm.logits(self.TEXT, exit_layer)
+
+    def test_logits_take_tensors_of_ids(self, text_lm: LanguageModel) -> None:
+        assert torch.equal(text_lm.logits(torch.tensor(self.TEXT)), text_lm.logits(self.TEXT))
+
+    def test_logits_of_bad_ids_are_refused(self, text_lm: LanguageModel) -> None:
         with pytest.raises(PromptError, match="no tokens"):
             text_lm.logits([])
+        with pytest.raises(PromptError, match="the text has token id 999; allowed are whole numbers"):
+            text_lm.logits([2, 999])
+        with pytest.raises(PromptError, match="list of token ids"):
+            text_lm.logits([2.5])
 
 
 def test_prompts_longer_than_a_chunk(text_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:

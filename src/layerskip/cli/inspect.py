@@ -38,6 +38,8 @@ class InspectArguments:
     """The text itself, in place of a file."""
     limit: int | None = None
     """Most lines of the .jsonl file to use."""
+    max_tokens: int | None = None
+    """Read no more than this many tokens in all; a few thousand give a good picture."""
     output: OutputArguments = default(default_factory=OutputArguments)
 
 
@@ -49,7 +51,7 @@ def run(argv: Sequence[str]) -> int:
 
     from layerskip.evaluation.exits import measure_exits
 
-    tokens = lm.encode(texts)
+    tokens = cut(lm.encode(texts), arguments.max_tokens)
     with make_progress(arguments.output) as bar:
         task = bar.add_task("reading tokens", total=sum(len(text) - 1 for text in tokens))
         report = measure_exits(lm, tokens, on_progress=lambda done: bar.advance(task, done))
@@ -74,6 +76,23 @@ def read_texts(arguments: InspectArguments) -> list[str]:
         return [Path(sample.__file__).read_text(encoding="utf-8")]
     field = arguments.field or ("text" if Path(arguments.text).suffix == ".jsonl" else None)
     return read_prompts(Path(arguments.text), field=field, limit=arguments.limit)
+
+
+def cut(texts: list[list[int]], max_tokens: int | None) -> list[list[int]]:
+    """The first `max_tokens` tokens of all texts together.
+
+    Raises:
+        InvalidArgumentError: Too few to predict one from another.
+    """
+    if max_tokens is None:
+        return texts
+    if max_tokens < 2:
+        raise InvalidArgumentError(f"max_tokens must be at least 2, got {max_tokens}")
+    kept: list[list[int]] = []
+    for text in texts:
+        kept.append(text[:max_tokens])
+        max_tokens -= len(kept[-1])
+    return [text for text in kept if text]
 
 
 def describe(lm: "LanguageModel") -> dict[str, Any]:

@@ -58,10 +58,7 @@ def check_prompt(tokens: Sequence[int], config: GenerationConfig, decoder: Decod
     """
     if not tokens:
         raise PromptError(f"prompt {index} is empty; give at least one token")
-    vocab_size = decoder.config.vocab_size
-    for token in tokens:
-        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
-            raise PromptError(f"prompt {index} has token id {token!r}; allowed are whole numbers 0..{vocab_size - 1}")
+    decoder.config.check_token_ids(tokens, f"prompt {index}")
     room = decoder.max_context - len(tokens)
     if room < 1:
         raise PromptError(

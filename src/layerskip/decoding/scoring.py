@@ -41,7 +41,7 @@ def score_tokens(
         if not context or not target:
             raise PromptError(f"text {index} has {len(context)} + {len(target)} tokens; both parts need at least one")
         tokens = [*context, *target]
-        _check_ids(decoder, tokens)
+        decoder.config.check_token_ids(tokens, f"text {index}")
         logprobs: list[float] = []
         greedy = True
         for start, logits in logits_in_chunks(decoder, tokens[:-1], num_layers):
@@ -107,11 +107,4 @@ def _check(decoder: Decoder, tokens: Sequence[int]) -> None:
         raise PromptError("there are no tokens; give at least one")
     if len(tokens) > decoder.max_context:
         raise PromptError(f"{len(tokens)} tokens exceed the context of {decoder.max_context}; shorten the text")
-    _check_ids(decoder, tokens)
-
-
-def _check_ids(decoder: Decoder, tokens: Sequence[int]) -> None:
-    vocab_size = decoder.config.vocab_size
-    bad = next((t for t in tokens if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < vocab_size), None)
-    if bad is not None:
-        raise PromptError(f"token id {bad!r} is not in the vocabulary; allowed are whole numbers 0..{vocab_size - 1}")
+    decoder.config.check_token_ids(tokens, "the text")

@@ -1,11 +1,11 @@
 """What a decoder is: sizes and switches, read strictly from a Hugging Face config.json."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from layerskip.errors import CheckpointError, InvalidArgumentError, UnsupportedModelError
+from layerskip.errors import CheckpointError, InvalidArgumentError, PromptError, UnsupportedModelError
 from layerskip.model.rope import RopeConfig, parse_rope
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -111,6 +111,12 @@ class ModelConfig:
                 f"and this model has {self.num_layers}"
             )
         return exit_layer
+
+    def check_token_ids(self, tokens: Sequence[int], name: str) -> None:
+        """Raise `PromptError` unless all tokens of the text called `name` are in the vocabulary."""
+        for token in tokens:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                raise PromptError(f"{name} has token id {token!r}; allowed are whole numbers 0..{self.vocab_size - 1}")
 
 
 def read_size(raw: Mapping[str, Any], key: str) -> int:

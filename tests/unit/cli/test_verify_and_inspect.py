@@ -92,6 +92,14 @@ def test_inspect_prints_exits_as_json(tmp_path: Path, capsys: pytest.CaptureFixt
     assert report["model"]["num_layers"] == 16
 
 
+def test_inspect_reads_no_more_than_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "def add(a, b):"}\n' * 9)  # 7 tokens each
+    for limit, predicted in (("2", 1), ("7", 6), ("10", 8), ("99", 54)):
+        assert main(["inspect", "--text", str(file), "--max-tokens", limit, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["num_tokens"] == predicted
+
+
 def test_inspect_prints_a_table_and_a_verdict(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "--prompt", "def add(a, b):\n    return a + b\n"]) == 0
     out = capsys.readouterr().out
@@ -106,6 +114,7 @@ def test_inspect_prints_a_table_and_a_verdict(capsys: pytest.CaptureFixture[str]
         (["--text", "nowhere.txt"], "can't be read"),
         (["--prompt", "a", "--text", "b.txt"], "not both"),
         (["--prompt", ""], "empty"),
+        (["--max-tokens", "1"], "max_tokens must be at least 2, got 1"),
     ],
 )
 def test_inspect_reports_bad_input_in_one_line(

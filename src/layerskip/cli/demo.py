@@ -33,12 +33,12 @@ class DemoArguments:
     Exit code 1 if the texts differ.
 
     Example:
-        layerskip demo --exit-layer 2 --num-speculations 3
+        layerskip demo --exit-layer 6 --num-speculations 3
     """
 
     exit_layer: int | None = None
     """Layers that draft (1..L); a quarter of them if not given."""
-    num_speculations: int = 4
+    num_speculations: int = 2
     """Most tokens to draft in a round."""
     max_new_tokens: int = 48
     """Tokens to write after each of two prompts."""

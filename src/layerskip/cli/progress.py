@@ -10,12 +10,14 @@ from layerskip.cli.terminal import is_terminal, make_console
 
 def make_progress(output: OutputArguments) -> Progress:
     """A progress bar on standard error; silent where that isn't a terminal."""
+    console = make_console(output, stderr=True)
+    console.quiet = not is_terminal(sys.stderr)  # some versions of rich end even a disabled bar with an empty line
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        console=make_console(output, stderr=True),
+        console=console,
         transient=True,
-        disable=not is_terminal(sys.stderr),
+        disable=console.quiet,
     )

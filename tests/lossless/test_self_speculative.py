@@ -9,6 +9,7 @@ import pytest
 from layerskip.decoding import self_speculative
 from layerskip.decoding.loop import Committed
 from layerskip.language_model import LanguageModel
+from layerskip.model.linear import WIDE
 
 EXITS = [1, 2, 3, 4, 5]
 SAMPLED = [
@@ -68,6 +69,20 @@ def test_coupled_sampling(lm: LanguageModel, prompts: list[list[int]], sampling:
             settings = {"exit_layer": exit_layer, "num_speculations": num_speculations}
             assert generate(lm, prompts[1], **options, **settings) == expected
     assert len(texts) == 2  # another seed, another text
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "top_p": 0.95, "seed": 3}], ids=["greedy", "coupled"])
+def test_weights_that_are_not_packed(make_lm: Callable[..., LanguageModel], prompts: list, options: dict) -> None:
+    """Wide ones, whose products of one row and of several are computed by different kernels."""
+    lm = make_lm(width=WIDE, layers=4)
+    expected = autoregressive(lm, prompts[1], max_new_tokens=32, **options)
+    accepted = 0
+    for exit_layer, num_speculations in [(1, 2), (2, 4), (3, 8), (4, 1)]:
+        settings = {"exit_layer": exit_layer, "num_speculations": num_speculations}
+        (result,) = lm.generate([prompts[1]], max_new_tokens=32, **options, **settings)
+        assert result.token_ids == expected, settings
+        accepted += result.stats.accepted
+    assert accepted > 10
 
 
 @pytest.mark.parametrize("processors", [{"repetition_penalty": 1.4}, {"no_repeat_ngram_size": 2}])

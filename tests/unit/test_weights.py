@@ -11,7 +11,7 @@ from layerskip.errors import WeightsError
 from layerskip.model.config import ModelConfig
 from layerskip.model.decoder import Decoder
 from layerskip.model.families import FAMILIES, parse_config
-from layerskip.model.linear import DenseLinear
+from layerskip.model.linear import WIDE, DenseLinear, OneDNNLinear, has_onednn
 from layerskip.model.weights import check_names, load_decoder, tensor_shapes
 
 SIZES: dict[str, Any] = {
@@ -117,6 +117,27 @@ def test_a_tied_table_that_is_not_packed_is_held_once() -> None:
     assert isinstance(decoder._head, DenseLinear)
     assert decoder._head.weight is decoder._embedding
     assert decoder._embedding.dtype == torch.float16
+
+
+def test_a_wide_tied_table_is_held_once_and_is_no_view_of_the_file() -> None:
+    config, source = make(tie_word_embeddings=True, hidden_size=WIDE)
+    decoder = load(config, source)
+    if not has_onednn(decoder.device, decoder.dtype):
+        pytest.skip("oneDNN multiplies nothing here")
+    assert isinstance(decoder._head, OneDNNLinear)
+    assert decoder._head.weight is decoder._embedding
+    hidden, tokens, cache = torch.randn(1, 2, WIDE), torch.tensor([[1, 2]]), decoder.new_cache(1, 4)
+    normed = F.rms_norm(hidden, (WIDE,), source.tensors["model.norm.weight"], config.rms_norm_eps)
+    wanted = normed @ source.tensors["model.embed_tokens.weight"].t()
+    torch.testing.assert_close(decoder.unembed(hidden), wanted, rtol=1e-4, atol=1e-4)
+
+    def run() -> Tensor:
+        return decoder.run_layers(decoder.embed(tokens), decoder.place(cache, [0], 2), cache, 0, 2)
+
+    before = run()
+    for tensor in source.tensors.values():
+        tensor.zero_()
+    assert torch.equal(run(), before)
 
 
 def test_plain_weights_are_copies() -> None:

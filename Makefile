@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml
 	@echo "setup: installing $(TORCH)"
 	@$(PIP) install '$(TORCH)'
 	@echo "setup: installing layerskip and its development tools"
-	@$(PIP) install --editable '.[dev]'
+	@$(PIP) install --editable '.[dev,train]'
 	@touch $@
 
 venv:

@@ -23,10 +23,23 @@ if TYPE_CHECKING:
     )
     from layerskip.errors import LayerSkipError
     from layerskip.language_model import LanguageModel, Session, load
+    from layerskip.training.config import (
+        CheckpointConfig,
+        LayerSkipConfig,
+        OptimizationConfig,
+        StartConfig,
+        TrainingConfig,
+    )
+    from layerskip.training.data.config import DataConfig
+    from layerskip.training.recipe import LayerSkipRecipe
+    from layerskip.training.run import TrainingResult, train
+    from layerskip.training.trainer import LayerSkipTrainer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointConfig",
+    "DataConfig",
     "DraftEvent",
     "FinishEvent",
     "GenerationConfig",
@@ -34,13 +47,21 @@ __all__ = [
     "GenerationStats",
     "GenerationStream",
     "LanguageModel",
+    "LayerSkipConfig",
     "LayerSkipError",
+    "LayerSkipRecipe",
+    "LayerSkipTrainer",
+    "OptimizationConfig",
     "Score",
     "Session",
+    "StartConfig",
     "StreamEvent",
     "TokenEvent",
+    "TrainingConfig",
+    "TrainingResult",
     "__version__",
     "load",
+    "train",
 ]
 
 _MODULES = {
@@ -53,6 +74,14 @@ _MODULES = {
     ),
     "LayerSkipError": "errors",
     **dict.fromkeys(("LanguageModel", "Session", "load"), "language_model"),
+    **dict.fromkeys(
+        ("CheckpointConfig", "LayerSkipConfig", "OptimizationConfig", "StartConfig", "TrainingConfig"),
+        "training.config",
+    ),
+    "DataConfig": "training.data.config",
+    "LayerSkipRecipe": "training.recipe",
+    "LayerSkipTrainer": "training.trainer",
+    **dict.fromkeys(("TrainingResult", "train"), "training.run"),
 }
 
 

@@ -39,3 +39,7 @@ class UnsupportedModelError(CheckpointError):
 
 class OutOfMemoryError(LayerSkipError, MemoryError):
     """There isn't enough free memory for the weights or the cache."""
+
+
+class TrainingError(LayerSkipError, RuntimeError):
+    """Training can't go on: the loss isn't a number any more, or the data ran out."""

@@ -13,6 +13,10 @@ SIGNATURES = {
     "LanguageModel.logits": "self, token_ids, exit_layer",
     "LanguageModel.encode": "self, prompts, *, special_tokens",
     "LanguageModel.new_session": "self",
+    "LayerSkipRecipe": "model, config, *, seed",
+    "LayerSkipRecipe.begin_step": "self, step, num_steps, *, rank, world_size",
+    "LayerSkipTrainer": "model, args, *, layerskip, **kwargs",
+    "train": "config, output, *, resume, on_step, on_message",
 }
 FIELDS = {
     "GenerationConfig": """max_new_tokens generation_strategy exit_layer num_speculations do_sample temperature top_k
@@ -25,6 +29,10 @@ FIELDS = {
     "TokenEvent": "index token_id text source",
     "DraftEvent": "index token_ids text",
     "FinishEvent": "index text result",
+    "LayerSkipConfig": """dropout_max dropout_schedule exit_loss exit_loss_scale exit_weights curriculum rotation
+        stop_gradient""",
+    "TrainingConfig": "start data recipe optimization checkpoints",
+    "TrainingResult": "output interrupted step num_tokens train_loss loss exits speedups seconds",
     "Score": "token_ids token_logprobs logprob is_greedy",
 }
 
@@ -32,8 +40,10 @@ FIELDS = {
 def test_every_public_name_can_be_imported() -> None:
     assert all(getattr(layerskip, name) is not None for name in layerskip.__all__)
     assert sorted(layerskip.__all__) == sorted(
-        """DraftEvent FinishEvent GenerationConfig GenerationResult GenerationStats GenerationStream LanguageModel
-        LayerSkipError Score Session StreamEvent TokenEvent __version__ load""".split()
+        """CheckpointConfig DataConfig DraftEvent FinishEvent GenerationConfig GenerationResult GenerationStats
+        GenerationStream LanguageModel LayerSkipConfig LayerSkipError LayerSkipRecipe LayerSkipTrainer
+        OptimizationConfig Score Session StartConfig StreamEvent TokenEvent TrainingConfig TrainingResult __version__
+        load train""".split()
     )
 
 

@@ -75,13 +75,14 @@ class DecodingArguments(GenerationConfig):
     """A text that ends the generation; it isn't part of the result."""
 
 
-def parse(kind: type[Arguments], command: str, argv: Sequence[str]) -> Arguments:
+def parse(kind: type[Arguments], command: str, argv: Sequence[str], *, default: Arguments | None = None) -> Arguments:
     """Arguments of a command; prints the help and leaves (`SystemExit`) where it is asked for.
 
     Args:
         kind: The command's dataclass.
         command: The command's name.
         argv: What follows it.
+        default: Values of flags that aren't given; those of the dataclass if there is none.
 
     Raises:
         InvalidArgumentError: The command line is wrong; the message fits into one line.
@@ -97,6 +98,7 @@ def parse(kind: type[Arguments], command: str, argv: Sequence[str]) -> Arguments
                 prog=f"layerskip {command}",
                 description=description,
                 args=list(argv),
+                default=tyro.MISSING_NONPROP if default is None else default,
                 config=(DisallowNone, OmitArgPrefixes),
             )
     except SystemExit as stop:

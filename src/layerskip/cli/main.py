@@ -23,6 +23,7 @@ COMMANDS = {
     "generate": "write after a prompt, and show what speculation does",
     "chat": "talk with a model that has a chat template",
     "verify": "prove that self-speculative decoding changes nothing",
+    "train": "train a model whose early layers can predict",
     "inspect": "show what a checkpoint is and which exits it offers",
     "demo": "see the embedded model draft and verify",
 }
@@ -75,7 +76,7 @@ def _overview() -> str:
         [
             "usage: layerskip COMMAND [OPTIONS]",
             "",
-            "Decode with models whose early layers draft and whose other layers verify.",
+            "Train models whose early layers can predict, and decode with them: those draft, the others verify.",
             "",
             "commands:",
             *(f"  {name:{width}}  {line}" for name, line in COMMANDS.items()),

@@ -52,7 +52,7 @@ def load_model(arguments: ModelArguments, output: OutputArguments) -> "LanguageM
         from layerskip.checkpoint import open_checkpoint
         from layerskip.language_model import LanguageModel
 
-        _silence_libraries(bars=not output.json and is_terminal(sys.stderr))
+        silence_libraries(bars=not output.json and is_terminal(sys.stderr))
     checkpoint = open_checkpoint(arguments.model, revision=arguments.revision)  # downloads show their own bars
     with progress(output, f"loading {arguments.model}"):
         decoder = checkpoint.load_decoder(
@@ -64,7 +64,7 @@ def load_model(arguments: ModelArguments, output: OutputArguments) -> "LanguageM
     return model
 
 
-def _silence_libraries(*, bars: bool) -> None:
+def silence_libraries(*, bars: bool) -> None:
     """Keep other libraries' remarks and progress bars off the terminal, but for downloads if `bars`."""
     from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers.utils import logging

@@ -21,6 +21,7 @@ class Purpose(IntEnum):
     DRAFT = 1
     ACCEPT = 2
     RESIDUAL = 3
+    LAYER_DROPOUT = 4
 
 
 def make_key(seed: int, purpose: Purpose, position: int, counter: int = 0) -> int:

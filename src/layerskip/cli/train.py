@@ -1,0 +1,108 @@
+"""`layerskip train`: train a model so that its early layers can already predict."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import arg
+
+from layerskip.cli.arguments import File, OutputArguments, Switch, parse
+from layerskip.cli.exit_code import ExitCode
+from layerskip.cli.terminal import make_console, progress, silence_libraries
+from layerskip.cli.training_progress import TrainingProgress
+from layerskip.errors import InvalidArgumentError
+from layerskip.training.config import TrainingConfig
+from layerskip.training.settings_file import read_settings
+
+if TYPE_CHECKING:
+    from layerskip.training.run import TrainingResult
+
+BAR_WIDTH = 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments(TrainingConfig):
+    """Train a model with the LayerSkip recipe: layers are dropped, and early exits learn to predict.
+
+    Go on with a trained model (--model), or start from scratch (--config). The result is a plain checkpoint of Hugging
+    Face's format.
+
+    Example: layerskip train --config small --data python-stdlib --output runs/small --max-steps 2000
+    """
+
+    output: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Folder of the run: checkpoints, log, and in the end the trained model."""
+    resume: Switch = False
+    """Go on from the last checkpoint in the output folder, with the same settings."""
+    toml: File = None
+    """Settings from a file; flags come on top. Every run leaves its own as DIR/training.toml."""
+    printing: OutputArguments = field(default_factory=OutputArguments)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command."""
+    arguments = read_arguments(argv)
+    if arguments.output is None:
+        raise InvalidArgumentError("output is missing: name the folder of the run with --output DIR")
+    is_main = os.environ.get("RANK", "0") == "0"  # torchrun and accelerate number the processes
+    printing = arguments.printing if is_main else replace(arguments.printing, json=True)
+    with progress(printing, "starting"):
+        silence_libraries(bars=False)
+        from layerskip.training.run import train
+    config = TrainingConfig(**{name: getattr(arguments, name) for name in TrainingConfig.__dataclass_fields__})
+    with TrainingProgress(printing) as bar:
+        result = train(config, arguments.output, resume=arguments.resume, on_step=bar.step, on_message=bar.message)
+    if is_main:
+        _report(arguments, result)
+    return ExitCode.INTERRUPTED if result.interrupted else ExitCode.DONE
+
+
+def read_arguments(argv: Sequence[str]) -> TrainArguments:
+    """Arguments from the command line, on top of those of a TOML file if it names one."""
+    arguments = parse(TrainArguments, "train", argv)
+    if arguments.toml is None:
+        return arguments
+    settings = read_settings(arguments.toml, TrainingConfig)
+    base = TrainArguments(**{name: getattr(settings, name) for name in TrainingConfig.__dataclass_fields__})
+    return parse(TrainArguments, "train", argv, default=base)
+
+
+def _report(arguments: TrainArguments, result: "TrainingResult") -> None:
+    from layerskip.training.plot import plot_agreement
+
+    plot = None
+    if result.exits:
+        plot = plot_agreement(result.exits, Path(result.output))
+    if arguments.printing.json:
+        print(json.dumps({**asdict(result), "plot": None if plot is None else str(plot)}))
+        return
+    console = make_console(arguments.printing)
+    if result.interrupted:
+        console.print(f"stopped after step {result.step}; its checkpoint is in {result.output}: go on with --resume")
+        return
+    if result.exits:
+        from rich.table import Table
+
+        table = Table(title="exits, on the held-out data")
+        for name in ("exit layer", "loss (nats)", "agreement"):
+            table.add_column(name, justify="right")
+        table.add_column("with the last layer")
+        table.add_column("ideal speedup", justify="right")
+        for quality in result.exits:
+            bar = "█" * round(quality.agreement * BAR_WIDTH)
+            speedup = result.speedups[quality.exit_layer - 1]
+            table.add_row(
+                str(quality.exit_layer),
+                f"{quality.loss:.3f}",
+                f"{quality.agreement:.1%}",
+                bar,
+                f"{speedup.speedup:.2f} (K = {speedup.num_speculations})",
+            )
+        console.print(table)
+    console.print(f"{result.step} steps, {result.num_tokens} tokens, {result.seconds:.0f} s")
+    if plot is not None:
+        console.print(f"agreement by exit: {plot}")
+    console.print(f"the model is in {result.output}: try layerskip generate --model {result.output} --exit-layer 4")

@@ -1,0 +1,113 @@
+"""What happens around the steps of a run: progress for whoever watches, the log on disk, Ctrl-C."""
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from layerskip.training.trainer import LayerSkipTrainer
+
+LOG_FILE = "log.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """Where a run is after a step."""
+
+    step: int
+    num_steps: int
+    loss: float | None
+    """Mean J since the last entry of the log, nats; None before the first one."""
+    tokens_per_second: float
+    """Of all processes, since the run started or resumed, evaluations left out."""
+
+
+OnStep = Callable[[StepReport], None]
+
+
+class ProgressCallback(TrainerCallback):
+    """Reports every step, with the speed of training alone."""
+
+    def __init__(self, on_step: OnStep, *, tokens_per_step: int) -> None:
+        """Report to `on_step`; a step has this many tokens in all processes together."""
+        self._on_step = on_step
+        self._tokens_per_step = tokens_per_step
+        self._loss: float | None = None
+        self._num_steps, self._seconds, self._started = 0, 0.0, 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._num_steps += 1
+        self._seconds += time.perf_counter() - self._started
+        speed = self._num_steps * self._tokens_per_step / max(self._seconds, 1e-9)
+        self._on_step(
+            StepReport(
+                step=state.global_step, num_steps=state.max_steps, loss=self._loss, tokens_per_second=round(speed, 1)
+            )
+        )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self._loss = (logs or {}).get("loss", self._loss)
+
+
+class LogCallback(TrainerCallback):
+    """Keeps the log in a file of JSON lines; a run that resumes goes on where its checkpoint was."""
+
+    def __init__(self, output: Path) -> None:
+        """Write `output/log.jsonl`."""
+        self._path = output / LOG_FILE
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self._path.write_text("".join(json.dumps(entry) + "\n" for entry in state.log_history), encoding="utf-8")
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and state.log_history:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(state.log_history[-1]) + "\n")
+
+
+class InterruptCallback(TrainerCallback):
+    """Ctrl-C (or SIGTERM) ends the run after a checkpoint; pressed again, it ends it at once."""
+
+    def __init__(self, trainer: "LayerSkipTrainer") -> None:
+        """Watch over a trainer's run."""
+        self._trainer = trainer
+        self._previous: dict[int, Any] = {}
+        self.interrupted = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.restore()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.world_size > 1:  # the signal reaches processes at different steps: they must agree on one
+            count = torch.tensor(float(self.interrupted), device=args.device)
+            self.interrupted = bool(self._trainer.accelerator.reduce(count, reduction="sum"))
+        if self.interrupted:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def restore(self) -> None:
+        """Give signals back to who handled them before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.interrupted = True
+        self.restore()

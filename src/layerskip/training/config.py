@@ -1,0 +1,181 @@
+"""Settings of a training run: frozen dataclasses, the source of flags, of TOML files and of Python's arguments.
+
+Nothing here imports torch: help must come at once.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from layerskip.errors import InvalidArgumentError
+from layerskip.training.data.config import DataConfig
+
+Curriculum = Literal["rotational", "gradual", "all"]
+"""rotational: every R-th exit, one further each step; gradual: from the last down to the first; all: always all."""
+DropoutSchedule = Literal["constant", "exponential"]
+"""How the rates change over a run: not at all (continual pretraining, finetuning), or growing (from scratch)."""
+ExitLossName = Literal["ce", "kl", "lk"]
+ExitWeights = Literal["depth", "equal"]
+"""depth: growing with the square of the depth, as in the paper; equal: the same for all exits before the last one."""
+DEFAULT_ROTATION = 8
+
+
+def check_at_least(config: object, least: float, *names: str) -> None:
+    """Raise `InvalidArgumentError` if a setting that is given is below `least`."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not least <= value < float("inf"):
+            raise InvalidArgumentError(f"{name} must be a number from {least} on, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSkipConfig:
+    """The LayerSkip recipe: which layers samples skip, and which exits learn to predict. Source: arXiv:2404.16710."""
+
+    dropout_max: float = 0.1
+    """p_max: how often samples skip the last layer; earlier layers are skipped less, the first one never."""
+    dropout_schedule: DropoutSchedule | None = None
+    """S(t). constant: for a trained model; exponential: growing from 0, from scratch. If not given: what fits."""
+    exit_loss: ExitLossName = "ce"
+    """What exits learn. ce: the text (the paper); kl: the last layer's distribution; lk: to be accepted by it."""
+    exit_loss_scale: float = 0.2
+    """e_scale: weight of the losses of exits before the last one; 0 switches them off."""
+    exit_weights: ExitWeights = "depth"
+    """e(l): growing with the square of the depth (the paper), or equal for all exits before the last one."""
+    curriculum: Curriculum = "rotational"
+    """Exits with a loss at a step: every R-th, moving on each step; gradually from the last to the first; or all."""
+    rotation: int | None = None
+    """R of the rotational curriculum, at most the number of layers; 8, or the number of layers, if not given."""
+    stop_gradient: bool = False
+    """Losses of exits train the layers below them only, not the shared norm and head."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dropout_max < 1:
+            raise InvalidArgumentError(f"dropout_max must be at least 0 and below 1, got {self.dropout_max}")
+        check_at_least(self, 0, "exit_loss_scale")
+        check_at_least(self, 1, "rotation")
+
+    def rotation_for(self, num_layers: int) -> int:
+        """R for a model of this many layers.
+
+        Raises:
+            InvalidArgumentError: R is larger than that.
+        """
+        if self.rotation is None:
+            return min(DEFAULT_ROTATION, num_layers)
+        if self.rotation > num_layers:
+            raise InvalidArgumentError(
+                f"rotation is {self.rotation}, but the model has {num_layers} layers; it must be from 1 to {num_layers}"
+            )
+        return self.rotation
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartConfig:
+    """What training starts from: a trained model, or a shape with random weights."""
+
+    model: str | None = None
+    """A trained model to go on with: demo, a folder, or a hub id (owner/name)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub repository."""
+    config: str | None = None
+    """Train from scratch: small, medium, or the config.json of a causal model (a file, a folder, a hub id)."""
+    tokenizer: str | None = None
+    """Tokenizer of a model from scratch: a folder or hub id; if not given, one is trained on the data."""
+    vocab_size: int | None = None
+    """Vocabulary of the tokenizer that is trained; that of the configuration if not given."""
+    lora_rank: int | None = None
+    """Train LoRA adapters of this rank and freeze the model; they are merged into the weights at the end."""
+    lora_alpha: int | None = None
+    """Scale of the adapters; twice the rank if not given."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "lora_rank", "lora_alpha")
+        if self.model is not None and (self.config or self.tokenizer or self.vocab_size):
+            raise InvalidArgumentError(
+                "config, tokenizer and vocab_size are for training from scratch; leave them out, or leave out model"
+            )
+        if self.config is None and self.lora_rank is not None and self.model is None:
+            raise InvalidArgumentError("lora_rank needs a trained model to adapt; give it with model")
+        if self.config is not None and self.lora_rank is not None:
+            raise InvalidArgumentError("lora_rank adapts a trained model; with config all weights are trained")
+        if self.tokenizer is not None and self.vocab_size is not None:
+            raise InvalidArgumentError("vocab_size is for a tokenizer to be trained; give it or a tokenizer, not both")
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether weights start at random."""
+        return self.config is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationConfig:
+    """How weights are updated."""
+
+    max_steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 8
+    """Blocks in a step, of each process."""
+    gradient_accumulation: int = 1
+    """Batches whose gradients make one step."""
+    learning_rate: float | None = None
+    """Highest rate; 8e-4 from scratch, 1e-4 for LoRA, 3e-5 for a trained model if not given."""
+    min_learning_rate: float = 0.1
+    """Rate at the end, as a share of the highest; it falls along a cosine."""
+    warmup_steps: int | None = None
+    """Steps over which the rate rises; one in 20, at most 2000, if not given."""
+    weight_decay: float = 0.1
+    """AdamW's weight decay."""
+    adam_beta2: float = 0.95
+    """AdamW's second beta."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the computation (weights are kept in float32); auto: bfloat16 where the GPU has it."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice rather than keep them: less memory, a third more time."""
+    compile: bool = False
+    """torch.compile the model."""
+    fsdp: bool = False
+    """Shard the model over the processes (FSDP2) instead of copying it to each."""
+    seed: int = 0
+    """Of initial weights, order of data, and layer dropout."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "max_steps", "batch_size", "gradient_accumulation")
+        check_at_least(self, 0, "warmup_steps", "weight_decay", "max_grad_norm", "min_learning_rate", "seed")
+        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
+            raise InvalidArgumentError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if not 0 <= self.adam_beta2 < 1:
+            raise InvalidArgumentError(f"adam_beta2 must be at least 0 and below 1, got {self.adam_beta2}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is kept, and how often quality is measured."""
+
+    save_steps: int = 500
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints that are kept; older ones are deleted."""
+    eval_steps: int = 500
+    """Steps between evaluations of every exit on the held-out data."""
+    log_steps: int = 10
+    """Steps between entries of the log."""
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the weights that are left in the end; auto: those of the model that training started from, or float32."""
+    report_to: tuple[str, ...] = ()
+    """Also log to these: tensorboard, wandb, and what else transformers knows."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "save_steps", "keep", "eval_steps", "log_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """All settings that decide what comes out of a training run."""
+
+    start: StartConfig = field(default_factory=StartConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    recipe: LayerSkipConfig = field(default_factory=LayerSkipConfig)
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)

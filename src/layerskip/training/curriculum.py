@@ -1,0 +1,63 @@
+"""Which exits have a loss at a training step, and how much each weighs. Pure functions.
+
+Layers and steps count from 0; "exit l" is the prediction from the output of layer l. L layers, T steps.
+"""
+
+from collections.abc import Collection
+
+from layerskip.training.config import Curriculum, ExitWeights
+
+
+def enabled_exits(step: int, *, num_steps: int, num_layers: int, curriculum: Curriculum, rotation: int) -> list[int]:
+    """C(t, l): the exits whose loss counts at this step, in order; the last one always does.
+
+    Args:
+        step: t.
+        num_steps: T; used by the gradual curriculum only.
+        num_layers: L.
+        curriculum: Which rule.
+        rotation: R; used by the rotational curriculum only.
+
+    Source: arXiv:2404.16710, section 4.1.2.
+    """
+    last = num_layers - 1
+    match curriculum:
+        case "rotational":
+            chosen = set(range(step % rotation, num_layers, rotation))
+        case "gradual":  # one more exit every T / (2L) steps
+            chosen = set(range(max(0, last - 2 * num_layers * step // num_steps), num_layers))
+        case "all":
+            chosen = set(range(num_layers))
+    return sorted(chosen | {last})
+
+
+def exit_scale(exit_: int, num_layers: int, scale: float, kind: ExitWeights = "depth") -> float:
+    """e(l): weight of an exit before normalization.
+
+    `equal` is our own: the scale for all exits, 1 for the last one. The paper's weights leave the early exits, which
+    draft, next to nothing: 2 % for the fourth of 16 layers.
+
+    Source: arXiv:2404.16710, eq. 6.
+    """
+    last = num_layers - 1
+    if kind == "equal":
+        return scale if exit_ < last else 1.0
+    if exit_ < last:
+        return scale * exit_ * (exit_ + 1) / 2
+    return last + scale * (last - 1) * last / 2
+
+
+def exit_weights(
+    enabled: Collection[int], num_layers: int, scale: float, kind: ExitWeights = "depth"
+) -> dict[int, float]:
+    """w(t, l): weights of the enabled exits, which sum to 1; exits without weight are left out.
+
+    A model of one layer has nothing but its last exit, whose weight is 1.
+
+    Source: arXiv:2404.16710, eq. 5.
+    """
+    scales = {exit_: exit_scale(exit_, num_layers, scale, kind) for exit_ in enabled}
+    total = sum(scales.values())
+    if total == 0:  # L = 1
+        return {num_layers - 1: 1.0}
+    return {exit_: value / total for exit_, value in scales.items() if value > 0}

@@ -1,0 +1,192 @@
+"""Sources -> blocks to train on and blocks that are held out."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from layerskip.errors import InvalidArgumentError
+from layerskip.training.data.block_datasets import BlockDataset, BlockStream
+from layerskip.training.data.config import DataConfig
+from layerskip.training.data.documents import Document, TextDocument
+from layerskip.training.data.encode import BATCH_DOCUMENTS, encode_documents
+from layerskip.training.data.packing import Block, pack
+from layerskip.training.data.sources import open_source, read_documents
+from layerskip.training.data.split import Split, choose_split
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Data to train on and to evaluate with."""
+
+    train: BlockDataset | BlockStream
+    held_out: BlockDataset
+    """Empty if nothing is to be held out."""
+    num_documents: int | None
+    """Documents read, those held out included; None with streaming."""
+    num_held_out_documents: int
+    """Documents, or ends of texts, that are held out; with streaming, those read to make `held_out`."""
+    num_train_tokens: int | None
+    """Tokens in the blocks to train on, padding aside; None with streaming."""
+    num_held_out_tokens: int
+    """Tokens in the blocks held out, padding aside."""
+
+
+def load_corpus(
+    config: DataConfig, tokenizer: "PreTrainedTokenizerBase", *, on_progress: Progress | None = None
+) -> Corpus:
+    """Read, split, encode and pack the sources.
+
+    With `streaming`, only as much is read as the held-out blocks need, and training reads for itself.
+
+    Args:
+        config: The sources and the blocks' length.
+        tokenizer: Turns text into ids.
+        on_progress: Called now and then with the numbers of documents encoded so far, and of all; never with streaming.
+
+    Raises:
+        InvalidArgumentError: No sources, sources that can't be read or are empty, or too little text for one block.
+        TokenizerError: The data has conversations, and the tokenizer no chat template that can be used for them.
+    """
+    if config.streaming:
+        return _stream(config, tokenizer)
+    return _load(config, tokenizer, on_progress or (lambda num_done, num_documents: None))
+
+
+def corpus_texts(config: DataConfig) -> Iterator[str]:
+    """Texts of what is trained on, such as a tokenizer is trained on; nothing that is held out.
+
+    Raises:
+        InvalidArgumentError: No sources, or sources that can't be read or are empty.
+    """
+    documents = _Documents(config) if config.streaming else list(read_documents(config))
+    split = _choose_split(documents, config)
+    return (document.plain_text for document in _side(documents, split, held_out=False))
+
+
+def _load(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", on_progress: Progress) -> Corpus:
+    documents = list(read_documents(config))
+    split = _choose_split(documents, config)
+    train_side = list(_side(documents, split, held_out=False))
+    held_out_side = list(_side(documents, split, held_out=True))
+    num_parts = len(train_side) + len(held_out_side)
+
+    def reported(parts: list[Document], num_before: int) -> Iterator[Document]:
+        for num_done, part in enumerate(parts, num_before):
+            if num_done % BATCH_DOCUMENTS == 0:
+                on_progress(num_done, num_parts)
+            yield part
+
+    train = list(_blocks(reported(train_side, 0), config, tokenizer))
+    held_out = list(_blocks(reported(held_out_side, len(train_side)), config, tokenizer, keep_text=True))
+    on_progress(num_parts, num_parts)
+    if not train:
+        raise _too_small(config)
+    # Spread over all that is held out: its first blocks may be all of one kind.
+    chosen = np.linspace(0, len(held_out) - 1, min(len(held_out), _most_blocks(config))).round().astype(int)
+    held_out = [held_out[index] for index in chosen]
+    return Corpus(
+        train=BlockDataset.from_blocks(train, config.sequence_length),
+        held_out=BlockDataset.from_blocks(held_out, config.sequence_length),
+        num_documents=len(documents),
+        num_held_out_documents=len(held_out_side),
+        num_train_tokens=sum(block.num_tokens for block in train),
+        num_held_out_tokens=sum(block.num_tokens for block in held_out),
+    )
+
+
+def _stream(config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> Corpus:
+    documents = _Documents(config)
+    split = _choose_split(documents, config)
+    num_held_out = 0
+
+    def counted() -> Iterator[Document]:
+        nonlocal num_held_out
+        for document in _side(documents, split, held_out=True):
+            num_held_out += 1
+            yield document
+
+    blocks = _blocks(counted(), config, tokenizer, keep_text=True) if split.share else iter(())
+    held_out = list(islice(blocks, _most_blocks(config)))
+    one_pass = _TrainingPass(config=config, tokenizer=tokenizer, split=split)
+    if next(iter(one_pass()), None) is None:
+        raise _too_small(config)
+    return Corpus(
+        train=BlockStream(one_pass, with_positions=_has_examples(config)),
+        held_out=BlockDataset.from_blocks(held_out, config.sequence_length),
+        num_documents=None,
+        num_held_out_documents=num_held_out,
+        num_train_tokens=None,
+        num_held_out_tokens=sum(block.num_tokens for block in held_out),
+    )
+
+
+@dataclass(frozen=True)
+class _Documents:
+    """Documents that are read again each time they are asked for."""
+
+    config: DataConfig
+
+    def __iter__(self) -> Iterator[Document]:
+        return read_documents(self.config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TrainingPass:
+    """Starts a pass over what is trained on; an object, for loading workers get it pickled."""
+
+    config: DataConfig
+    tokenizer: "PreTrainedTokenizerBase"
+    split: Split
+
+    def __call__(self) -> Iterator[Block]:
+        return _blocks(_side(_Documents(self.config), self.split, held_out=False), self.config, self.tokenizer)
+
+
+def _choose_split(documents: Iterable[Document], config: DataConfig) -> Split:
+    remaining = iter(documents)
+    first = next(remaining, None)
+    if first is None:
+        raise InvalidArgumentError(f"there is no text in {', '.join(config.data)}; name data with text")
+    return choose_split(chain([first], remaining), config.held_out)
+
+
+def _side(documents: Iterable[Document], split: Split, *, held_out: bool) -> Iterator[Document]:
+    for document in documents:
+        yield from (part for part, is_held_out in split.divide(document) if is_held_out == held_out)
+
+
+def _blocks(
+    documents: Iterable[Document],
+    config: DataConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    keep_text: bool = False,
+) -> Iterator[Block]:
+    # Whatever the padding is: it comes last, isn't learned, and is an example of its own.
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
+    return pack(encode_documents(documents, tokenizer), config.sequence_length, pad, keep_text=keep_text)
+
+
+def _has_examples(config: DataConfig) -> bool:
+    """Whether any source begins with an example: all of a stream's items must have the same keys."""
+    firsts = (next(open_source(spec, config)(), None) for spec in config.data)
+    return any(first is not None and not isinstance(first, TextDocument) for first in firsts)
+
+
+def _most_blocks(config: DataConfig) -> int:
+    return max(1, config.eval_tokens // config.sequence_length)
+
+
+def _too_small(config: DataConfig) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"{', '.join(config.data)}: too little to train on for one block of {config.sequence_length} tokens; add data, "
+        "or lower sequence_length or held_out"
+    )

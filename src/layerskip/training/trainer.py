@@ -1,0 +1,161 @@
+"""transformers' `Trainer` with the LayerSkip recipe.
+
+from layerskip import LayerSkipConfig, LayerSkipTrainer
+
+trainer = LayerSkipTrainer(model, args, layerskip=LayerSkipConfig(dropout_max=0.1), train_dataset=..., eval_dataset=...)
+trainer.train()
+"""
+
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+
+from layerskip.errors import TrainingError
+from layerskip.evaluation.exits import ExitQuality
+from layerskip.evaluation.speedup import IdealSpeedup, ideal_speedup
+from layerskip.training.checkpoints import STAGING, delete, list_checkpoints, move_into_place, writing
+from layerskip.training.config import LayerSkipConfig
+from layerskip.training.recipe import LayerSkipRecipe
+
+
+class LayerSkipTrainer(Trainer):
+    """A `Trainer` whose model learns to exit early.
+
+    Everything else is transformers': gradient accumulation, mixed precision, checkpointing, FSDP, LoRA, logging.
+    Evaluation adds the quality of every exit; checkpoints are written atomically and name the recipe in config.json.
+    """
+
+    def __init__(self, model: Any = None, args: Any = None, *, layerskip: LayerSkipConfig, **kwargs: Any) -> None:
+        """Attach the recipe to a model.
+
+        Args:
+            model: A causal model of transformers, bare or with peft's adapters.
+            args: `TrainingArguments`.
+            layerskip: The recipe.
+            **kwargs: What `Trainer` takes.
+
+        Raises:
+            UnsupportedModelError: The model's layers, norm or head can't be reached.
+            InvalidArgumentError: The rotation is larger than the number of layers.
+        """
+        super().__init__(model, args, **kwargs)
+        assert self.model is not None
+        self.recipe = LayerSkipRecipe(self.model, layerskip, seed=self.args.seed)
+        self.recipe.model.config.layerskip = {**asdict(layerskip), "rotation": self.recipe.rotation}
+        self.exit_qualities: list[ExitQuality] = []
+        """Of the last evaluation."""
+        self.evaluated_step: int | None = None
+        """Optimizer steps done before that evaluation."""
+        self._staging: Path | None = None
+        self._begun = -1
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Shard on CPUs too, where accelerate would copy the whole model to every process without a word."""
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if self.args.fsdp and state.distributed_type == DistributedType.MULTI_CPU:
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            # Both states share theirs with all their instances, and the second one renews its own from the first.
+            PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """One batch's loss and gradients.
+
+        Raises:
+            TrainingError: The loss isn't a finite number.
+        """
+        step = self.state.global_step
+        if step != self._begun:
+            groups = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()  # processes that share a batch
+            self.recipe.begin_step(
+                step,
+                self.state.max_steps,
+                rank=self.args.process_index // groups,
+                world_size=self.args.world_size // groups,
+            )
+            self._begun = step
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        finite = torch.isfinite(loss).float()
+        if self.args.world_size > 1:  # all processes stop together
+            finite = self.accelerator.reduce(finite, reduction="sum") == self.args.world_size
+        if not finite:
+            kept = list_checkpoints(Path(str(self.args.output_dir)))
+            rest = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
+            raise TrainingError(
+                f"the loss at step {step + 1} is {loss.item()}, so training has stopped; {rest}. "
+                "A lower learning rate, a longer warmup or a higher precision usually helps"
+            )
+        return loss
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Transformers' evaluation, and loss, agreement and ideal speedup of every exit in the same pass."""
+        with self.recipe.measure() as statistics:
+            metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            statistics.add_up_processes(self.accelerator)
+        self.exit_qualities, self.evaluated_step = statistics.qualities(), self.state.global_step
+        found = {}
+        for quality, ideal in zip(self.exit_qualities, self.ideal_speedups, strict=True):
+            name = f"{metric_key_prefix}_exit_{quality.exit_layer}"
+            found[f"{name}_loss"] = quality.loss
+            found[f"{name}_agreement"] = quality.agreement
+            found[f"{name}_speedup"] = ideal.speedup
+        if found:
+            self.log(found)
+        return {**metrics, **found}
+
+    @property
+    def ideal_speedups(self) -> list[IdealSpeedup]:
+        """What self-speculative decoding with each exit could reach, after the last evaluation."""
+        recipe = self.recipe
+        return [
+            ideal_speedup(
+                quality.agreement,
+                exit_layer=quality.exit_layer,
+                num_layers=recipe.num_layers,
+                head_cost=recipe.head_cost,
+            )
+            for quality in self.exit_qualities
+        ]
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint aside, and let it appear when it is complete."""
+        output = Path(super()._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        saves = self.args.should_save
+        with writing(output, name) if saves else nullcontext(output / STAGING) as staging:
+            self.accelerator.wait_for_everyone()
+            self._staging = staging
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            self.accelerator.wait_for_everyone()
+            if self.state.best_model_checkpoint == str(staging / name):
+                self.state.best_model_checkpoint = str(output / name)
+                if saves:
+                    self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+            if saves:
+                move_into_place(staging / name, output / name)
+                self._delete_old_checkpoints(output)
+        self.accelerator.wait_for_everyone()
+
+    def _delete_old_checkpoints(self, output: Path) -> None:
+        limit = self.args.save_total_limit
+        if limit:
+            for path in list_checkpoints(output)[:-limit]:
+                if str(path) != self.state.best_model_checkpoint:
+                    delete(path)

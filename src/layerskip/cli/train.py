@@ -2,6 +2,7 @@
 
 import json
 import os
+from argparse import ArgumentError, ArgumentParser
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -62,12 +63,23 @@ def run(argv: Sequence[str]) -> int:
 
 def read_arguments(argv: Sequence[str]) -> TrainArguments:
     """Arguments from the command line, on top of those of a TOML file if it names one."""
-    arguments = parse(TrainArguments, "train", argv)
-    if arguments.toml is None:
-        return arguments
-    settings = read_settings(arguments.toml, TrainingConfig)
+    file = _toml_file(argv)
+    if file is None:
+        return parse(TrainArguments, "train", argv)
+    settings = read_settings(file, TrainingConfig)
     base = TrainArguments(**{name: getattr(settings, name) for name in TrainingConfig.__dataclass_fields__})
     return parse(TrainArguments, "train", argv, default=base)
+
+
+def _toml_file(argv: Sequence[str]) -> Path | None:
+    """The file alone: flags that go with its settings may not go with the defaults."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--toml", type=Path)
+    try:
+        file: Path | None = parser.parse_known_args(argv)[0].toml
+    except ArgumentError:  # the whole command line's error says more
+        return None
+    return file
 
 
 def _report(arguments: TrainArguments, result: "TrainingResult") -> None:
@@ -104,5 +116,9 @@ def _report(arguments: TrainArguments, result: "TrainingResult") -> None:
         console.print(table)
     console.print(f"{result.step} steps, {result.num_tokens} tokens, {result.seconds:.0f} s")
     if plot is not None:
-        console.print(f"agreement by exit: {plot}")
-    console.print(f"the model is in {result.output}: try layerskip generate --model {result.output} --exit-layer 4")
+        console.print(f"agreement by exit: {plot}", soft_wrap=True)
+    hint = f"the model is in {result.output}: try layerskip generate --model {result.output}"
+    if len(result.speedups) > 1:  # the last exit is the model itself
+        best = max(result.speedups[:-1], key=lambda speedup: speedup.speedup)
+        hint += f" --exit-layer {best.exit_layer}"
+    console.print(hint, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -20,11 +21,13 @@ TOLERANCE = 2e-2
 class Anatomy:
     """The parts of a causal language model."""
 
-    model: nn.Module
+    model: Any
     """The causal model itself, without adapters' wrappers."""
     layers: Sequence[nn.Module]
     head: Head
     layers_return_tuples: bool = False
+    adapted: bool = False
+    """Whether peft wraps the model."""
 
 
 def dissect(model: nn.Module) -> Anatomy:
@@ -49,12 +52,20 @@ def dissect(model: nn.Module) -> Anatomy:
             f"{kind} has no {missing} that can be reached; models need a list of layers named "
             f"{', '.join(LAYER_NAMES)} and a norm named {', '.join(NORM_NAMES)}, as Llama and Qwen have"
         )
+    if "alibi" in signature(layers[0].forward).parameters:
+        raise UnsupportedModelError(
+            f"{kind} passes its layers a bias of all samples and heads together (ALiBi), from which samples can't be "
+            "dropped; use a model with rotary or learned positions"
+        )
     config = causal.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
     softcap = getattr(config, "final_logit_softcapping", None)
     anatomy = Anatomy(
-        model=causal, layers=list(layers), head=Head(norm=norm, linear=linear, scale=scale, softcap=softcap)
+        model=causal,
+        layers=list(layers),
+        head=Head(norm=norm, linear=linear, scale=scale, softcap=softcap),
+        adapted=causal is not model,
     )
     if next(causal.parameters()).is_meta:  # weights come later; there is nothing to compare yet
         return anatomy
@@ -71,13 +82,14 @@ def _probe(anatomy: Anatomy, kind: str) -> Any:
     device = next(anatomy.model.parameters()).device
     found: list[Any] = []
     handle = anatomy.layers[-1].register_forward_hook(lambda module, args, output: found.append(output))
-    was_training = anatomy.model.training
+    modes = {module: module.training for module in anatomy.model.modules()}
     try:
         tokens = torch.tensor([[0, 1]], device=device)
         logits = anatomy.model.eval()(input_ids=tokens, use_cache=False).logits.float()
     finally:
         handle.remove()
-        anatomy.model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
     ours = anatomy.head(first(found[0])) if found else torch.full_like(logits, torch.inf)
     difference = (ours - logits).abs().max() / logits.abs().max().clamp(min=1e-6)
     if not difference <= TOLERANCE:

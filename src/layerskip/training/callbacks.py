@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
+from layerskip.errors import CheckpointError
+
 if TYPE_CHECKING:
     from layerskip.training.trainer import LayerSkipTrainer
 
@@ -61,6 +63,18 @@ class ProgressCallback(TrainerCallback):
         self._loss = (logs or {}).get("loss", self._loss)
 
 
+class AlreadyFinished(Exception):
+    """The checkpoint that a run resumes from is its last; Trainer would do one more step."""
+
+
+class FinishedCallback(TrainerCallback):
+    """Ends a run that resumes where nothing is left to do, once its model is loaded."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            raise AlreadyFinished
+
+
 class LogCallback(TrainerCallback):
     """Keeps the log in a file of JSON lines; a run that resumes goes on where its checkpoint was."""
 
@@ -69,13 +83,27 @@ class LogCallback(TrainerCallback):
         self._path = output / LOG_FILE
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:  # its last evaluation is repeated
+            state.log_history = [entry for entry in state.log_history if not _is_evaluation(entry, state.max_steps)]
         if state.is_world_process_zero:
-            self._path.write_text("".join(json.dumps(entry) + "\n" for entry in state.log_history), encoding="utf-8")
+            self._write("w", state.log_history)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and state.log_history:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(state.log_history[-1]) + "\n")
+            self._write("a", state.log_history[-1:])
+
+    def _write(self, mode: str, entries: list[dict[str, Any]]) -> None:
+        try:
+            with self._path.open(mode, encoding="utf-8") as file:
+                file.writelines(json.dumps(entry) + "\n" for entry in entries)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._path} can't be written: {error.strerror}; make room, then go on with --resume"
+            ) from error
+
+
+def _is_evaluation(entry: dict[str, Any], step: int) -> bool:
+    return entry.get("step") == step and any(name.startswith("eval_") for name in entry)
 
 
 class InterruptCallback(TrainerCallback):

@@ -43,11 +43,14 @@ def writing(output: Path, what: str) -> Iterator[Path]:
     """
     staging = output / STAGING
     try:
-        shutil.rmtree(staging, ignore_errors=True)
+        for left_over in (staging, *output.glob(".deleted-*")):
+            shutil.rmtree(left_over, ignore_errors=True)
         staging.mkdir(parents=True)
         yield staging
-    # safetensors and torch report a full disk by errors of their own
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except Exception as error:
+        # safetensors and torch report a full disk by errors of their own, tokenizers by a bare Exception
+        if not isinstance(error, (OSError, SafetensorError, RuntimeError)) and type(error) is not Exception:
+            raise
         kept = list_checkpoints(output)
         rest = f"the last complete checkpoint, {kept[-1]}, is untouched" if kept else "no checkpoint is there yet"
         raise CheckpointError(

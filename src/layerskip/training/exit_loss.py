@@ -17,6 +17,8 @@ IGNORED = -100
 """Label of a token that has no loss; transformers' convention."""
 ExitLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(exit's logits [n, V], last layer's logits [n, V] without gradient, labels [n]) -> loss of each token [n], nats."""
+FusedCrossEntropy = Callable[[Tensor, Tensor], Tensor]
+"""(normed hidden states [n, D], labels [n]) -> sum of the cross-entropy over labelled tokens, nats."""
 LK_DECAY = 3.0
 """How fast the LK loss turns from KL to acceptance as acceptance grows."""
 
@@ -87,6 +89,8 @@ class JointLoss:
     stop_gradient: bool
     """Losses of exits before the last one leave the norm and the head alone."""
     chunk_tokens: int
+    fused: FusedCrossEntropy | None = None
+    """Cross-entropy with the head's product in one kernel, used where no logits are needed: if exits learn by `ce`."""
 
     def __call__(
         self, states: Mapping[int, Tensor], weights: Mapping[int, float], labels: Tensor, num_items: Tensor | float
@@ -103,19 +107,30 @@ class JointLoss:
             A scalar, float32, with gradients to the states and to the trained parameters of the head.
         """
         exits = sorted(states)
+        num_tokens = len(labels)
         total: Tensor = _GradientInForward.apply(  # type: ignore[no-untyped-call]
             lambda parts, where: self._losses(exits, parts, weights, labels[where]),
-            self.chunk_tokens,
+            num_tokens if self.fuses else self.chunk_tokens,
             len(exits),
             *(states[exit_] for exit_ in exits),
             *self.head.parameters(),
         )
         return total / num_items
 
+    @property
+    def fuses(self) -> bool:
+        """Whether the fused kernel does all of it; it cuts the text into chunks by itself."""
+        return self.fused is not None and self.exit_loss is ce_loss
+
     def _losses(
         self, exits: Sequence[int], parts: Sequence[Tensor], weights: Mapping[int, float], labels: Tensor
     ) -> Iterator[tuple[int, Tensor, bool]]:
         """Weighted sums over a chunk: (index of the exit, loss, whether it trains the head), the last layer's first."""
+        if self.fused is not None and self.fuses:
+            for i in reversed(range(len(exits))):
+                loss = self.fused(self.head.norm(parts[i]), labels)
+                yield i, weights[exits[i]] * loss, i == len(exits) - 1 or not self.stop_gradient
+            return
         logits = self.head(parts[-1])
         teacher = logits.detach()
         yield len(exits) - 1, weights[exits[-1]] * ce_loss(logits, teacher, labels).sum(), True

@@ -12,7 +12,7 @@ Shapes: B samples, T tokens of a sample, N = B x T, D width, L layers.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from types import MethodType
 from typing import Any
 
@@ -26,6 +26,7 @@ from layerskip.training.curriculum import enabled_exits, exit_weights
 from layerskip.training.exit_loss import EXIT_LOSSES, IGNORED, JointLoss
 from layerskip.training.exit_statistics import ExitStatistics
 from layerskip.training.layer_dropout import draw_kept, dropout_rates
+from layerskip.training.liger import liger_cross_entropy
 
 CHUNK_LOGITS_CPU, CHUNK_LOGITS_GPU = 2**21, 2**27
 """Logits that exist at a time: few enough for a CPU's caches, many enough to fill a GPU."""
@@ -75,11 +76,14 @@ class LayerSkipRecipe:
         self._tuples = anatomy.layers_return_tuples
         self._forward: _Forward | None = None
         self._statistics: ExitStatistics | None = None
-        self._handles = [
-            anatomy.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
-            anatomy.head.linear.register_forward_hook(self._after_head),
-            anatomy.model.register_forward_hook(self._after_model),
-        ]
+        self._handles = [anatomy.head.linear.register_forward_hook(self._after_head)]
+        if anatomy.adapted:  # peft before 0.21 calls `forward` itself, past all hooks
+            self.model.layerskip = self
+            self.model.layerskip_forward = vars(anatomy.model).get("forward")
+            self.model.forward = MethodType(_make_model_forward(type(anatomy.model)), anatomy.model)
+        else:
+            self._handles.append(anatomy.model.register_forward_pre_hook(self._before_model, with_kwargs=True))
+            self._handles.append(anatomy.model.register_forward_hook(self._after_model))
         self._layers: list[Any] = list(anatomy.layers)
         for i, layer in enumerate(self._layers):
             layer.layerskip = (self, i)
@@ -94,11 +98,12 @@ class LayerSkipRecipe:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for layer in self._layers:
-            own = layer.layerskip_forward
-            del layer.layerskip, layer.layerskip_forward, layer.forward
+        adapted = [self.model] if "layerskip" in vars(self.model) else []
+        for module in [*self._layers, *adapted]:
+            own = module.layerskip_forward
+            del module.layerskip, module.layerskip_forward, module.forward
             if own is not None:
-                layer.forward = own
+                module.forward = own
         self._layers.clear()
 
     def begin_step(self, step: int, num_steps: int, *, rank: int = 0, world_size: int = 1) -> None:
@@ -171,7 +176,8 @@ class LayerSkipRecipe:
         forward = self._forward
         if forward is None:
             return run(hidden, *args, **kwargs)
-        rows = forward.kept[i] if forward.kept else None
+        # What calls the decoder alone, past the model, in evaluation mode, finds the last training pass's samples here.
+        rows = forward.kept[i] if forward.kept and self.model.training else None
         if rows is None:
             output = run(hidden, *args, **kwargs)
         elif len(rows):
@@ -205,6 +211,7 @@ class LayerSkipRecipe:
                 exit_loss=EXIT_LOSSES[self.config.exit_loss],
                 stop_gradient=self.config.stop_gradient,
                 chunk_tokens=chunk_tokens,
+                fused=liger_cross_entropy(self._head, labels.device),
             )
             forward.loss = loss(states, self.weights, labels, forward.num_items)
         forward.states.clear()
@@ -215,6 +222,9 @@ class LayerSkipRecipe:
         if self._forward is None or self._forward.loss is None:
             return None
         loss, self._forward.loss = self._forward.loss, None
+        balance = getattr(output, "aux_loss", None)
+        if balance is not None:  # mixtures of experts; models add it to a loss of their own, which is replaced here
+            loss = loss + self.model.config.get_text_config().router_aux_loss_coef * balance.to(loss.device)
         if isinstance(output, tuple):
             return (loss, *output)
         return type(output)(**{**output, "loss": loss})
@@ -238,3 +248,18 @@ def _enter_layer(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -
     recipe, i = layer.layerskip
     run = layer.layerskip_forward or partial(type(layer).forward, layer)
     return recipe._run_layer(i, run, hidden_states, args, kwargs)
+
+
+def _make_model_forward(kind: Any) -> Callable[..., Any]:
+    """`forward` of a model of this class that peft wraps, while a recipe is attached; it keeps its signature."""
+
+    @wraps(kind.forward)
+    def enter(model: Any, *args: Any, **kwargs: Any) -> Any:
+        recipe = model.layerskip
+        args, kwargs = recipe._before_model(model, args, kwargs) or (args, kwargs)
+        run = model.layerskip_forward or partial(type(model).forward, model)
+        output = run(*args, **kwargs)
+        changed = recipe._after_model(model, args, output)
+        return output if changed is None else changed
+
+    return enter

@@ -10,14 +10,25 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments, set_seed
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import IntervalStrategy
 
-from layerskip.errors import InvalidArgumentError
+from layerskip.errors import CheckpointError, InvalidArgumentError
 from layerskip.evaluation.exits import ExitQuality
 from layerskip.evaluation.speedup import IdealSpeedup
-from layerskip.training.callbacks import InterruptCallback, LogCallback, OnStep, ProgressCallback
+from layerskip.training.callbacks import (
+    LOG_FILE,
+    AlreadyFinished,
+    FinishedCallback,
+    InterruptCallback,
+    LogCallback,
+    OnStep,
+    ProgressCallback,
+)
 from layerskip.training.checkpoints import list_checkpoints, writing
 from layerskip.training.config import TrainingConfig
+from layerskip.training.data.block_datasets import BlockDataset
 from layerskip.training.data.corpus import Corpus, load_corpus
 from layerskip.training.settings_file import read_settings, write_settings
 from layerskip.training.starting_point import StartingPoint, make_starting_point
@@ -87,7 +98,11 @@ def train(
     with arguments.main_process_first(desc="tokenizer"):
         point = make_starting_point(config, tokenizer_folder=output)
         if arguments.should_save:
-            point.tokenizer.save_pretrained(output)
+            with writing(output, "the tokenizer") as staging:
+                point.tokenizer.save_pretrained(staging)
+                # tokenizer.json comes last: where it is, a run that resumes takes it for the whole.
+                for path in sorted(staging.iterdir(), key=lambda path: path.name == "tokenizer.json"):
+                    os.replace(path, output / path.name)
     say("reading the data")
     corpus = load_corpus(config.data, point.tokenizer)
     trainer = _make_trainer(config, arguments, point, corpus)
@@ -98,10 +113,13 @@ def train(
     tokens_per_step *= config.data.sequence_length
     if on_step is not None and arguments.process_index == 0:
         trainer.add_callback(ProgressCallback(on_step, tokens_per_step=tokens_per_step))
+    trainer.add_callback(FinishedCallback())
     checkpoints = list_checkpoints(output)
     set_seed(config.optimization.seed)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+    except AlreadyFinished:
+        pass
     finally:
         interrupt.restore()
     step = trainer.state.global_step
@@ -123,7 +141,10 @@ def train(
         seconds=time.perf_counter() - started,
     )
     if arguments.should_save:
-        write_atomically(output / RESULT_FILE, json.dumps(asdict(result), indent=2) + "\n")
+        try:
+            write_atomically(output / RESULT_FILE, json.dumps(asdict(result), indent=2) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"{output / RESULT_FILE} can't be written: {error.strerror}; make room") from error
     return result
 
 
@@ -148,10 +169,12 @@ def _claim(output: Path, config: TrainingConfig, resume: bool) -> None:
     """Make `output` the folder of this run, or check that it is."""
     file = output / SETTINGS_FILE
     if not resume:
-        if file.exists() or list_checkpoints(output):
-            raise InvalidArgumentError(f"{output} already holds a training run; resume it, or choose another folder")
         if output.is_file():
             raise InvalidArgumentError(f"{output} is a file; name a folder")
+        if (output / LOG_FILE).exists() or list_checkpoints(output):
+            raise InvalidArgumentError(f"{output} already holds a training run; resume it, or choose another folder")
+        if not file.exists() and any((output / name).exists() for name in ("config.json", "tokenizer.json")):
+            raise InvalidArgumentError(f"{output} holds a model, which training would overwrite; choose another folder")
     elif not file.is_file():
         raise InvalidArgumentError(f"there is no run to resume in {output}: it has no {SETTINGS_FILE}")
     else:
@@ -162,6 +185,8 @@ def _claim(output: Path, config: TrainingConfig, resume: bool) -> None:
             )
     try:
         output.mkdir(parents=True, exist_ok=True)
+        if not resume:  # a run that failed before its first step may have left a tokenizer of other data
+            (output / "tokenizer.json").unlink(missing_ok=True)
         write_atomically(file, write_settings(config))
     except OSError as error:
         raise InvalidArgumentError(f"{output} can't be written to: {error.strerror}") from error
@@ -181,6 +206,13 @@ def _differences(before: TrainingConfig, now: TrainingConfig) -> list[str]:
 
 def make_arguments(config: TrainingConfig, output: Path) -> TrainingArguments:
     """Transformers' settings for a run."""
+    available = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
+    for name in config.checkpoints.report_to:
+        if name not in available:
+            installed = ", ".join(available) or "none"
+            raise InvalidArgumentError(
+                f"report_to: {name!r} is unknown or its package isn't installed; those that are: {installed}"
+            )
     optimization, checkpoints = config.optimization, config.checkpoints
     has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     known = TrainingArguments.__dataclass_fields__
@@ -232,8 +264,15 @@ def _make_trainer(
 ) -> LayerSkipTrainer:
     held_out: Any = corpus.held_out
     whole = arguments.per_device_eval_batch_size * arguments.world_size
+    if isinstance(corpus.train, BlockDataset) and len(corpus.train) < whole:
+        raise InvalidArgumentError(
+            f"the data gives {len(corpus.train)} blocks to train on, and a batch of all processes has {whole}; "
+            "add data, or lower batch_size or sequence_length"
+        )
     if arguments.world_size > 1 and len(held_out) > whole:  # processes get whole batches: nothing is counted twice
         held_out = torch.utils.data.Subset(held_out, range(len(held_out) // whole * whole))
+    if not len(held_out):  # its share was too small for any text
+        arguments.eval_strategy = IntervalStrategy.NO
     trainer = LayerSkipTrainer(
         point.model,
         arguments,
@@ -257,11 +296,12 @@ def save_final(trainer: LayerSkipTrainer, output: Path, *, dtype: torch.dtype) -
         model = model.merge_and_unload()
         weights = model.state_dict()
     model = trainer.recipe.model
-    model.config.dtype = dtype
     model.config.use_cache = True  # Trainer has switched it off
     weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
     with writing(output, "the trained model") as staging:
         model.save_pretrained(staging, state_dict=weights)
+        model.config.dtype = dtype  # of the file; it has written that of the weights in memory
+        model.config.save_pretrained(staging)
         # config.json comes last: until it is there, the folder isn't a checkpoint.
         for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
             os.replace(path, output / path.name)

@@ -46,8 +46,10 @@ def write_settings(settings: Any) -> str:
 def _toml(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, str) and not value.isprintable() and any("\ud800" <= c <= "\udfff" for c in value):
+        raise InvalidArgumentError(f"{value!r} is not text in UTF-8; rename the file or folder")
     # TOML's strings, booleans and numbers are JSON's, once characters beyond ASCII are left alone.
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _build(kind: type[Any], values: Mapping[str, Any], where: str) -> Any:

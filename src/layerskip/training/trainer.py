@@ -15,6 +15,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -88,13 +89,36 @@ class LayerSkipTrainer(Trainer):
         if self.args.world_size > 1:  # all processes stop together
             finite = self.accelerator.reduce(finite, reduction="sum") == self.args.world_size
         if not finite:
-            kept = list_checkpoints(Path(str(self.args.output_dir)))
-            rest = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
-            raise TrainingError(
-                f"the loss at step {step + 1} is {loss.item()}, so training has stopped; {rest}. "
-                "A lower learning rate, a longer warmup or a higher precision usually helps"
-            )
+            raise self._diverged(f"the loss at step {step + 1} is {loss.item()}")
         return loss
+
+    def _diverged(self, what: str) -> TrainingError:
+        kept = list_checkpoints(Path(str(self.args.output_dir)))
+        rest = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
+        return TrainingError(
+            f"{what}, so training has stopped; {rest}. "
+            "A lower learning rate, a longer warmup or a higher precision usually helps"
+        )
+
+    def _check_weights(self) -> None:
+        """Keep weights that aren't numbers out of checkpoints: gradients can spoil them while the loss is still one."""
+        finite = torch.ones((), device=self.args.device)
+        model: Any = self.model
+        for weight in model.parameters():
+            local = weight.to_local() if isinstance(weight, DTensor) else weight
+            finite *= torch.isfinite(local.detach()).all()
+        if self.args.world_size > 1:
+            finite = self.accelerator.reduce(finite, reduction="sum") == self.args.world_size
+        if not finite:
+            raise self._diverged(f"weights after step {self.state.global_step} aren't finite numbers")
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """All that is held out, the last batch too if it is incomplete, unlike in training."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -133,6 +157,7 @@ class LayerSkipTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint aside, and let it appear when it is complete."""
+        self._check_weights()
         output = Path(super()._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         saves = self.args.should_save

@@ -1,0 +1,231 @@
+"""What each part of the recipe does: {plain, dropout, exit loss, both} x {ce, kl, lk}, the same otherwise, three seeds.
+
+    python benchmarks/recipe_ablation.py
+    python benchmarks/recipe_ablation.py --seeds 0 --max-steps 50 --folder /tmp/ablation
+
+Every run is one `layerskip.train` of a small model on Python's standard library, in a process of its own; two run at a
+time. Runs that are done are not repeated, and one that was stopped goes on: start it again until the table is complete.
+Drafts are measured by decoding: beginnings of held-out files, exit L/4, K = 4; greedily, and sampled at temperature 1
+with coupled noise. The table and the plot for docs/recipe.md come last.
+"""
+
+import json
+import multiprocessing
+import os
+import statistics
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from record import write_record
+
+SHAPE = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "vocab_size": 1024,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+LOSSES = ("ce", "kl", "lk")
+VARIANTS = {
+    "plain": {"dropout_max": 0.0, "exit_loss_scale": 0.0},
+    "dropout": {"dropout_max": 0.2, "exit_loss_scale": 0.0},
+    **{f"exit loss ({loss})": {"dropout_max": 0.0, "exit_loss_scale": 0.2, "exit_loss": loss} for loss in LOSSES},
+    **{f"both ({loss})": {"dropout_max": 0.2, "exit_loss_scale": 0.2, "exit_loss": loss} for loss in LOSSES},
+    **{
+        f"both ({loss}), equal": {
+            "dropout_max": 0.2,
+            "exit_loss_scale": 1.0,
+            "exit_loss": loss,
+            "exit_weights": "equal",
+        }
+        for loss in LOSSES
+    },
+}
+NUM_SPECULATIONS, NUM_PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 24, 32, 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Options of the benchmark."""
+
+    folder: Path = Path("runs/recipe_ablation")
+    """Where the runs are kept."""
+    max_steps: int = 600
+    """Optimizer steps of 1,024 tokens."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    workers: int = 2
+    docs: Path | None = None
+    """Folder for the plot and the table (recipe_ablation.png, recipe_ablation.md)."""
+
+
+def make_tokenizer(folder: Path) -> None:
+    """One tokenizer for all runs."""
+    from layerskip.training.data.corpus import corpus_texts
+    from layerskip.training.data.tokenizer import train_tokenizer
+
+    if not (folder / "tokenizer.json").exists():
+        vocab_size = SHAPE["vocab_size"]
+        assert isinstance(vocab_size, int)
+        train_tokenizer(corpus_texts(data_config()), vocab_size).save_pretrained(folder)
+
+
+def data_config() -> Any:
+    """The data of all runs."""
+    import layerskip
+
+    return layerskip.DataConfig(data=("python-stdlib",), sequence_length=128, held_out=0.03, eval_tokens=32768)
+
+
+def train_one(folder: Path, shape: Path, variant: str, seed: int, max_steps: int) -> dict[str, Any]:
+    """Train one model, or read what was measured when it was trained; returns its numbers."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    output = folder / f"{variant.translate(str.maketrans({' ': '_', ',': None, '(': None, ')': None}))}-{seed}"
+    record = output / "ablation.json"
+    if record.exists():
+        found: dict[str, Any] = json.loads(record.read_text())
+        return found
+    import torch
+
+    import layerskip
+    from layerskip.cli.terminal import silence_libraries
+
+    torch.set_num_threads(1)
+    silence_libraries(bars=False)
+    config = layerskip.TrainingConfig(
+        start=layerskip.StartConfig(config=str(shape), tokenizer=str(folder)),
+        data=data_config(),
+        recipe=layerskip.LayerSkipConfig(rotation=6, **VARIANTS[variant]),  # type: ignore[arg-type]
+        optimization=layerskip.OptimizationConfig(
+            max_steps=max_steps, batch_size=8, learning_rate=3e-3, min_learning_rate=0.05, seed=seed
+        ),
+        checkpoints=layerskip.CheckpointConfig(save_steps=200, eval_steps=max_steps, keep=1),
+    )
+    result = layerskip.train(config, output, resume=(output / "training.toml").exists())
+    numbers = {
+        "variant": variant,
+        "seed": seed,
+        "num_tokens": result.num_tokens,
+        "loss": result.loss,
+        "agreement": [quality.agreement for quality in result.exits],
+        "exit_loss": [quality.loss for quality in result.exits],
+        **measure_drafts(output, config.data),
+    }
+    record.write_text(json.dumps(numbers))
+    return numbers
+
+
+def measure_drafts(output: Path, data: Any) -> dict[str, float]:
+    """Mean number of accepted drafts a round, greedy and sampled."""
+    import layerskip
+    from layerskip.training.data.corpus import load_corpus
+
+    lm = layerskip.load(str(output))
+    held_out = load_corpus(data, lm.tokenizer).held_out
+    stride = max(1, len(held_out) // NUM_PROMPTS)
+    prompts = [held_out[i]["input_ids"][:PROMPT_TOKENS].tolist() for i in range(0, len(held_out), stride)][:NUM_PROMPTS]
+    found = {}
+    for name, options in (("greedy", {}), ("sampled", {"temperature": 1.0, "do_sample": True, "seed": 0})):
+        results = lm.generate(
+            prompts,
+            max_new_tokens=NEW_TOKENS,
+            ignore_eos=True,
+            generation_strategy="self_speculative",
+            exit_layer=lm.decoder.num_layers // 4,
+            num_speculations=NUM_SPECULATIONS,
+            **options,
+        )
+        rounds = sum(result.stats.rounds for result in results)
+        found[f"accepted_{name}"] = sum(result.stats.accepted for result in results) / rounds
+    return found
+
+
+def run_all(arguments: Arguments) -> Iterator[dict[str, Any]]:
+    """Numbers of every run, as they come."""
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    shape = arguments.folder / "config.json"
+    shape.write_text(json.dumps(SHAPE))
+    make_tokenizer(arguments.folder)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.workers, mp_context=context) as pool:
+        jobs = [
+            pool.submit(train_one, arguments.folder, shape, variant, seed, arguments.max_steps)
+            for seed in arguments.seeds
+            for variant in VARIANTS
+        ]
+        for number, job in enumerate(as_completed(jobs), 1):
+            numbers = job.result()
+            print(f"{number} of {len(jobs)}: {numbers['variant']}, seed {numbers['seed']}", flush=True)
+            yield numbers
+
+
+def spread(values: list[float], *, percent: bool = False, digits: int = 3) -> str:
+    """Mean and half the range: `0.612 ± 0.004`."""
+    half = (max(values) - min(values)) / 2
+    mean = statistics.mean(values)
+    return f"{mean:.1%} ± {half:.1%}" if percent else f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def make_table(runs: list[dict[str, Any]]) -> str:
+    """Markdown: one row a variant."""
+    layers = SHAPE["num_hidden_layers"]
+    assert isinstance(layers, int)
+    lines = [
+        f"| variant | loss, last layer | agreement at {layers // 4} of {layers} | at {layers // 2} | "
+        f"accepted of {NUM_SPECULATIONS}, greedy | sampled |",
+        "|---|---|---|---|---|---|",
+    ]
+    for variant in VARIANTS:
+        mine = [run for run in runs if run["variant"] == variant]
+        cells = [
+            spread([run["loss"] for run in mine]),
+            spread([run["agreement"][layers // 4 - 1] for run in mine], percent=True),
+            spread([run["agreement"][layers // 2 - 1] for run in mine], percent=True),
+            spread([run["accepted_greedy"] for run in mine], digits=2),
+            spread([run["accepted_sampled"] for run in mine], digits=2),
+        ]
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(runs: list[dict[str, Any]], path: Path) -> None:
+    """Agreement by exit, a line a variant; its band is the range over seeds."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for index, variant in enumerate(VARIANTS):
+        curves = [run["agreement"] for run in runs if run["variant"] == variant]
+        exits = range(1, len(curves[0]) + 1)
+        columns = list(zip(*curves, strict=True))
+        color = colormaps["tab20"](index)
+        axes.plot(exits, [statistics.mean(column) for column in columns], "o-", ms=3, color=color, label=variant)
+        axes.fill_between(exits, list(map(min, columns)), list(map(max, columns)), color=color, alpha=0.2)
+    axes.set(xlabel="exit layer", ylabel="agreement with the last layer", ylim=(0, 1.02))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: Arguments) -> None:
+    """Train, measure, print and record."""
+    runs = list(run_all(arguments))
+    table = make_table(runs)
+    print(table)
+    print(write_record("recipe_ablation", {"max_steps": arguments.max_steps, "shape": SHAPE, "runs": runs}))
+    if arguments.docs is not None:
+        draw(runs, arguments.docs / "recipe_ablation.png")
+        (arguments.docs / "recipe_ablation.md").write_text(table, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments, description=__doc__))

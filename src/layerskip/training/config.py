@@ -179,3 +179,7 @@ class TrainingConfig:
     recipe: LayerSkipConfig = field(default_factory=LayerSkipConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        if self.start.lora_rank is not None and self.optimization.fsdp:
+            raise InvalidArgumentError("lora_rank and fsdp don't go together yet; leave one of them out")

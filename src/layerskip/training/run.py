@@ -1,24 +1,21 @@
 """A training run from settings to a checkpoint: prepares, trains, evaluates, saves; goes on where one has stopped."""
 
-import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments, set_seed
-from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from layerskip.errors import CheckpointError, InvalidArgumentError
+from layerskip.errors import InvalidArgumentError
 from layerskip.evaluation.exits import ExitQuality
 from layerskip.evaluation.speedup import IdealSpeedup
 from layerskip.training.callbacks import (
-    LOG_FILE,
     AlreadyFinished,
     FinishedCallback,
     InterruptCallback,
@@ -26,16 +23,15 @@ from layerskip.training.callbacks import (
     OnStep,
     ProgressCallback,
 )
-from layerskip.training.checkpoints import list_checkpoints, writing
+from layerskip.training.checkpoints import list_checkpoints
 from layerskip.training.config import TrainingConfig
 from layerskip.training.data.block_datasets import BlockDataset
 from layerskip.training.data.corpus import Corpus, load_corpus
-from layerskip.training.settings_file import read_settings, write_settings
+from layerskip.training.run_folder import claim, dtype_to_save, save_final, save_result, save_tokenizer
 from layerskip.training.starting_point import StartingPoint, make_starting_point
 from layerskip.training.trainer import LayerSkipTrainer
+from layerskip.training.trainer_arguments import make_arguments
 
-SETTINGS_FILE = "training.toml"
-RESULT_FILE = "training.json"
 WARMUP_SHARE, MOST_WARMUP_STEPS = 20, 2000
 
 
@@ -91,43 +87,27 @@ def train(
     say = on_message or (lambda message: None)
     config = resolve(config)
     if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun or accelerate has started
-        _claim(output, config, resume)
+        claim(output, config, resume)
     set_seed(config.optimization.seed)
     say("preparing the model")
     arguments = make_arguments(config, output)
     with arguments.main_process_first(desc="tokenizer"):
         point = make_starting_point(config, tokenizer_folder=output)
         if arguments.should_save:
-            with writing(output, "the tokenizer") as staging:
-                point.tokenizer.save_pretrained(staging)
-                # tokenizer.json comes last: where it is, a run that resumes takes it for the whole.
-                for path in sorted(staging.iterdir(), key=lambda path: path.name == "tokenizer.json"):
-                    os.replace(path, output / path.name)
+            save_tokenizer(point.tokenizer, output)
     say("reading the data")
-    corpus = load_corpus(config.data, point.tokenizer)
-    trainer = _make_trainer(config, arguments, point, corpus)
-    interrupt = InterruptCallback(trainer)
-    trainer.add_callback(LogCallback(output))
-    trainer.add_callback(interrupt)
+    trainer = _make_trainer(config, arguments, point, load_corpus(config.data, point.tokenizer))
     tokens_per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     tokens_per_step *= config.data.sequence_length
     if on_step is not None and arguments.process_index == 0:
         trainer.add_callback(ProgressCallback(on_step, tokens_per_step=tokens_per_step))
-    trainer.add_callback(FinishedCallback())
-    checkpoints = list_checkpoints(output)
-    set_seed(config.optimization.seed)
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
-    except AlreadyFinished:
-        pass
-    finally:
-        interrupt.restore()
+    _run(trainer, output)
     step = trainer.state.global_step
     if step == arguments.max_steps:
-        if trainer.evaluated_step != step and len(corpus.held_out):
+        if trainer.evaluated_step != step and trainer.eval_dataset is not None:
             say("evaluating")
             trainer.evaluate()
-        save_final(trainer, output, dtype=_dtype_to_save(config, point))
+        save_final(trainer, output, dtype=dtype_to_save(config, point.dtype))
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     result = TrainingResult(
         output=str(output),
@@ -141,11 +121,23 @@ def train(
         seconds=time.perf_counter() - started,
     )
     if arguments.should_save:
-        try:
-            write_atomically(output / RESULT_FILE, json.dumps(asdict(result), indent=2) + "\n")
-        except OSError as error:
-            raise CheckpointError(f"{output / RESULT_FILE} can't be written: {error.strerror}; make room") from error
+        save_result(result, output)
     return result
+
+
+def _run(trainer: LayerSkipTrainer, output: Path) -> None:
+    """All steps that are left, from the last checkpoint if there is one."""
+    interrupt = InterruptCallback(trainer)
+    for callback in (LogCallback(output), interrupt, FinishedCallback()):
+        trainer.add_callback(callback)
+    checkpoints = list_checkpoints(output)
+    set_seed(trainer.args.seed)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+    except AlreadyFinished:
+        pass
+    finally:
+        interrupt.restore()
 
 
 def resolve(config: TrainingConfig) -> TrainingConfig:
@@ -163,100 +155,6 @@ def resolve(config: TrainingConfig) -> TrainingConfig:
             warmup_steps=warmup if optimization.warmup_steps is None else optimization.warmup_steps,
         ),
     )
-
-
-def _claim(output: Path, config: TrainingConfig, resume: bool) -> None:
-    """Make `output` the folder of this run, or check that it is."""
-    file = output / SETTINGS_FILE
-    if not resume:
-        if output.is_file():
-            raise InvalidArgumentError(f"{output} is a file; name a folder")
-        if (output / LOG_FILE).exists() or list_checkpoints(output):
-            raise InvalidArgumentError(f"{output} already holds a training run; resume it, or choose another folder")
-        if not file.exists() and any((output / name).exists() for name in ("config.json", "tokenizer.json")):
-            raise InvalidArgumentError(f"{output} holds a model, which training would overwrite; choose another folder")
-    elif not file.is_file():
-        raise InvalidArgumentError(f"there is no run to resume in {output}: it has no {SETTINGS_FILE}")
-    else:
-        changed = _differences(read_settings(file, TrainingConfig), config)
-        if changed:
-            raise InvalidArgumentError(
-                f"{output} holds a run with other settings, so it can't be resumed with these: {'; '.join(changed)}"
-            )
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        if not resume:  # a run that failed before its first step may have left a tokenizer of other data
-            (output / "tokenizer.json").unlink(missing_ok=True)
-        write_atomically(file, write_settings(config))
-    except OSError as error:
-        raise InvalidArgumentError(f"{output} can't be written to: {error.strerror}") from error
-
-
-def _differences(before: TrainingConfig, now: TrainingConfig) -> list[str]:
-    """Settings that change what is learned, with both values; how often things are saved doesn't."""
-    old, new = asdict(before), asdict(now)
-    return [
-        f"{name} was {old[table][name]} and is {value}"
-        for table in new
-        if table != "checkpoints"
-        for name, value in new[table].items()
-        if old[table][name] != value
-    ]
-
-
-def make_arguments(config: TrainingConfig, output: Path) -> TrainingArguments:
-    """Transformers' settings for a run."""
-    available = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
-    for name in config.checkpoints.report_to:
-        if name not in available:
-            installed = ", ".join(available) or "none"
-            raise InvalidArgumentError(
-                f"report_to: {name!r} is unknown or its package isn't installed; those that are: {installed}"
-            )
-    optimization, checkpoints = config.optimization, config.checkpoints
-    has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    known = TrainingArguments.__dataclass_fields__
-    # transformers 5.24 renamed it and warns about the old name.
-    recompute = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    has_held_out = config.data.held_out > 0
-    on_cpu = not torch.accelerator.is_available()
-    settings: dict[str, Any] = {
-        "output_dir": str(output),
-        "max_steps": optimization.max_steps,
-        "per_device_train_batch_size": optimization.batch_size,
-        "per_device_eval_batch_size": optimization.batch_size,
-        "gradient_accumulation_steps": optimization.gradient_accumulation,
-        "learning_rate": optimization.learning_rate,
-        "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr_rate": optimization.min_learning_rate},
-        "warmup_steps": optimization.warmup_steps,
-        "weight_decay": optimization.weight_decay,
-        "adam_beta2": optimization.adam_beta2,
-        "max_grad_norm": optimization.max_grad_norm,
-        "bf16": optimization.precision == "bfloat16" or (optimization.precision == "auto" and has_bfloat16),
-        "torch_compile": optimization.compile,
-        "fsdp": "full_shard" if optimization.fsdp else None,
-        "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"} if optimization.fsdp else None,
-        "use_cpu": on_cpu,
-        "ddp_backend": "gloo" if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
-        "ddp_find_unused_parameters": False,  # the last exit's loss is always on: every parameter has a gradient
-        "seed": optimization.seed,
-        "data_seed": optimization.seed,
-        "dataloader_drop_last": True,  # every process has the same number of samples in every batch
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "remove_unused_columns": False,
-        "save_steps": checkpoints.save_steps,
-        "save_total_limit": checkpoints.keep,
-        "eval_strategy": "steps" if has_held_out else "no",
-        "eval_steps": checkpoints.eval_steps,
-        "logging_steps": checkpoints.log_steps,
-        "logging_nan_inf_filter": False,  # such a loss ends the run
-        "report_to": list(checkpoints.report_to) or "none",
-        "disable_tqdm": True,
-    }
-    if optimization.gradient_checkpointing:
-        settings[recompute] = True
-    return TrainingArguments(**settings)
 
 
 def _make_trainer(
@@ -284,39 +182,3 @@ def _make_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def save_final(trainer: LayerSkipTrainer, output: Path, *, dtype: torch.dtype) -> None:
-    """Write the trained model into the run's folder, as a plain checkpoint without adapters."""
-    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if not trainer.args.should_save:
-        return
-    model: Any = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    if hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()
-        weights = model.state_dict()
-    model = trainer.recipe.model
-    model.config.use_cache = True  # Trainer has switched it off
-    weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
-    with writing(output, "the trained model") as staging:
-        model.save_pretrained(staging, state_dict=weights)
-        model.config.dtype = dtype  # of the file; it has written that of the weights in memory
-        model.config.save_pretrained(staging)
-        # config.json comes last: until it is there, the folder isn't a checkpoint.
-        for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
-            os.replace(path, output / path.name)
-
-
-def _dtype_to_save(config: TrainingConfig, point: StartingPoint) -> torch.dtype:
-    if config.checkpoints.save_dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
-            config.checkpoints.save_dtype
-        ]
-    return point.dtype
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content as a whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -14,7 +14,8 @@ from layerskip.training.config import (
     TrainingConfig,
 )
 from layerskip.training.data.config import DataConfig
-from layerskip.training.run import _differences, resolve
+from layerskip.training.run import resolve
+from layerskip.training.run_folder import differences
 
 NAN, INFINITY = float("nan"), float("inf")
 
@@ -133,8 +134,8 @@ def test_differences_are_named_with_both_values() -> None:
         recipe=LayerSkipConfig(dropout_max=0.2),
         optimization=OptimizationConfig(seed=1),
     )
-    assert _differences(before, before) == []
-    assert _differences(before, now) == [
+    assert differences(before, before) == []
+    assert differences(before, now) == [
         "data was ('a',) and is ('a', 'b')",
         "dropout_max was 0.1 and is 0.2",
         "seed was 0 and is 1",
@@ -143,4 +144,4 @@ def test_differences_are_named_with_both_values() -> None:
 
 def test_how_often_things_are_saved_makes_no_difference() -> None:
     now = TrainingConfig(checkpoints=CheckpointConfig(save_steps=7, keep=9, eval_steps=3, report_to=("wandb",)))
-    assert _differences(TrainingConfig(), now) == []
+    assert differences(TrainingConfig(), now) == []

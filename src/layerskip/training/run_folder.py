@@ -1,0 +1,121 @@
+"""The folder of a run: whose it is, and what the run leaves in it."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from layerskip.checkpoint import DTYPES
+from layerskip.errors import CheckpointError, InvalidArgumentError
+from layerskip.training.callbacks import LOG_FILE
+from layerskip.training.checkpoints import list_checkpoints, writing
+from layerskip.training.config import TrainingConfig
+from layerskip.training.settings_file import read_settings, write_settings
+from layerskip.training.trainer import LayerSkipTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SETTINGS_FILE = "training.toml"
+RESULT_FILE = "training.json"
+
+
+def claim(output: Path, config: TrainingConfig, resume: bool) -> None:
+    """Make `output` the folder of this run, or check that it is."""
+    file = output / SETTINGS_FILE
+    if not resume:
+        if output.is_file():
+            raise InvalidArgumentError(f"{output} is a file; name a folder")
+        if (output / LOG_FILE).exists() or list_checkpoints(output):
+            raise InvalidArgumentError(f"{output} already holds a training run; resume it, or choose another folder")
+        if not file.exists() and any((output / name).exists() for name in ("config.json", "tokenizer.json")):
+            raise InvalidArgumentError(f"{output} holds a model, which training would overwrite; choose another folder")
+    elif not file.is_file():
+        raise InvalidArgumentError(f"there is no run to resume in {output}: it has no {SETTINGS_FILE}")
+    else:
+        changed = differences(read_settings(file, TrainingConfig), config)
+        if changed:
+            raise InvalidArgumentError(
+                f"{output} holds a run with other settings, so it can't be resumed with these: {'; '.join(changed)}"
+            )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if not resume:  # a run that failed before its first step may have left a tokenizer of other data
+            (output / "tokenizer.json").unlink(missing_ok=True)
+        write_atomically(file, write_settings(config))
+    except OSError as error:
+        raise InvalidArgumentError(f"{output} can't be written to: {error.strerror}") from error
+
+
+def differences(before: TrainingConfig, now: TrainingConfig) -> list[str]:
+    """Settings that change what is learned, with both values; how often things are saved doesn't."""
+    old, new = asdict(before), asdict(now)
+    return [
+        f"{name} was {old[table][name]} and is {value}"
+        for table in new
+        if table != "checkpoints"
+        for name, value in new[table].items()
+        if old[table][name] != value
+    ]
+
+
+def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", output: Path) -> None:
+    """Write the tokenizer into the run's folder, before training begins."""
+    with writing(output, "the tokenizer") as staging:
+        tokenizer.save_pretrained(staging)
+        # tokenizer.json comes last: where it is, a run that resumes takes it for the whole.
+        _move_files(staging, output, last="tokenizer.json")
+
+
+def save_final(trainer: LayerSkipTrainer, output: Path, *, dtype: torch.dtype) -> None:
+    """Write the trained model into the run's folder, as a plain checkpoint without adapters."""
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not trainer.args.should_save:
+        return
+    model: Any = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+        weights = model.state_dict()
+    model = trainer.recipe.model
+    model.config.use_cache = True  # Trainer has switched it off
+    weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
+    with writing(output, "the trained model") as staging:
+        model.save_pretrained(staging, state_dict=weights)
+        model.config.dtype = dtype  # of the file; it has written that of the weights in memory
+        model.config.save_pretrained(staging)
+        # config.json comes last: until it is there, the folder isn't a checkpoint.
+        _move_files(staging, output, last="config.json")
+
+
+def save_result(result: Any, output: Path) -> None:
+    """Write what the run has reached into its folder.
+
+    Raises:
+        CheckpointError: It can't be written.
+    """
+    try:
+        write_atomically(output / RESULT_FILE, json.dumps(asdict(result), indent=2) + "\n")
+    except OSError as error:
+        raise CheckpointError(f"{output / RESULT_FILE} can't be written: {error.strerror}; make room") from error
+
+
+def _move_files(staging: Path, output: Path, *, last: str) -> None:
+    for path in sorted(staging.iterdir(), key=lambda path: path.name == last):
+        os.replace(path, output / path.name)
+
+
+def dtype_to_save(config: TrainingConfig, own: torch.dtype) -> torch.dtype:
+    """Type of the weights that a run leaves; `own` is that of the model it started from."""
+    if config.checkpoints.save_dtype != "auto":
+        return DTYPES[config.checkpoints.save_dtype]
+    return own
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file's content as a whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -63,6 +63,27 @@ class ProgressCallback(TrainerCallback):
         self._loss = (logs or {}).get("loss", self._loss)
 
 
+class EvaluationCallback(TrainerCallback):
+    """Says what each evaluation has found."""
+
+    def __init__(self, on_message: Callable[[str], None]) -> None:
+        """Say it to `on_message`, in one line."""
+        self._on_message = on_message
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        num_layers = sum(name.startswith("eval_exit_") and name.endswith("_loss") for name in logs or {})
+        if not num_layers:
+            return
+        early = sorted({max(1, num_layers // 4), max(1, num_layers // 2)})
+        agreements = ", ".join(f"{logs[f'eval_exit_{exit_}_agreement']:.1%} at exit {exit_}" for exit_ in early)
+        best = max(range(1, num_layers + 1), key=lambda exit_: logs[f"eval_exit_{exit_}_speedup"])
+        loss = logs[f"eval_exit_{num_layers}_loss"]
+        self._on_message(
+            f"step {state.global_step}: held-out loss {loss:.3f}, agreement {agreements}; "
+            f"ideal speedup {logs[f'eval_exit_{best}_speedup']:.2f} at exit {best}"
+        )
+
+
 class AlreadyFinished(Exception):
     """The checkpoint that a run resumes from is its last; Trainer would do one more step."""
 

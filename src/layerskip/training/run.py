@@ -17,6 +17,7 @@ from layerskip.evaluation.exits import ExitQuality
 from layerskip.evaluation.speedup import IdealSpeedup
 from layerskip.training.callbacks import (
     AlreadyFinished,
+    EvaluationCallback,
     FinishedCallback,
     InterruptCallback,
     LogCallback,
@@ -76,7 +77,7 @@ def train(
         output: Folder of the run.
         resume: Go on from the last checkpoint in `output`; from the start where there is none yet.
         on_step: Called after each optimizer step.
-        on_message: Called with what is being prepared, a line at a time.
+        on_message: Called with what is being prepared, and with what each evaluation found, a line at a time.
 
     Raises:
         InvalidArgumentError: Settings that don't fit together, or `output` holds another run.
@@ -101,6 +102,8 @@ def train(
     tokens_per_step *= config.data.sequence_length
     if on_step is not None and arguments.process_index == 0:
         trainer.add_callback(ProgressCallback(on_step, tokens_per_step=tokens_per_step))
+    if on_message is not None and arguments.process_index == 0:
+        trainer.add_callback(EvaluationCallback(on_message))
     _run(trainer, output)
     step = trainer.state.global_step
     if step == arguments.max_steps:

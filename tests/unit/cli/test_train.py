@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -194,6 +195,11 @@ def test_progress_without_a_terminal(cli: Callable, shape: str, texts: str, tmp_
     assert lines[:2] == ["preparing the model", "reading the data"]
     assert lines[2].startswith("step 1 of 2, ")
     assert lines[2].endswith(" tokens/s")
+    assert re.fullmatch(
+        r"step 2: held-out loss \d\.\d{3}, agreement [\d.]+% at exit 1(, [\d.]+% at exit 2)?; "
+        r"ideal speedup [\d.]+ at exit \d",
+        lines[-1],
+    )
     assert "\x1b" not in outcome.err + outcome.out
     assert "exit layer" in outcome.out
     assert f"--model {output} --exit-layer " in outcome.out

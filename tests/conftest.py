@@ -1,5 +1,7 @@
 """Set-up that all tests share."""
 
+import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +23,7 @@ TINY_CONFIG: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+WORDS = "the red fox runs over a lazy dog while rain falls on green hills".split()
 TINY_FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 8},
     "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8, "sliding_window_pattern": 2},
@@ -77,6 +80,36 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
             for file in ("tokenizer.json", "tokenizer_config.json"):
                 shutil.copy(DEMO / file, folder)
         return folder
+
+    return write
+
+
+class TrainingStart(Protocol):
+    """Writes what a training run from scratch starts from; returns config.json and a folder of texts."""
+
+    def __call__(self, *, texts: int = 8, lines: int = 30, **config: Any) -> tuple[Path, Path]: ...
+
+
+@pytest.fixture(scope="session")
+def training_start(tmp_path_factory: pytest.TempPathFactory) -> TrainingStart:
+    """A factory of shapes and texts to train tiny models on.
+
+    Args of the factory:
+        texts: Number of files.
+        lines: Lines of eight words in each.
+        **config: Keys of config.json that differ from a Llama of `TINY_CONFIG`'s sizes and a vocabulary of 300.
+    """
+
+    def write(*, texts: int = 8, lines: int = 30, **config: Any) -> tuple[Path, Path]:
+        folder, pick = tmp_path_factory.mktemp("start"), random.Random(0)
+        sizes = {name: value for name, value in TINY_CONFIG.items() if value is not None}
+        shape = {"model_type": "llama", **sizes, "vocab_size": 300, **config}
+        (folder / "config.json").write_text(json.dumps(shape))
+        (folder / "texts").mkdir()
+        for i in range(texts):
+            text = "\n".join(" ".join(pick.choices(WORDS, k=8)) for _ in range(lines))
+            (folder / "texts" / f"{i}.txt").write_text(text)
+        return folder / "config.json", folder / "texts"
 
     return write
 

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import os
-import random
 import shutil
 import signal
 import socket
@@ -22,7 +21,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import layerskip.training.run as run_module  # takes seconds: once here, not in each child
 from layerskip.cli.main import main
@@ -32,17 +31,6 @@ from layerskip.training.recipe import LayerSkipRecipe
 from layerskip.training.trainer import LayerSkipTrainer
 
 TIMEOUT = 180.0
-WORDS = "the red fox runs over a lazy dog while rain falls on green hills".split()
-SHAPE = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 56,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 300,
-    "max_position_embeddings": 64,
-}
 SETTINGS = """--sequence-length 32 --held-out 0.2 --max-steps 20 --save-steps 10 --eval-steps 10 --log-steps 1 --json
 --rotation 2 --exit-loss kl --dropout-max 0.3 --dropout-schedule constant --learning-rate 1e-3""".split()
 
@@ -53,14 +41,13 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder, pick = tmp_path_factory.mktemp("start"), random.Random(0)
-    (folder / "config.json").write_text(json.dumps(SHAPE))
-    (folder / "texts").mkdir()
-    for i in range(8):
-        text = "\n".join(" ".join(pick.choices(WORDS, k=8)) for _ in range(30))
-        (folder / "texts" / f"{i}.txt").write_text(text)
-    return ["--config", str(folder / "config.json"), "--data", str(folder / "texts"), *SETTINGS]
+def start(training_start: Callable[..., tuple[Path, Path]]) -> tuple[Path, Path]:
+    return training_start(max_position_embeddings=64)
+
+
+@pytest.fixture(scope="module")
+def flags(start: tuple[Path, Path]) -> list[str]:
+    return ["--config", str(start[0]), "--data", str(start[1]), *SETTINGS]
 
 
 @pytest.fixture(scope="module")
@@ -220,9 +207,18 @@ def test_mistakes_end_both_processes(flags: list[str], tmp_path: Path) -> None:
     assert [report.with_suffix(f".{rank}").read_text() for rank in range(2)] == ["2", "2"]
 
 
+SHAPE: dict[str, int] = {
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 300,
+}
+
+
 def make_recipe(model_seed: int = 0) -> tuple[Any, LayerSkipRecipe]:
     torch.manual_seed(model_seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPE)).train()
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE)).train()
     config = LayerSkipConfig(dropout_max=0.9, dropout_schedule="constant", rotation=2)
     return model, LayerSkipRecipe(model, config, seed=5)
 

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import random
 import signal
 import traceback
 from collections.abc import Callable
@@ -23,18 +22,6 @@ from layerskip.cli.main import main
 from layerskip.cli.training_progress import TrainingProgress
 from layerskip.training.checkpoints import list_checkpoints
 
-WORDS = "the red fox runs over a lazy dog while rain falls on green hills".split()
-SHAPE = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 56,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 300,
-    "max_position_embeddings": 64,
-    "attention_dropout": 0.1,  # draws from torch's generator, whose state a checkpoint has to keep
-}
 NUM_STEPS = 8
 SETTINGS = f"--sequence-length 32 --batch-size 2 --max-steps {NUM_STEPS} --learning-rate 3e-3 --dropout-max 0.4".split()
 SAVING = "--save-steps 3 --eval-steps 4 --log-steps 1 --keep 1".split()
@@ -77,15 +64,13 @@ def losses(output: Path) -> list[tuple[int, float]]:
 
 
 @pytest.fixture(scope="module")
-def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder, pick = tmp_path_factory.mktemp("start"), random.Random(0)
-    (folder / "config.json").write_text(json.dumps(SHAPE))
-    (folder / "texts").mkdir()
-    for i in range(6):
-        text = "\n".join(" ".join(pick.choices(WORDS, k=8)) for _ in range(8))
-        (folder / "texts" / f"{i}.txt").write_text(text)  # so few that the steps are more than one epoch
-    start = ["--config", str(folder / "config.json"), "--data", str(folder / "texts"), "--held-out", "0.2"]
-    return [*start, *SETTINGS, *SAVING]
+def flags(training_start: Callable[..., tuple[Path, Path]]) -> list[str]:
+    # So few texts that the steps are more than one epoch; dropout draws from torch's generator, whose state a
+    # checkpoint has to keep.
+    shape, texts = training_start(
+        texts=6, lines=8, num_hidden_layers=3, max_position_embeddings=64, attention_dropout=0.1
+    )
+    return ["--config", str(shape), "--data", str(texts), "--held-out", "0.2", *SETTINGS, *SAVING]
 
 
 @pytest.fixture(scope="module")

@@ -23,17 +23,6 @@ from layerskip.training.data.documents import ChatDocument, CompletionDocument
 from layerskip.training.data.encode import encode_document
 from layerskip.training.settings_file import read_settings
 
-WORDS = "the red fox runs over a lazy dog while rain falls on green hills".split()
-SHAPE = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 56,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 300,
-    "max_position_embeddings": 128,
-}
 SHORT = "--sequence-length 32 --batch-size 4 --max-steps 6 --log-steps 1 --save-steps 3 --learning-rate 3e-3".split()
 TEMPLATE = """\
 {% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}
@@ -64,19 +53,19 @@ def same(first: Path, second: Path) -> bool:
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, pick = tmp_path_factory.mktemp("texts"), random.Random(0)
-    for i in range(8):
-        (folder / f"{i}.txt").write_text("\n".join(" ".join(pick.choices(WORDS, k=8)) for _ in range(30)))
-    return folder
+def start(training_start: Callable[..., tuple[Path, Path]]) -> tuple[Path, Path]:
+    return training_start()
 
 
 @pytest.fixture(scope="module")
-def scratch(tmp_path_factory: pytest.TempPathFactory, texts: Path) -> list[Any]:
+def texts(start: tuple[Path, Path]) -> Path:
+    return start[1]
+
+
+@pytest.fixture(scope="module")
+def scratch(start: tuple[Path, Path]) -> list[Any]:
     """Flags of a run from scratch."""
-    file = tmp_path_factory.mktemp("shape") / "config.json"
-    file.write_text(json.dumps(SHAPE))
-    return ["--config", file, "--data", texts, "--held-out", 0.2, *SHORT]
+    return ["--config", start[0], "--data", start[1], "--held-out", 0.2, *SHORT]
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +255,7 @@ def test_lora_adapts_a_frozen_model(base: Path, texts: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("kind", ["completion", "chat"])
 def test_only_answers_are_learned(base: Path, tmp_path: Path, kind: str) -> None:
     """The loss of the first step is that of the answers alone, each read in its own context."""
-    pick = random.Random(1)
+    pick, words = random.Random(1), "red foxes run over lazy dogs while rain falls".split()
     start = tmp_path / "start"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = TEMPLATE
@@ -275,7 +264,7 @@ def test_only_answers_are_learned(base: Path, tmp_path: Path, kind: str) -> None
     records: list[dict[str, Any]] = []
     documents: list[CompletionDocument | ChatDocument] = []
     for _ in range(3):
-        asked, told = (" ".join(pick.choices(WORDS, k=4)) for _ in range(2))
+        asked, told = (" ".join(pick.choices(words, k=4)) for _ in range(2))
         if kind == "chat":
             said = ({"role": "user", "content": asked}, {"role": "assistant", "content": told})
             records.append({"messages": said})

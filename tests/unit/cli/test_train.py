@@ -1,7 +1,6 @@
 """`layerskip train`: what is refused at the command line, in one line, and what is printed."""
 
 import json
-import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,33 +10,23 @@ import pytest
 from layerskip.training.config import TrainingConfig
 from layerskip.training.settings_file import read_settings
 
-WORDS = "the red fox runs over a lazy dog while rain falls on green hills".split()
-SHAPE = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 56,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 300,
-    "max_position_embeddings": 64,
-}
 SHORT = ("--sequence-length", "32", "--batch-size", "2", "--max-steps", "2", "--held-out", "0.2")
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder, pick = tmp_path_factory.mktemp("texts"), random.Random(0)
-    for i in range(5):
-        (folder / f"{i}.txt").write_text("\n".join(" ".join(pick.choices(WORDS, k=8)) for _ in range(20)))
-    return str(folder)
+def start(training_start: Callable) -> tuple[str, str]:
+    shape, texts = training_start(texts=5, lines=20, num_hidden_layers=3, max_position_embeddings=64)
+    return str(shape), str(texts)
 
 
 @pytest.fixture(scope="module")
-def shape(tmp_path_factory: pytest.TempPathFactory) -> str:
-    file = tmp_path_factory.mktemp("shape") / "config.json"
-    file.write_text(json.dumps(SHAPE))
-    return str(file)
+def shape(start: tuple[str, str]) -> str:
+    return start[0]
+
+
+@pytest.fixture(scope="module")
+def texts(start: tuple[str, str]) -> str:
+    return start[1]
 
 
 @pytest.fixture
@@ -76,9 +65,8 @@ def test_files_that_are_no_shape(refusal: Callable, texts: str, tmp_path: Path, 
     assert str(file) in refusal("--config", str(file), "--data", texts, *SHORT)
 
 
-def test_shapes_that_do_not_fit_together(refusal: Callable, texts: str, tmp_path: Path) -> None:
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps({**SHAPE, "hidden_act": "unheard-of"}))
+def test_shapes_that_do_not_fit_together(refusal: Callable, texts: str, training_start: Callable) -> None:
+    file, _ = training_start(texts=0, hidden_act="unheard-of")
     assert f"can't make a causal model from {file}" in refusal("--config", str(file), "--data", texts, *SHORT)
 
 

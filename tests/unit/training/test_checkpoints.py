@@ -4,7 +4,6 @@ import errno
 import io
 import json
 import os
-import random
 import resource
 import signal
 import sys
@@ -23,16 +22,6 @@ from layerskip.cli.training_progress import TrainingProgress
 from layerskip.errors import CheckpointError
 from layerskip.training.checkpoints import STAGING, checkpoint_step, delete, list_checkpoints, move_into_place, writing
 
-SHAPE = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 56,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 300,
-    "max_position_embeddings": 64,
-}
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -151,17 +140,12 @@ def in_child(run: Callable[[], object]) -> int:
 
 
 @pytest.fixture
-def flags(tmp_path: Path) -> list[str]:
+def flags(training_start: Callable[..., tuple[Path, Path]]) -> list[str]:
     import layerskip.training.run  # noqa: F401  # takes seconds: once here, not in each child
 
-    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
-    pick = random.Random(0)
-    lines = (
-        " ".join(pick.choices("the red fox runs over a lazy dog while rain falls".split(), k=8)) for _ in range(99)
-    )
-    (tmp_path / "text.txt").write_text("\n".join(lines))
+    shape, texts = training_start(texts=1, lines=99, num_hidden_layers=3, max_position_embeddings=64)
     text = "--sequence-length 32 --batch-size 2 --max-steps 6 --save-steps 2 --log-steps 1 --dropout-max 0.3".split()
-    return ["--config", str(tmp_path / "config.json"), "--data", str(tmp_path / "text.txt"), *text]
+    return ["--config", str(shape), "--data", str(texts), *text]
 
 
 @pytest.mark.parametrize(("first", "limit"), [(0, 1_000), (3, 10_000), (3, 60_000), (3, 200_000)])

@@ -46,7 +46,14 @@ class TinyCheckpoint(Protocol):
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
+def demo_config() -> dict[str, Any]:
+    """config.json of the embedded model."""
+    config: dict[str, Any] = json.loads((DEMO / "config.json").read_text())
+    return config
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, demo_config: dict[str, Any]) -> TinyCheckpoint:
     """A factory of small random checkpoints of any family, written by transformers, each in a folder of its own.
 
     Args of the factory:
@@ -54,7 +61,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
         seed: Seed of the weights.
         dtype: Dtype of the file.
         max_shard_size: Such as "40KB", for a checkpoint of several files.
-        tokenizer: Also copy the demo's tokenizer (4096 tokens; the vocabulary is as large then).
+        tokenizer: Also copy the demo's tokenizer; the vocabulary is as large as the demo's then.
         **config: Keys of config.json that differ from `TINY_CONFIG`.
     """
 
@@ -70,7 +77,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        vocabulary = {"vocab_size": 4096} if tokenizer else {}
+        vocabulary = {"vocab_size": demo_config["vocab_size"]} if tokenizer else {}
         settings = {**TINY_CONFIG, **TINY_FAMILY_CONFIGS.get(model_type, {}), **vocabulary, **config}
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
         randomize(model, seed)

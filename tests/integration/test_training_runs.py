@@ -76,7 +76,7 @@ def first_run(tmp_path_factory: pytest.TempPathFactory, scratch: list[Any]) -> t
 
 @pytest.fixture(scope="module")
 def base(tiny_checkpoint: Callable[..., Path]) -> Path:
-    """A model to go on with; its tokenizer has the demo's 4096 tokens."""
+    """A model to go on with; its tokenizer is the demo's."""
     return tiny_checkpoint(tokenizer=True, tie_word_embeddings=False)
 
 

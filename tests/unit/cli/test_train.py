@@ -101,9 +101,11 @@ def test_a_rotation_beyond_the_layers(refusal: Callable, shape: str, texts: str)
     assert "rotation is 4, but the model has 3 layers; it must be from 1 to 3" in message
 
 
-def test_a_tokenizer_larger_than_the_vocabulary(refusal: Callable, shape: str, texts: str) -> None:
+def test_a_tokenizer_larger_than_the_vocabulary(
+    refusal: Callable, shape: str, texts: str, demo_config: dict[str, int]
+) -> None:
     message = refusal("--config", shape, "--tokenizer", "demo", "--data", texts, *SHORT)
-    assert "the tokenizer has 4096 tokens, and the model a vocabulary of 300" in message
+    assert f"the tokenizer has {demo_config['vocab_size']} tokens, and the model a vocabulary of 300" in message
 
 
 def test_a_vocabulary_below_all_bytes(refusal: Callable, texts: str) -> None:

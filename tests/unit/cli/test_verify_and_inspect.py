@@ -37,7 +37,7 @@ def test_verify_fails_with_exit_code_1_when_something_is_lost(
     honest = self_speculative.verify
 
     def wrong(batch: Batch, draft: self_speculative.Draft) -> list[Round]:
-        return [Round(drafts=r.drafts, num_accepted=0, token=(r.token + 1) % 4096) for r in honest(batch, draft)]
+        return [Round(drafts=r.drafts, num_accepted=0, token=(r.token + 1) % 256) for r in honest(batch, draft)]
 
     monkeypatch.setattr(self_speculative, "verify", wrong)
     arguments = ["--prompts", str(prompts), "--field", "text", "--mode", "greedy", *SHORT]

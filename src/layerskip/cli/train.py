@@ -93,7 +93,8 @@ def _report(arguments: TrainArguments, result: "TrainingResult") -> None:
         return
     console = make_console(arguments.printing)
     if result.interrupted:
-        console.print(f"stopped after step {result.step}; its checkpoint is in {result.output}: go on with --resume")
+        stopped = f"stopped after step {result.step}; its checkpoint is in {result.output}: go on with --resume"
+        console.print(stopped, soft_wrap=True)
         return
     if result.exits:
         from rich.table import Table

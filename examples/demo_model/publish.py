@@ -1,6 +1,6 @@
 """Measure a trained model and its plain twin, and make the model the embedded one, with a model card.
 
-    python publish.py --run runs/demo_model --twin runs/demo_model_twin --prompts human_eval.jsonl
+    python publish.py --scratch runs/model_scratch --run runs/model --twin runs/twin --prompts human_eval.jsonl
 
 Acceptance and speed are those of greedy decoding of the prompts (JSON lines with a field `prompt`) at exit L/4 with
 four drafts; autoregressive and self-speculative decoding alternate, prompt by prompt, and must write the same tokens.
@@ -29,7 +29,10 @@ MOST_BYTES = 32_000_000
 class Arguments:
     """Options of the script."""
 
+    scratch: Path
+    """Run of the first part."""
     run: Path
+    """Run of the second part, whose model is published."""
     twin: Path
     prompts: Path
     limit: int = 164
@@ -69,11 +72,21 @@ def decode(arguments: Arguments) -> dict[str, Any]:
     }
 
 
+def describe(folder: Path) -> str:
+    """One part of the training: tokens and recipe."""
+    run = json.loads((folder / "training.json").read_text())
+    recipe = json.loads((folder / "config.json").read_text())["layerskip"]
+    return (
+        f"{run['step']} steps, {run['num_tokens'] / 1e6:.1f}M tokens with the exit loss `{recipe['exit_loss']}` "
+        f"({recipe['exit_weights']} weights, scale {recipe['exit_loss_scale']}, {recipe['curriculum']} curriculum, "
+        f"R = {recipe['rotation']}) and {recipe['dropout_schedule']} layer dropout up to {recipe['dropout_max']}"
+    )
+
+
 def card(arguments: Arguments, decoded: dict[str, Any]) -> str:
     """The model card."""
     run, twin = (json.loads((folder / "training.json").read_text()) for folder in (arguments.run, arguments.twin))
     config = json.loads((arguments.run / "config.json").read_text())
-    recipe = config["layerskip"]
     by_layer = {quality["exit_layer"]: quality for quality in run["exits"]}
     rows = "\n".join(
         f"| {layer} | {quality['loss']:.3f} | {quality['agreement']:.1%} |" for layer, quality in by_layer.items()
@@ -82,16 +95,13 @@ def card(arguments: Arguments, decoded: dict[str, Any]) -> str:
     return f"""# The embedded model
 A Llama of {config["num_hidden_layers"]} layers, width {config["hidden_size"]}, vocabulary {config["vocab_size"]} \
 (byte-level BPE), {lm.checkpoint.num_parameters / 1e6:.1f}M parameters, {config["dtype"]}, \
-trained from scratch by `layerskip train` from the settings in `examples/demo_model/train.toml`.
+trained by `layerskip train` from the settings in `examples/demo_model`: from scratch, then continued.
 Made for tests, timing and demonstrations, not for its prose: it writes what looks like Python.
 
 - **Data**: the sources of CPython {".".join(map(str, __import__("sys").version_info[:2]))}'s standard library \
 (`python-stdlib`: no tests, nothing installed beside it), under the PSF License Agreement. 3 % of the files, chosen by \
 a hash of their content, were held out.
-- **Training**: {run["step"]} steps, {run["num_tokens"] / 1e6:.1f}M tokens, on CPUs.
-- **Recipe** (arXiv:2404.16710): layer dropout up to {recipe["dropout_max"]} growing over the run; exit loss \
-`{recipe["exit_loss"]}`, scale {recipe["exit_loss_scale"]}, {recipe["exit_weights"]} weights; {recipe["curriculum"]} \
-curriculum, R = {recipe["rotation"]}.
+- **Training**, on CPUs: {describe(arguments.scratch)}; then {describe(arguments.run)}.
 - **Special tokens**: `<s>` (id 0) begins a text, `</s>` (id 1) ends it, `<pad>` (id 2).
 
 Held-out files: loss {run["loss"]:.3f} at the last layer; {twin["loss"]:.3f} for a twin that was trained without the \

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerskip.training.config import ExitLossName
+from layerskip.training.data.packing import IGNORED
 
-IGNORED = -100
-"""Label of a token that has no loss; transformers' convention."""
 ExitLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(exit's logits [n, V], last layer's logits [n, V] without gradient, labels [n]) -> loss of each token [n], nats."""
 FusedCrossEntropy = Callable[[Tensor, Tensor], Tensor]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from layerskip.evaluation.exits import ExitQuality
-from layerskip.training.exit_loss import IGNORED, Head, ce_loss
+from layerskip.training.data.packing import IGNORED
+from layerskip.training.exit_loss import Head, ce_loss
 
 
 class ExitStatistics:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerskip.training.exit_loss import IGNORED, FusedCrossEntropy, Head
+from layerskip.training.data.packing import IGNORED
+from layerskip.training.exit_loss import FusedCrossEntropy, Head
 
 
 def liger_cross_entropy(head: Head, device: torch.device) -> FusedCrossEntropy | None:

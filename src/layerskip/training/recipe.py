@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from layerskip.training.anatomy import dissect, first
 from layerskip.training.config import LayerSkipConfig
 from layerskip.training.curriculum import enabled_exits, exit_weights
-from layerskip.training.exit_loss import EXIT_LOSSES, IGNORED, JointLoss
+from layerskip.training.data.packing import IGNORED
+from layerskip.training.exit_loss import EXIT_LOSSES, JointLoss
 from layerskip.training.exit_statistics import ExitStatistics
 from layerskip.training.layer_dropout import draw_kept, dropout_rates
 from layerskip.training.liger import liger_cross_entropy

@@ -14,7 +14,7 @@ from layerskip.errors import InvalidArgumentError, UnsupportedModelError
 from layerskip.evaluation.exits import measure_exits
 from layerskip.training import recipe as recipe_module
 from layerskip.training.config import LayerSkipConfig
-from layerskip.training.exit_loss import IGNORED
+from layerskip.training.data.packing import IGNORED
 from layerskip.training.recipe import LayerSkipRecipe
 
 PLAIN = LayerSkipConfig(dropout_max=0.0, exit_loss_scale=0.0)

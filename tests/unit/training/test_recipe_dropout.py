@@ -8,7 +8,7 @@ from torch import Tensor
 
 from layerskip.training import recipe as recipe_module
 from layerskip.training.config import LayerSkipConfig
-from layerskip.training.exit_loss import IGNORED
+from layerskip.training.data.packing import IGNORED
 from layerskip.training.layer_dropout import draw_kept
 from layerskip.training.recipe import LayerSkipRecipe
 

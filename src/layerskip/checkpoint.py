@@ -22,6 +22,7 @@ from layerskip.model.cache import free_memory
 from layerskip.model.config import ModelConfig, read_eos
 from layerskip.model.decoder import Decoder
 from layerskip.model.families import parse_config
+from layerskip.model.native_network import why_not_native
 from layerskip.model.weights import load_decoder, tensor_shapes
 
 if TYPE_CHECKING:
@@ -91,7 +92,9 @@ class Checkpoint:
             raise TokenizerError(f"the tokenizer in {self.folder} can't be read: {error}") from error
         return tokenizer
 
-    def load_decoder(self, *, dtype: str = "auto", device: str = "auto", max_context: int | None = None) -> Decoder:
+    def load_decoder(
+        self, *, dtype: str = "auto", device: str = "auto", max_context: int | None = None, kernels: str = "auto"
+    ) -> Decoder:
         """Load the network.
 
         Args:
@@ -99,9 +102,10 @@ class Checkpoint:
             device: `cpu`, `cuda`, `cuda:1`, ..., or `auto`: a CUDA GPU if there is one.
             max_context: Longest sequence in tokens; the model's own context if not given. For a model with LongRoPE
                 that is the context before scaling, and a larger value selects the long factors, for all lengths.
+            kernels: `native` (compiled, float32 on a CPU), `torch`, or `auto`: native where it can run the model.
 
         Raises:
-            InvalidArgumentError: Unknown dtype or device, or a context beyond the model's.
+            InvalidArgumentError: Unknown dtype or device, a context beyond the model's, or kernels that can't run it.
             OutOfMemoryError: The weights don't fit.
             CheckpointError: Anything wrong with the files.
         """
@@ -109,6 +113,7 @@ class Checkpoint:
         on = choose_device(device)
         kind = choose_dtype(dtype, on, self.raw_config)
         context = choose_context(config, max_context)
+        native = choose_kernels(kernels, config, on, kind)
         needed = self.num_parameters * kind.itemsize
         free = free_memory(on)
         weights = self.weights
@@ -117,7 +122,7 @@ class Checkpoint:
                 f"{self.name} needs {needed / 2**30:.2f} GiB in {kind} and {free / 2**30:.2f} GiB are free on {on}; "
                 "use a 16-bit dtype, a smaller model or another device"
             )
-        return load_decoder(config, weights, dtype=kind, device=on, max_context=context)
+        return load_decoder(config, weights, dtype=kind, device=on, max_context=context, native=native)
 
 
 class SafetensorsFiles:
@@ -236,6 +241,16 @@ def choose_dtype(dtype: str, device: torch.device, raw_config: dict[str, Any]) -
     if dtype not in DTYPES:
         raise InvalidArgumentError(f"dtype {dtype!r} is not supported; use auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
+
+
+def choose_kernels(kernels: str, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether compiled kernels run the network: `native` insists on them, `auto` takes them where they can."""
+    if kernels not in ("auto", "native", "torch"):
+        raise InvalidArgumentError(f"kernels {kernels!r} are not known; use auto, native or torch")
+    obstacle = why_not_native(config, device, dtype)
+    if kernels == "native" and obstacle is not None:
+        raise InvalidArgumentError(f"kernels 'native' can't run this model: {obstacle}; use auto or torch")
+    return kernels != "torch" and obstacle is None
 
 
 def choose_context(config: ModelConfig, max_context: int | None) -> int:

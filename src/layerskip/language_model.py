@@ -34,6 +34,7 @@ def load(
     device: str = "auto",
     revision: str | None = None,
     max_context: int | None = None,
+    kernels: str = "auto",
 ) -> "LanguageModel":
     """Load a checkpoint.
 
@@ -44,18 +45,19 @@ def load(
         revision: Branch, tag or commit of a hub repository.
         max_context: Longest sequence in tokens; the model's own context if not given (for LongRoPE models the one
             before scaling: ask for more to select the long factors).
+        kernels: `native` (compiled, float32 on a CPU), `torch`, or `auto`: native where it can run the model.
 
     Raises:
         CheckpointError: The checkpoint can't be found, read or understood; its subclasses say which.
         OutOfMemoryError: The weights don't fit.
-        InvalidArgumentError: A bad dtype, device or context.
+        InvalidArgumentError: A bad dtype, device or context, or kernels that can't run the model.
 
     Example:
         >>> lm = load("demo")
         >>> lm.generate(["def add(a, b):"], max_new_tokens=20)[0].text
     """
     checkpoint = open_checkpoint(name, revision=revision)
-    decoder = checkpoint.load_decoder(dtype=dtype, device=device, max_context=max_context)
+    decoder = checkpoint.load_decoder(dtype=dtype, device=device, max_context=max_context, kernels=kernels)
     return LanguageModel(checkpoint, decoder)
 
 

@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 import layerskip
 from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.loop import Committed, decode, make_batch
 from layerskip.decoding.sampling import Sampler
 from layerskip.language_model import LanguageModel
-from layerskip.model.decoder import Decoder
+from layerskip.model.native_library import load_library
+from layerskip.model.native_network import NativeNetwork
+from layerskip.model.torch_network import TorchNetwork
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +34,7 @@ def make_lm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., LanguageM
         early: int = 2,
         late: float = 0.25,
         sharpness: float = 3.0,
+        kernels: str = "torch",
     ) -> LanguageModel:
         folder: Path = tmp_path_factory.mktemp("tiny")
         inner, kv_width = 48, width // 2
@@ -72,15 +76,17 @@ def make_lm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., LanguageM
             }
             tensors |= {f"model.layers.{index}.{name}.weight": tensor for name, tensor in parts.items()}
         save_file(tensors, folder / "model.safetensors")
-        return layerskip.load(str(folder), dtype="float32", device="cpu")
+        return layerskip.load(str(folder), dtype="float32", device="cpu", kernels=kernels)
 
     return make
 
 
-@pytest.fixture(scope="session")
-def lm(make_lm: Callable[..., LanguageModel]) -> LanguageModel:
-    """The network of most tests: 5 layers, 48 tokens, a context of 96."""
-    return make_lm()
+@pytest.fixture(scope="session", params=["torch", "native"])
+def lm(make_lm: Callable[..., LanguageModel], request: pytest.FixtureRequest) -> LanguageModel:
+    """The network of most tests: 5 layers, 48 tokens, a context of 96; by either kind of kernels."""
+    if request.param == "native" and load_library() is None:
+        pytest.skip("the compiled kernels weren't built")
+    return make_lm(kernels=request.param)
 
 
 @pytest.fixture(scope="session")
@@ -124,11 +130,16 @@ def rounds_of() -> Callable[..., list[Committed]]:
 def layer_log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
     """Every entry into a layer as it happens: its index, rows and queries."""
     log: list[tuple[int, int, int]] = []
-    original = Decoder._run_layer
+    in_torch, natively = TorchNetwork._run_layer, NativeNetwork.run_layers
 
-    def run_layer(self: Decoder, index: int, hidden: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+    def run_layer(self: TorchNetwork, index: int, hidden: Tensor, *rest: Any) -> Tensor:
         log.append((index, hidden.shape[0], hidden.shape[1]))
-        return original(self, index, hidden, *rest, **named)
+        return in_torch(self, index, hidden, *rest)
 
-    monkeypatch.setattr(Decoder, "_run_layer", run_layer)
+    def run_layers(self: NativeNetwork, hidden: Tensor, positions: Any, cache: Any, start: int, stop: int) -> Tensor:
+        log.extend((index, hidden.shape[0], hidden.shape[1]) for index in range(start, stop))
+        return natively(self, hidden, positions, cache, start, stop)
+
+    monkeypatch.setattr(TorchNetwork, "_run_layer", run_layer)
+    monkeypatch.setattr(NativeNetwork, "run_layers", run_layers)
     return log

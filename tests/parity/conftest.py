@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import layerskip
 from layerskip.language_model import LanguageModel
+from layerskip.model.native_library import load_library
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 TEXT_LENGTH = 40
@@ -213,8 +214,17 @@ class Pair:
             return self.theirs(torch.tensor([tokens])).logits[0]
 
 
+@pytest.fixture(scope="module", params=["torch", "native"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    """Either kind of kernels."""
+    if request.param == "native" and load_library() is None:
+        pytest.skip("the compiled kernels weren't built")
+    name: str = request.param
+    return name
+
+
 @pytest.fixture(scope="module", params=CASES)
-def pair(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path]) -> Pair:
+def pair(request: pytest.FixtureRequest, kernels: str, tiny_checkpoint: Callable[..., Path]) -> Pair:
     """Each case in turn."""
     case = CASES[request.param]
     folder = tiny_checkpoint(case.model_type, seed=len(request.param), **case.config)
@@ -222,7 +232,7 @@ def pair(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path]) -
     tokens = torch.randint(0, 96, (case.text_length,), generator=torch.Generator().manual_seed(1)).tolist()
     with torch.inference_mode():
         logits = theirs(torch.tensor([tokens])).logits[0]
-    ours = layerskip.load(str(folder), max_context=case.max_context)
+    ours = layerskip.load(str(folder), max_context=case.max_context, kernels=kernels)
     return Pair(case=case, folder=folder, ours=ours, theirs=theirs, tokens=tokens, logits=logits)
 
 

@@ -17,14 +17,16 @@ OPTIONS: dict[str, Any] = {"max_new_tokens": 12, "exit_layer": 3, "seed": 0}
 def tokens_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens that enter layer 0, call by call."""
     log: list[int] = []
-    original = Decoder._run_layer
+    original = Decoder.run_layers
 
-    def run_layer(self: Decoder, index: int, hidden: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
-        if index == 0:
+    def run_layers(
+        self: Decoder, hidden: torch.Tensor, positions: Any, cache: Any, start: int, stop: int
+    ) -> torch.Tensor:
+        if start == 0 and stop > 0:
             log.append(hidden.shape[0] * hidden.shape[1])
-        return original(self, index, hidden, *rest, **named)
+        return original(self, hidden, positions, cache, start, stop)
 
-    monkeypatch.setattr(Decoder, "_run_layer", run_layer)
+    monkeypatch.setattr(Decoder, "run_layers", run_layers)
     return log
 
 

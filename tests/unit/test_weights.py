@@ -12,6 +12,7 @@ from layerskip.model.config import ModelConfig
 from layerskip.model.decoder import Decoder
 from layerskip.model.families import FAMILIES, parse_config
 from layerskip.model.linear import WIDE, DenseLinear, OneDNNLinear, has_onednn
+from layerskip.model.torch_network import TorchNetwork
 from layerskip.model.weights import check_names, load_decoder, tensor_shapes
 
 SIZES: dict[str, Any] = {
@@ -58,6 +59,11 @@ def load(config: ModelConfig, source: Tensors, dtype: torch.dtype = torch.float3
     return load_decoder(config, source, dtype=dtype, device=CPU, max_context=16)
 
 
+def network_of(decoder: Decoder) -> TorchNetwork:
+    assert isinstance(decoder._network, TorchNetwork)
+    return decoder._network
+
+
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_tensor_is_used(model_type: str) -> None:
     config, source = make(model_type)
@@ -74,7 +80,7 @@ def test_stacking_order(dtype: torch.dtype) -> None:
     def apply(name: str) -> Tensor:
         return F.linear(x, source.tensors[name + ".weight"], source.tensors[name + ".bias"])
 
-    for index, layer in enumerate(decoder._layers):
+    for index, layer in enumerate(network_of(decoder).layers):
         prefix = f"model.layers.{index}."
         qkv = torch.cat([apply(f"{prefix}self_attn.{part}_proj") for part in "qkv"], -1)
         gate_up = torch.cat([apply(f"{prefix}mlp.{part}_proj") for part in ("gate", "up")], -1)
@@ -90,7 +96,7 @@ def test_fused_checkpoints_are_taken_as_they_are() -> None:
     name = "model.layers.1.self_attn.qkv_proj.weight"
     assert source.tensors[name].shape == ((4 + 2 * 2) * 8, 32)
     x = torch.ones(1, 32)
-    torch.testing.assert_close(load(config, source)._layers[1].qkv(x), F.linear(x, source.tensors[name]))
+    torch.testing.assert_close(network_of(load(config, source)).layers[1].qkv(x), F.linear(x, source.tensors[name]))
 
 
 def test_norms_stay_in_float32_and_carry_the_family_s_offset() -> None:
@@ -98,8 +104,8 @@ def test_norms_stay_in_float32_and_carry_the_family_s_offset() -> None:
         config, source = make(model_type)
         decoder = load(config, source, torch.bfloat16)
         stored = source.tensors["model.layers.0.input_layernorm.weight"]
-        assert torch.equal(decoder._layers[0].attention_norm, stored + offset)
-        assert torch.equal(decoder._final_norm, source.tensors["model.norm.weight"] + offset)
+        assert torch.equal(network_of(decoder).layers[0].attention_norm, stored + offset)
+        assert torch.equal(network_of(decoder).final_norm, source.tensors["model.norm.weight"] + offset)
 
 
 def test_a_tied_head_is_the_embedding_table() -> None:
@@ -114,8 +120,8 @@ def test_a_tied_head_is_the_embedding_table() -> None:
 def test_a_tied_table_that_is_not_packed_is_held_once() -> None:
     config, source = make(tie_word_embeddings=True)
     decoder = load(config, source, torch.float16)
-    assert isinstance(decoder._head, DenseLinear)
-    assert decoder._head.weight is decoder._embedding
+    assert isinstance(network_of(decoder).head, DenseLinear)
+    assert network_of(decoder).head.weight is decoder._embedding
     assert decoder._embedding.dtype == torch.float16
 
 
@@ -124,8 +130,8 @@ def test_a_wide_tied_table_is_held_once_and_is_no_view_of_the_file() -> None:
     decoder = load(config, source)
     if not has_onednn(decoder.device, decoder.dtype):
         pytest.skip("oneDNN multiplies nothing here")
-    assert isinstance(decoder._head, OneDNNLinear)
-    assert decoder._head.weight is decoder._embedding
+    assert isinstance(network_of(decoder).head, OneDNNLinear)
+    assert network_of(decoder).head.weight is decoder._embedding
     hidden, tokens, cache = torch.randn(1, 2, WIDE), torch.tensor([[1, 2]]), decoder.new_cache(1, 4)
     normed = F.rms_norm(hidden, (WIDE,), source.tensors["model.norm.weight"], config.rms_norm_eps)
     wanted = normed @ source.tensors["model.embed_tokens.weight"].t()

@@ -53,6 +53,8 @@ class ModelArguments:
     """Branch, tag or commit of a hub repository."""
     max_context: int | None = None
     """Longest text in tokens, prompt included; the model's own context if not given."""
+    kernels: Literal["auto", "native", "torch"] = "auto"
+    """native: compiled, for float32 on a CPU; torch: all else; auto: native where it can run the model."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,7 +56,10 @@ def load_model(arguments: ModelArguments, output: OutputArguments) -> "LanguageM
     checkpoint = open_checkpoint(arguments.model, revision=arguments.revision)  # downloads show their own bars
     with progress(output, f"loading {arguments.model}"):
         decoder = checkpoint.load_decoder(
-            dtype=arguments.dtype, device=arguments.device, max_context=arguments.max_context
+            dtype=arguments.dtype,
+            device=arguments.device,
+            max_context=arguments.max_context,
+            kernels=arguments.kernels,
         )
         model = LanguageModel(checkpoint, decoder)
         with suppress(TokenizerError):

@@ -6,6 +6,7 @@ D_head channels of a head.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import EllipsisType
 
 import torch
@@ -33,70 +34,87 @@ class AttentionSpan:
     """[B or 1, Q, 1, R]."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Positions:
-    """Q consecutive positions in each row, row b starting at `first[b]`; made once a block, used by all its layers."""
-
-    first: tuple[int, ...]
-    num_queries: int
-    slots: Slots
-    """Index into a layer's [B, T, H_kv, D_head] buffers where the block's keys and values go."""
-    spans: Mapping[str, AttentionSpan]
-
-
-def place(
-    config: ModelConfig,
-    ropes: Mapping[str, RopeTable],
-    cache: KVCache,
-    first: Sequence[int],
-    num_queries: int,
-    dtype: torch.dtype,
-) -> Positions:
-    """Lay out a block of queries: slots to write, spans to read, masks and rotary factors.
+    """Q consecutive positions in each row, row b starting at `first[b]`; made once a block, used by all its layers.
 
     All of it is known on the host, so no device is waited for. Rows that start at the same position (a single row
-    always does) need slices only; ragged rows need index tensors.
-
-    Args:
-        config: The model.
-        ropes: Rotary table of each kind of layer.
-        cache: The cache that the block reads and writes.
-        first: First position of each row; positions past the capacity go to the scratch slot.
-        num_queries: Q.
-        dtype: Dtype of the mask.
+    always does) need slices only; ragged rows need index tensors. Slots, masks and rotary factors are laid out when
+    they are first asked for: native layers find their own way from `first`.
     """
-    device = cache.keys.device
-    start, end = min(first), max(first) + num_queries
-    uniform = start == max(first) and end <= cache.capacity
-    if uniform:
-        table: slice | Tensor = slice(start, end)
-        positions = torch.arange(start, end, device=device).unsqueeze(0)
-        slots: Slots = (slice(0, len(first)), table)
-    else:
-        positions = torch.tensor(first, device=device).unsqueeze(1) + torch.arange(num_queries, device=device)
-        positions = positions.clamp_(max=cache.capacity)
-        table = positions.clamp(max=cache.capacity - 1)
-        slots = (torch.arange(len(first), device=device).unsqueeze(1), positions)
-    end = min(end, cache.capacity + 1)
-    groups = config.num_attention_heads // config.num_key_value_heads
 
-    def span(kind: str) -> AttentionSpan:
-        window = config.sliding_window if kind == SLIDING else None
-        low = 0 if window is None else max(0, start - window + 1)
+    def __init__(
+        self,
+        config: ModelConfig,
+        ropes: Mapping[str, RopeTable],
+        cache: KVCache,
+        first: Sequence[int],
+        num_queries: int,
+        dtype: torch.dtype,
+    ) -> None:
+        """Name the positions.
+
+        Args:
+            config: The model.
+            ropes: Rotary table of each kind of layer.
+            cache: The cache that the block reads and writes.
+            first: First position of each row; positions past the capacity go to the scratch slot.
+            num_queries: Q.
+            dtype: Dtype of the masks.
+        """
+        self.first = tuple(first)
+        self.num_queries = num_queries
+        self._config, self._ropes, self._dtype = config, ropes, dtype
+        self._capacity, self._device = cache.capacity, cache.keys.device
+        self._spans: dict[str, AttentionSpan] = {}
+
+    @cached_property
+    def slots(self) -> Slots:
+        """Index into a layer's [B, T, H_kv, D_head] buffers where the block's keys and values go."""
+        if self._uniform:
+            return (slice(0, len(self.first)), slice(self._start, self._end))
+        return (torch.arange(len(self.first), device=self._device).unsqueeze(1), self._positions)
+
+    def span(self, kind: str) -> AttentionSpan:
+        """What one kind of layer (full or sliding) attends to, and its rotary factors."""
+        if kind not in self._spans:
+            self._spans[kind] = self._make_span(kind)
+        return self._spans[kind]
+
+    @property
+    def _start(self) -> int:
+        return min(self.first)
+
+    @property
+    def _end(self) -> int:
+        return max(self.first) + self.num_queries
+
+    @property
+    def _uniform(self) -> bool:
+        return self._start == max(self.first) and self._end <= self._capacity
+
+    @cached_property
+    def _positions(self) -> Tensor:
+        """[B or 1, Q]."""
+        if self._uniform:
+            return torch.arange(self._start, self._end, device=self._device).unsqueeze(0)
+        offsets = torch.arange(self.num_queries, device=self._device)
+        positions = torch.tensor(self.first, device=self._device).unsqueeze(1) + offsets
+        return positions.clamp_(max=self._capacity)
+
+    def _make_span(self, kind: str) -> AttentionSpan:
+        window = self._config.sliding_window if kind == SLIDING else None
+        low = 0 if window is None else max(0, self._start - window + 1)
+        end = min(self._end, self._capacity + 1)
         mask = None
-        if num_queries > 1 or not uniform:
-            mask = _mask(positions, low, end, window, dtype).repeat(1, 1, groups, 1)
-        rope = ropes[kind]
-        cos, sin = rope.cos[table], rope.sin[table]
-        shape = (-1, num_queries, 1, cos.shape[-1])
+        if self.num_queries > 1 or not self._uniform:
+            groups = self._config.num_attention_heads // self._config.num_key_value_heads
+            mask = _mask(self._positions, low, end, window, self._dtype).repeat(1, 1, groups, 1)
+        table: slice | Tensor = slice(self._start, self._end)
+        if not self._uniform:
+            table = self._positions.clamp(max=self._capacity - 1)
+        cos, sin = self._ropes[kind].cos[table], self._ropes[kind].sin[table]
+        shape = (-1, self.num_queries, 1, cos.shape[-1])
         return AttentionSpan(first_slot=low, last_slot=end, mask=mask, cos=cos.view(shape), sin=sin.view(shape))
-
-    return Positions(
-        first=tuple(first),
-        num_queries=num_queries,
-        slots=slots,
-        spans={kind: span(kind) for kind in dict.fromkeys(config.layer_types)},
-    )
 
 
 def _mask(positions: Tensor, low: int, end: int, window: int | None, dtype: torch.dtype) -> Tensor:

@@ -9,13 +9,18 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from layerskip.errors import WeightsError
 from layerskip.model.config import ModelConfig
-from layerskip.model.decoder import Decoder, LayerWeights
+from layerskip.model.decoder import Decoder, Network
 from layerskip.model.families import FAMILIES
 from layerskip.model.linear import Linear, make_linear, packs
+from layerskip.model.native_library import PANEL
+from layerskip.model.native_network import NativeLinear, NativeNetwork, interleave
+from layerskip.model.rope import RopeTable
+from layerskip.model.torch_network import LayerWeights, TorchNetwork
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 NORMS = ("attention_norm", "q_norm", "k_norm", "post_attention_norm", "mlp_norm", "post_mlp_norm")
@@ -34,7 +39,13 @@ class TensorSource(Protocol):
 
 
 def load_decoder(
-    config: ModelConfig, source: TensorSource, *, dtype: torch.dtype, device: torch.device, max_context: int
+    config: ModelConfig,
+    source: TensorSource,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_context: int,
+    native: bool = False,
 ) -> Decoder:
     """Build the network, copying one weight at a time.
 
@@ -47,21 +58,30 @@ def load_decoder(
         dtype: Dtype of the weights in memory.
         device: Where they go.
         max_context: Longest sequence in tokens that will be run.
+        native: Run it by compiled kernels (`native_network.why_not_native` says whether they can).
 
     Raises:
         WeightsError: A tensor is missing, unknown, or of the wrong shape.
     """
     check_names(config, source.names())
-    target = _Target(device, dtype)
+    target = _Target(device, dtype, native)
     embedding, head = _load_tables(config, source, target)
     layers = [_load_layer(config, index, source, target) for index in range(config.num_layers)]
     final_norm = _norm_weight(config, _checked(source, FINAL_NORM, (config.hidden_size,)), device)
+    ropes = {
+        kind: RopeTable(rope, max_context, dtype, device)
+        for kind, rope in config.ropes.items()
+        if kind in config.layer_types
+    }
+    if isinstance(head, NativeLinear):
+        network: Network = NativeNetwork(config, layers=layers, final_norm=final_norm, head=head, ropes=ropes)
+    else:
+        network = TorchNetwork(config, layers=layers, final_norm=final_norm, head=head)
     return Decoder(
         config,
         embedding=embedding,
-        layers=layers,
-        final_norm=final_norm,
-        head=head,
+        network=network,
+        ropes=ropes,
         dtype=dtype,
         device=device,
         max_context=max_context,
@@ -132,10 +152,21 @@ class _Target:
 
     device: torch.device
     dtype: torch.dtype
+    native: bool
 
     def packs(self, shape: Sequence[int]) -> bool:
-        """Whether `make_linear` copies such a weight once more, so that what it is given lives for a moment only."""
-        return packs(self.device, self.dtype, shape[1])
+        """Whether `linear` copies such a weight once more, so that what it is given lives for a moment only."""
+        return self.native or packs(self.device, self.dtype, shape[1])
+
+    def linear(self, ours: str, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        """The layer's part or the head (`ours`) as the network multiplies by it."""
+        if not self.native:
+            return make_linear(weight, bias)
+        if ours == "gate_up":
+            weight, bias = interleave(weight), None if bias is None else interleave(bias)
+        if ours == "down":  # as many inputs as gate and up have outputs
+            weight = F.pad(weight, (0, -weight.shape[1] % PANEL))
+        return NativeLinear(weight, bias)
 
     def empty(self, shape: Sequence[int]) -> Tensor:
         """Room for a weight.
@@ -156,8 +187,8 @@ def _load_tables(config: ModelConfig, source: TensorSource, target: _Target) -> 
     packed = target.packs(shapes[0])
     if config.tie_word_embeddings and not packed:
         embedding = _stack(source, [EMBEDDING], shapes, target)
-        return embedding, make_linear(embedding)
-    head = make_linear(_stack(source, [EMBEDDING if config.tie_word_embeddings else HEAD], shapes, target))
+        return embedding, target.linear("head", embedding)
+    head = target.linear("head", _stack(source, [EMBEDDING if config.tie_word_embeddings else HEAD], shapes, target))
     if packed:  # mapped anew, without the pages that the head was copied from
         return _checked(source, EMBEDDING, shapes[0]), head
     return _stack(source, [EMBEDDING], shapes, target), head
@@ -176,7 +207,7 @@ def _load_layer(config: ModelConfig, index: int, source: TensorSource, target: _
         if _has_bias(config, ours):
             parts = [_checked(source, name + ".bias", shape[:1]) for name, shape in zip(names, shapes, strict=True)]
             bias = torch.cat(parts).to(target.device, target.dtype)
-        weights[ours] = make_linear(_stack(source, [name + ".weight" for name in names], shapes, target), bias)
+        weights[ours] = target.linear(ours, _stack(source, [name + ".weight" for name in names], shapes, target), bias)
     return LayerWeights(**weights)  # type: ignore[arg-type]
 
 

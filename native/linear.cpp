@@ -1,0 +1,257 @@
+#include "linear.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace layerskip {
+namespace {
+
+typedef uint32_t WordVector __attribute__((vector_size(32)));
+
+inline Vector as_floats(WordVector bits) { return (Vector)bits; }  // the same bits
+
+// Formats: how 16 weights of one input become two vectors. Unit: what a panel holds for one input.
+struct Float32 {
+    struct Unit {
+        float values[kPanel];
+    };
+    static constexpr bool kGrouped = false;
+    static constexpr bool kScaled = false;
+    static void decode(const Unit& unit, Vector& low, Vector& high) {
+        low = load(unit.values);
+        high = load(unit.values + kLanes);
+    }
+};
+
+struct BFloat16 {  // outputs j and j + 8 share a word: a bfloat16 is the upper half of a float32
+    struct Unit {
+        uint32_t values[kLanes];
+    };
+    static constexpr bool kGrouped = false;
+    static constexpr bool kScaled = false;
+    static void decode(const Unit& unit, Vector& low, Vector& high) {
+        WordVector words;
+        std::memcpy(&words, unit.values, sizeof words);
+        low = as_floats(words << 16);
+        high = as_floats(words & 0xffff0000u);
+    }
+};
+
+struct Int8 {
+    struct Unit {
+        int8_t values[kPanel];
+    };
+    static constexpr bool kGrouped = false;
+    static constexpr bool kScaled = true;
+    static void decode(const Unit& unit, Vector& low, Vector& high) {
+        low = to_float(widen(unit.values));
+        high = to_float(widen(unit.values + kLanes));
+    }
+};
+
+struct Int4 {  // outputs j and j + 8 share a byte
+    struct Unit {
+        int8_t values[kLanes];
+    };
+    static constexpr bool kGrouped = true;
+    static constexpr bool kScaled = false;
+    static void decode(const Unit& unit, Vector& low, Vector& high) {
+        const IntVector words = widen(unit.values);
+        low = to_float((words << 28) >> 28);
+        high = to_float(words >> 4);
+    }
+};
+
+// `Panels` panels times `Rows` rows at once; their sums stay in registers.
+template <typename Type, int Rows, int Panels>
+void tile(const Linear& w, const float* x, int64_t ldx, float* y, int64_t ldy, int panel, bool add) {
+    using Unit = typename Type::Unit;
+    const int64_t inputs = w.inputs;
+    const Unit* units = static_cast<const Unit*>(w.panels) + panel * inputs;
+    Vector sums[Rows][Panels][2] = {};
+    if constexpr (Type::kGrouped) {
+        const auto* scales = static_cast<const BFloat16::Unit*>(w.scales) + panel * (inputs / kGroup);
+        for (int64_t group = 0; group < inputs / kGroup; ++group) {
+            Vector partial[Rows][Panels][2] = {};
+            for (int64_t i = group * kGroup; i < (group + 1) * kGroup; ++i) {
+                for (int p = 0; p < Panels; ++p) {
+                    Vector low, high;
+                    Type::decode(units[p * inputs + i], low, high);
+                    for (int r = 0; r < Rows; ++r) {
+                        const Vector value = broadcast(x[r * ldx + i]);
+                        partial[r][p][0] += low * value;
+                        partial[r][p][1] += high * value;
+                    }
+                }
+            }
+            for (int p = 0; p < Panels; ++p) {
+                Vector low, high;
+                BFloat16::decode(scales[p * (inputs / kGroup) + group], low, high);
+                for (int r = 0; r < Rows; ++r) {
+                    sums[r][p][0] += low * partial[r][p][0];
+                    sums[r][p][1] += high * partial[r][p][1];
+                }
+            }
+        }
+    } else {
+        for (int64_t i = 0; i < inputs; ++i) {
+            for (int p = 0; p < Panels; ++p) {
+                Vector low, high;
+                Type::decode(units[p * inputs + i], low, high);
+                for (int r = 0; r < Rows; ++r) {
+                    const Vector value = broadcast(x[r * ldx + i]);
+                    sums[r][p][0] += low * value;
+                    sums[r][p][1] += high * value;
+                }
+            }
+        }
+    }
+    for (int p = 0; p < Panels; ++p) {
+        for (int half = 0; half < 2; ++half) {
+            const int64_t output = (panel + p) * kPanel + half * kLanes;
+            for (int r = 0; r < Rows; ++r) {
+                Vector value = sums[r][p][half];
+                if constexpr (Type::kScaled) value *= load(static_cast<const float*>(w.scales) + output);
+                if (w.bias != nullptr) value += load(w.bias + output);
+                float* to = y + r * ldy + output;
+                if (add) value += load(to);
+                store(to, value);
+            }
+        }
+    }
+}
+
+// Panels at once for a number of rows: enough sums to hide the latency of a product, few enough for 16 registers.
+constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+
+constexpr int kMaxRows = 6;
+
+template <typename Type, int Rows>
+void rows_tile(const Linear& w, const float* x, int64_t ldx, float* y, int64_t ldy, int panel, int count, bool add) {
+    if (count == panels_at_once(Rows)) {
+        tile<Type, Rows, panels_at_once(Rows)>(w, x, ldx, y, ldy, panel, add);
+        return;
+    }
+    for (int p = 0; p < count; ++p) tile<Type, Rows, 1>(w, x, ldx, y, ldy, panel + p, add);
+}
+
+template <typename Type>
+void multiply_as(const Linear& w, const float* x, int64_t ldx, int rows, float* y, int64_t ldy, int first, int last,
+                 bool add) {
+    const int blocks = (rows + kMaxRows - 1) / kMaxRows;
+    const int step = panels_at_once((rows + blocks - 1) / blocks);
+    for (int panel = first; panel < last; panel += step) {
+        const int count = std::min(step, last - panel);
+        for (int block = 0; block < blocks; ++block) {  // the panel stays in the cache meanwhile
+            int from, to;
+            share(rows, block, blocks, from, to);
+            const float* in = x + from * ldx;
+            float* out = y + from * ldy;
+            switch (to - from) {
+                case 1: rows_tile<Type, 1>(w, in, ldx, out, ldy, panel, count, add); break;
+                case 2: rows_tile<Type, 2>(w, in, ldx, out, ldy, panel, count, add); break;
+                case 3: rows_tile<Type, 3>(w, in, ldx, out, ldy, panel, count, add); break;
+                case 4: rows_tile<Type, 4>(w, in, ldx, out, ldy, panel, count, add); break;
+                case 5: rows_tile<Type, 5>(w, in, ldx, out, ldy, panel, count, add); break;
+                default: rows_tile<Type, 6>(w, in, ldx, out, ldy, panel, count, add); break;
+            }
+        }
+    }
+}
+
+uint16_t to_bfloat16(float value) {  // to the nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+float from_bfloat16(uint16_t value) {
+    const uint32_t bits = static_cast<uint32_t>(value) << 16;
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+// Largest magnitude of weight[first..last) over `limit`: the step between neighbouring integers.
+float step_of(const float* weight, int64_t first, int64_t last, float limit) {
+    float largest = 0;
+    for (int64_t i = first; i < last; ++i) largest = std::max(largest, std::fabs(weight[i]));
+    return largest / limit;
+}
+
+int8_t quantize(float value, float step, int limit) {
+    const float scaled = step > 0 ? std::nearbyint(value / step) : 0;
+    return static_cast<int8_t>(std::min<float>(limit, std::max<float>(-limit - 1, scaled)));
+}
+
+void pack_int4(const float* weight, int64_t inputs, void* panels, void* scales, int64_t panel) {
+    const int64_t groups = inputs / kGroup;
+    for (int64_t group = 0; group < groups; ++group) {
+        auto& words = static_cast<BFloat16::Unit*>(scales)[panel * groups + group];
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+            const float* rows[2] = {weight + (panel * kPanel + lane) * inputs, weight + (panel * kPanel + lane + kLanes) * inputs};
+            uint16_t steps[2];
+            for (int half = 0; half < 2; ++half)
+                steps[half] = to_bfloat16(step_of(rows[half], group * kGroup, (group + 1) * kGroup, 7));
+            words.values[lane] = steps[0] | static_cast<uint32_t>(steps[1]) << 16;
+            for (int64_t i = group * kGroup; i < (group + 1) * kGroup; ++i) {
+                const int low = quantize(rows[0][i], from_bfloat16(steps[0]), 7);
+                const int high = quantize(rows[1][i], from_bfloat16(steps[1]), 7);
+                static_cast<Int4::Unit*>(panels)[panel * inputs + i].values[lane] =
+                    static_cast<int8_t>((low & 0xf) | (high & 0xf) << 4);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+int64_t packed_bytes(int32_t inputs, int32_t outputs, int32_t format) {
+    const int64_t count = static_cast<int64_t>(inputs) * outputs;
+    switch (format) {
+        case kFloat32: return 4 * count;
+        case kBFloat16: return 2 * count;
+        case kInt8: return count;
+        default: return count / 2;
+    }
+}
+
+void pack(const float* weight, int32_t inputs, int32_t format, void* panels, void* scales, int first, int last) {
+    for (int64_t panel = first; panel < last; ++panel) {
+        if (format == kInt4) {
+            pack_int4(weight, inputs, panels, scales, panel);
+            continue;
+        }
+        const float* rows = weight + panel * kPanel * inputs;
+        float steps[kPanel];
+        for (int64_t j = 0; format == kInt8 && j < kPanel; ++j)
+            static_cast<float*>(scales)[panel * kPanel + j] = steps[j] = step_of(rows + j * inputs, 0, inputs, 127);
+        for (int64_t i = 0; i < inputs; ++i) {
+            const int64_t unit = panel * inputs + i;
+            for (int64_t j = 0; j < kPanel; ++j) {
+                const float value = rows[j * inputs + i];
+                switch (format) {
+                    case kFloat32: static_cast<Float32::Unit*>(panels)[unit].values[j] = value; break;
+                    case kBFloat16: {
+                        auto* halves = reinterpret_cast<uint16_t*>(static_cast<BFloat16::Unit*>(panels) + unit);
+                        halves[j % kLanes * 2 + j / kLanes] = to_bfloat16(value);
+                        break;
+                    }
+                    default: static_cast<Int8::Unit*>(panels)[unit].values[j] = quantize(value, steps[j], 127); break;
+                }
+            }
+        }
+    }
+}
+
+void multiply(const Linear& w, const float* x, int64_t ldx, int rows, float* y, int64_t ldy, int first, int last,
+              bool add) {
+    switch (w.format) {
+        case kFloat32: return multiply_as<Float32>(w, x, ldx, rows, y, ldy, first, last, add);
+        case kBFloat16: return multiply_as<BFloat16>(w, x, ldx, rows, y, ldy, first, last, add);
+        case kInt8: return multiply_as<Int8>(w, x, ldx, rows, y, ldy, first, last, add);
+        default: return multiply_as<Int4>(w, x, ldx, rows, y, ldy, first, last, add);
+    }
+}
+
+}  // namespace layerskip

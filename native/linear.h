@@ -1,0 +1,42 @@
+// y = x W^T + b for few rows of x, with W in panels: 16 outputs side by side, one input after the other.
+//
+// Every output is one sum over the inputs in ascending order, however many rows or panels are computed together: a row's
+// result doesn't depend, to the last bit, on the rows beside it. That is what makes speculation lossless in float32.
+#pragma once
+
+#include "vector.h"
+
+namespace layerskip {
+
+constexpr int kPanel = 2 * kLanes;  // outputs of a panel
+constexpr int kGroup = 32;          // inputs that share a scale in int4
+
+enum Format : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kInt4 = 3 };
+
+struct Linear {
+    const void* panels;   // [O / 16, I, ...], laid out by pack()
+    const void* scales;   // int8: float [O]; int4: pairs of bfloat16 [O / 16, I / 32, 8]
+    const float* bias;    // [O] or null
+    int32_t inputs;
+    int32_t outputs;      // a multiple of 16: the last panel is filled up with zeros
+    int32_t format;
+    int32_t padding;
+};
+
+// Bytes that pack() writes, without scales.
+int64_t packed_bytes(int32_t inputs, int32_t outputs, int32_t format);
+
+// Lay out panels first..last-1 of weight [O, I] (row-major float32); scales are written where the format has some.
+void pack(const float* weight, int32_t inputs, int32_t format, void* panels, void* scales, int first, int last);
+
+// Panels first..last-1 of y = x W^T + b, or y += where `add`. x: [rows, ldx], y: [rows, ldy].
+void multiply(const Linear& w, const float* x, int64_t ldx, int rows, float* y, int64_t ldy, int first, int last,
+              bool add);
+
+// What member `member` of `size` does of `count` things: [first, last).
+inline void share(int count, int member, int size, int& first, int& last) {
+    first = static_cast<int>(static_cast<int64_t>(count) * member / size);
+    last = static_cast<int>(static_cast<int64_t>(count) * (member + 1) / size);
+}
+
+}  // namespace layerskip

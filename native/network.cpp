@@ -1,0 +1,319 @@
+#include "network.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <mutex>
+#include <vector>
+
+#include "threads.h"
+
+namespace layerskip {
+namespace {
+
+constexpr int kChunk = 64;  // rows that go through the layers together: enough to be bound by arithmetic
+
+// y = x / rms(x) * weight
+void normalize(const float* x, const float* weight, int64_t width, float epsilon, float* y) {
+    Vector squares{};
+    int64_t i = 0;
+    for (; i + kLanes <= width; i += kLanes) squares += load(x + i) * load(x + i);
+    float total = sum(squares);
+    for (; i < width; ++i) total += x[i] * x[i];
+    const float scale = 1.0f / std::sqrt(total / static_cast<float>(width) + epsilon);
+    for (i = 0; i + kLanes <= width; i += kLanes) store(y + i, load(x + i) * scale * load(weight + i));
+    for (; i < width; ++i) y[i] = x[i] * scale * weight[i];
+}
+
+Vector activate(Vector x, int32_t activation) {
+    switch (activation) {
+        case kSilu: return x / (exponential(-x) + 1.0f);
+        case kGeluTanh: {  // x (1 + tanh z) / 2 = x / (1 + e^-2z)
+            const Vector z = (x + x * x * x * 0.044715f) * 0.79788456080286536f;
+            return x / (exponential(z * -2.0f) + 1.0f);
+        }
+        default:
+            for (int i = 0; i < kLanes; ++i) x[i] = 0.5f * x[i] * (1.0f + std::erf(x[i] * 0.70710678118654752f));
+            return x;
+    }
+}
+
+// One member's part of a forward pass.
+class Pass {
+  public:
+    Pass(const Network& network, const Cache& cache, float* hidden, int rows, const int64_t* texts,
+         const int64_t* positions, float* shared, Team& team, int member)
+        : net_(network), cache_(cache), hidden_(hidden), rows_(rows), texts_(texts), positions_(positions), team_(team),
+          member_(member) {
+        const int64_t channels = static_cast<int64_t>(net_.heads + 2 * net_.kv_heads) * net_.head_channels;
+        qkv_ = shared;
+        attended_ = qkv_ + kChunk * channels;
+        gate_up_ = attended_ + kChunk * static_cast<int64_t>(net_.heads) * net_.head_channels;
+        inner_ = gate_up_ + kChunk * 2 * static_cast<int64_t>(net_.mlp_width);
+        normed_ = inner_ + kChunk * static_cast<int64_t>(net_.mlp_width);
+        out_ = normed_ + kChunk * static_cast<int64_t>(net_.width);
+    }
+
+    // Floats of `shared`.
+    static int64_t shared_floats(const Network& net) {
+        const int64_t qkv = static_cast<int64_t>(net.heads + 2 * net.kv_heads) * net.head_channels;
+        const int64_t attended = static_cast<int64_t>(net.heads) * net.head_channels;
+        return kChunk * (qkv + attended + 3 * static_cast<int64_t>(net.mlp_width) + 2 * net.width);
+    }
+
+    void run(int first, int last) {
+        for (int index = first; index < last; ++index) {
+            const Layer& layer = net_.layers[index];
+            norm_rows(hidden_, layer.attention_norm);
+            product(layer.qkv, normed_, qkv_, false);
+            team_.barrier();
+            place_keys(layer, index);
+            team_.barrier();
+            attend(layer, index);
+            team_.barrier();
+            add_product(layer.o, attended_, layer.post_attention_norm);
+            team_.barrier();
+            norm_rows(hidden_, layer.mlp_norm);
+            mlp_inner(layer);
+            team_.barrier();
+            add_product(layer.down, inner_, layer.post_mlp_norm);
+            team_.barrier();
+        }
+    }
+
+    void logits(float* to) {
+        norm_rows(hidden_, net_.final_norm);
+        product(net_.head, normed_, to, false);
+    }
+
+  private:
+    // Norms of all rows into the shared buffer; ends with a barrier.
+    void norm_rows(const float* x, const float* weight) {
+        for (int row = member_; row < rows_; row += team_.size())
+            normalize(x + row * net_.width, weight, net_.width, net_.epsilon, normed_ + row * net_.width);
+        team_.barrier();
+    }
+
+    // This member's outputs of all rows.
+    void product(const Linear& w, const float* x, float* y, bool add) {
+        int first, last;
+        share(w.outputs / kPanel, member_, team_.size(), first, last);
+        multiply(w, x, w.inputs, rows_, y, w.outputs, first, last, add);
+    }
+
+    // hidden += norm(x W^T), the norm only where there is one.
+    void add_product(const Linear& w, const float* x, const float* norm) {
+        if (norm == nullptr) return product(w, x, hidden_, true);
+        product(w, x, out_, false);
+        team_.barrier();
+        for (int row = member_; row < rows_; row += team_.size()) {
+            float* out = out_ + row * net_.width;
+            normalize(out, norm, net_.width, net_.epsilon, out);
+            for (int i = 0; i < net_.width; ++i) hidden_[row * net_.width + i] += out[i];
+        }
+    }
+
+    void mlp_inner(const Layer& layer) {
+        int first, last;
+        share(net_.mlp_width / kPanel, member_, team_.size(), first, last);
+        const int64_t width = layer.gate_up.outputs;
+        multiply(layer.gate_up, normed_, net_.width, rows_, gate_up_, width, 2 * first, 2 * last, false);
+        for (int row = 0; row < rows_; ++row) {
+            for (int panel = first; panel < last; ++panel) {
+                const float* gate = gate_up_ + row * width + 2 * panel * kPanel;
+                float* to = inner_ + row * static_cast<int64_t>(net_.mlp_width) + panel * kPanel;
+                for (int i = 0; i < kPanel; i += kLanes)
+                    store(to + i, activate(load(gate + i), net_.activation) * load(gate + kPanel + i));
+            }
+        }
+    }
+
+    // Head norms and rotation of queries (in place) and keys, and keys and values into the cache.
+    void place_keys(const Layer& layer, int index) {
+        const int heads = net_.heads + 2 * net_.kv_heads;
+        const int64_t channels = net_.head_channels;
+        for (int task = member_; task < rows_ * heads; task += team_.size()) {
+            const int row = task / heads, head = task % heads;
+            float* x = qkv_ + task * channels;
+            if (head < net_.heads) {
+                turn(layer, layer.q_norm, x, row, x);
+                continue;
+            }
+            const int64_t slot = std::min(positions_[row], cache_.capacity);
+            const int64_t at = index * cache_.layer_stride + texts_[row] * cache_.row_stride;
+            const bool is_key = head < net_.heads + net_.kv_heads;
+            const int kv_head = head - net_.heads - (is_key ? 0 : net_.kv_heads);
+            const int64_t place = at + (slot * net_.kv_heads + kv_head) * channels;
+            if (is_key) {
+                turn(layer, layer.k_norm, x, row, cache_.keys + place);
+            } else {
+                std::memcpy(cache_.values + place, x, channels * sizeof(float));
+            }
+        }
+    }
+
+    void turn(const Layer& layer, const float* norm, float* x, int row, float* to) {
+        if (norm != nullptr) normalize(x, norm, net_.head_channels, net_.epsilon, x);
+        const int64_t rotary = net_.rotary_channels, half = rotary / 2;
+        const int64_t position = std::min(positions_[row], cache_.capacity - 1);
+        const float* cosines = layer.cosines + position * rotary;
+        const float* sines = layer.sines + position * rotary;
+        for (int64_t i = 0; i < half; ++i) {
+            const float a = x[i], b = x[i + half];
+            to[i] = a * cosines[i] + b * sines[i];
+            to[i + half] = b * cosines[i + half] + a * sines[i + half];
+        }
+        for (int64_t i = rotary; i < net_.head_channels; ++i) to[i] = x[i];
+    }
+
+    // Attention of the rows' queries over the slots that they see.
+    void attend(const Layer& layer, int index) {
+        const int groups = net_.heads / net_.kv_heads;
+        const int64_t channels = net_.head_channels, stride = net_.kv_heads * channels;
+        for (int task = member_; task < rows_ * net_.heads; task += team_.size()) {
+            const int row = task / net_.heads, head = task % net_.heads;
+            const int64_t end = std::min(positions_[row], cache_.capacity) + 1;
+            const int64_t first = layer.window > 0 ? std::max<int64_t>(0, positions_[row] + 1 - layer.window) : 0;
+            const int64_t at = index * cache_.layer_stride + texts_[row] * cache_.row_stride + first * stride +
+                               head / groups * channels;
+            const float* query = qkv_ + (row * static_cast<int64_t>(net_.heads + 2 * net_.kv_heads) + head) * channels;
+            float* out = attended_ + task * channels;
+            weigh(query, cache_.keys + at, stride, end - first);
+            mix(cache_.values + at, stride, end - first, out);
+        }
+    }
+
+    // weights_ = softmax(scale * keys . query)
+    void weigh(const float* query, const float* keys, int64_t stride, int64_t count) {
+        const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
+        if (static_cast<int64_t>(weights_.size()) < padded) weights_.resize(2 * padded);
+        float largest = -std::numeric_limits<float>::infinity();
+        for (int64_t t = 0; t < count; ++t) {
+            Vector products{};
+            for (int64_t i = 0; i < net_.head_channels; i += kLanes) products += load(query + i) * load(keys + t * stride + i);
+            weights_[t] = sum(products) * net_.attention_scale;
+            largest = std::max(largest, weights_[t]);
+        }
+        for (int64_t t = count; t < padded; ++t) weights_[t] = -std::numeric_limits<float>::infinity();
+        Vector totals{};
+        for (int64_t t = 0; t < padded; t += kLanes) {
+            const Vector weights = exponential(load(&weights_[t]) - largest);
+            store(&weights_[t], weights);
+            totals += weights;
+        }
+        total_ = sum(totals);
+    }
+
+    // out = sum of weights_ * values / total_
+    void mix(const float* values, int64_t stride, int64_t count, float* out) {
+        const Vector scale = broadcast(1.0f / total_);
+        for (int64_t i = 0; i < net_.head_channels; i += kLanes) {
+            Vector sums{};
+            for (int64_t t = 0; t < count; ++t) sums += load(values + t * stride + i) * weights_[t];
+            store(out + i, sums * scale);
+        }
+    }
+
+    const Network& net_;
+    const Cache& cache_;
+    float* hidden_;
+    const int rows_;
+    const int64_t* texts_;
+    const int64_t* positions_;
+    Team& team_;
+    const int member_;
+    float *qkv_, *attended_, *gate_up_, *inner_, *normed_, *out_;
+    std::vector<float> weights_;
+    float total_ = 0;
+};
+
+std::mutex call_mutex;  // one forward pass at a time: they would share the team and the workspace
+
+float* workspace(int64_t floats) {
+    static std::vector<float> kept;
+    if (static_cast<int64_t>(kept.size()) < floats) kept.resize(floats);
+    return kept.data();
+}
+
+}  // namespace
+
+void layerskip_run_layers(const Network* network, float* hidden, int32_t texts, int32_t queries, const int64_t* starts,
+                          const Cache* cache, int32_t first, int32_t last) {
+    std::lock_guard<std::mutex> lock(call_mutex);
+    Team& team = Team::of(network->threads);
+    float* shared = workspace(Pass::shared_floats(*network));
+    const int64_t total = static_cast<int64_t>(texts) * queries;
+    for (int64_t begin = 0; begin < total; begin += kChunk) {
+        const int rows = static_cast<int>(std::min<int64_t>(kChunk, total - begin));
+        int64_t text_of[kChunk], position_of[kChunk];
+        for (int row = 0; row < rows; ++row) {
+            text_of[row] = (begin + row) / queries;
+            position_of[row] = starts[text_of[row]] + (begin + row) % queries;
+        }
+        team.run([&](int member, int) {
+            Pass(*network, *cache, hidden + begin * network->width, rows, text_of, position_of, shared, team, member)
+                .run(first, last);
+        });
+    }
+}
+
+void layerskip_unembed(const Network* network, const float* hidden, int32_t rows, float* logits) {
+    std::lock_guard<std::mutex> lock(call_mutex);
+    Team& team = Team::of(network->threads);
+    float* shared = workspace(Pass::shared_floats(*network));
+    const Cache none{};
+    for (int64_t begin = 0; begin < rows; begin += kChunk) {
+        const int count = static_cast<int>(std::min<int64_t>(kChunk, rows - begin));
+        team.run([&](int member, int) {
+            Pass(*network, none, const_cast<float*>(hidden) + begin * network->width, count, nullptr, nullptr,
+                 shared, team, member)
+                .logits(logits + begin * network->head.outputs);
+        });
+    }
+}
+
+int64_t layerskip_packed_bytes(int32_t inputs, int32_t outputs, int32_t format) {
+    return packed_bytes(inputs, outputs, format);
+}
+
+void layerskip_pack(const float* weight, int32_t inputs, int32_t outputs, int32_t format, void* panels, void* scales,
+                    int32_t threads) {
+    std::lock_guard<std::mutex> lock(call_mutex);
+    Team::of(threads).run([&](int member, int size) {
+        int first, last;
+        share(outputs / kPanel, member, size, first, last);
+        pack(weight, inputs, format, panels, scales, first, last);
+    });
+}
+
+int32_t layerskip_fits_bfloat16(const float* numbers, int64_t count) {
+    uint32_t lost = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, numbers + i, sizeof bits);
+        lost |= bits & 0xffff;
+    }
+    return lost == 0;
+}
+
+void layerskip_multiply(const Linear* w, const float* x, int32_t rows, float* y, int32_t threads) {
+    std::lock_guard<std::mutex> lock(call_mutex);
+    Team& team = Team::of(threads);
+    team.run([&](int member, int size) {
+        int first, last;
+        share(w->outputs / kPanel, member, size, first, last);
+        multiply(*w, x, w->inputs, rows, y, w->outputs, first, last, false);
+    });
+}
+
+int32_t layerskip_interface() { return 1; }
+
+int32_t layerskip_runs_here() {
+#if defined(__x86_64__) && defined(__AVX2__)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+    return 1;
+#endif
+}
+
+}  // namespace layerskip

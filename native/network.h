@@ -1,0 +1,83 @@
+// The layers of a decoder over a block of rows, as one call: no operator of a framework in between.
+//
+// Plain structures and functions of C, filled in and called by layerskip/model/native.py through ctypes. All memory is the
+// caller's. Shapes: N rows (a row is one token of one text), D width, H heads, H_kv key/value heads, D_head channels of a
+// head, R rotary channels, I width of the MLP, V vocabulary, T capacity of the cache.
+#pragma once
+
+#include <cstdint>
+
+#include "linear.h"
+
+namespace layerskip {
+
+enum Activation : int32_t { kSilu = 0, kGeluTanh = 1, kGelu = 2 };
+
+struct Layer {
+    Linear qkv;      // D -> (H + 2 H_kv) D_head
+    Linear o;        // H D_head -> D
+    Linear gate_up;  // D -> 2 I, panels of gate and up in turn
+    Linear down;     // I -> D
+    const float* attention_norm;       // [D]
+    const float* q_norm;               // [D_head] or null
+    const float* k_norm;               // [D_head] or null
+    const float* post_attention_norm;  // [D] or null
+    const float* mlp_norm;             // [D]
+    const float* post_mlp_norm;        // [D] or null
+    const float* cosines;              // [positions, R]
+    const float* sines;                // [positions, R], negative in the first half
+    int64_t window;                    // tokens that a query sees, itself included; 0: all
+};
+
+struct Network {
+    const Layer* layers;
+    const float* final_norm;  // [D]
+    Linear head;              // D -> V
+    int32_t width;
+    int32_t heads;
+    int32_t kv_heads;
+    int32_t head_channels;
+    int32_t rotary_channels;
+    int32_t mlp_width;
+    int32_t activation;
+    int32_t threads;
+    float epsilon;
+    float attention_scale;
+};
+
+struct Cache {
+    float* keys;    // [L, B, T + 1, H_kv, D_head]; the last slot is scratch
+    float* values;
+    int64_t layer_stride;  // in floats
+    int64_t row_stride;
+    int64_t capacity;      // T
+};
+
+extern "C" {
+
+// Run layers first..last-1 over the tokens of `texts` texts, `queries` consecutive ones each; text b's start at position
+// starts[b]. hidden [texts * queries, D] is changed in place; keys and values go into the cache.
+void layerskip_run_layers(const Network* network, float* hidden, int32_t texts, int32_t queries, const int64_t* starts,
+                          const Cache* cache, int32_t first, int32_t last);
+
+// logits [rows, V padded to whole panels] of hidden [rows, D]: final norm and head.
+void layerskip_unembed(const Network* network, const float* hidden, int32_t rows, float* logits);
+
+int64_t layerskip_packed_bytes(int32_t inputs, int32_t outputs, int32_t format);
+void layerskip_pack(const float* weight, int32_t inputs, int32_t outputs, int32_t format, void* panels, void* scales,
+                    int32_t threads);
+
+// Whether bfloat16 holds all of these numbers exactly.
+int32_t layerskip_fits_bfloat16(const float* numbers, int64_t count);
+
+// y [rows, O] = x [rows, I] W^T + b.
+void layerskip_multiply(const Linear* w, const float* x, int32_t rows, float* y, int32_t threads);
+
+// Version of these structures and functions; the caller refuses another.
+int32_t layerskip_interface();
+
+// Whether this processor has the instructions that the library was compiled for.
+int32_t layerskip_runs_here();
+}
+
+}  // namespace layerskip

@@ -1,0 +1,64 @@
+// Eight floats at a time, by the vector extensions of GCC and Clang: one source for AVX2, NEON and anything else.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace layerskip {
+
+constexpr int kLanes = 8;
+
+typedef float Vector __attribute__((vector_size(32)));
+typedef int32_t IntVector __attribute__((vector_size(32)));
+
+inline Vector load(const float* from) {
+    Vector value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+
+inline void store(float* to, Vector value) { std::memcpy(to, &value, sizeof value); }
+
+inline Vector broadcast(float value) { return Vector{value, value, value, value, value, value, value, value}; }
+
+// Eight signed bytes as numbers. Compilers make a detour through 64-bit halves of the generic form on x86.
+inline IntVector widen(const int8_t* from) {
+#if defined(__AVX2__)
+    return (IntVector)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#else
+    typedef int8_t Bytes __attribute__((vector_size(8)));
+    Bytes bytes;
+    std::memcpy(&bytes, from, sizeof bytes);
+    return __builtin_convertvector(bytes, IntVector);
+#endif
+}
+
+inline Vector to_float(IntVector value) { return __builtin_convertvector(value, Vector); }
+
+inline float sum(Vector v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
+
+inline Vector minimum(Vector a, Vector b) { return a < b ? a : b; }
+inline Vector maximum(Vector a, Vector b) { return a > b ? a : b; }
+
+// e^x to about 2 units in the last place: e^x = 2^n e^r with |r| <= ln2 / 2, and a polynomial for e^r.
+inline Vector exponential(Vector x) {
+    x = minimum(maximum(x, broadcast(-87.0f)), broadcast(88.0f));
+    const Vector magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+    const Vector n = (x * 1.44269504088896341f + magic) - magic;
+    const Vector r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+    Vector p = broadcast(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    const IntVector power = (__builtin_convertvector(n, IntVector) + 127) << 23;
+    return p * (Vector)power;  // the same bits, read as floats
+}
+
+}  // namespace layerskip

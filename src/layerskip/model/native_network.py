@@ -1,0 +1,215 @@
+"""The layers and the head as two calls into compiled code, for float32 on a CPU.
+
+A layer of a small model is some twenty operators in torch, each with microseconds of fixed cost: here a pass over any
+number of layers is one call. Weights lie in panels that serve one row and many; those that bfloat16 holds exactly are kept
+in it, which halves the bytes that a token moves and changes nothing. A row's result doesn't depend on the rows beside it,
+to the last bit: verification of several tokens gives what one after the other gives.
+
+Shapes: B rows, Q query tokens a row, D width, V vocabulary, I input width, O output width.
+"""
+
+import ctypes
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from layerskip.model.attention import Positions
+from layerskip.model.cache import KVCache
+from layerskip.model.config import SLIDING, ModelConfig
+from layerskip.model.native_library import (
+    ACTIVATIONS,
+    FORMATS,
+    GROUP,
+    PANEL,
+    CacheView,
+    LayerView,
+    LinearView,
+    NetworkView,
+    load_library,
+)
+from layerskip.model.rope import RopeTable
+from layerskip.model.torch_network import LayerWeights
+
+LANES = 8
+"""Channels that kernels take at once."""
+
+
+def why_not_native(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `NativeNetwork` can't run a model of these sizes here, or None where it can."""
+    if device.type != "cpu" or dtype != torch.float32:
+        return f"they compute in float32 on a CPU, not in {dtype} on {device}"
+    if load_library() is None:
+        return "they weren't built when the package was installed (that needs a C++ compiler), or not for this processor"
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    if config.hidden_size % PANEL or config.head_dim % LANES or heads * config.head_dim % PANEL:
+        return f"its width {config.hidden_size} or its heads of {config.head_dim} channels aren't multiples of {PANEL}"
+    return None
+
+
+class NativeLinear:
+    """A weight in panels (`linear.Linear`)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, storage: str | None = None) -> None:
+        """Lay out a weight.
+
+        Args:
+            weight: [O, I], float32; not kept.
+            bias: [O], float32, or None.
+            storage: A key of `FORMATS`; if not given, bfloat16 where that loses nothing, else float32.
+        """
+        library = load_library()
+        assert library is not None
+        self.outputs, inputs = weight.shape
+        padded = -(-self.outputs // PANEL) * PANEL
+        weight = F.pad(weight, (0, 0, 0, padded - self.outputs)).contiguous()
+        if storage is None:
+            exact = library.layerskip_fits_bfloat16(weight.data_ptr(), weight.numel())
+            storage = "bfloat16" if exact else "float32"
+        self.storage = storage
+        self._panels = torch.empty(library.layerskip_packed_bytes(inputs, padded, FORMATS[storage]), dtype=torch.uint8)
+        self._scales = torch.zeros(_num_scales(inputs, padded, storage), dtype=torch.float32)
+        self._bias = None if bias is None else F.pad(bias.float(), (0, padded - self.outputs)).contiguous()
+        library.layerskip_pack(
+            weight.data_ptr(),
+            inputs,
+            padded,
+            FORMATS[storage],
+            self._panels.data_ptr(),
+            self._scales.data_ptr(),
+            torch.get_num_threads(),
+        )
+        self.view = LinearView(
+            panels=self._panels.data_ptr(),
+            scales=self._scales.data_ptr(),
+            bias=None if self._bias is None else self._bias.data_ptr(),
+            inputs=inputs,
+            outputs=padded,
+            format=FORMATS[storage],
+        )
+        self._multiply = library.layerskip_multiply
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that a product reads."""
+        return self._panels.nbytes + self._scales.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        out = torch.empty(len(rows), self.view.outputs)
+        self._multiply(ctypes.byref(self.view), rows.data_ptr(), len(rows), out.data_ptr(), torch.get_num_threads())
+        return out[:, : self.outputs].reshape(*x.shape[:-1], self.outputs)
+
+
+def _num_scales(inputs: int, outputs: int, storage: str) -> int:
+    """Floats that hold the scales of a weight."""
+    match storage:
+        case "int8":
+            return outputs
+        case "int4":
+            return outputs * (inputs // GROUP) // 2
+        case _:
+            return 0
+
+
+def interleave(weight: Tensor) -> Tensor:
+    """[2 I, ...] gate above up -> [2 I', ...], 16 of gate and 16 of up in turn, I' being I filled up to whole panels."""
+    gate, up = weight.chunk(2)
+    missing = -len(gate) % PANEL
+    parts = [torch.cat((part, part.new_zeros(missing, *part.shape[1:]))) for part in (gate, up)]
+    return torch.stack([part.view(-1, PANEL, *part.shape[1:]) for part in parts], 1).flatten(0, 2)
+
+
+class NativeNetwork:
+    """Layers and head in compiled code (`decoder.Network`)."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        layers: Sequence[LayerWeights],
+        final_norm: Tensor,
+        head: NativeLinear,
+        ropes: Mapping[str, RopeTable],
+    ) -> None:
+        """Put loaded weights together.
+
+        Args:
+            config: Sizes and switches; `why_not_native` finds nothing against them.
+            layers: L layers of `NativeLinear`, gate and up interleaved.
+            final_norm: [D].
+            head: D -> V.
+            ropes: Rotary table of each kind of layer.
+        """
+        library = load_library()
+        assert library is not None
+        self.config = config
+        self.layers = list(layers)
+        self.final_norm = final_norm
+        self.head = head
+        self._ropes = ropes
+        self._run_layers, self._unembed = library.layerskip_run_layers, library.layerskip_unembed
+        self._views = (LayerView * len(self.layers))(*(self._view(*pair) for pair in enumerate(self.layers)))
+        self._network = NetworkView(
+            layers=ctypes.addressof(self._views),
+            final_norm=final_norm.data_ptr(),
+            head=head.view,
+            width=config.hidden_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_channels=config.head_dim,
+            rotary_channels=next(iter(ropes.values())).rotary_dim,
+            mlp_width=self.layers[0].gate_up.view.outputs // 2,  # type: ignore[attr-defined]
+            activation=ACTIVATIONS[config.hidden_act],
+            epsilon=config.rms_norm_eps,
+            attention_scale=config.attention_scale,
+        )
+
+    def run_layers(self, hidden: Tensor, positions: Positions, cache: KVCache, start: int, stop: int) -> Tensor:
+        """[B, Q, D], the input of layer `start` -> [B, Q, D], the output of layer `stop - 1`."""
+        out = hidden.clone(memory_format=torch.contiguous_format)
+        rows = len(positions.first)
+        self._network.threads = torch.get_num_threads()
+        self._run_layers(
+            self._network,
+            out.data_ptr(),
+            rows,
+            positions.num_queries,
+            (ctypes.c_int64 * rows)(*positions.first),
+            _cache_view(cache),
+            start,
+            stop,
+        )
+        return out
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """[B, Q, D] -> [B, Q, V] in float32, before any cap."""
+        rows, queries, _ = hidden.shape
+        hidden = hidden.contiguous()
+        logits = torch.empty(rows, queries, self._network.head.outputs)
+        self._network.threads = torch.get_num_threads()
+        self._unembed(self._network, hidden.data_ptr(), rows * queries, logits.data_ptr())
+        return logits[..., : self.head.outputs]
+
+    def _view(self, index: int, layer: LayerWeights) -> LayerView:
+        rope = self._ropes[self.config.layer_types[index]]
+        window = self.config.sliding_window if self.config.layer_types[index] == SLIDING else None
+        norms = {
+            name: None if getattr(layer, name) is None else getattr(layer, name).data_ptr()
+            for name in ("attention_norm", "q_norm", "k_norm", "post_attention_norm", "mlp_norm", "post_mlp_norm")
+        }
+        linears = {name: getattr(layer, name).view for name in ("qkv", "o", "gate_up", "down")}
+        return LayerView(
+            **linears, **norms, cosines=rope.cos.data_ptr(), sines=rope.sin.data_ptr(), window=window or 0
+        )
+
+
+def _cache_view(cache: KVCache) -> CacheView:
+    return CacheView(
+        keys=cache.keys.data_ptr(),
+        values=cache.values.data_ptr(),
+        layer_stride=cache.keys.stride(0),
+        row_stride=cache.keys.stride(1),
+        capacity=cache.capacity,
+    )

@@ -183,21 +183,30 @@ class Pass {
         }
     }
 
-    // weights_ = softmax(scale * keys . query)
+    // weights_ = exp(scale * keys . query - their maximum), total_ = their sum
     void weigh(const float* query, const float* keys, int64_t stride, int64_t count) {
         const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
         if (static_cast<int64_t>(weights_.size()) < padded) weights_.resize(2 * padded);
-        float largest = -std::numeric_limits<float>::infinity();
-        for (int64_t t = 0; t < count; ++t) {
-            Vector products{};
-            for (int64_t i = 0; i < net_.head_channels; i += kLanes) products += load(query + i) * load(keys + t * stride + i);
-            weights_[t] = sum(products) * net_.attention_scale;
-            largest = std::max(largest, weights_[t]);
+        const float infinity = std::numeric_limits<float>::infinity();
+        Vector largest = broadcast(-infinity);
+        for (int64_t t = 0; t < padded; t += kLanes) {
+            const float* key[kLanes];  // beyond the end, the last one again
+            for (int j = 0; j < kLanes; ++j) key[j] = keys + std::min(t + j, count - 1) * stride;
+            Vector products[kLanes] = {};
+            for (int64_t i = 0; i < net_.head_channels; i += kLanes) {
+                const Vector part = load(query + i);
+                for (int j = 0; j < kLanes; ++j) products[j] += part * load(key[j] + i);
+            }
+            const Vector scores = sums(products) * net_.attention_scale;
+            largest = maximum(largest, scores);
+            store(&weights_[t], scores);
         }
-        for (int64_t t = count; t < padded; ++t) weights_[t] = -std::numeric_limits<float>::infinity();
+        for (int64_t t = count; t < padded; ++t) weights_[t] = -infinity;
+        float most = largest[0];
+        for (int j = 1; j < kLanes; ++j) most = std::max(most, largest[j]);
         Vector totals{};
         for (int64_t t = 0; t < padded; t += kLanes) {
-            const Vector weights = exponential(load(&weights_[t]) - largest);
+            const Vector weights = exponential(load(&weights_[t]) - most);
             store(&weights_[t], weights);
             totals += weights;
         }
@@ -205,13 +214,21 @@ class Pass {
     }
 
     // out = sum of weights_ * values / total_
-    void mix(const float* values, int64_t stride, int64_t count, float* out) {
-        const Vector scale = broadcast(1.0f / total_);
-        for (int64_t i = 0; i < net_.head_channels; i += kLanes) {
-            Vector sums{};
-            for (int64_t t = 0; t < count; ++t) sums += load(values + t * stride + i) * weights_[t];
-            store(out + i, sums * scale);
+    void mix(const float* values, int64_t stride, int64_t count, float* out) const {
+        int64_t i = 0;
+        for (; i + 8 * kLanes <= net_.head_channels; i += 8 * kLanes) mix_channels<8>(values + i, stride, count, out + i);
+        for (; i + 2 * kLanes <= net_.head_channels; i += 2 * kLanes) mix_channels<2>(values + i, stride, count, out + i);
+        for (; i < net_.head_channels; i += kLanes) mix_channels<1>(values + i, stride, count, out + i);
+    }
+
+    template <int Count>
+    void mix_channels(const float* values, int64_t stride, int64_t count, float* out) const {
+        Vector sums[Count] = {};
+        for (int64_t t = 0; t < count; ++t) {
+            const Vector weight = broadcast(weights_[t]);
+            for (int c = 0; c < Count; ++c) sums[c] += weight * load(values + t * stride + c * kLanes);
         }
+        for (int c = 0; c < Count; ++c) store(out + c * kLanes, sums[c] * (1.0f / total_));
     }
 
     const Network& net_;

@@ -41,6 +41,22 @@ inline Vector to_float(IntVector value) { return __builtin_convertvector(value, 
 
 inline float sum(Vector v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
 
+// The sums of eight vectors side by side, each as ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)).
+inline Vector sums(const Vector* v) {
+#if defined(__AVX2__)
+    const auto pairs = [](Vector a, Vector b) { return (Vector)_mm256_hadd_ps((__m256)a, (__m256)b); };
+    const Vector low = pairs(pairs(v[0], v[1]), pairs(v[2], v[3]));
+    const Vector high = pairs(pairs(v[4], v[5]), pairs(v[6], v[7]));
+    return (Vector)_mm256_permute2f128_ps((__m256)low, (__m256)high, 0x20) +
+           (Vector)_mm256_permute2f128_ps((__m256)low, (__m256)high, 0x31);
+#else
+    Vector result;
+    for (int i = 0; i < kLanes; ++i)
+        result[i] = ((v[i][0] + v[i][1]) + (v[i][2] + v[i][3])) + ((v[i][4] + v[i][5]) + (v[i][6] + v[i][7]));
+    return result;
+#endif
+}
+
 inline Vector minimum(Vector a, Vector b) { return a < b ? a : b; }
 inline Vector maximum(Vector a, Vector b) { return a > b ? a : b; }
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from layerskip.decoding.config import GenerationConfig
+from layerskip.decoding.ngram import NgramIndex
 from layerskip.decoding.sampling import Sampler
 from layerskip.decoding.stats import StatsRecorder, Stopwatch
 from layerskip.model.cache import KVCache
@@ -32,11 +33,19 @@ class Row:
     stop_reason: int | str | None = None
     """The token or text that ended it, where the reason is `stop`."""
     recorder: StatsRecorder = field(default_factory=StatsRecorder)
+    _ngrams: NgramIndex | None = None
 
     @property
     def output(self) -> list[int]:
         """Tokens written so far."""
         return self.tokens[self.prompt_length :]
+
+    @property
+    def ngrams(self) -> NgramIndex:
+        """Runs of tokens in the text so far; made when first asked for."""
+        self._ngrams = self._ngrams or NgramIndex()
+        self._ngrams.extend(self.tokens[len(self._ngrams) :])
+        return self._ngrams
 
     @property
     def remaining(self) -> int:
@@ -62,6 +71,11 @@ class Batch:
     sampler: Sampler
     eos_token_ids: frozenset[int]
     stopwatch: Stopwatch
+
+    @property
+    def by_distribution(self) -> bool:
+        """Whether drafts are accepted by rejection sampling, and not by comparing tokens."""
+        return self.sampler.samples and self.config.acceptance == "rejection"
 
     @property
     def seeds(self) -> list[int]:

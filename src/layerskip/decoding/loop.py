@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from layerskip.decoding import autoregressive, self_speculative
 from layerskip.decoding.batch import Batch, Round, Row
 from layerskip.decoding.config import GenerationConfig
+from layerskip.decoding.drafting import draft_early_exit, draft_ngram
 from layerskip.decoding.sampling import Sampler
 from layerskip.decoding.stats import Stopwatch
 from layerskip.errors import InvalidArgumentError, PromptError
@@ -144,7 +145,10 @@ def decode(batch: Batch, *, show_drafts: bool = False) -> Iterator[Drafted | Com
 def _speculate(batch: Batch, exit_layer: int, show_drafts: bool) -> Generator[Drafted, None, list[Round]]:
     """One round; returns its `Round`s."""
     start = batch.stopwatch.mark()
-    draft = self_speculative.draft(batch, exit_layer, batch.config.num_speculations)
+    if batch.config.generation_strategy == "ngram":
+        draft = draft_ngram(batch, batch.config.num_speculations)
+    else:
+        draft = draft_early_exit(batch, exit_layer, batch.config.num_speculations)
     middle = batch.stopwatch.mark()
     if show_drafts:
         for row, tokens, usable in zip(batch.rows, draft.tokens.tolist(), draft.num_drafts, strict=True):

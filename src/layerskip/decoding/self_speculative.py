@@ -7,71 +7,15 @@ Shapes: B rows, K drafts a row, D width, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from layerskip.decoding.batch import Batch, Round
+from layerskip.decoding.drafting import Draft
 from layerskip.decoding.noise import Purpose, make_key, uniforms
 from layerskip.decoding.sampling import Sampler
 from layerskip.decoding.verification import accept_block, accept_matching, accept_rejection
-
-
-@dataclass(kw_only=True)
-class Draft:
-    """What drafting leaves for verification."""
-
-    exit_layer: int
-    num_drafts: list[int]
-    """Drafts that each row can use; the tensors below are as long as the longest row needs."""
-    tokens: Tensor
-    """[B, K] token ids, on the device."""
-    hidden: Tensor
-    """[B, K + 1, D], outputs of layer E - 1 for the pending token and the drafts."""
-    probs: list[Tensor] = field(default_factory=list)
-    """K x [B, V] distributions that the drafts were drawn from, where acceptance needs them."""
-
-
-def draft_lengths(batch: Batch, num_speculations: int) -> list[int]:
-    """How many drafts each row can use: no more than it may still write, less the token that verification adds."""
-    return [min(num_speculations, row.remaining - 1) for row in batch.rows]
-
-
-@torch.inference_mode()
-def draft(batch: Batch, exit_layer: int, num_speculations: int) -> Draft:
-    """Write drafts with the first layers, nothing of which is committed.
-
-    The last draft runs through the first layers too, without the head: verification needs its hidden state.
-    """
-    decoder, cache, sampler = batch.decoder, batch.cache, batch.sampler
-    num_drafts = draft_lengths(batch, num_speculations)
-    keep_probs = _by_distribution(batch)
-    counters = [row.recorder.rounds for row in batch.rows] if keep_probs else None
-    purpose = Purpose.DRAFT if keep_probs else Purpose.TARGET
-    token, tokens, hidden, probs = batch.pending(), [], [], []
-    written: list[list[int]] = [[] for _ in batch.rows]
-    for i in range(max(num_drafts) + 1):
-        positions = decoder.place(cache, [length + i for length in cache.lengths], 1)
-        hidden.append(decoder.run_layers(decoder.embed(token), positions, cache, 0, exit_layer))
-        if i == max(num_drafts):
-            break
-        scores = sampler.scores(decoder.unembed(hidden[-1]), _last_contexts(batch, written))
-        token = sampler.choose(scores, batch.seeds, [len(row.tokens) + i for row in batch.rows], purpose, counters)
-        tokens.append(token)
-        if keep_probs:
-            probs.append(scores.softmax(-1).squeeze(1))
-        if sampler.needs_context:
-            for row, (new,) in zip(written, token.tolist(), strict=True):
-                row.append(new)
-    empty = token.new_empty((len(batch.rows), 0))
-    return Draft(
-        exit_layer=exit_layer,
-        num_drafts=num_drafts,
-        tokens=torch.cat(tokens, 1) if tokens else empty,
-        hidden=torch.cat(hidden, 1),
-        probs=probs,
-    )
 
 
 @torch.inference_mode()
@@ -85,7 +29,7 @@ def verify(batch: Batch, draft: Draft) -> list[Round]:
     scores = sampler.scores(decoder.unembed(hidden), contexts)
     first = [len(row.tokens) for row in batch.rows]
     usable = torch.tensor(draft.num_drafts, device=scores.device)
-    if _by_distribution(batch):
+    if batch.by_distribution:
         result = draw_accepted(
             sampler,
             draft.tokens,
@@ -107,11 +51,6 @@ def verify(batch: Batch, draft: Draft) -> list[Round]:
         drafts = tuple(tokens[: draft.num_drafts[row]])
         rounds.append(Round(drafts=drafts, num_accepted=num_accepted, token=token))
     return rounds
-
-
-def _by_distribution(batch: Batch) -> bool:
-    """Whether drafts are accepted by rejection sampling, and not by comparing tokens."""
-    return batch.sampler.samples and batch.config.acceptance == "rejection"
 
 
 def draw_accepted(
@@ -153,10 +92,3 @@ def draw_accepted(
         accepted, probs = accept(drafts, draft_probs, target_probs, uniforms(keys, drafts.device), num_drafts)
     token = sampler.choose(probs.log().unsqueeze(1), seeds, first, Purpose.RESIDUAL, counters)
     return torch.cat((drafts, accepted.unsqueeze(1), token), 1)
-
-
-def _last_contexts(batch: Batch, written: list[list[int]]) -> list[list[list[int]]] | None:
-    """Tokens before the next draft of each row."""
-    if not batch.sampler.needs_context:
-        return None
-    return [[row.tokens + drafts] for row, drafts in zip(batch.rows, written, strict=True)]

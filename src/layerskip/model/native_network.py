@@ -1,9 +1,9 @@
 """The layers and the head as two calls into compiled code, for float32 on a CPU.
 
 A layer of a small model is some twenty operators in torch, each with microseconds of fixed cost: here a pass over any
-number of layers is one call. Weights lie in panels that serve one row and many; those that bfloat16 holds exactly are kept
-in it, which halves the bytes that a token moves and changes nothing. A row's result doesn't depend on the rows beside it,
-to the last bit: verification of several tokens gives what one after the other gives.
+number of layers is one call. Weights lie in panels that serve one row and many; those that bfloat16 holds exactly are
+kept in it, which halves the bytes that a token moves and changes nothing. A row's result doesn't depend, to the last bit,
+on the rows beside it: verification of several tokens gives what one after the other gives.
 
 Shapes: B rows, Q query tokens a row, D width, V vocabulary, I input width, O output width.
 """
@@ -41,7 +41,7 @@ def why_not_native(config: ModelConfig, device: torch.device, dtype: torch.dtype
     if device.type != "cpu" or dtype != torch.float32:
         return f"they compute in float32 on a CPU, not in {dtype} on {device}"
     if load_library() is None:
-        return "they weren't built when the package was installed (that needs a C++ compiler), or not for this processor"
+        return "they weren't built when the package was installed (this needs a C++ compiler), or for another processor"
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
     if config.hidden_size % PANEL or config.head_dim % LANES or heads * config.head_dim % PANEL:
         return f"its width {config.hidden_size} or its heads of {config.head_dim} channels aren't multiples of {PANEL}"
@@ -114,7 +114,7 @@ def _num_scales(inputs: int, outputs: int, storage: str) -> int:
 
 
 def interleave(weight: Tensor) -> Tensor:
-    """[2 I, ...] gate above up -> [2 I', ...], 16 of gate and 16 of up in turn, I' being I filled up to whole panels."""
+    """[2 I, ...] gate above up -> [2 I', ...], 16 of gate and 16 of up in turn, I' being I up to a whole panel."""
     gate, up = weight.chunk(2)
     missing = -len(gate) % PANEL
     parts = [torch.cat((part, part.new_zeros(missing, *part.shape[1:]))) for part in (gate, up)]
@@ -200,9 +200,7 @@ class NativeNetwork:
             for name in ("attention_norm", "q_norm", "k_norm", "post_attention_norm", "mlp_norm", "post_mlp_norm")
         }
         linears = {name: getattr(layer, name).view for name in ("qkv", "o", "gate_up", "down")}
-        return LayerView(
-            **linears, **norms, cosines=rope.cos.data_ptr(), sines=rope.sin.data_ptr(), window=window or 0
-        )
+        return LayerView(**linears, **norms, cosines=rope.cos.data_ptr(), sines=rope.sin.data_ptr(), window=window or 0)
 
 
 def _cache_view(cache: KVCache) -> CacheView:

@@ -1,0 +1,60 @@
+"""What followed the last tokens of a text where they occurred before.
+
+As drafts, such tokens cost no layers. Where a text repeats itself (code that is edited, answers that quote), they hold
+often. Source: arXiv:2411.04975 (suffix matches over prompt and output).
+"""
+
+from collections.abc import Sequence
+
+MIN_MATCH = 2
+"""Tokens that have to repeat at least."""
+MAX_MATCH = 32
+"""Tokens up to which the longer of two matches is told."""
+MAX_CANDIDATES = 16
+"""Latest occurrences that are compared."""
+
+
+class NgramIndex:
+    """Where runs of tokens occurred in a text that grows."""
+
+    def __init__(self) -> None:
+        self._tokens: list[int] = []
+        self._ends: dict[tuple[int, ...], list[int]] = {}
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Take in the text's next tokens."""
+        for token in tokens:
+            if len(self._tokens) >= MIN_MATCH:  # a run counts once something follows it: the text's end isn't found
+                self._ends.setdefault(tuple(self._tokens[-MIN_MATCH:]), []).append(len(self._tokens))
+            self._tokens.append(token)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def match(self) -> tuple[int, int]:
+        """The longest run that ends the text and occurred before, of several the latest.
+
+        Returns:
+            Its length in tokens, and the place after its earlier occurrence; (0, 0) if there is none.
+        """
+        best = (0, 0)
+        for end in reversed(self._ends.get(tuple(self._tokens[-MIN_MATCH:]), [])[-MAX_CANDIDATES:]):
+            length = self._common(end)
+            if length > best[0]:
+                best = (length, end)
+        return best
+
+    def continuation(self, num_tokens: int) -> list[int]:
+        """What followed the longest match, repeated where it reaches the text's end; empty without a match."""
+        length, start = self.match()
+        if length == 0:
+            return []
+        period = len(self._tokens) - start
+        return [self._tokens[start + i % period] for i in range(num_tokens)]
+
+    def _common(self, end: int) -> int:
+        """Length of the run that ends both at `end` and at the text's end."""
+        tokens, length = self._tokens, MIN_MATCH
+        while length < min(MAX_MATCH, end) and tokens[end - length - 1] == tokens[-length - 1]:
+            length += 1
+        return length

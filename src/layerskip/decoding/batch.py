@@ -8,6 +8,7 @@ from torch import Tensor
 
 from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.ngram import NgramIndex
+from layerskip.decoding.policy import Policy
 from layerskip.decoding.sampling import Sampler
 from layerskip.decoding.stats import StatsRecorder, Stopwatch
 from layerskip.model.cache import KVCache
@@ -71,6 +72,7 @@ class Batch:
     sampler: Sampler
     eos_token_ids: frozenset[int]
     stopwatch: Stopwatch
+    policy: Policy
 
     @property
     def by_distribution(self) -> bool:

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from layerskip.errors import InvalidArgumentError
 
-Strategy = Literal["autoregressive", "self_speculative", "ngram"]
+Strategy = Literal["adaptive", "autoregressive", "self_speculative", "ngram"]
 Acceptance = Literal["coupled", "rejection"]
 
 MIN_TEMPERATURE = 1e-6
@@ -20,8 +20,8 @@ class GenerationConfig:
     max_new_tokens: int = 128
     """Most tokens to write for each prompt."""
     generation_strategy: Strategy = "self_speculative"
-    """autoregressive: one token a step. self_speculative: draft with the early layers, verify with the rest. ngram: draft
-    what followed the text's last tokens where they occurred before, verify with all."""
+    """autoregressive: one token a step. self_speculative: draft with the early layers, verify with the rest. ngram:
+    draft what followed the text's last tokens where they occurred before. adaptive: what is fastest, round by round."""
     exit_layer: int | None = None
     """Layers that draft (1..L); a quarter of them if not given. With autoregressive: layers that are run at all."""
     num_speculations: int = 4

@@ -3,6 +3,7 @@
 Shapes: B rows, K drafts a row, D width, V vocabulary.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from layerskip.decoding.batch import Batch
 from layerskip.decoding.noise import Purpose
+from layerskip.model.attention import Positions
+from layerskip.model.cache import KVCache
+from layerskip.model.decoder import Decoder
 
 
 @dataclass(kw_only=True)
@@ -25,6 +29,8 @@ class Draft:
     """[B, K] token ids, on the device."""
     hidden: Tensor
     """[B, K + 1, D], outputs of layer E - 1 for the pending token and the drafts; their embeddings where E is 0."""
+    exit_states: dict[int, Tensor] = field(default_factory=dict)
+    """[B, K + 1, D] by exit: outputs of shallower exits, where they were asked for."""
     probs: list[Tensor] = field(default_factory=list)
     """K x [B, V] distributions that the drafts were drawn from, where acceptance needs them."""
 
@@ -34,11 +40,45 @@ def draft_lengths(batch: Batch, num_speculations: int) -> list[int]:
     return [min(num_speculations, row.remaining - 1) for row in batch.rows]
 
 
+def run_through(
+    decoder: Decoder,
+    hidden: Tensor,
+    positions: Positions,
+    cache: KVCache,
+    start: int,
+    stop: int,
+    exits: Collection[int] = (),
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """`Decoder.run_layers`, also keeping the outputs of the exits on the way: those above `start`, up to `stop`."""
+    states = {}
+    for exit_layer in sorted(exit_ for exit_ in exits if start < exit_ <= stop):
+        hidden = decoder.run_layers(hidden, positions, cache, start, exit_layer)
+        states[exit_layer], start = hidden, exit_layer
+    return decoder.run_layers(hidden, positions, cache, start, stop), states
+
+
+def draft_nothing(batch: Batch) -> Draft:
+    """No drafts: verification is then an autoregressive step."""
+    token = batch.pending()
+    return Draft(
+        exit_layer=0,
+        num_drafts=[0] * len(batch.rows),
+        tokens=token.new_empty((len(batch.rows), 0)),
+        hidden=batch.decoder.embed(token),
+    )
+
+
 @torch.inference_mode()
-def draft_early_exit(batch: Batch, exit_layer: int, num_speculations: int) -> Draft:
+def draft_early_exit(batch: Batch, exit_layer: int, num_speculations: int, exits: Collection[int] = ()) -> Draft:
     """Write drafts with the first layers, nothing of which is committed.
 
     The last draft runs through the first layers too, without the head: verification needs its hidden state.
+
+    Args:
+        batch: The rows.
+        exit_layer: E.
+        num_speculations: Most drafts of a row.
+        exits: Exits whose states are kept as well, where they are on the way.
     """
     decoder, cache, sampler = batch.decoder, batch.cache, batch.sampler
     num_drafts = draft_lengths(batch, num_speculations)
@@ -46,10 +86,14 @@ def draft_early_exit(batch: Batch, exit_layer: int, num_speculations: int) -> Dr
     counters = [row.recorder.rounds for row in batch.rows] if keep_probs else None
     purpose = Purpose.DRAFT if keep_probs else Purpose.TARGET
     token, tokens, hidden, probs = batch.pending(), [], [], []
+    states: dict[int, list[Tensor]] = {}
     written: list[list[int]] = [[] for _ in batch.rows]
     for i in range(max(num_drafts) + 1):
         positions = decoder.place(cache, [length + i for length in cache.lengths], 1)
-        hidden.append(decoder.run_layers(decoder.embed(token), positions, cache, 0, exit_layer))
+        out, passed = run_through(decoder, decoder.embed(token), positions, cache, 0, exit_layer, exits)
+        hidden.append(out)
+        for exit_, state in passed.items():
+            states.setdefault(exit_, []).append(state)
         if i == max(num_drafts):
             break
         scores = sampler.scores(decoder.unembed(hidden[-1]), _last_contexts(batch, written))
@@ -66,6 +110,7 @@ def draft_early_exit(batch: Batch, exit_layer: int, num_speculations: int) -> Dr
         num_drafts=num_drafts,
         tokens=torch.cat(tokens, 1) if tokens else empty,
         hidden=torch.cat(hidden, 1),
+        exit_states={exit_: torch.cat(parts, 1) for exit_, parts in states.items()},
         probs=probs,
     )
 

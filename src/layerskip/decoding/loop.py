@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from layerskip.decoding import autoregressive, self_speculative
 from layerskip.decoding.batch import Batch, Round, Row
 from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.drafting import draft_early_exit, draft_ngram
+from layerskip.decoding.costs import measure_costs
+from layerskip.decoding.drafting import Draft, draft_early_exit, draft_ngram, draft_nothing
+from layerskip.decoding.policy import AdaptivePolicy, FixedPolicy, Plan, Policy, candidate_exits
 from layerskip.decoding.sampling import Sampler
 from layerskip.decoding.stats import Stopwatch
 from layerskip.errors import InvalidArgumentError, PromptError
@@ -51,6 +53,20 @@ def choose_exit_layer(config: GenerationConfig, decoder: Decoder) -> int:
     return default_exit_layer(decoder.num_layers) if config.speculates else decoder.num_layers
 
 
+def make_policy(config: GenerationConfig, decoder: Decoder, num_rows: int) -> Policy:
+    """The policy that a config asks for, on this network; for `adaptive`, costs are measured here."""
+    match config.generation_strategy:
+        case "adaptive":
+            return AdaptivePolicy(costs=measure_costs(decoder, num_rows), exits=candidate_exits(decoder.num_layers))
+        case "ngram":
+            return FixedPolicy(fixed=Plan(drafter="ngram", num_speculations=config.num_speculations))
+        case _:
+            exit_layer = choose_exit_layer(config, decoder)
+            return FixedPolicy(
+                fixed=Plan(drafter="early_exit", exit_layer=exit_layer, num_speculations=config.num_speculations)
+            )
+
+
 def check_prompt(tokens: Sequence[int], config: GenerationConfig, decoder: Decoder, index: int = 0) -> int:
     """Tokens that may be written after a prompt: `max_new_tokens`, or what the context leaves.
 
@@ -77,6 +93,7 @@ def make_batch(
     eos_token_ids: Sequence[int],
     seed: int,
     cache: KVCache | None = None,
+    policy: Policy | None = None,
 ) -> Batch:
     """Rows for prompts, with a cache of their own or one that holds a prefix of each already.
 
@@ -87,6 +104,7 @@ def make_batch(
         eos_token_ids: The checkpoint's, for a config that names none.
         seed: Seed of every row.
         cache: Holds the first `cache.lengths[b]` tokens of prompt b, at most all but one; a new one if not given.
+        policy: Plans the rounds; that of the config if not given.
 
     Raises:
         PromptError: A prompt that can't be continued.
@@ -114,6 +132,7 @@ def make_batch(
         sampler=Sampler(config),
         eos_token_ids=frozenset() if config.ignore_eos else frozenset(eos),
         stopwatch=Stopwatch(decoder.device),
+        policy=policy or make_policy(config, decoder, len(prompts)),
     )
 
 
@@ -126,8 +145,8 @@ def decode(batch: Batch, *, show_drafts: bool = False) -> Iterator[Drafted | Com
         batch: From `make_batch`; empty when the iterator ends.
         show_drafts: Tell drafts before they are verified, which waits for the device once more a round.
     """
-    exit_layer = choose_exit_layer(batch.config, batch.decoder)
-    depth = batch.decoder.num_layers if batch.config.speculates else exit_layer
+    speculates = batch.config.speculates
+    depth = batch.decoder.num_layers if speculates else choose_exit_layer(batch.config, batch.decoder)
     for row in batch.rows:
         row.recorder.start()
     calls = batch.decoder.layer_calls
@@ -135,31 +154,44 @@ def decode(batch: Batch, *, show_drafts: bool = False) -> Iterator[Drafted | Com
     yield from _commit(batch, rounds, calls, first=True)
     while batch.rows:
         calls = batch.decoder.layer_calls
-        if batch.config.speculates:
-            rounds = yield from _speculate(batch, exit_layer, show_drafts)
+        if speculates:
+            rounds = yield from _speculate(batch, show_drafts)
         else:
             rounds = autoregressive.step(batch, depth)
         yield from _commit(batch, rounds, calls)
 
 
-def _speculate(batch: Batch, exit_layer: int, show_drafts: bool) -> Generator[Drafted, None, list[Round]]:
-    """One round; returns its `Round`s."""
+def _speculate(batch: Batch, show_drafts: bool) -> Generator[Drafted, None, list[Round]]:
+    """One round, as the policy plans it; returns its `Round`s."""
+    policy = batch.policy
     start = batch.stopwatch.mark()
-    if batch.config.generation_strategy == "ngram":
-        draft = draft_ngram(batch, batch.config.num_speculations)
-    else:
-        draft = draft_early_exit(batch, exit_layer, batch.config.num_speculations)
+    matches = [row.ngrams.match()[0] if policy.uses_ngrams else 0 for row in batch.rows]
+    plan = policy.plan(matches, max(row.remaining for row in batch.rows))
+    exits = policy.exits if policy.probes else ()
+    draft = _draft(batch, plan, exits)
     middle = batch.stopwatch.mark()
     if show_drafts:
         for row, tokens, usable in zip(batch.rows, draft.tokens.tolist(), draft.num_drafts, strict=True):
             yield Drafted(row=row, tokens=tuple(tokens[:usable]))
     resumed = batch.stopwatch.mark()
-    rounds = self_speculative.verify(batch, draft)
+    verification = self_speculative.verify(batch, draft, exits)
     end = batch.stopwatch.mark()
     for row in batch.rows:
         row.recorder.seconds_drafting += batch.stopwatch.between(start, middle)
         row.recorder.seconds_verifying += batch.stopwatch.between(resumed, end)
-    return rounds
+    policy.observe(plan, [(round_.num_accepted, len(round_.drafts)) for round_ in verification.rounds], matches)
+    policy.observe_exits(verification.agreement)
+    return verification.rounds
+
+
+def _draft(batch: Batch, plan: Plan, exits: tuple[int, ...]) -> Draft:
+    match plan.drafter:
+        case "early_exit":
+            return draft_early_exit(batch, plan.exit_layer, plan.num_speculations, exits)
+        case "ngram":
+            return draft_ngram(batch, plan.num_speculations)
+        case _:
+            return draft_nothing(batch)
 
 
 def _commit(batch: Batch, rounds: list[Round], calls_before: int, *, first: bool = False) -> Iterator[Committed]:

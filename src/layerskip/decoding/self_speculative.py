@@ -6,25 +6,42 @@ hidden states kept at the exit run through layers E..L-1 together. Source: arXiv
 Shapes: B rows, K drafts a row, D width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from layerskip.decoding.batch import Batch, Round
-from layerskip.decoding.drafting import Draft
+from layerskip.decoding.drafting import Draft, run_through
 from layerskip.decoding.noise import Purpose, make_key, uniforms
 from layerskip.decoding.sampling import Sampler
 from layerskip.decoding.verification import accept_block, accept_matching, accept_rejection
 
 
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What verification gave each row, and what it showed of other exits."""
+
+    rounds: list[Round]
+    agreement: dict[int, tuple[float, int]] = field(default_factory=dict)
+    """By exit: tokens of all rows on which it agreed with the target (or the probability that its drafts would have
+    been accepted, where distributions are compared), and how many tokens there were."""
+
+
 @torch.inference_mode()
-def verify(batch: Batch, draft: Draft) -> list[Round]:
-    """Run the kept hidden states through the other layers, accept drafts, and commit what holds."""
+def verify(batch: Batch, draft: Draft, exits: Collection[int] = ()) -> Verification:
+    """Run the kept hidden states through the other layers, accept drafts, and commit what holds.
+
+    Args:
+        batch: The rows.
+        draft: Their drafts.
+        exits: Exits of which to say how often they would have been right.
+    """
     decoder, cache, sampler = batch.decoder, batch.cache, batch.sampler
     num_queries = draft.hidden.shape[1]
     positions = decoder.place(cache, cache.lengths, num_queries)
-    hidden = decoder.run_layers(draft.hidden, positions, cache, draft.exit_layer, decoder.num_layers)
+    hidden, states = run_through(decoder, draft.hidden, positions, cache, draft.exit_layer, decoder.num_layers, exits)
     contexts = batch.contexts(draft.tokens.tolist()) if sampler.needs_context else None
     scores = sampler.scores(decoder.unembed(hidden), contexts)
     first = [len(row.tokens) for row in batch.rows]
@@ -45,12 +62,23 @@ def verify(batch: Batch, draft: Draft) -> list[Round]:
         targets = sampler.choose(scores, batch.seeds, first)
         accepted = accept_matching(draft.tokens, targets, usable).unsqueeze(1)
         result = torch.cat((draft.tokens, accepted, targets.gather(1, accepted)), 1)
+    agreement = {}
+    for exit_layer, state in {**draft.exit_states, **states}.items():
+        exit_scores = sampler.scores(decoder.unembed(state), contexts)
+        if batch.by_distribution:
+            agrees = torch.minimum(exit_scores.softmax(-1), scores.softmax(-1)).sum(-1)
+        else:
+            agrees = (sampler.choose(exit_scores, batch.seeds, first) == targets).float()
+        valid = (
+            torch.arange(num_queries, device=agrees.device) <= result[:, -2:-1]
+        )  # what follows a rejected draft isn't
+        agreement[exit_layer] = (float((agrees * valid).sum()), int(valid.sum()))
     rounds = []
-    for row, (*tokens, num_accepted, token) in enumerate(result.tolist()):  # the round's only wait for the device
+    for row, (*tokens, num_accepted, token) in enumerate(result.tolist()):  # without exits, the round's only wait
         cache.commit(row, num_accepted + 1)
         drafts = tuple(tokens[: draft.num_drafts[row]])
         rounds.append(Round(drafts=drafts, num_accepted=num_accepted, token=token))
-    return rounds
+    return Verification(rounds=rounds, agreement=agreement)
 
 
 def draw_accepted(

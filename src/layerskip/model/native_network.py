@@ -2,8 +2,8 @@
 
 A layer of a small model is some twenty operators in torch, each with microseconds of fixed cost: here a pass over any
 number of layers is one call. Weights lie in panels that serve one row and many; those that bfloat16 holds exactly are
-kept in it, which halves the bytes that a token moves and changes nothing. A row's result doesn't depend, to the last bit,
-on the rows beside it: verification of several tokens gives what one after the other gives.
+kept in it, which halves the bytes that a token moves and changes nothing. A row's result doesn't depend on the rows
+beside it, to the last bit: verification of several tokens gives what one after the other gives.
 
 Shapes: B rows, Q query tokens a row, D width, V vocabulary, I input width, O output width.
 """

@@ -121,39 +121,50 @@ void tile(const Linear& w, const float* x, int64_t ldx, float* y, int64_t ldy, i
     }
 }
 
-// Panels at once for a number of rows: enough sums to hide the latency of a product, few enough for 16 registers.
-constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
-
 constexpr int kMaxRows = 6;
+
+// Most panels at once for a number of rows: enough sums to hide the latency of a product, few enough for 16 registers.
+constexpr int most_panels(int rows) { return rows == 1 ? 6 : rows == 2 ? 3 : 1; }
 
 template <typename Type, int Rows>
 void rows_tile(const Linear& w, const float* x, int64_t ldx, float* y, int64_t ldy, int panel, int count, bool add) {
-    if (count == panels_at_once(Rows)) {
-        tile<Type, Rows, panels_at_once(Rows)>(w, x, ldx, y, ldy, panel, add);
-        return;
+    switch (count) {
+        case 1: return tile<Type, Rows, 1>(w, x, ldx, y, ldy, panel, add);
+        case 2: return tile<Type, Rows, std::min(2, most_panels(Rows))>(w, x, ldx, y, ldy, panel, add);
+        case 3: return tile<Type, Rows, std::min(3, most_panels(Rows))>(w, x, ldx, y, ldy, panel, add);
+        case 4: return tile<Type, Rows, std::min(4, most_panels(Rows))>(w, x, ldx, y, ldy, panel, add);
+        case 5: return tile<Type, Rows, std::min(5, most_panels(Rows))>(w, x, ldx, y, ldy, panel, add);
+        default: return tile<Type, Rows, most_panels(Rows)>(w, x, ldx, y, ldy, panel, add);
     }
-    for (int p = 0; p < count; ++p) tile<Type, Rows, 1>(w, x, ldx, y, ldy, panel + p, add);
+}
+
+template <typename Type, int Rows>
+void panels_tile(const Linear& w, const float* x, int64_t ldx, float* y, int64_t ldy, int first, int last, bool add) {
+    const int most = most_panels(Rows), tiles = (last - first + most - 1) / most;
+    for (int i = 0; i < tiles; ++i) {
+        int from, to;
+        share(last - first, i, tiles, from, to);
+        rows_tile<Type, Rows>(w, x, ldx, y, ldy, first + from, to - from, add);
+    }
 }
 
 template <typename Type>
 void multiply_as(const Linear& w, const float* x, int64_t ldx, int rows, float* y, int64_t ldy, int first, int last,
                  bool add) {
+    if (rows == 1) return panels_tile<Type, 1>(w, x, ldx, y, ldy, first, last, add);
+    if (rows == 2) return panels_tile<Type, 2>(w, x, ldx, y, ldy, first, last, add);
     const int blocks = (rows + kMaxRows - 1) / kMaxRows;
-    const int step = panels_at_once((rows + blocks - 1) / blocks);
-    for (int panel = first; panel < last; panel += step) {
-        const int count = std::min(step, last - panel);
+    for (int panel = first; panel < last; ++panel) {
         for (int block = 0; block < blocks; ++block) {  // the panel stays in the cache meanwhile
             int from, to;
             share(rows, block, blocks, from, to);
             const float* in = x + from * ldx;
             float* out = y + from * ldy;
             switch (to - from) {
-                case 1: rows_tile<Type, 1>(w, in, ldx, out, ldy, panel, count, add); break;
-                case 2: rows_tile<Type, 2>(w, in, ldx, out, ldy, panel, count, add); break;
-                case 3: rows_tile<Type, 3>(w, in, ldx, out, ldy, panel, count, add); break;
-                case 4: rows_tile<Type, 4>(w, in, ldx, out, ldy, panel, count, add); break;
-                case 5: rows_tile<Type, 5>(w, in, ldx, out, ldy, panel, count, add); break;
-                default: rows_tile<Type, 6>(w, in, ldx, out, ldy, panel, count, add); break;
+                case 3: rows_tile<Type, 3>(w, in, ldx, out, ldy, panel, 1, add); break;
+                case 4: rows_tile<Type, 4>(w, in, ldx, out, ldy, panel, 1, add); break;
+                case 5: rows_tile<Type, 5>(w, in, ldx, out, ldy, panel, 1, add); break;
+                default: rows_tile<Type, 6>(w, in, ldx, out, ldy, panel, 1, add); break;
             }
         }
     }

@@ -252,13 +252,10 @@ float* workspace(int64_t floats) {
     return kept.data();
 }
 
-}  // namespace
-
-void layerskip_run_layers(const Network* network, float* hidden, int32_t texts, int32_t queries, const int64_t* starts,
-                          const Cache* cache, int32_t first, int32_t last) {
-    std::lock_guard<std::mutex> lock(call_mutex);
-    Team& team = Team::of(network->threads);
-    float* shared = workspace(Pass::shared_floats(*network));
+void run_layers(const Network& network, float* hidden, int32_t texts, int32_t queries, const int64_t* starts,
+                const Cache& cache, int32_t first, int32_t last) {
+    Team& team = Team::of(network.threads);
+    float* shared = workspace(Pass::shared_floats(network));
     const int64_t total = static_cast<int64_t>(texts) * queries;
     for (int64_t begin = 0; begin < total; begin += kChunk) {
         const int rows = static_cast<int>(std::min<int64_t>(kChunk, total - begin));
@@ -268,24 +265,72 @@ void layerskip_run_layers(const Network* network, float* hidden, int32_t texts, 
             position_of[row] = starts[text_of[row]] + (begin + row) % queries;
         }
         team.run([&](int member, int) {
-            Pass(*network, *cache, hidden + begin * network->width, rows, text_of, position_of, shared, team, member)
+            Pass(network, cache, hidden + begin * network.width, rows, text_of, position_of, shared, team, member)
                 .run(first, last);
         });
     }
 }
 
-void layerskip_unembed(const Network* network, const float* hidden, int32_t rows, float* logits) {
-    std::lock_guard<std::mutex> lock(call_mutex);
-    Team& team = Team::of(network->threads);
-    float* shared = workspace(Pass::shared_floats(*network));
+void unembed(const Network& network, const float* hidden, int32_t rows, float* logits) {
+    Team& team = Team::of(network.threads);
+    float* shared = workspace(Pass::shared_floats(network));
     const Cache none{};
     for (int64_t begin = 0; begin < rows; begin += kChunk) {
         const int count = static_cast<int>(std::min<int64_t>(kChunk, rows - begin));
         team.run([&](int member, int) {
-            Pass(*network, none, const_cast<float*>(hidden) + begin * network->width, count, nullptr, nullptr,
-                 shared, team, member)
-                .logits(logits + begin * network->head.outputs);
+            Pass(network, none, const_cast<float*>(hidden) + begin * network.width, count, nullptr, nullptr, shared,
+                 team, member)
+                .logits(logits + begin * network.head.outputs);
         });
+    }
+}
+
+void embed(const void* table, bool is_bfloat16, int64_t token, int64_t width, float multiplier, float* to) {
+    for (int64_t i = 0; i < width; ++i) {
+        float value;
+        if (is_bfloat16) {
+            const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(table)[token * width + i]) << 16;
+            std::memcpy(&value, &bits, sizeof value);
+        } else {
+            value = static_cast<const float*>(table)[token * width + i];
+        }
+        to[i] = value * multiplier;
+    }
+}
+
+}  // namespace
+
+void layerskip_run_layers(const Network* network, float* hidden, int32_t texts, int32_t queries, const int64_t* starts,
+                          const Cache* cache, int32_t first, int32_t last) {
+    std::lock_guard<std::mutex> lock(call_mutex);
+    run_layers(*network, hidden, texts, queries, starts, *cache, first, last);
+}
+
+void layerskip_unembed(const Network* network, const float* hidden, int32_t rows, float* logits) {
+    std::lock_guard<std::mutex> lock(call_mutex);
+    unembed(*network, hidden, rows, logits);
+}
+
+void layerskip_draft(const Network* network, const void* embedding, int32_t embedding_is_bfloat16, float multiplier,
+                     const int64_t* tokens, int32_t texts, const int64_t* starts, int32_t drafts, int32_t layers,
+                     const Cache* cache, float* hidden, int64_t* out) {
+    std::lock_guard<std::mutex> lock(call_mutex);
+    const int64_t width = network->width, outputs = network->head.outputs;
+    std::vector<float> logits(texts * outputs);
+    std::vector<int64_t> at(starts, starts + texts);
+    for (int draft = 0; draft <= drafts; ++draft) {
+        float* states = hidden + draft * texts * width;
+        const int64_t* chosen = draft == 0 ? tokens : out + (draft - 1) * texts;
+        for (int text = 0; text < texts; ++text)
+            embed(embedding, embedding_is_bfloat16, chosen[text], width, multiplier, states + text * width);
+        run_layers(*network, states, texts, 1, at.data(), *cache, 0, layers);
+        if (draft == drafts) break;
+        unembed(*network, states, texts, logits.data());
+        for (int text = 0; text < texts; ++text) {
+            const float* scores = logits.data() + text * outputs;
+            out[draft * texts + text] = std::max_element(scores, scores + network->vocabulary) - scores;
+            ++at[text];
+        }
     }
 }
 

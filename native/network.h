@@ -39,6 +39,7 @@ struct Network {
     int32_t head_channels;
     int32_t rotary_channels;
     int32_t mlp_width;
+    int32_t vocabulary;
     int32_t activation;
     int32_t threads;
     float epsilon;
@@ -62,6 +63,13 @@ void layerskip_run_layers(const Network* network, float* hidden, int32_t texts, 
 
 // logits [rows, V padded to whole panels] of hidden [rows, D]: final norm and head.
 void layerskip_unembed(const Network* network, const float* hidden, int32_t rows, float* logits);
+
+// Greedy drafts with the first `layers` layers: from tokens [texts] on, `drafts` tokens of each text, the first of them at
+// position starts[b] + 1. out: [drafts, texts]; hidden: [drafts + 1, texts, D], outputs of layer `layers` - 1 for the token
+// given and for the drafts. The embedding table is [V, D], of bfloat16 or float32.
+void layerskip_draft(const Network* network, const void* embedding, int32_t embedding_is_bfloat16, float multiplier,
+                     const int64_t* tokens, int32_t texts, const int64_t* starts, int32_t drafts, int32_t layers,
+                     const Cache* cache, float* hidden, int64_t* out);
 
 int64_t layerskip_packed_bytes(int32_t inputs, int32_t outputs, int32_t format);
 void layerskip_pack(const float* weight, int32_t inputs, int32_t outputs, int32_t format, void* panels, void* scales,

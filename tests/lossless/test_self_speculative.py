@@ -223,10 +223,10 @@ def test_drafts_never_write_past_the_capacity(
     caches = []
     verify = self_speculative.verify
 
-    def spy(batch: Any, draft: Any) -> Any:
+    def spy(batch: Any, draft: Any, exits: Any) -> Any:
         assert batch.cache.lengths[0] + draft.hidden.shape[1] <= batch.cache.capacity
         caches.append(batch.cache)
-        return verify(batch, draft)
+        return verify(batch, draft, exits)
 
     monkeypatch.setattr(self_speculative, "verify", spy)
     lm.generate([prompts[1]], max_new_tokens=13, num_speculations=8, exit_layer=3)

@@ -82,6 +82,10 @@ def draft_early_exit(batch: Batch, exit_layer: int, num_speculations: int, exits
     """
     decoder, cache, sampler = batch.decoder, batch.cache, batch.sampler
     num_drafts = draft_lengths(batch, num_speculations)
+    if not (sampler.samples or sampler.needs_context or exits):
+        found = decoder.draft_greedy(batch.pending(), cache, exit_layer, max(num_drafts))
+        if found is not None:
+            return Draft(exit_layer=exit_layer, num_drafts=num_drafts, tokens=found[0], hidden=found[1])
     keep_probs = batch.by_distribution
     counters = [row.recorder.rounds for row in batch.rows] if keep_probs else None
     purpose = Purpose.DRAFT if keep_probs else Purpose.TARGET

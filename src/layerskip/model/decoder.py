@@ -31,6 +31,12 @@ class Network(Protocol):
         """[B, Q, D] -> [B, Q, V] in float32, before any cap."""
         ...
 
+    def draft_greedy(
+        self, embedding: Tensor, multiplier: float, tokens: Tensor, cache: KVCache, exit_layer: int, num_drafts: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """`Decoder.draft_greedy`, given the embedding table and its factor."""
+        ...
+
 
 class Decoder:
     """A decoder-only transformer of any supported family."""
@@ -109,3 +115,23 @@ class Decoder:
         logits = self._network.unembed(hidden)
         cap = self.config.final_logit_softcapping
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def draft_greedy(
+        self, tokens: Tensor, cache: KVCache, exit_layer: int, num_drafts: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """Write likeliest tokens with the first layers, in one call where the network can do that.
+
+        Args:
+            tokens: [B, 1], the last token of each row, right after what its row of the cache has committed.
+            cache: Nothing is committed.
+            exit_layer: E, layers to run.
+            num_drafts: K, tokens to write in each row.
+
+        Returns:
+            The tokens [B, K], and [B, K + 1, D], the outputs of layer E - 1 for `tokens` and for those written; or None
+            where it takes `embed`, `run_layers` and `unembed`, K times over.
+        """
+        found = self._network.draft_greedy(self._embedding, self._multiplier, tokens, cache, exit_layer, num_drafts)
+        if found is not None:
+            self.layer_calls += (num_drafts + 1) * exit_layer
+        return found

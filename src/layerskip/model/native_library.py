@@ -67,6 +67,7 @@ class NetworkView(Structure):
         ("head_channels", c_int32),
         ("rotary_channels", c_int32),
         ("mlp_width", c_int32),
+        ("vocabulary", c_int32),
         ("activation", c_int32),
         ("threads", c_int32),
         ("epsilon", c_float),
@@ -103,12 +104,16 @@ def load_library(path: Path = LIBRARY) -> ctypes.CDLL | None:
         POINTER(NetworkView), c_void_p, c_int32, c_int32, c_void_p, POINTER(CacheView), c_int32, c_int32,
     ]  # fmt: skip
     library.layerskip_unembed.argtypes = [POINTER(NetworkView), c_void_p, c_int32, c_void_p]
+    library.layerskip_draft.argtypes = [
+        POINTER(NetworkView), c_void_p, c_int32, c_float, c_void_p, c_int32, c_void_p, c_int32, c_int32,
+        POINTER(CacheView), c_void_p, c_void_p,
+    ]  # fmt: skip
     library.layerskip_packed_bytes.argtypes = [c_int32, c_int32, c_int32]
     library.layerskip_packed_bytes.restype = c_int64
     library.layerskip_pack.argtypes = [c_void_p, c_int32, c_int32, c_int32, c_void_p, c_void_p, c_int32]
     library.layerskip_fits_bfloat16.argtypes = [c_void_p, c_int64]
     library.layerskip_fits_bfloat16.restype = c_int32
     library.layerskip_multiply.argtypes = [POINTER(LinearView), c_void_p, c_int32, c_void_p, c_int32]
-    for name in ("run_layers", "unembed", "pack", "multiply"):
+    for name in ("run_layers", "unembed", "draft", "pack", "multiply"):
         getattr(library, f"layerskip_{name}").restype = None
     return library

@@ -150,6 +150,7 @@ class NativeNetwork:
         self.head = head
         self._ropes = ropes
         self._run_layers, self._unembed = library.layerskip_run_layers, library.layerskip_unembed
+        self._draft = library.layerskip_draft
         self._views = (LayerView * len(self.layers))(*(self._view(*pair) for pair in enumerate(self.layers)))
         self._network = NetworkView(
             layers=ctypes.addressof(self._views),
@@ -161,6 +162,7 @@ class NativeNetwork:
             head_channels=config.head_dim,
             rotary_channels=next(iter(ropes.values())).rotary_dim,
             mlp_width=self.layers[0].gate_up.view.outputs // 2,  # type: ignore[attr-defined]
+            vocabulary=config.vocab_size,
             activation=ACTIVATIONS[config.hidden_act],
             epsilon=config.rms_norm_eps,
             attention_scale=config.attention_scale,
@@ -191,6 +193,32 @@ class NativeNetwork:
         self._network.threads = torch.get_num_threads()
         self._unembed(self._network, hidden.data_ptr(), rows * queries, logits.data_ptr())
         return logits[..., : self.head.outputs]
+
+    def draft_greedy(
+        self, embedding: Tensor, multiplier: float, tokens: Tensor, cache: KVCache, exit_layer: int, num_drafts: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """`Decoder.draft_greedy` in one call, for embeddings in float32 or bfloat16."""
+        if embedding.dtype not in (torch.float32, torch.bfloat16) or not embedding.is_contiguous():
+            return None
+        rows = len(cache.lengths)
+        hidden = torch.empty(num_drafts + 1, rows, self.config.hidden_size)
+        drafts = torch.empty(num_drafts, rows, dtype=torch.long)
+        self._network.threads = torch.get_num_threads()
+        self._draft(
+            self._network,
+            embedding.data_ptr(),
+            embedding.dtype == torch.bfloat16,
+            multiplier,
+            tokens.contiguous().data_ptr(),
+            rows,
+            (ctypes.c_int64 * rows)(*cache.lengths),
+            num_drafts,
+            exit_layer,
+            _cache_view(cache),
+            hidden.data_ptr(),
+            drafts.data_ptr(),
+        )
+        return drafts.t(), hidden.transpose(0, 1)
 
     def _view(self, index: int, layer: LayerWeights) -> LayerView:
         rope = self._ropes[self.config.layer_types[index]]

@@ -65,6 +65,12 @@ class TorchNetwork:
         """[B, Q, D] -> [B, Q, V] in float32, before any cap."""
         return self.head(self._norm(hidden, self.final_norm)).float()
 
+    def draft_greedy(
+        self, embedding: Tensor, multiplier: float, tokens: Tensor, cache: KVCache, exit_layer: int, num_drafts: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """There is no shorter way than the decoder's verbs."""
+        return None
+
     def _run_layer(self, index: int, hidden: Tensor, positions: Positions, cache: KVCache) -> Tensor:
         weights = self.layers[index]
         out = self._attention(index, self._norm(hidden, weights.attention_norm), positions, cache)

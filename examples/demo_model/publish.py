@@ -76,10 +76,12 @@ def describe(folder: Path) -> str:
     """One part of the training: tokens and recipe."""
     run = json.loads((folder / "training.json").read_text())
     recipe = json.loads((folder / "config.json").read_text())["layerskip"]
+    exits = f"at exits {', '.join(map(str, recipe['exit_layers']))} " if recipe.get("exit_layers") else ""
+    rotation = f", R = {recipe['rotation']}" if recipe["curriculum"] == "rotational" else ""
     return (
-        f"{run['step']} steps, {run['num_tokens'] / 1e6:.1f}M tokens with the exit loss `{recipe['exit_loss']}` "
-        f"({recipe['exit_weights']} weights, scale {recipe['exit_loss_scale']}, {recipe['curriculum']} curriculum, "
-        f"R = {recipe['rotation']}) and {recipe['dropout_schedule']} layer dropout up to {recipe['dropout_max']}"
+        f"{run['step']} steps, {run['num_tokens'] / 1e6:.1f}M tokens with the exit loss `{recipe['exit_loss']}` {exits}"
+        f"({recipe['exit_weights']} weights, scale {recipe['exit_loss_scale']}, {recipe['curriculum']} curriculum"
+        f"{rotation}) and {recipe['dropout_schedule']} layer dropout up to {recipe['dropout_max']}"
     )
 
 

@@ -46,6 +46,8 @@ VARIANTS = {
     **{f"both ({loss})": {**DROPOUT, **EQUAL, "exit_loss": loss} for loss in LOSSES},
     "both (ce), weights by depth": {**DROPOUT, "exit_loss_scale": 0.2, "exit_loss": "ce"},
     "both (kl), exits 3 and 6 only": {**DROPOUT, **EQUAL, "exit_loss": "kl", "exit_layers": (3, 6), "rotation": 1},
+    "both (kl), stop-gradient": {**DROPOUT, **EQUAL, "exit_loss": "kl", "stop_gradient": True},
+    "both (kl), LoRA of rank 16": {**DROPOUT, **EQUAL, "exit_loss": "kl", "lora_rank": 16},
 }
 NUM_SPECULATIONS, NUM_PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 24, 32, 64
 
@@ -58,7 +60,7 @@ class Arguments:
     """Where the runs are kept."""
     base_steps: int = 600
     """Optimizer steps of 1,024 tokens of the model that the variants continue from."""
-    max_steps: int = 300
+    max_steps: int = 250
     """Optimizer steps of each variant."""
     seeds: tuple[int, ...] = (0, 1, 2)
     workers: int = 2
@@ -127,8 +129,9 @@ def train_variant(folder: Path, base: Path, variant: str, seed: int, max_steps: 
     if record.exists():
         found: dict[str, Any] = json.loads(record.read_text())
         return found
-    recipe = layerskip.LayerSkipConfig(**{"rotation": 6, **VARIANTS[variant]})  # type: ignore[arg-type]
-    start = layerskip.StartConfig(model=str(base))
+    settings: dict[str, Any] = {"rotation": 6, **VARIANTS[variant]}
+    start = layerskip.StartConfig(model=str(base), lora_rank=settings.pop("lora_rank", None))
+    recipe = layerskip.LayerSkipConfig(**settings)
     result = train_run(output, start, recipe, max_steps=max_steps, learning_rate=1e-3, seed=100 + seed)
     numbers = {
         "variant": variant,

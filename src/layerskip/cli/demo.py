@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from layerskip.decoding.stream import GenerationResult
     from layerskip.language_model import LanguageModel
 
-PROMPTS = ("def fibonacci(n):\n", "import os\n\n\ndef read_file(path):\n")
+PROMPTS = ("def fibonacci(n):", "import os\n\n\ndef read_file(path):")
 MIN_REPETITIONS, MAX_REPETITIONS, ENOUGH_SECONDS = 3, 7, 5.0
 EXPLANATION = """\
 LayerSkip: the first {exit_layer} of this model's {num_layers} layers draft up to {num_speculations} tokens, then the

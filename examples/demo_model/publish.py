@@ -1,6 +1,6 @@
-"""Measure a trained model and its plain twin, and make the model the embedded one, with a model card.
+r"""Measure a trained model and its plain twin, and make the model the embedded one, with a model card.
 
-    python publish.py --parts runs/model_scratch runs/model_distilled --run runs/model --twin runs/twin \\
+    python publish.py --parts runs/model_scratch runs/model_distilled --run runs/model --twin runs/twin \
         --prompts human_eval.jsonl
 
 Acceptance and speed are those of greedy decoding of the prompts (JSON lines with a field `prompt`) at exit L/4 with

@@ -80,7 +80,8 @@ def describe(folder: Path) -> str:
     """One part of the training: tokens and recipe."""
     run = json.loads((folder / "training.json").read_text())
     recipe = json.loads((folder / "config.json").read_text())["layerskip"]
-    exits = f"at exits {', '.join(map(str, recipe['exit_layers']))} " if recipe.get("exit_layers") else ""
+    named = recipe.get("exit_layers") or []
+    exits = f"at exit{'s' if len(named) > 1 else ''} {' and '.join(map(str, named))} " if named else ""
     rotation = f", R = {recipe['rotation']}" if recipe["curriculum"] == "rotational" else ""
     return (
         f"{run['step']} steps, {run['num_tokens'] / 1e6:.1f}M tokens with the exit loss `{recipe['exit_loss']}` {exits}"
@@ -101,7 +102,7 @@ def card(arguments: Arguments, decoded: dict[str, Any]) -> str:
     return f"""# The embedded model
 A Llama of {config["num_hidden_layers"]} layers, width {config["hidden_size"]}, vocabulary {config["vocab_size"]} \
 (byte-level BPE), {lm.checkpoint.num_parameters / 1e6:.1f}M parameters, {config["dtype"]}, \
-trained by `layerskip train` from the settings in `examples/demo_model`: from scratch, then continued.
+trained by `layerskip train` from the settings in `examples/demo_model`: from scratch, then continued twice.
 Made for tests, timing and demonstrations, not for its prose: it writes what looks like Python.
 
 - **Data**: the sources of CPython {".".join(map(str, __import__("sys").version_info[:2]))}'s standard library \

@@ -38,7 +38,7 @@ class DemoArguments:
 
     exit_layer: int | None = None
     """Layers that draft (1..L); a quarter of them if not given."""
-    num_speculations: int = 2
+    num_speculations: int = 3
     """Most tokens to draft in a round."""
     max_new_tokens: int = 48
     """Tokens to write after each of two prompts."""

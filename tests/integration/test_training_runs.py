@@ -115,6 +115,7 @@ def test_what_a_run_leaves(first_run: tuple[Path, dict[str, Any]], scratch: list
         "exit_weights": "depth",
         "curriculum": "rotational",
         "rotation": 2,
+        "exit_layers": [],
         "stop_gradient": False,
     }
 

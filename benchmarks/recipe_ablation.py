@@ -8,7 +8,7 @@ continues from it, with the same data in the same order. Each run is one `layers
 time. Runs that are done are not repeated, and one that was stopped goes on: start it again until the table is complete.
 Exits have equal weights, because the paper's leave the drafting exits next to nothing; one variant has the paper's.
 Drafts are measured by decoding: beginnings of held-out files, exit L/4, K = 4; greedily, and sampled at temperature 1
-with coupled noise. The table and the plot for docs/recipe.md come last.
+with coupled noise. The table and the plot of docs/recipe.md come last.
 """
 
 import json
@@ -65,7 +65,7 @@ class Arguments:
     seeds: tuple[int, ...] = (0, 1, 2)
     workers: int = 2
     docs: Path | None = None
-    """Folder for the plot and the table (recipe_ablation.png, recipe_ablation.md)."""
+    """Folder for the plot, recipe_ablation.png; the table is printed."""
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -245,8 +245,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
 def main(arguments: Arguments) -> None:
     """Train, measure, print and record."""
     runs = list(run_all(arguments))
-    table = make_table(runs)
-    print(table)
+    print(make_table(runs))
     print(
         write_record(
             "recipe_ablation",
@@ -255,7 +254,6 @@ def main(arguments: Arguments) -> None:
     )
     if arguments.docs is not None:
         draw(runs, arguments.docs / "recipe_ablation.png")
-        (arguments.docs / "recipe_ablation.md").write_text(table, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -115,6 +115,7 @@ def test_what_a_run_leaves(first_run: tuple[Path, dict[str, Any]], scratch: list
         "exit_weights": "depth",
         "curriculum": "rotational",
         "rotation": 2,
+        "exit_layers": [],
         "stop_gradient": False,
     }
 
@@ -207,11 +208,11 @@ def test_tensorboard(scratch: list[Any], tmp_path: Path) -> None:
 # Going on with a model
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_continual_pretraining_keeps_the_dtype(
-    tiny_checkpoint: Callable[..., Path], texts: Path, tmp_path: Path, dtype: str
+@pytest.mark.parametrize(("dtype", "tied"), [("bfloat16", False), ("bfloat16", True), ("float32", True)])
+def test_continual_pretraining_keeps_dtype_and_tensors(
+    tiny_checkpoint: Callable[..., Path], texts: Path, tmp_path: Path, dtype: str, tied: bool
 ) -> None:
-    start, output = tiny_checkpoint(tokenizer=True, dtype=dtype), tmp_path / "run"
+    start, output = tiny_checkpoint(tokenizer=True, dtype=dtype, tie_word_embeddings=tied), tmp_path / "run"
     train(output, "--model", start, "--data", texts, *SHORT)
     config = json.loads((output / "config.json").read_text())
     assert (config["dtype"], config["layerskip"]["dropout_schedule"]) == (dtype, "constant")

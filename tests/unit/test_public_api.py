@@ -30,7 +30,7 @@ FIELDS = {
     "DraftEvent": "index token_ids text",
     "FinishEvent": "index text result",
     "LayerSkipConfig": """dropout_max dropout_schedule exit_loss exit_loss_scale exit_weights curriculum rotation
-        stop_gradient""",
+        exit_layers stop_gradient""",
     "TrainingConfig": "start data recipe optimization checkpoints",
     "TrainingResult": "output interrupted step num_tokens train_loss loss exits speedups seconds",
     "Score": "token_ids token_logprobs logprob is_greedy",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from layerskip.decoding.stream import GenerationResult
     from layerskip.language_model import LanguageModel
 
-PROMPTS = ("def fibonacci(n):\n", "import os\n\n\ndef read_file(path):\n")
+PROMPTS = ("def fibonacci(n):", "import os\n\n\ndef read_file(path):")
 MIN_REPETITIONS, MAX_REPETITIONS, ENOUGH_SECONDS = 3, 7, 5.0
 EXPLANATION = """\
 LayerSkip: the first {exit_layer} of this model's {num_layers} layers draft up to {num_speculations} tokens, then the
@@ -38,7 +38,7 @@ class DemoArguments:
 
     exit_layer: int | None = None
     """Layers that draft (1..L); a quarter of them if not given."""
-    num_speculations: int = 2
+    num_speculations: int = 3
     """Most tokens to draft in a round."""
     max_new_tokens: int = 48
     """Tokens to write after each of two prompts."""

@@ -44,7 +44,9 @@ class LayerSkipConfig:
     curriculum: Curriculum = "rotational"
     """Exits with a loss at a step: every R-th, moving on each step; gradually from the last to the first; or all."""
     rotation: int | None = None
-    """R of the rotational curriculum, at most the number of layers; 8, or the number of layers, if not given."""
+    """R of the rotational curriculum, at most the number of exits; 8, or the number of exits, if not given."""
+    exit_layers: tuple[int, ...] = ()
+    """Exits that learn (numbers of layers run), beside the last one; all if not given. Name those that will draft."""
     stop_gradient: bool = False
     """Losses of exits train the layers below them only, not the shared norm and head."""
 
@@ -53,19 +55,38 @@ class LayerSkipConfig:
             raise InvalidArgumentError(f"dropout_max must be at least 0 and below 1, got {self.dropout_max}")
         check_at_least(self, 0, "exit_loss_scale")
         check_at_least(self, 1, "rotation")
+        if any(layers < 1 for layers in self.exit_layers) or len(set(self.exit_layers)) < len(self.exit_layers):
+            raise InvalidArgumentError(f"exit_layers must be different numbers from 1 on, got {self.exit_layers}")
+
+    def exits_for(self, num_layers: int) -> list[int]:
+        """The exits that ever have a loss in a model of this many layers, counted from 0; the last is one of them.
+
+        Naming them is our own: every exit that has a loss takes something from the others, so that one which will never
+        be used costs those that will.
+
+        Raises:
+            InvalidArgumentError: There is no such exit.
+        """
+        if max(self.exit_layers, default=0) > num_layers:
+            raise InvalidArgumentError(
+                f"exit_layers names {max(self.exit_layers)}, but the model has {num_layers} layers; give numbers from "
+                f"1 to {num_layers}"
+            )
+        last = num_layers - 1
+        return sorted({layers - 1 for layers in self.exit_layers or range(1, num_layers)} | {last})
 
     def rotation_for(self, num_layers: int) -> int:
         """R for a model of this many layers.
 
         Raises:
-            InvalidArgumentError: R is larger than that.
+            InvalidArgumentError: R is larger than the number of exits that learn.
         """
+        num_exits = len(self.exits_for(num_layers))
         if self.rotation is None:
-            return min(DEFAULT_ROTATION, num_layers)
-        if self.rotation > num_layers:
-            raise InvalidArgumentError(
-                f"rotation is {self.rotation}, but the model has {num_layers} layers; it must be from 1 to {num_layers}"
-            )
+            return min(DEFAULT_ROTATION, num_exits)
+        if self.rotation > num_exits:
+            whose = f"{num_exits} exits learn" if self.exit_layers else f"the model has {num_layers} layers"
+            raise InvalidArgumentError(f"rotation is {self.rotation}, but {whose}; it must be from 1 to {num_exits}")
         return self.rotation
 
 

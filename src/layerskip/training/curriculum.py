@@ -3,32 +3,33 @@
 Layers and steps count from 0; "exit l" is the prediction from the output of layer l. L layers, T steps.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from layerskip.training.config import Curriculum, ExitWeights
 
 
-def enabled_exits(step: int, *, num_steps: int, num_layers: int, curriculum: Curriculum, rotation: int) -> list[int]:
+def enabled_exits(
+    step: int, *, num_steps: int, exits: Sequence[int], curriculum: Curriculum, rotation: int
+) -> list[int]:
     """C(t, l): the exits whose loss counts at this step, in order; the last one always does.
 
     Args:
         step: t.
         num_steps: T; used by the gradual curriculum only.
-        num_layers: L.
+        exits: Those that the curriculum goes through, in order, the last one among them; the paper's are all.
         curriculum: Which rule.
         rotation: R; used by the rotational curriculum only.
 
     Source: arXiv:2404.16710, section 4.1.2.
     """
-    last = num_layers - 1
     match curriculum:
         case "rotational":
-            chosen = set(range(step % rotation, num_layers, rotation))
+            chosen = exits[step % rotation :: rotation]
         case "gradual":  # one more exit every T / (2L) steps
-            chosen = set(range(max(0, last - 2 * num_layers * step // num_steps), num_layers))
+            chosen = exits[max(0, len(exits) - 1 - 2 * len(exits) * step // num_steps) :]
         case "all":
-            chosen = set(range(num_layers))
-    return sorted(chosen | {last})
+            chosen = exits
+    return sorted({*chosen, exits[-1]})
 
 
 def exit_scale(exit_: int, num_layers: int, scale: float, kind: ExitWeights = "depth") -> float:

@@ -65,12 +65,13 @@ class LayerSkipRecipe:
 
         Raises:
             UnsupportedModelError: The model's layers, norm or head can't be reached.
-            InvalidArgumentError: The rotation is larger than the number of layers.
+            InvalidArgumentError: An exit that the model doesn't have, or a rotation larger than the number of exits.
         """
         anatomy = dissect(model)
         self.config = config
         self.model: Any = anatomy.model
         self.num_layers = len(anatomy.layers)
+        self.exits = config.exits_for(self.num_layers)
         self.rotation = config.rotation_for(self.num_layers)
         self._seed = seed
         self._head = anatomy.head
@@ -118,7 +119,7 @@ class LayerSkipRecipe:
         """
         config, num_layers = self.config, self.num_layers
         enabled = enabled_exits(
-            step, num_steps=num_steps, num_layers=num_layers, curriculum=config.curriculum, rotation=self.rotation
+            step, num_steps=num_steps, exits=self.exits, curriculum=config.curriculum, rotation=self.rotation
         )
         self.weights = exit_weights(enabled, num_layers, config.exit_loss_scale, config.exit_weights)
         self.rates = dropout_rates(

@@ -75,8 +75,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if value not in get_args(hint):
             raise InvalidArgumentError(f"{where} must be one of {', '.join(get_args(hint))}, got {value!r}")
     elif get_origin(hint) is tuple:
-        if not isinstance(value, list) or not all(isinstance(part, str) for part in value):
-            raise InvalidArgumentError(f"{where} must be a list of texts, got {value!r}")
+        part_hint = get_args(hint)[0]
+        if not isinstance(value, list) or not all(type(part) is part_hint for part in value):
+            kind = {int: "whole numbers", str: "texts"}[part_hint]
+            raise InvalidArgumentError(f"{where} must be a list of {kind}, got {value!r}")
         return tuple(value)
     elif hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

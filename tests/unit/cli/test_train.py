@@ -101,6 +101,13 @@ def test_a_rotation_beyond_the_layers(refusal: Callable, shape: str, texts: str)
     assert "rotation is 4, but the model has 3 layers; it must be from 1 to 3" in message
 
 
+def test_exits_that_the_model_does_not_have(refusal: Callable, shape: str, texts: str) -> None:
+    message = refusal("--config", shape, "--data", texts, *SHORT, "--exit-layers", "1", "4")
+    assert "exit_layers names 4, but the model has 3 layers; give numbers from 1 to 3" in message
+    message = refusal("--config", shape, "--data", texts, *SHORT, "--exit-layers", "1", "--rotation", "3")
+    assert "rotation is 3, but 2 exits learn; it must be from 1 to 2" in message
+
+
 def test_a_tokenizer_larger_than_the_vocabulary(
     refusal: Callable, shape: str, texts: str, demo_config: dict[str, int]
 ) -> None:

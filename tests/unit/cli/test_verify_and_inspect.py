@@ -88,14 +88,14 @@ def test_inspect_prints_exits_as_json(tmp_path: Path, capsys: pytest.CaptureFixt
     assert [e["exit_layer"] for e in report["exits"]] == list(range(1, 17))
     assert report["exits"][-1]["agreement"] == 1.0
     assert report["exits"][0]["loss"] > report["exits"][-1]["loss"]
-    assert report["model"]["parameters"] == 13_902_080
+    assert report["model"]["parameters"] == 6_691_008
     assert report["model"]["num_layers"] == 16
 
 
 def test_inspect_reads_no_more_than_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "a.jsonl"
-    file.write_text('{"text": "def add(a, b):"}\n' * 9)  # 7 tokens each
-    for limit, predicted in (("2", 1), ("7", 6), ("10", 8), ("99", 54)):
+    file.write_text('{"text": "def add(a, b):"}\n' * 9)  # 8 tokens each
+    for limit, predicted in (("2", 1), ("7", 6), ("10", 8), ("99", 63)):
         assert main(["inspect", "--text", str(file), "--max-tokens", limit, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["num_tokens"] == predicted
 

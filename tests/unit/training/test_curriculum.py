@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 
+from layerskip.training.config import LayerSkipConfig
 from layerskip.training.curriculum import enabled_exits, exit_scale, exit_weights
 
 
 def enabled(step: int, num_layers: int = 4, **options: Any) -> list[int]:
     settings = {"num_steps": 16, "curriculum": "rotational", "rotation": 2, **options}
-    return enabled_exits(step, num_layers=num_layers, **settings)
+    return enabled_exits(step, exits=range(num_layers), **settings)
 
 
 def test_rotation_of_four_layers_by_two() -> None:
@@ -47,6 +48,18 @@ def test_gradual_where_steps_are_fewer_than_exits_or_no_multiple() -> None:
 
 def test_all_exits_all_the_time() -> None:
     assert all(enabled(step, curriculum="all") == [0, 1, 2, 3] for step in range(16))
+
+
+def test_curricula_go_through_the_named_exits() -> None:
+    exits = LayerSkipConfig(exit_layers=(8, 4, 2)).exits_for(16)
+    assert exits == [1, 3, 7, 15]
+
+    def found(step: int, curriculum: str) -> list[int]:
+        return enabled_exits(step, num_steps=16, exits=exits, curriculum=curriculum, rotation=2)  # type: ignore[arg-type]
+
+    assert [found(step, "rotational") for step in range(3)] == [[1, 7, 15], [3, 15], [1, 7, 15]]
+    assert [found(step, "gradual") for step in (0, 2, 4, 6)] == [[15], [7, 15], [3, 7, 15], exits]
+    assert found(0, "all") == exits
 
 
 @pytest.mark.parametrize("curriculum", ["rotational", "gradual", "all"])

@@ -96,6 +96,18 @@ def test_exits_follow_the_step(tiny_model: Any) -> None:
         assert model(**inputs).loss.item() == pytest.approx(expected / items, rel=1e-5)
 
 
+def test_only_named_exits_have_a_loss(tiny_model: Any) -> None:
+    model, inputs = tiny_model(), batch()
+    config = LayerSkipConfig(
+        dropout_max=0.0, exit_loss_scale=0.5, exit_layers=(2,), exit_weights="equal", curriculum="all"
+    )
+    LayerSkipRecipe(model, config)
+    losses = [x.item() for x in naive_losses(tiny_model(), inputs)[0]]
+    items = float((inputs["labels"][:, 1:] != IGNORED).sum())
+    expected = (0.5 * losses[1] + losses[3]) / 1.5
+    assert model(**inputs).loss.item() == pytest.approx(expected / items, rel=1e-5)
+
+
 def test_labels_that_are_shifted_already(tiny_model: Any) -> None:
     model, reference, inputs = tiny_model(), tiny_model(), batch()
     LayerSkipRecipe(model, PLAIN)

@@ -97,6 +97,19 @@ def test_rotation_for_a_number_of_layers() -> None:
     assert str(caught.value) == "rotation is 4, but the model has 3 layers; it must be from 1 to 3"
 
 
+@pytest.mark.parametrize("exit_layers", [(0,), (4, -1), (2, 2)])
+def test_exits_that_make_no_sense(exit_layers: tuple[int, ...]) -> None:
+    message = refusal(LayerSkipConfig, exit_layers=exit_layers)
+    assert message == f"exit_layers must be different numbers from 1 on, got {exit_layers}"
+
+
+def test_exits_of_a_number_of_layers() -> None:
+    assert LayerSkipConfig().exits_for(4) == [0, 1, 2, 3]
+    assert LayerSkipConfig(exit_layers=(2,)).exits_for(4) == [1, 3]
+    assert LayerSkipConfig(exit_layers=(4, 1)).exits_for(4) == [0, 3]
+    assert LayerSkipConfig(exit_layers=(2,)).rotation_for(4) == 2
+
+
 @pytest.mark.parametrize(
     ("start", "schedule", "rate"),
     [

@@ -15,7 +15,7 @@ from layerskip.decoding.sampling import Sampler
 from layerskip.language_model import LanguageModel
 
 VOCAB, ROWS, BATCHES = 12, 4000, 5
-PROMPT = [3, 1, 4]
+PROMPT = [1, 2, 7, 1, 3, 8, 1, 4, 9, 1]  # after 2, 3 and 4, n-grams have drafts
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def p_value(counts: Tensor, probs: Tensor) -> float:
 
 
 def joint_p_value(lm: LanguageModel, options: dict[str, Any]) -> float:
-    """P-value of the two tokens that the first round drafts."""
+    """P-value of the two tokens after the first."""
     config = GenerationConfig(
         max_new_tokens=4, num_speculations=2, exit_layer=1, acceptance="rejection", do_sample=True, **options
     )
@@ -78,6 +78,9 @@ MODES: list[dict[str, Any]] = [
     {"block_verification": False},
     {"block_verification": True, "top_k": 5, "temperature": 1.3},
     {"block_verification": False, "top_p": 0.8},
+    {"generation_strategy": "ngram", "block_verification": True},
+    {"generation_strategy": "ngram", "block_verification": False, "top_k": 6},
+    {"generation_strategy": "adaptive"},
 ]
 
 

@@ -30,7 +30,8 @@ def processor_flags() -> list[str]:
 
 def compile_library(sources: Path, library: Path) -> str | None:
     """Compile; returns why it didn't work, or None. An older library gives way in one step or stays."""
-    compiler = shlex.split(os.environ.get("CXX", "")) or [found for found in ("c++", "g++", "clang++") if shutil.which(found)][:1]
+    found = [name for name in ("c++", "g++", "clang++") if shutil.which(name)]
+    compiler = shlex.split(os.environ.get("CXX", "")) or found[:1]
     if not compiler:
         return "no C++ compiler was found"
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:

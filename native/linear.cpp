@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 namespace layerskip {
 namespace {
@@ -195,22 +196,19 @@ int8_t quantize(float value, float step, int limit) {
     return static_cast<int8_t>(std::min<float>(limit, std::max<float>(-limit - 1, scaled)));
 }
 
-void pack_int4(const float* weight, int64_t inputs, void* panels, void* scales, int64_t panel) {
+void pack_int4(const float* const* rows, int64_t inputs, void* panels, void* scales, int64_t panel) {
     const int64_t groups = inputs / kGroup;
     for (int64_t group = 0; group < groups; ++group) {
+        const int64_t from = group * kGroup, to = from + kGroup;
         auto& words = static_cast<BFloat16::Unit*>(scales)[panel * groups + group];
         for (int64_t lane = 0; lane < kLanes; ++lane) {
-            const float* rows[2] = {weight + (panel * kPanel + lane) * inputs, weight + (panel * kPanel + lane + kLanes) * inputs};
-            uint16_t steps[2];
-            for (int half = 0; half < 2; ++half)
-                steps[half] = to_bfloat16(step_of(rows[half], group * kGroup, (group + 1) * kGroup, 7));
+            const float *low = rows[lane], *high = rows[lane + kLanes];
+            const uint16_t steps[2] = {to_bfloat16(step_of(low, from, to, 7)), to_bfloat16(step_of(high, from, to, 7))};
             words.values[lane] = steps[0] | static_cast<uint32_t>(steps[1]) << 16;
-            for (int64_t i = group * kGroup; i < (group + 1) * kGroup; ++i) {
-                const int low = quantize(rows[0][i], from_bfloat16(steps[0]), 7);
-                const int high = quantize(rows[1][i], from_bfloat16(steps[1]), 7);
+            for (int64_t i = from; i < to; ++i)
                 static_cast<Int4::Unit*>(panels)[panel * inputs + i].values[lane] =
-                    static_cast<int8_t>((low & 0xf) | (high & 0xf) << 4);
-            }
+                    static_cast<int8_t>((quantize(low[i], from_bfloat16(steps[0]), 7) & 0xf) |
+                                        (quantize(high[i], from_bfloat16(steps[1]), 7) & 0xf) << 4);
         }
     }
 }
@@ -227,29 +225,26 @@ int64_t packed_bytes(int32_t inputs, int32_t outputs, int32_t format) {
     }
 }
 
-void pack(const float* weight, int32_t inputs, int32_t format, void* panels, void* scales, int first, int last) {
-    for (int64_t panel = first; panel < last; ++panel) {
-        if (format == kInt4) {
-            pack_int4(weight, inputs, panels, scales, panel);
-            continue;
-        }
-        const float* rows = weight + panel * kPanel * inputs;
-        float steps[kPanel];
-        for (int64_t j = 0; format == kInt8 && j < kPanel; ++j)
-            static_cast<float*>(scales)[panel * kPanel + j] = steps[j] = step_of(rows + j * inputs, 0, inputs, 127);
-        for (int64_t i = 0; i < inputs; ++i) {
-            const int64_t unit = panel * inputs + i;
-            for (int64_t j = 0; j < kPanel; ++j) {
-                const float value = rows[j * inputs + i];
-                switch (format) {
-                    case kFloat32: static_cast<Float32::Unit*>(panels)[unit].values[j] = value; break;
-                    case kBFloat16: {
-                        auto* halves = reinterpret_cast<uint16_t*>(static_cast<BFloat16::Unit*>(panels) + unit);
-                        halves[j % kLanes * 2 + j / kLanes] = to_bfloat16(value);
-                        break;
-                    }
-                    default: static_cast<Int8::Unit*>(panels)[unit].values[j] = quantize(value, steps[j], 127); break;
+void pack(const float* weight, int64_t inputs, int count, int32_t format, void* panels, void* scales, int64_t panel) {
+    const std::vector<float> zeros(count < kPanel ? inputs : 0);
+    const float* rows[kPanel];
+    for (int64_t j = 0; j < kPanel; ++j) rows[j] = j < count ? weight + j * inputs : zeros.data();
+    if (format == kInt4) return pack_int4(rows, inputs, panels, scales, panel);
+    float steps[kPanel];
+    for (int64_t j = 0; format == kInt8 && j < kPanel; ++j)
+        static_cast<float*>(scales)[panel * kPanel + j] = steps[j] = step_of(rows[j], 0, inputs, 127);
+    for (int64_t i = 0; i < inputs; ++i) {
+        const int64_t unit = panel * inputs + i;
+        for (int64_t j = 0; j < kPanel; ++j) {
+            const float value = rows[j][i];
+            switch (format) {
+                case kFloat32: static_cast<Float32::Unit*>(panels)[unit].values[j] = value; break;
+                case kBFloat16: {
+                    auto* halves = reinterpret_cast<uint16_t*>(static_cast<BFloat16::Unit*>(panels) + unit);
+                    halves[j % kLanes * 2 + j / kLanes] = to_bfloat16(value);
+                    break;
                 }
+                default: static_cast<Int8::Unit*>(panels)[unit].values[j] = quantize(value, steps[j], 127); break;
             }
         }
     }

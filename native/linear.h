@@ -26,8 +26,9 @@ struct Linear {
 // Bytes that pack() writes, without scales.
 int64_t packed_bytes(int32_t inputs, int32_t outputs, int32_t format);
 
-// Lay out panels first..last-1 of weight [O, I] (row-major float32); scales are written where the format has some.
-void pack(const float* weight, int32_t inputs, int32_t format, void* panels, void* scales, int first, int last);
+// Lay out one panel from weight [rows, I] (row-major float32, up to 16 rows; those that are missing are zeros); scales are
+// written where the format has some.
+void pack(const float* weight, int64_t inputs, int rows, int32_t format, void* panels, void* scales, int64_t panel);
 
 // Panels first..last-1 of y = x W^T + b, or y += where `add`. x: [rows, ldx], y: [rows, ldy].
 void multiply(const Linear& w, const float* x, int64_t ldx, int rows, float* y, int64_t ldy, int first, int last,

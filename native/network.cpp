@@ -338,13 +338,15 @@ int64_t layerskip_packed_bytes(int32_t inputs, int32_t outputs, int32_t format) 
     return packed_bytes(inputs, outputs, format);
 }
 
-void layerskip_pack(const float* weight, int32_t inputs, int32_t outputs, int32_t format, void* panels, void* scales,
-                    int32_t threads) {
+void layerskip_pack(const float* weight, int32_t inputs, int32_t rows, int32_t format, void* panels, void* scales,
+                    int32_t first, int32_t step, int32_t threads) {
     std::lock_guard<std::mutex> lock(call_mutex);
     Team::of(threads).run([&](int member, int size) {
-        int first, last;
-        share(outputs / kPanel, member, size, first, last);
-        pack(weight, inputs, format, panels, scales, first, last);
+        int from, to;
+        share((rows + kPanel - 1) / kPanel, member, size, from, to);
+        for (int panel = from; panel < to; ++panel)
+            pack(weight + panel * static_cast<int64_t>(kPanel) * inputs, inputs, std::min(kPanel, rows - panel * kPanel),
+                 format, panels, scales, first + panel * step);
     });
 }
 

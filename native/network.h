@@ -1,6 +1,6 @@
 // The layers of a decoder over a block of rows, as one call: no operator of a framework in between.
 //
-// Plain structures and functions of C, filled in and called by layerskip/model/native.py through ctypes. All memory is the
+// Plain structures and functions of C, filled in and called by layerskip/model/native_network.py through ctypes. All memory is the
 // caller's. Shapes: N rows (a row is one token of one text), D width, H heads, H_kv key/value heads, D_head channels of a
 // head, R rotary channels, I width of the MLP, V vocabulary, T capacity of the cache.
 #pragma once
@@ -72,8 +72,10 @@ void layerskip_draft(const Network* network, const void* embedding, int32_t embe
                      const Cache* cache, float* hidden, int64_t* out);
 
 int64_t layerskip_packed_bytes(int32_t inputs, int32_t outputs, int32_t format);
-void layerskip_pack(const float* weight, int32_t inputs, int32_t outputs, int32_t format, void* panels, void* scales,
-                    int32_t threads);
+
+// Lay out weight [rows, inputs], filled up with zeros to whole panels, as every `step`-th panel from `first` on.
+void layerskip_pack(const float* weight, int32_t inputs, int32_t rows, int32_t format, void* panels, void* scales,
+                    int32_t first, int32_t step, int32_t threads);
 
 // Whether bfloat16 holds all of these numbers exactly.
 int32_t layerskip_fits_bfloat16(const float* numbers, int64_t count);

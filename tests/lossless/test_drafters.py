@@ -1,4 +1,4 @@
-"""Every drafter and every policy writes the tokens of autoregressive decoding, also when plans change between rounds."""
+"""Every drafter and policy writes the tokens of autoregressive decoding, also when plans change between rounds."""
 
 import random
 from collections.abc import Mapping, Sequence

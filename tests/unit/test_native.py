@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import layerskip
@@ -52,7 +51,7 @@ def rounded(weight: Tensor, storage: str) -> Tensor:
 @pytest.mark.parametrize(("outputs", "inputs"), [(16, 32), (48, 96), (70, 64), (333, 160)])
 def test_products(storage: str, outputs: int, inputs: int, threads: int) -> None:
     weight, bias = random(outputs, inputs), random(outputs, seed=1)
-    linear = NativeLinear(weight, bias, storage=storage)
+    linear = NativeLinear(weight, bias=bias, storage=storage)
     plain = NativeLinear(weight, storage=storage)
     for rows in (1, 2, 3, 4, 5, 6, 7, 9, 13):
         x = random(rows, inputs, seed=rows)
@@ -91,14 +90,17 @@ def test_bytes_of_quantized_weights() -> None:
 
 
 def test_interleaving_fills_up_panels() -> None:
-    weight = torch.arange(2 * 20 * 3, dtype=torch.float32).view(40, 3)
-    mixed = interleave(weight)
-    assert mixed.shape == (64, 3)
-    assert torch.equal(mixed[:16], weight[:16])
-    assert torch.equal(mixed[16:32], weight[20:36])
-    assert torch.equal(mixed[32:36], weight[16:20])
-    assert not mixed[36:48].any()
-    assert torch.equal(mixed[48:52], weight[36:40])
+    bias = torch.arange(1, 41)
+    mixed = interleave(bias)
+    assert mixed.tolist() == [*range(1, 17), *range(21, 37), *range(17, 21), *[0] * 12, *range(37, 41), *[0] * 12]
+    if load_library() is not None:
+        weight, x = random(40, 32), random(3, 32, seed=1)
+        product, rows = NativeLinear(*weight.chunk(2), bias=mixed), x @ weight.t() + bias
+        out = torch.stack([product(row) for row in x.split(1)]).view(3, -1)
+        assert out.shape == (3, 40)
+        torch.testing.assert_close(out[:, :16], rows[:, :16])
+        torch.testing.assert_close(out[:, 16:32], rows[:, 20:36])
+        torch.testing.assert_close(out[:, 32:36], rows[:, 16:20])
 
 
 @needs_library

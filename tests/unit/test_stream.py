@@ -8,7 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from layerskip import DraftEvent, FinishEvent, GenerationResult, GenerationStream, TokenEvent
-from layerskip.decoding import autoregressive, self_speculative
+from layerskip.decoding import autoregressive, loop, self_speculative
 from layerskip.decoding.text import REPLACEMENT
 from layerskip.language_model import LanguageModel
 
@@ -184,7 +184,7 @@ class TestInterruption:
         """Makes the n-th call of a decoding function raise KeyboardInterrupt, as Ctrl-C does."""
 
         def set_up(name: str, number: int) -> None:
-            module = self_speculative if name in ("draft", "verify") else autoregressive
+            module = {"draft_early_exit": loop, "verify": self_speculative}.get(name, autoregressive)
             original, calls = getattr(module, name), itertools.count(1)
 
             def raising(*arguments: Any) -> Any:
@@ -196,7 +196,7 @@ class TestInterruption:
 
         return set_up
 
-    @pytest.mark.parametrize("place", [("draft", 3), ("verify", 3), ("step", 5), ("prefill", 1)])
+    @pytest.mark.parametrize("place", [("draft_early_exit", 3), ("verify", 3), ("step", 5), ("prefill", 1)])
     def test_ctrl_c_while_decoding_ends_the_stream(
         self, text_lm: LanguageModel, interrupt_at: Callable[[str, int], None], place: tuple[str, int]
     ) -> None:

@@ -67,10 +67,15 @@ def candidate_exits(num_layers: int) -> tuple[int, ...]:
 class Policy(Protocol):
     """Chooses the plan of each round of one batch, and learns from what came of it."""
 
-    uses_ngrams: bool
-    """Whether `plan` looks at matches."""
-    exits: tuple[int, ...]
-    """Exits that it wants to hear of, in rounds with `probes`."""
+    @property
+    def uses_ngrams(self) -> bool:
+        """Whether `plan` looks at matches."""
+        ...
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """Exits that it wants to hear of, in rounds with `probes`."""
+        ...
 
     @property
     def probes(self) -> bool:

@@ -110,7 +110,9 @@ def load_library(path: Path = LIBRARY) -> ctypes.CDLL | None:
     ]  # fmt: skip
     library.layerskip_packed_bytes.argtypes = [c_int32, c_int32, c_int32]
     library.layerskip_packed_bytes.restype = c_int64
-    library.layerskip_pack.argtypes = [c_void_p, c_int32, c_int32, c_int32, c_void_p, c_void_p, c_int32]
+    library.layerskip_pack.argtypes = [
+        c_void_p, c_int32, c_int32, c_int32, c_void_p, c_void_p, c_int32, c_int32, c_int32,
+    ]  # fmt: skip
     library.layerskip_fits_bfloat16.argtypes = [c_void_p, c_int64]
     library.layerskip_fits_bfloat16.restype = c_int32
     library.layerskip_multiply.argtypes = [POINTER(LinearView), c_void_p, c_int32, c_void_p, c_int32]

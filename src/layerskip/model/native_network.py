@@ -29,6 +29,7 @@ from layerskip.model.native_library import (
     NetworkView,
     load_library,
 )
+from layerskip.model.native_memory import WeightMemory
 from layerskip.model.rope import RopeTable
 from layerskip.model.torch_network import LayerWeights
 
@@ -51,42 +52,44 @@ def why_not_native(config: ModelConfig, device: torch.device, dtype: torch.dtype
 class NativeLinear:
     """A weight in panels (`linear.Linear`)."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, storage: str | None = None) -> None:
+    def __init__(
+        self,
+        *weights: Tensor,
+        bias: Tensor | None = None,
+        storage: str | None = None,
+        memory: WeightMemory | None = None,
+    ) -> None:
         """Lay out a weight.
 
         Args:
-            weight: [O, I], float32; not kept.
-            bias: [O], float32, or None.
+            weights: [O, I], float32; of several, panels alternate. Not kept.
+            bias: For all of them, in the order of the outputs (`interleave`), float32, or None.
             storage: A key of `FORMATS`; if not given, bfloat16 where that loses nothing, else float32.
+            memory: Where panels are kept; memory of its own if not given.
         """
         library = load_library()
         assert library is not None
-        self.outputs, inputs = weight.shape
-        padded = -(-self.outputs // PANEL) * PANEL
-        weight = F.pad(weight, (0, 0, 0, padded - self.outputs)).contiguous()
-        if storage is None:
-            exact = library.layerskip_fits_bfloat16(weight.data_ptr(), weight.numel())
-            storage = "bfloat16" if exact else "float32"
-        self.storage = storage
-        self._panels = torch.empty(library.layerskip_packed_bytes(inputs, padded, FORMATS[storage]), dtype=torch.uint8)
-        self._scales = torch.zeros(_num_scales(inputs, padded, storage), dtype=torch.float32)
-        self._bias = None if bias is None else F.pad(bias.float(), (0, padded - self.outputs)).contiguous()
-        library.layerskip_pack(
-            weight.data_ptr(),
-            inputs,
-            padded,
-            FORMATS[storage],
-            self._panels.data_ptr(),
-            self._scales.data_ptr(),
-            torch.get_num_threads(),
-        )
+        memory = memory or WeightMemory()
+        weights = tuple(weight.contiguous() for weight in weights)
+        rows, inputs = weights[0].shape
+        panels, step = -(-rows // PANEL), len(weights)
+        self.outputs, padded = rows * step, panels * PANEL * step
+        self.storage = storage or _exact_storage(library, weights)
+        number = FORMATS[self.storage]
+        self._panels = memory.empty(library.layerskip_packed_bytes(inputs, padded, number))
+        self._scales = memory.empty(_scale_bytes(inputs, padded, self.storage))
+        self._bias = None if bias is None else F.pad(bias.float(), (0, padded - len(bias))).contiguous()
+        places = self._panels.data_ptr(), self._scales.data_ptr()
+        for first, weight in enumerate(weights):
+            threads = torch.get_num_threads()
+            library.layerskip_pack(weight.data_ptr(), inputs, rows, number, *places, first, step, threads)
         self.view = LinearView(
             panels=self._panels.data_ptr(),
             scales=self._scales.data_ptr(),
             bias=None if self._bias is None else self._bias.data_ptr(),
             inputs=inputs,
             outputs=padded,
-            format=FORMATS[storage],
+            format=number,
         )
         self._multiply = library.layerskip_multiply
 
@@ -102,23 +105,26 @@ class NativeLinear:
         return out[:, : self.outputs].reshape(*x.shape[:-1], self.outputs)
 
 
-def _num_scales(inputs: int, outputs: int, storage: str) -> int:
-    """Floats that hold the scales of a weight."""
+def _exact_storage(library: ctypes.CDLL, weights: Sequence[Tensor]) -> str:
+    """The smallest format that holds these numbers exactly."""
+    exact = all(library.layerskip_fits_bfloat16(weight.data_ptr(), weight.numel()) for weight in weights)
+    return "bfloat16" if exact else "float32"
+
+
+def _scale_bytes(inputs: int, outputs: int, storage: str) -> int:
     match storage:
         case "int8":
-            return outputs
+            return 4 * outputs
         case "int4":
-            return outputs * (inputs // GROUP) // 2
+            return 2 * outputs * (inputs // GROUP)
         case _:
             return 0
 
 
-def interleave(weight: Tensor) -> Tensor:
-    """[2 I, ...] gate above up -> [2 I', ...], 16 of gate and 16 of up in turn, I' being I up to a whole panel."""
-    gate, up = weight.chunk(2)
-    missing = -len(gate) % PANEL
-    parts = [torch.cat((part, part.new_zeros(missing, *part.shape[1:]))) for part in (gate, up)]
-    return torch.stack([part.view(-1, PANEL, *part.shape[1:]) for part in parts], 1).flatten(0, 2)
+def interleave(bias: Tensor) -> Tensor:
+    """[2 I] gate above up -> [2 I'], 16 of gate and 16 of up in turn, I' being I up to a whole panel."""
+    parts = [F.pad(part, (0, -len(part) % PANEL)) for part in bias.chunk(2)]
+    return torch.stack([part.view(-1, PANEL) for part in parts], 1).flatten()
 
 
 class NativeNetwork:

@@ -5,7 +5,7 @@ Shapes: D width, V vocabulary, I width of the MLP, H and H_kv heads, D_head chan
 
 import mmap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -18,6 +18,7 @@ from layerskip.model.decoder import Decoder, Network
 from layerskip.model.families import FAMILIES
 from layerskip.model.linear import Linear, make_linear, packs
 from layerskip.model.native_library import PANEL
+from layerskip.model.native_memory import WeightMemory
 from layerskip.model.native_network import NativeLinear, NativeNetwork, interleave
 from layerskip.model.rope import RopeTable
 from layerskip.model.torch_network import LayerWeights, TorchNetwork
@@ -153,6 +154,7 @@ class _Target:
     device: torch.device
     dtype: torch.dtype
     native: bool
+    memory: WeightMemory = field(default_factory=WeightMemory)
 
     def packs(self, shape: Sequence[int]) -> bool:
         """Whether `linear` copies such a weight once more, so that what it is given lives for a moment only."""
@@ -163,10 +165,11 @@ class _Target:
         if not self.native:
             return make_linear(weight, bias)
         if ours == "gate_up":
-            weight, bias = interleave(weight), None if bias is None else interleave(bias)
-        if ours == "down":  # as many inputs as gate and up have outputs
+            bias = None if bias is None else interleave(bias)
+            return NativeLinear(*weight.chunk(2), bias=bias, memory=self.memory)
+        if ours == "down" and weight.shape[1] % PANEL:  # as many inputs as gate and up have outputs
             weight = F.pad(weight, (0, -weight.shape[1] % PANEL))
-        return NativeLinear(weight, bias)
+        return NativeLinear(weight, bias=bias, memory=self.memory)
 
     def empty(self, shape: Sequence[int]) -> Tensor:
         """Room for a weight.

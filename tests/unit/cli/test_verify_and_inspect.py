@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from layerskip.cli.main import main
 from layerskip.decoding import self_speculative
 from layerskip.decoding.batch import Batch, Round
+from layerskip.decoding.drafting import Draft
+from layerskip.decoding.self_speculative import Verification
 
 SHORT = ["--max-new-tokens", "6", "--exit-layers", "2,4", "--num-speculations", "1,4"]
 
@@ -36,8 +39,10 @@ def test_verify_fails_with_exit_code_1_when_something_is_lost(
 ) -> None:
     honest = self_speculative.verify
 
-    def wrong(batch: Batch, draft: self_speculative.Draft) -> list[Round]:
-        return [Round(drafts=r.drafts, num_accepted=0, token=(r.token + 1) % 256) for r in honest(batch, draft)]
+    def wrong(batch: Batch, draft: Draft, exits: Any) -> Verification:
+        rounds = honest(batch, draft, exits).rounds
+        wrong = [Round(drafts=r.drafts, num_accepted=0, token=(r.token + 1) % 256) for r in rounds]
+        return Verification(rounds=wrong)
 
     monkeypatch.setattr(self_speculative, "verify", wrong)
     arguments = ["--prompts", str(prompts), "--field", "text", "--mode", "greedy", *SHORT]

@@ -9,6 +9,8 @@ import layerskip
 from layerskip.decoding import self_speculative
 from layerskip.decoding.batch import Batch, Round
 from layerskip.decoding.config import GenerationConfig
+from layerskip.decoding.drafting import Draft
+from layerskip.decoding.self_speculative import Verification
 from layerskip.errors import InvalidArgumentError
 from layerskip.evaluation.lossless import judge, verify_lossless
 
@@ -40,11 +42,12 @@ def test_a_wrong_acceptance_rule_is_an_error(
 ) -> None:
     honest = self_speculative.verify
 
-    def accepts_all(batch: Batch, draft: self_speculative.Draft) -> list[Round]:
-        rounds = honest(batch, draft)
+    def accepts_all(batch: Batch, draft: Draft, exits: Any) -> Verification:
+        rounds = honest(batch, draft, exits).rounds
         for row, result in enumerate(rounds):
             batch.cache.commit(row, len(result.drafts) - result.num_accepted)
-        return [Round(drafts=r.drafts, num_accepted=len(r.drafts), token=r.token) for r in rounds]
+        wrong = [Round(drafts=r.drafts, num_accepted=len(r.drafts), token=r.token) for r in rounds]
+        return Verification(rounds=wrong)
 
     monkeypatch.setattr(self_speculative, "verify", accepts_all)
     report = verify_lossless(lm, PROMPTS, [(1, 4)], modes=(mode,), config=CONFIG)

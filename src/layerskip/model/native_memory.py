@@ -4,6 +4,7 @@ Decoding reads all weights for each token. On large pages a core spends less tim
 second were measured (`benchmarks/engine.py` prints this machine's).
 """
 
+import contextlib
 import mmap
 
 import torch
@@ -36,10 +37,8 @@ def _map(num_bytes: int) -> Tensor:
     rounded = -(-num_bytes // LARGE_PAGE_BYTES) * LARGE_PAGE_BYTES
     memory = mmap.mmap(-1, rounded + LARGE_PAGE_BYTES)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # a kernel without them
-            pass
     mapped = torch.frombuffer(memory, dtype=torch.uint8)
     first = -mapped.data_ptr() % LARGE_PAGE_BYTES
     return mapped[first : first + rounded]

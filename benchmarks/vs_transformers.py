@@ -3,9 +3,7 @@
     python benchmarks/vs_transformers.py --model demo
     python benchmarks/vs_transformers.py --model 240m --num-speculations 6
 
-`240m` is a random Llama of 16 layers, width 1024 and vocabulary 32,000 (238M parameters to read for each token). Its
-head is a shuffled copy of its embedding, so that it doesn't repeat itself, and its layers from the exit on are scaled
-down, so that the exit agrees with the last layer about as often as in a trained model. Each
+`240m` is a random Llama of 16 layers, width 1024 and vocabulary 32,000 (238M parameters to read for each token). Each
 repetition runs the four decoders one after the other on every prompt; ratios are taken within a repetition, and their
 median is what counts. All four must write the same tokens.
 """
@@ -23,11 +21,9 @@ import tyro
 from record import environment, write_record
 from rich.console import Console
 from rich.table import Table
+from synthetic import SHAPES, encode_prompts, make_synthetic, random_prompts
 
 import layerskip
-
-LATE_SCALE, EMBEDDING_SCALE = 0.35, 6.0
-"""Factors on what the synthetic model's late layers and embedding add to the residual stream."""
 
 DECODERS = (
     "transformers, autoregressive",
@@ -42,9 +38,11 @@ class Arguments:
     """Options of the benchmark."""
 
     model: str = "demo"
-    """demo, 240m (made on the spot), a folder or a hub id."""
+    """demo, a shape of `synthetic.py` (made on the spot), a folder or a hub id."""
     exit_layer: int = 4
-    num_speculations: int = 3
+    num_speculations: int = 4
+    agreement: float = 0.9
+    """Share of random tokens on which a synthetic model's exit agrees with its last layer."""
     max_new_tokens: int = 64
     prompts: Path = Path(__file__).parent / "prompts.jsonl"
     """JSON lines with a field `prompt`; the synthetic model gets random tokens instead."""
@@ -57,10 +55,11 @@ def main(arguments: Arguments) -> None:
     """Measure, print and record."""
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as scratch:
-        if arguments.model == "240m":
-            make_synthetic(Path(scratch), arguments.exit_layer)
-        model = scratch if arguments.model == "240m" else arguments.model
-        measure(arguments, model)
+        if arguments.model in SHAPES:
+            make_synthetic(
+                Path(scratch), arguments.model, exit_layer=arguments.exit_layer, agreement=arguments.agreement
+            )
+        measure(arguments, scratch if arguments.model in SHAPES else arguments.model)
 
 
 def measure(arguments: Arguments, model: str) -> None:
@@ -175,39 +174,9 @@ def _ratio(speeds: dict[str, list[float]], one: int, other: int) -> float:
 
 def load_prompts(arguments: Arguments, lm: "layerskip.LanguageModel") -> list[list[int]]:
     """Token ids of the prompts."""
-    if arguments.model == "240m":
-        generator = torch.Generator().manual_seed(0)
-        size = (arguments.num_prompts, 64)
-        return torch.randint(2, lm.config.vocab_size, size, generator=generator).tolist()
-    lines = arguments.prompts.read_text().splitlines()[: arguments.num_prompts]
-    return lm.encode([json.loads(line)["prompt"] for line in lines])
-
-
-def make_synthetic(folder: Path, exit_layer: int) -> None:
-    """Write the 240m checkpoint."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=16,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        max_position_embeddings=1024,
-        tie_word_embeddings=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        embedding = model.model.embed_tokens.weight.mul_(EMBEDDING_SCALE)
-        model.lm_head.weight[torch.randperm(config.vocab_size)] = embedding
-        for layer in model.model.layers[exit_layer:]:
-            layer.self_attn.o_proj.weight.mul_(LATE_SCALE)
-            layer.mlp.down_proj.weight.mul_(LATE_SCALE)
-    model.save_pretrained(folder)
+    if arguments.model in SHAPES:
+        return random_prompts(lm.config.vocab_size, arguments.num_prompts)
+    return encode_prompts(arguments.prompts, arguments.num_prompts, lm.encode)
 
 
 if __name__ == "__main__":

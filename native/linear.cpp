@@ -18,6 +18,7 @@ struct Float32 {
     };
     static constexpr bool kGrouped = false;
     static constexpr bool kScaled = false;
+    static constexpr bool kFetches = true;
     static void decode(const Unit& unit, Vector& low, Vector& high) {
         low = load(unit.values);
         high = load(unit.values + kLanes);
@@ -30,6 +31,7 @@ struct BFloat16 {  // outputs j and j + 8 share a word: a bfloat16 is the upper 
     };
     static constexpr bool kGrouped = false;
     static constexpr bool kScaled = false;
+    static constexpr bool kFetches = true;
     static void decode(const Unit& unit, Vector& low, Vector& high) {
         WordVector words;
         std::memcpy(&words, unit.values, sizeof words);
@@ -44,6 +46,7 @@ struct Int8 {
     };
     static constexpr bool kGrouped = false;
     static constexpr bool kScaled = true;
+    static constexpr bool kFetches = false;
     static void decode(const Unit& unit, Vector& low, Vector& high) {
         low = to_float(widen(unit.values));
         high = to_float(widen(unit.values + kLanes));
@@ -56,6 +59,7 @@ struct Int4 {  // outputs j and j + 8 share a byte
     };
     static constexpr bool kGrouped = true;
     static constexpr bool kScaled = false;
+    static constexpr bool kFetches = false;
     static void decode(const Unit& unit, Vector& low, Vector& high) {
         const IntVector words = widen(unit.values);
         low = to_float((words << 28) >> 28);
@@ -63,22 +67,39 @@ struct Int4 {  // outputs j and j + 8 share a byte
     }
 };
 
-// `Panels` panels times `Rows` rows at once; their sums stay in registers.
-template <typename Type, int Rows, int Panels>
-void tile(const Linear& w, const float* x, int64_t ldx, float* y, int64_t ldy, int panel, bool add) {
+// The rows of a product: y = x W^T, or y += where `add`.
+struct Rows {
+    const float* x;
+    int64_t ldx;
+    float* y;
+    int64_t ldy;
+    bool add;
+};
+
+constexpr int kMaxRows = 6;
+constexpr int64_t kAhead = 1024;  // bytes
+
+// Most panels at once for a number of rows: enough sums to hide the latency of a product, few enough for 16 registers.
+constexpr int most_panels(int rows) { return rows == 1 ? 6 : rows == 2 ? 3 : 1; }
+
+// `Panels` panels times `Count` rows at once; their sums stay in registers. A single panel is one stream of memory, which
+// doesn't keep it busy: bytes `ahead` of it are fetched on the way.
+template <typename Type, int Count, int Panels>
+void tile(const Linear& w, const Rows& rows, int64_t panel, int64_t ahead) {
     using Unit = typename Type::Unit;
-    const int64_t inputs = w.inputs;
+    const int64_t inputs = w.inputs, ldx = rows.ldx;
+    const float* x = rows.x;
     const Unit* units = static_cast<const Unit*>(w.panels) + panel * inputs;
-    Vector sums[Rows][Panels][2] = {};
+    Vector sums[Count][Panels][2] = {};
     if constexpr (Type::kGrouped) {
         const auto* scales = static_cast<const BFloat16::Unit*>(w.scales) + panel * (inputs / kGroup);
         for (int64_t group = 0; group < inputs / kGroup; ++group) {
-            Vector partial[Rows][Panels][2] = {};
+            Vector partial[Count][Panels][2] = {};
             for (int64_t i = group * kGroup; i < (group + 1) * kGroup; ++i) {
                 for (int p = 0; p < Panels; ++p) {
                     Vector low, high;
                     Type::decode(units[p * inputs + i], low, high);
-                    for (int r = 0; r < Rows; ++r) {
+                    for (int r = 0; r < Count; ++r) {
                         const Vector value = broadcast(x[r * ldx + i]);
                         partial[r][p][0] += low * value;
                         partial[r][p][1] += high * value;
@@ -88,18 +109,20 @@ void tile(const Linear& w, const float* x, int64_t ldx, float* y, int64_t ldy, i
             for (int p = 0; p < Panels; ++p) {
                 Vector low, high;
                 BFloat16::decode(scales[p * (inputs / kGroup) + group], low, high);
-                for (int r = 0; r < Rows; ++r) {
+                for (int r = 0; r < Count; ++r) {
                     sums[r][p][0] += low * partial[r][p][0];
                     sums[r][p][1] += high * partial[r][p][1];
                 }
             }
         }
     } else {
+        const char* next = reinterpret_cast<const char*>(units) + ahead;
         for (int64_t i = 0; i < inputs; ++i) {
+            if constexpr (Count >= 3 && Type::kFetches) __builtin_prefetch(next + i * sizeof(Unit));
             for (int p = 0; p < Panels; ++p) {
                 Vector low, high;
                 Type::decode(units[p * inputs + i], low, high);
-                for (int r = 0; r < Rows; ++r) {
+                for (int r = 0; r < Count; ++r) {
                     const Vector value = broadcast(x[r * ldx + i]);
                     sums[r][p][0] += low * value;
                     sums[r][p][1] += high * value;
@@ -110,64 +133,69 @@ void tile(const Linear& w, const float* x, int64_t ldx, float* y, int64_t ldy, i
     for (int p = 0; p < Panels; ++p) {
         for (int half = 0; half < 2; ++half) {
             const int64_t output = (panel + p) * kPanel + half * kLanes;
-            for (int r = 0; r < Rows; ++r) {
+            for (int r = 0; r < Count; ++r) {
                 Vector value = sums[r][p][half];
                 if constexpr (Type::kScaled) value *= load(static_cast<const float*>(w.scales) + output);
                 if (w.bias != nullptr) value += load(w.bias + output);
-                float* to = y + r * ldy + output;
-                if (add) value += load(to);
+                float* to = rows.y + r * rows.ldy + output;
+                if (rows.add) value += load(to);
                 store(to, value);
             }
         }
     }
 }
 
-constexpr int kMaxRows = 6;
-
-// Most panels at once for a number of rows: enough sums to hide the latency of a product, few enough for 16 registers.
-constexpr int most_panels(int rows) { return rows == 1 ? 6 : rows == 2 ? 3 : 1; }
-
-template <typename Type, int Rows>
-void rows_tile(const Linear& w, const float* x, int64_t ldx, float* y, int64_t ldy, int panel, int count, bool add) {
-    switch (count) {
-        case 1: return tile<Type, Rows, 1>(w, x, ldx, y, ldy, panel, add);
-        case 2: return tile<Type, Rows, std::min(2, most_panels(Rows))>(w, x, ldx, y, ldy, panel, add);
-        case 3: return tile<Type, Rows, std::min(3, most_panels(Rows))>(w, x, ldx, y, ldy, panel, add);
-        case 4: return tile<Type, Rows, std::min(4, most_panels(Rows))>(w, x, ldx, y, ldy, panel, add);
-        case 5: return tile<Type, Rows, std::min(5, most_panels(Rows))>(w, x, ldx, y, ldy, panel, add);
-        default: return tile<Type, Rows, most_panels(Rows)>(w, x, ldx, y, ldy, panel, add);
+template <typename Type, int Count>
+void tile_of(const Linear& w, const Rows& rows, int64_t panel, int panels, int64_t ahead) {
+    switch (panels) {
+        case 1: return tile<Type, Count, 1>(w, rows, panel, ahead);
+        case 2: return tile<Type, Count, std::min(2, most_panels(Count))>(w, rows, panel, ahead);
+        case 3: return tile<Type, Count, std::min(3, most_panels(Count))>(w, rows, panel, ahead);
+        case 4: return tile<Type, Count, std::min(4, most_panels(Count))>(w, rows, panel, ahead);
+        case 5: return tile<Type, Count, std::min(5, most_panels(Count))>(w, rows, panel, ahead);
+        default: return tile<Type, Count, most_panels(Count)>(w, rows, panel, ahead);
     }
 }
 
-template <typename Type, int Rows>
-void panels_tile(const Linear& w, const float* x, int64_t ldx, float* y, int64_t ldy, int first, int last, bool add) {
-    const int most = most_panels(Rows), tiles = (last - first + most - 1) / most;
+// Few rows: as many panels at once as there is room for.
+template <typename Type, int Count>
+void multiply_few(const Linear& w, const Rows& rows, int first, int last) {
+    const int most = most_panels(Count), tiles = (last - first + most - 1) / most;
     for (int i = 0; i < tiles; ++i) {
         int from, to;
         share(last - first, i, tiles, from, to);
-        rows_tile<Type, Rows>(w, x, ldx, y, ldy, first + from, to - from, add);
+        tile_of<Type, Count>(w, rows, first + from, to - from, kAhead);
+    }
+}
+
+// More rows: block after block of them through one panel, which stays in the cache. Meanwhile the last block fetches the
+// next panel.
+template <typename Type>
+void multiply_many(const Linear& w, const Rows& rows, int count, int first, int last) {
+    const int blocks = (count + kMaxRows - 1) / kMaxRows;
+    const int64_t panel_bytes = w.inputs * static_cast<int64_t>(sizeof(typename Type::Unit));
+    for (int panel = first; panel < last; ++panel) {
+        for (int block = 0; block < blocks; ++block) {
+            int from, to;
+            share(count, block, blocks, from, to);
+            const Rows part{rows.x + from * rows.ldx, rows.ldx, rows.y + from * rows.ldy, rows.ldy, rows.add};
+            const int64_t ahead = blocks > 1 && block == blocks - 1 ? panel_bytes : kAhead;
+            switch (to - from) {
+                case 3: tile<Type, 3, 1>(w, part, panel, ahead); break;
+                case 4: tile<Type, 4, 1>(w, part, panel, ahead); break;
+                case 5: tile<Type, 5, 1>(w, part, panel, ahead); break;
+                default: tile<Type, 6, 1>(w, part, panel, ahead); break;
+            }
+        }
     }
 }
 
 template <typename Type>
-void multiply_as(const Linear& w, const float* x, int64_t ldx, int rows, float* y, int64_t ldy, int first, int last,
-                 bool add) {
-    if (rows == 1) return panels_tile<Type, 1>(w, x, ldx, y, ldy, first, last, add);
-    if (rows == 2) return panels_tile<Type, 2>(w, x, ldx, y, ldy, first, last, add);
-    const int blocks = (rows + kMaxRows - 1) / kMaxRows;
-    for (int panel = first; panel < last; ++panel) {
-        for (int block = 0; block < blocks; ++block) {  // the panel stays in the cache meanwhile
-            int from, to;
-            share(rows, block, blocks, from, to);
-            const float* in = x + from * ldx;
-            float* out = y + from * ldy;
-            switch (to - from) {
-                case 3: rows_tile<Type, 3>(w, in, ldx, out, ldy, panel, 1, add); break;
-                case 4: rows_tile<Type, 4>(w, in, ldx, out, ldy, panel, 1, add); break;
-                case 5: rows_tile<Type, 5>(w, in, ldx, out, ldy, panel, 1, add); break;
-                default: rows_tile<Type, 6>(w, in, ldx, out, ldy, panel, 1, add); break;
-            }
-        }
+void multiply_as(const Linear& w, const Rows& rows, int count, int first, int last) {
+    switch (count) {
+        case 1: return multiply_few<Type, 1>(w, rows, first, last);
+        case 2: return multiply_few<Type, 2>(w, rows, first, last);
+        default: return multiply_many<Type>(w, rows, count, first, last);
     }
 }
 
@@ -252,11 +280,12 @@ void pack(const float* weight, int64_t inputs, int count, int32_t format, void* 
 
 void multiply(const Linear& w, const float* x, int64_t ldx, int rows, float* y, int64_t ldy, int first, int last,
               bool add) {
+    const Rows all{x, ldx, y, ldy, add};
     switch (w.format) {
-        case kFloat32: return multiply_as<Float32>(w, x, ldx, rows, y, ldy, first, last, add);
-        case kBFloat16: return multiply_as<BFloat16>(w, x, ldx, rows, y, ldy, first, last, add);
-        case kInt8: return multiply_as<Int8>(w, x, ldx, rows, y, ldy, first, last, add);
-        default: return multiply_as<Int4>(w, x, ldx, rows, y, ldy, first, last, add);
+        case kFloat32: return multiply_as<Float32>(w, all, rows, first, last);
+        case kBFloat16: return multiply_as<BFloat16>(w, all, rows, first, last);
+        case kInt8: return multiply_as<Int8>(w, all, rows, first, last);
+        default: return multiply_as<Int4>(w, all, rows, first, last);
     }
 }
 

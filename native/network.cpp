@@ -285,16 +285,26 @@ void unembed(const Network& network, const float* hidden, int32_t rows, float* l
     }
 }
 
-void embed(const void* table, bool is_bfloat16, int64_t token, int64_t width, float multiplier, float* to) {
+void embed(const Embedding& embedding, int64_t token, int64_t width, float* to) {
     for (int64_t i = 0; i < width; ++i) {
         float value;
-        if (is_bfloat16) {
-            const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(table)[token * width + i]) << 16;
+        if (embedding.is_bfloat16) {
+            const uint16_t half = static_cast<const uint16_t*>(embedding.table)[token * width + i];
+            const uint32_t bits = static_cast<uint32_t>(half) << 16;
             std::memcpy(&value, &bits, sizeof value);
         } else {
-            value = static_cast<const float*>(table)[token * width + i];
+            value = static_cast<const float*>(embedding.table)[token * width + i];
         }
-        to[i] = value * multiplier;
+        to[i] = value * embedding.multiplier;
+    }
+}
+
+// The likeliest token of each row; `logits` is room for [rows, V padded].
+void choose(const Network& network, const float* hidden, int32_t rows, float* logits, int64_t* out) {
+    unembed(network, hidden, rows, logits);
+    for (int row = 0; row < rows; ++row) {
+        const float* scores = logits + row * static_cast<int64_t>(network.head.outputs);
+        out[row] = std::max_element(scores, scores + network.vocabulary) - scores;
     }
 }
 
@@ -311,26 +321,33 @@ void layerskip_unembed(const Network* network, const float* hidden, int32_t rows
     unembed(*network, hidden, rows, logits);
 }
 
-void layerskip_draft(const Network* network, const void* embedding, int32_t embedding_is_bfloat16, float multiplier,
-                     const int64_t* tokens, int32_t texts, const int64_t* starts, int32_t drafts, int32_t layers,
-                     const Cache* cache, float* hidden, int64_t* out) {
+void layerskip_choose(const Network* network, const Embedding* embedding, const int64_t* tokens, float* hidden,
+                      int32_t texts, int32_t queries, const int64_t* starts, const Cache* cache, int32_t first,
+                      int32_t last, int64_t* out) {
     std::lock_guard<std::mutex> lock(call_mutex);
-    const int64_t width = network->width, outputs = network->head.outputs;
-    std::vector<float> logits(texts * outputs);
+    const int32_t rows = texts * queries;
+    for (int row = 0; tokens != nullptr && row < rows; ++row)
+        embed(*embedding, tokens[row], network->width, hidden + row * static_cast<int64_t>(network->width));
+    run_layers(*network, hidden, texts, queries, starts, *cache, first, last);
+    std::vector<float> logits(static_cast<int64_t>(rows) * network->head.outputs);
+    choose(*network, hidden, rows, logits.data(), out);
+}
+
+void layerskip_draft(const Network* network, const Embedding* embedding, const int64_t* tokens, int32_t texts,
+                     const int64_t* starts, int32_t drafts, int32_t layers, const Cache* cache, float* hidden,
+                     int64_t* out) {
+    std::lock_guard<std::mutex> lock(call_mutex);
+    const int64_t width = network->width;
+    std::vector<float> logits(texts * static_cast<int64_t>(network->head.outputs));
     std::vector<int64_t> at(starts, starts + texts);
     for (int draft = 0; draft <= drafts; ++draft) {
         float* states = hidden + draft * texts * width;
         const int64_t* chosen = draft == 0 ? tokens : out + (draft - 1) * texts;
-        for (int text = 0; text < texts; ++text)
-            embed(embedding, embedding_is_bfloat16, chosen[text], width, multiplier, states + text * width);
+        for (int text = 0; text < texts; ++text) embed(*embedding, chosen[text], width, states + text * width);
         run_layers(*network, states, texts, 1, at.data(), *cache, 0, layers);
         if (draft == drafts) break;
-        unembed(*network, states, texts, logits.data());
-        for (int text = 0; text < texts; ++text) {
-            const float* scores = logits.data() + text * outputs;
-            out[draft * texts + text] = std::max_element(scores, scores + network->vocabulary) - scores;
-            ++at[text];
-        }
+        choose(*network, states, texts, logits.data(), out + draft * texts);
+        for (int64_t& position : at) ++position;
     }
 }
 

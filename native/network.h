@@ -54,6 +54,12 @@ struct Cache {
     int64_t capacity;      // T
 };
 
+struct Embedding {
+    const void* table;  // [V, D]
+    int32_t is_bfloat16;  // or float32
+    float multiplier;
+};
+
 extern "C" {
 
 // Run layers first..last-1 over the tokens of `texts` texts, `queries` consecutive ones each; text b's start at position
@@ -64,12 +70,19 @@ void layerskip_run_layers(const Network* network, float* hidden, int32_t texts, 
 // logits [rows, V padded to whole panels] of hidden [rows, D]: final norm and head.
 void layerskip_unembed(const Network* network, const float* hidden, int32_t rows, float* logits);
 
+// The likeliest token after each of the rows: layers first..last-1, final norm, head. Without `tokens`, hidden
+// [texts * queries, D] holds the input of layer `first`; with tokens [texts * queries], it is filled with their embeddings.
+// It is changed in place. out: [texts * queries].
+void layerskip_choose(const Network* network, const Embedding* embedding, const int64_t* tokens, float* hidden,
+                      int32_t texts, int32_t queries, const int64_t* starts, const Cache* cache, int32_t first,
+                      int32_t last, int64_t* out);
+
 // Greedy drafts with the first `layers` layers: from tokens [texts] on, `drafts` tokens of each text, the first of them at
 // position starts[b] + 1. out: [drafts, texts]; hidden: [drafts + 1, texts, D], outputs of layer `layers` - 1 for the token
-// given and for the drafts. The embedding table is [V, D], of bfloat16 or float32.
-void layerskip_draft(const Network* network, const void* embedding, int32_t embedding_is_bfloat16, float multiplier,
-                     const int64_t* tokens, int32_t texts, const int64_t* starts, int32_t drafts, int32_t layers,
-                     const Cache* cache, float* hidden, int64_t* out);
+// given and for the drafts.
+void layerskip_draft(const Network* network, const Embedding* embedding, const int64_t* tokens, int32_t texts,
+                     const int64_t* starts, int32_t drafts, int32_t layers, const Cache* cache, float* hidden,
+                     int64_t* out);
 
 int64_t layerskip_packed_bytes(int32_t inputs, int32_t outputs, int32_t format);
 

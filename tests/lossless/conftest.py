@@ -130,7 +130,8 @@ def rounds_of() -> Callable[..., list[Committed]]:
 def layer_log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
     """Every entry into a layer as it happens: its index, rows and queries."""
     log: list[tuple[int, int, int]] = []
-    in_torch, natively, draft = TorchNetwork._run_layer, NativeNetwork.run_layers, NativeNetwork.draft_greedy
+    in_torch, natively = TorchNetwork._run_layer, NativeNetwork.run_layers
+    choose, draft = NativeNetwork.choose_greedy, NativeNetwork.draft_greedy
 
     def run_layer(self: TorchNetwork, index: int, hidden: Tensor, *rest: Any) -> Tensor:
         log.append((index, hidden.shape[0], hidden.shape[1]))
@@ -140,12 +141,19 @@ def layer_log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
         log.extend((index, hidden.shape[0], hidden.shape[1]) for index in range(start, stop))
         return natively(self, hidden, positions, cache, start, stop)
 
+    def choose_greedy(
+        self: NativeNetwork, inputs: Tensor, positions: Any, cache: Any, start: int, stop: int
+    ) -> Tensor | None:
+        log.extend((index, inputs.shape[0], inputs.shape[1]) for index in range(start, stop))
+        return choose(self, inputs, positions, cache, start, stop)
+
     def draft_greedy(
-        self: NativeNetwork, table: Tensor, factor: float, tokens: Tensor, cache: Any, exit_layer: int, num_drafts: int
+        self: NativeNetwork, tokens: Tensor, cache: Any, exit_layer: int, num_drafts: int
     ) -> tuple[Tensor, Tensor] | None:
         log.extend((index, len(tokens), 1) for _ in range(num_drafts + 1) for index in range(exit_layer))
-        return draft(self, table, factor, tokens, cache, exit_layer, num_drafts)
+        return draft(self, tokens, cache, exit_layer, num_drafts)
 
+    monkeypatch.setattr(NativeNetwork, "choose_greedy", choose_greedy)
     monkeypatch.setattr(TorchNetwork, "_run_layer", run_layer)
     monkeypatch.setattr(NativeNetwork, "draft_greedy", draft_greedy)
     monkeypatch.setattr(NativeNetwork, "run_layers", run_layers)

@@ -34,11 +34,15 @@ def step(batch: Batch, num_layers: int) -> list[Round]:
     """
     decoder, cache = batch.decoder, batch.cache
     positions = decoder.place(cache, cache.lengths, 1)
-    hidden = decoder.run_layers(decoder.embed(batch.pending()), positions, cache, 0, num_layers)
-    logits = decoder.unembed(hidden)
+    if batch.greedy:
+        tokens = decoder.choose_greedy(batch.pending(), positions, cache, 0, num_layers)
+        rounds = [Round(token=token) for (token,) in tokens.tolist()]
+    else:
+        hidden = decoder.run_layers(decoder.embed(batch.pending()), positions, cache, 0, num_layers)
+        rounds = _choose(batch, decoder.unembed(hidden))
     for row in range(len(batch.rows)):
         cache.commit(row, 1)
-    return _choose(batch, logits)
+    return rounds
 
 
 def read_prompts(batch: Batch, num_layers: int) -> Tensor:

@@ -80,6 +80,11 @@ class Batch:
         return self.sampler.samples and self.config.acceptance == "rejection"
 
     @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken, whatever came before."""
+        return not (self.sampler.samples or self.sampler.needs_context)
+
+    @property
     def seeds(self) -> list[int]:
         """Seed of each row."""
         return [row.seed for row in self.rows]

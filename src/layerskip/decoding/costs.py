@@ -51,13 +51,13 @@ def measure_costs(decoder: Decoder, num_rows: int) -> Costs:
     Takes some thirty forward passes. Nothing of it is kept in any cache but the one made here.
     """
     counts = [n for n in MEASURED_QUERIES if CONTEXT + n <= decoder.max_context] or [1]
-    timer = _Timer(decoder, num_rows, counts[-1])
+    timer = CallTimer(decoder, num_rows, counts[-1])
     layer, fixed = [], []
     for n in counts:
-        one, every = timer.seconds(1, n), timer.seconds(decoder.num_layers, n)
+        one, every = timer.seconds(0, 1, n), timer.seconds(0, decoder.num_layers, n)
         layer.append(max(0.0, every - one) / max(1, decoder.num_layers - 1))
         fixed.append(max(0.0, one - layer[-1]))
-    without_head = max(0.0, timer.seconds(1, 1, head=False) - layer[0])
+    without_head = max(0.0, timer.seconds(0, 1, 1, head=False) - layer[0])
     return Costs(
         num_layers=decoder.num_layers,
         layer=_interpolated(counts, layer),
@@ -66,23 +66,28 @@ def measure_costs(decoder: Decoder, num_rows: int) -> Costs:
     )
 
 
-class _Timer:
-    def __init__(self, decoder: Decoder, num_rows: int, most: int) -> None:
+class CallTimer:
+    """Times calls of a network over tokens that follow some context."""
+
+    def __init__(self, decoder: Decoder, num_rows: int, most: int, context: int = CONTEXT) -> None:
+        """Make a cache for calls of up to `most` tokens in each row, after `context` tokens."""
         self._decoder, self._rows = decoder, num_rows
-        context = min(CONTEXT, decoder.max_context - most)
+        context = min(context, decoder.max_context - most)
         self._first = [context] * num_rows
         self._cache = decoder.new_cache(num_rows, context + most)
 
     @torch.inference_mode()
-    def seconds(self, num_layers: int, num_queries: int, *, head: bool = True) -> float:
-        """Median seconds of a call."""
+    def seconds(
+        self, start: int, stop: int, num_queries: int, *, head: bool = True, repetitions: int = REPETITIONS
+    ) -> float:
+        """Median seconds of positions, embedding, layers start..stop-1 and, with `head`, the likeliest tokens."""
         decoder, calls = self._decoder, self._decoder.layer_calls
         times = []
-        for _ in range(REPETITIONS + 1):
+        for _ in range(repetitions + 1):
             started = time.perf_counter()
             tokens = torch.zeros((self._rows, num_queries), dtype=torch.long, device=decoder.device)
             positions = decoder.place(self._cache, self._first, num_queries)
-            hidden = decoder.run_layers(decoder.embed(tokens), positions, self._cache, 0, num_layers)
+            hidden = decoder.run_layers(decoder.embed(tokens), positions, self._cache, start, stop)
             if head:
                 decoder.unembed(hidden).argmax(-1).tolist()
             elif decoder.device.type == "cuda":

@@ -82,7 +82,7 @@ def draft_early_exit(batch: Batch, exit_layer: int, num_speculations: int, exits
     """
     decoder, cache, sampler = batch.decoder, batch.cache, batch.sampler
     num_drafts = draft_lengths(batch, num_speculations)
-    if not (sampler.samples or sampler.needs_context or exits):
+    if batch.greedy and not exits:
         found = decoder.draft_greedy(batch.pending(), cache, exit_layer, max(num_drafts))
         if found is not None:
             return Draft(exit_layer=exit_layer, num_drafts=num_drafts, tokens=found[0], hidden=found[1])

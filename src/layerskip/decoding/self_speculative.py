@@ -38,47 +38,82 @@ def verify(batch: Batch, draft: Draft, exits: Collection[int] = ()) -> Verificat
         draft: Their drafts.
         exits: Exits of which to say how often they would have been right.
     """
-    decoder, cache, sampler = batch.decoder, batch.cache, batch.sampler
-    num_queries = draft.hidden.shape[1]
-    positions = decoder.place(cache, cache.lengths, num_queries)
+    decoder, cache = batch.decoder, batch.cache
+    positions = decoder.place(cache, cache.lengths, draft.hidden.shape[1])
+    if batch.greedy and not exits:
+        targets = decoder.choose_greedy(draft.hidden, positions, cache, draft.exit_layer, decoder.num_layers)
+        return Verification(rounds=_commit(batch, draft, _compared(draft, targets)))
     hidden, states = run_through(decoder, draft.hidden, positions, cache, draft.exit_layer, decoder.num_layers, exits)
-    contexts = batch.contexts(draft.tokens.tolist()) if sampler.needs_context else None
-    scores = sampler.scores(decoder.unembed(hidden), contexts)
-    first = [len(row.tokens) for row in batch.rows]
-    usable = torch.tensor(draft.num_drafts, device=scores.device)
-    if batch.by_distribution:
-        result = draw_accepted(
-            sampler,
+    judge = _Judge(batch, draft, decoder.unembed(hidden))
+    rounds = _commit(batch, draft, judge.result())  # without exits, the round's only wait
+    agreement = {
+        exit_layer: judge.agreement(decoder.unembed(state), rounds)
+        for exit_layer, state in {**draft.exit_states, **states}.items()
+    }
+    return Verification(rounds=rounds, agreement=agreement)
+
+
+class _Judge:
+    """What the target says of the drafts, and of what other exits would have drafted."""
+
+    def __init__(self, batch: Batch, draft: Draft, logits: Tensor) -> None:
+        self._batch, self._draft = batch, draft
+        self._contexts = batch.contexts(draft.tokens.tolist()) if batch.sampler.needs_context else None
+        self._first = [len(row.tokens) for row in batch.rows]
+        self._scores = batch.sampler.scores(logits, self._contexts)
+        self._targets = None if batch.by_distribution else self._choose(self._scores)
+
+    def result(self) -> list[tuple[int, int]]:
+        """Of each row, drafts that are accepted, and the token after those."""
+        batch, draft = self._batch, self._draft
+        if self._targets is not None:
+            return _compared(draft, self._targets)
+        drawn = draw_accepted(
+            batch.sampler,
             draft.tokens,
-            torch.stack(draft.probs, 1) if draft.probs else scores[:, :0],
-            scores.softmax(-1),
-            num_drafts=usable,
+            torch.stack(draft.probs, 1) if draft.probs else self._scores[:, :0],
+            self._scores.softmax(-1),
+            num_drafts=torch.tensor(draft.num_drafts, device=self._scores.device),
             seeds=batch.seeds,
-            first=first,
+            first=self._first,
             counters=[row.recorder.rounds for row in batch.rows],
             block=batch.config.block_verification,
         )
-    else:
-        targets = sampler.choose(scores, batch.seeds, first)
-        accepted = accept_matching(draft.tokens, targets, usable).unsqueeze(1)
-        result = torch.cat((draft.tokens, accepted, targets.gather(1, accepted)), 1)
-    agreement = {}
-    for exit_layer, state in {**draft.exit_states, **states}.items():
-        exit_scores = sampler.scores(decoder.unembed(state), contexts)
-        if batch.by_distribution:
-            agrees = torch.minimum(exit_scores.softmax(-1), scores.softmax(-1)).sum(-1)
+        return [(num_accepted, token) for num_accepted, token in drawn[:, -2:].tolist()]
+
+    def agreement(self, logits: Tensor, rounds: Sequence[Round]) -> tuple[float, int]:
+        """Tokens on which an exit agreed with the target, of how many: what follows a rejected draft doesn't count."""
+        scores = self._batch.sampler.scores(logits, self._contexts)
+        if self._targets is None:
+            agrees = torch.minimum(scores.softmax(-1), self._scores.softmax(-1)).sum(-1)
         else:
-            agrees = (sampler.choose(exit_scores, batch.seeds, first) == targets).float()
-        valid = (
-            torch.arange(num_queries, device=agrees.device) <= result[:, -2:-1]
-        )  # what follows a rejected draft isn't
-        agreement[exit_layer] = (float((agrees * valid).sum()), int(valid.sum()))
+            agrees = self._choose(scores) == self._targets
+        counted = [found[: round_.num_accepted + 1] for found, round_ in zip(agrees.tolist(), rounds, strict=True)]
+        return float(sum(map(sum, counted))), sum(map(len, counted))
+
+    def _choose(self, scores: Tensor) -> Tensor:
+        return self._batch.sampler.choose(scores, self._batch.seeds, self._first)
+
+
+def _compared(draft: Draft, targets: Tensor) -> list[tuple[int, int]]:
+    """Of each row, drafts that the target chose too, and its token after those."""
+    results = []
+    found = torch.cat((draft.tokens, targets), 1).tolist()
+    for row, usable in zip(found, draft.num_drafts, strict=True):
+        drafts, chosen = row[:usable], row[draft.tokens.shape[1] :]
+        num_accepted = accept_matching(drafts, chosen)
+        results.append((num_accepted, chosen[num_accepted]))
+    return results
+
+
+def _commit(batch: Batch, draft: Draft, results: Sequence[tuple[int, int]]) -> list[Round]:
+    """Commit the pending token and the accepted drafts of each row."""
     rounds = []
-    for row, (*tokens, num_accepted, token) in enumerate(result.tolist()):  # without exits, the round's only wait
-        cache.commit(row, num_accepted + 1)
+    for row, (tokens, (num_accepted, token)) in enumerate(zip(draft.tokens.tolist(), results, strict=True)):
+        batch.cache.commit(row, num_accepted + 1)
         drafts = tuple(tokens[: draft.num_drafts[row]])
         rounds.append(Round(drafts=drafts, num_accepted=num_accepted, token=token))
-    return Verification(rounds=rounds, agreement=agreement)
+    return rounds
 
 
 def draw_accepted(

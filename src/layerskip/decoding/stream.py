@@ -86,6 +86,7 @@ class GenerationStream(Iterator[StreamEvent]):
             show_drafts: Include `DraftEvent`s.
         """
         self._rows = list(batch.rows)
+        self._tells = True
         self._writers = [_RowWriter(row, tokenizer, batch.config.stop) for row in self._rows]
         self._events = self._run(decode(batch, show_drafts=show_drafts))
 
@@ -98,6 +99,7 @@ class GenerationStream(Iterator[StreamEvent]):
 
     def run(self) -> list[GenerationResult]:
         """Run to the end without reporting events; Ctrl-C is the caller's to handle here."""
+        self._tells = False
         for _ in self._events:
             pass
         return self.results()
@@ -115,7 +117,10 @@ class GenerationStream(Iterator[StreamEvent]):
             if isinstance(event, Drafted):
                 yield DraftEvent(index=event.row.index, token_ids=event.tokens, text=writer.preview(event.tokens))
                 continue
-            yield from writer.write(event)
+            if self._tells or writer.stops:
+                yield from writer.write(event)
+            else:
+                writer.add(event)
             if event.row.finish_reason is not None:
                 yield writer.finish()
 
@@ -132,6 +137,7 @@ class _RowWriter:
     def __init__(self, row: Row, tokenizer: "PreTrainedTokenizerBase | None", stops: Sequence[str]) -> None:
         self._row = row
         self._detokenizer = Detokenizer(tokenizer, row.tokens) if tokenizer is not None else None
+        self.stops = tuple(stops)
         self._stops = StopMatcher(stops)
         self._pieces: list[str] = []
         self._num_written = 0
@@ -153,6 +159,12 @@ class _RowWriter:
             yield TokenEvent(index=self._row.index, token_id=token, text=piece, source=_source(i, event))
             if stop is not None:
                 return
+
+    def add(self, event: Committed) -> None:
+        """Take newly committed tokens, of which nobody wants to hear before the end; not with stop strings."""
+        self._num_written += len(event.tokens)
+        if self._detokenizer is not None:
+            self._pieces.append(self._detokenizer.push(*event.tokens))
 
     def interrupt(self) -> None:
         """End the row where its events ended; tokens that were committed but not told yet are dropped."""

@@ -3,26 +3,26 @@
 Shapes: B rows, K drafts a row, V vocabulary. Row b uses its first `num_drafts[b]` drafts only.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
-def accept_matching(drafts: Tensor, targets: Tensor, num_drafts: Tensor) -> Tensor:
+def accept_matching(drafts: Sequence[int], targets: Sequence[int]) -> int:
     """Accept the longest prefix of drafts that the target chose too.
 
     With argmax choices this is greedy decoding; with choices that share their Gumbel noise (`noise.gumbel`) it is the
     text of autoregressive sampling, token for token. Source: arXiv:2404.16710, section 3.3; arXiv:2408.07978.
 
     Args:
-        drafts: [B, K] token ids.
-        targets: [B, K + 1] the target's choice at each position, given the drafts before it.
-        num_drafts: [B].
+        drafts: K token ids of one row.
+        targets: K + 1, the target's choice at each position, given the drafts before it.
 
     Returns:
-        [B] accepted drafts; the token after them is `targets[b, accepted[b]]`.
+        Accepted drafts; the token after them is `targets[accepted]`.
     """
-    usable = _usable(drafts, num_drafts)
-    return ((drafts == targets[:, :-1]) & usable).cumprod(1).sum(1)
+    return next((i for i, draft in enumerate(drafts) if draft != targets[i]), len(drafts))
 
 
 def accept_rejection(

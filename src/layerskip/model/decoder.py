@@ -17,11 +17,23 @@ from torch import Tensor
 from layerskip.model.attention import Positions
 from layerskip.model.cache import KVCache
 from layerskip.model.config import ModelConfig
+from layerskip.model.linear import Linear
 from layerskip.model.rope import RopeTable
+from layerskip.model.torch_network import LayerWeights
 
 
 class Network(Protocol):
     """Layers and head with their weights: `torch_network.TorchNetwork`, or `native_network.NativeNetwork`."""
+
+    @property
+    def layers(self) -> Sequence[LayerWeights]:
+        """Weights of each layer."""
+        ...
+
+    @property
+    def head(self) -> Linear:
+        """D -> V."""
+        ...
 
     def run_layers(self, hidden: Tensor, positions: Positions, cache: KVCache, start: int, stop: int) -> Tensor:
         """[B, Q, D], the input of layer `start` -> [B, Q, D], the output of layer `stop - 1`."""
@@ -31,10 +43,16 @@ class Network(Protocol):
         """[B, Q, D] -> [B, Q, V] in float32, before any cap."""
         ...
 
+    def choose_greedy(
+        self, inputs: Tensor, positions: Positions, cache: KVCache, start: int, stop: int
+    ) -> Tensor | None:
+        """`Decoder.choose_greedy`, or None where it takes the decoder's verbs."""
+        ...
+
     def draft_greedy(
-        self, embedding: Tensor, multiplier: float, tokens: Tensor, cache: KVCache, exit_layer: int, num_drafts: int
+        self, tokens: Tensor, cache: KVCache, exit_layer: int, num_drafts: int
     ) -> tuple[Tensor, Tensor] | None:
-        """`Decoder.draft_greedy`, given the embedding table and its factor."""
+        """`Decoder.draft_greedy`, or None where it takes the decoder's verbs."""
         ...
 
 
@@ -79,6 +97,11 @@ class Decoder:
         """L."""
         return self.config.num_layers
 
+    def weight_bytes(self, start: int, stop: int, *, head: bool = True) -> int:
+        """Bytes of weights that a pass through layers start..stop-1, and the head, reads."""
+        layers = sum(layer.num_bytes for layer in self._network.layers[start:stop])
+        return layers + (self._network.head.num_bytes if head else 0)
+
     def new_cache(self, num_rows: int, capacity: int) -> KVCache:
         """A cache of `num_rows` rows of `capacity` tokens for this network."""
         return KVCache(self.config, num_rows=num_rows, capacity=capacity, dtype=self.dtype, device=self.device)
@@ -116,6 +139,26 @@ class Decoder:
         cap = self.config.final_logit_softcapping
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
+    def choose_greedy(self, inputs: Tensor, positions: Positions, cache: KVCache, start: int, stop: int) -> Tensor:
+        """The likeliest token after each of a block, in one call where the network can do that.
+
+        Args:
+            inputs: [B, Q] token ids, with `start` 0; or [B, Q, D], the input of layer `start`.
+            positions: Where the tokens stand, from `place`.
+            cache: As for `run_layers`.
+            start: First layer, from 0.
+            stop: One past the last layer.
+
+        Returns:
+            [B, Q] token ids.
+        """
+        chosen = self._network.choose_greedy(inputs, positions, cache, start, stop)
+        if chosen is not None:
+            self.layer_calls += stop - start
+            return chosen
+        hidden = self.embed(inputs) if inputs.dtype == torch.long else inputs
+        return self.unembed(self.run_layers(hidden, positions, cache, start, stop)).argmax(-1)
+
     def draft_greedy(
         self, tokens: Tensor, cache: KVCache, exit_layer: int, num_drafts: int
     ) -> tuple[Tensor, Tensor] | None:
@@ -131,7 +174,7 @@ class Decoder:
             The tokens [B, K], and [B, K + 1, D], the outputs of layer E - 1 for `tokens` and for those written; or None
             where it takes `embed`, `run_layers` and `unembed`, K times over.
         """
-        found = self._network.draft_greedy(self._embedding, self._multiplier, tokens, cache, exit_layer, num_drafts)
+        found = self._network.draft_greedy(tokens, cache, exit_layer, num_drafts)
         if found is not None:
             self.layer_calls += (num_drafts + 1) * exit_layer
         return found

@@ -20,6 +20,11 @@ single row of x takes about a quarter less time than with packed weights, seven 
 class Linear(Protocol):
     """y = x W^T + b."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that a product of a few rows reads."""
+        ...
+
     def __call__(self, x: Tensor) -> Tensor:
         """[N, I] -> [N, O]."""
         ...
@@ -31,6 +36,11 @@ class DenseLinear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight = weight
         self.bias = bias
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that a product of a few rows reads."""
+        return self.weight.numel() * self.weight.itemsize
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -52,6 +62,11 @@ class OneDNNLinear:
         """
         self.weight = weight
         self.bias = bias
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that a product of a few rows reads."""
+        return self.weight.numel() * self.weight.itemsize
 
     def __call__(self, x: Tensor) -> Tensor:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")

@@ -87,6 +87,12 @@ class CacheView(Structure):
     )
 
 
+class EmbeddingView(Structure):
+    """`Embedding` of native/network.h."""
+
+    _fields_ = (("table", c_void_p), ("is_bfloat16", c_int32), ("multiplier", c_float))
+
+
 @functools.cache
 def load_library(path: Path = LIBRARY) -> ctypes.CDLL | None:
     """The library with its functions declared, or None where it can't be used."""
@@ -105,8 +111,12 @@ def load_library(path: Path = LIBRARY) -> ctypes.CDLL | None:
     ]  # fmt: skip
     library.layerskip_unembed.argtypes = [POINTER(NetworkView), c_void_p, c_int32, c_void_p]
     library.layerskip_draft.argtypes = [
-        POINTER(NetworkView), c_void_p, c_int32, c_float, c_void_p, c_int32, c_void_p, c_int32, c_int32,
+        POINTER(NetworkView), POINTER(EmbeddingView), c_void_p, c_int32, c_void_p, c_int32, c_int32,
         POINTER(CacheView), c_void_p, c_void_p,
+    ]  # fmt: skip
+    library.layerskip_choose.argtypes = [
+        POINTER(NetworkView), POINTER(EmbeddingView), c_void_p, c_void_p, c_int32, c_int32, c_void_p,
+        POINTER(CacheView), c_int32, c_int32, c_void_p,
     ]  # fmt: skip
     library.layerskip_packed_bytes.argtypes = [c_int32, c_int32, c_int32]
     library.layerskip_packed_bytes.restype = c_int64
@@ -116,6 +126,6 @@ def load_library(path: Path = LIBRARY) -> ctypes.CDLL | None:
     library.layerskip_fits_bfloat16.argtypes = [c_void_p, c_int64]
     library.layerskip_fits_bfloat16.restype = c_int32
     library.layerskip_multiply.argtypes = [POINTER(LinearView), c_void_p, c_int32, c_void_p, c_int32]
-    for name in ("run_layers", "unembed", "draft", "pack", "multiply"):
+    for name in ("run_layers", "unembed", "choose", "draft", "pack", "multiply"):
         getattr(library, f"layerskip_{name}").restype = None
     return library

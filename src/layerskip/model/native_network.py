@@ -9,7 +9,8 @@ Shapes: B rows, Q query tokens a row, D width, V vocabulary, I input width, O ou
 """
 
 import ctypes
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from layerskip.model.native_library import (
     GROUP,
     PANEL,
     CacheView,
+    EmbeddingView,
     LayerView,
     LinearView,
     NetworkView,
@@ -137,6 +139,7 @@ class NativeNetwork:
         layers: Sequence[LayerWeights],
         final_norm: Tensor,
         head: NativeLinear,
+        embedding: Tensor,
         ropes: Mapping[str, RopeTable],
     ) -> None:
         """Put loaded weights together.
@@ -146,6 +149,7 @@ class NativeNetwork:
             layers: L layers of `NativeLinear`, gate and up interleaved.
             final_norm: [D].
             head: D -> V.
+            embedding: [V, D].
             ropes: Rotary table of each kind of layer.
         """
         library = load_library()
@@ -156,7 +160,9 @@ class NativeNetwork:
         self.head = head
         self._ropes = ropes
         self._run_layers, self._unembed = library.layerskip_run_layers, library.layerskip_unembed
-        self._draft = library.layerskip_draft
+        self._choose, self._draft = library.layerskip_choose, library.layerskip_draft
+        self._embedding = _embedding_view(embedding, config)
+        self._cache: Callable[[], KVCache | None] = lambda: None
         self._views = (LayerView * len(self.layers))(*(self._view(*pair) for pair in enumerate(self.layers)))
         self._network = NetworkView(
             layers=ctypes.addressof(self._views),
@@ -177,18 +183,10 @@ class NativeNetwork:
     def run_layers(self, hidden: Tensor, positions: Positions, cache: KVCache, start: int, stop: int) -> Tensor:
         """[B, Q, D], the input of layer `start` -> [B, Q, D], the output of layer `stop - 1`."""
         out = hidden.clone(memory_format=torch.contiguous_format)
-        rows = len(positions.first)
         self._network.threads = torch.get_num_threads()
-        self._run_layers(
-            self._network,
-            out.data_ptr(),
-            rows,
-            positions.num_queries,
-            (ctypes.c_int64 * rows)(*positions.first),
-            _cache_view(cache),
-            start,
-            stop,
-        )
+        rows, queries = len(positions.first), positions.num_queries
+        first = (ctypes.c_int64 * rows)(*positions.first)
+        self._run_layers(self._network, out.data_ptr(), rows, queries, first, self._cache_view(cache), start, stop)
         return out
 
     def unembed(self, hidden: Tensor) -> Tensor:
@@ -200,11 +198,42 @@ class NativeNetwork:
         self._unembed(self._network, hidden.data_ptr(), rows * queries, logits.data_ptr())
         return logits[..., : self.head.outputs]
 
+    def choose_greedy(
+        self, inputs: Tensor, positions: Positions, cache: KVCache, start: int, stop: int
+    ) -> Tensor | None:
+        """`Decoder.choose_greedy` in one call."""
+        if self.config.final_logit_softcapping is not None:  # makes ties of what isn't one
+            return None
+        rows, queries = len(positions.first), positions.num_queries
+        tokens = None
+        if inputs.dtype == torch.long:
+            if self._embedding is None:
+                return None
+            tokens, hidden = inputs.contiguous(), torch.empty(rows, queries, self.config.hidden_size)
+        else:
+            hidden = inputs.clone(memory_format=torch.contiguous_format)
+        chosen = torch.empty(rows, queries, dtype=torch.long)
+        self._network.threads = torch.get_num_threads()
+        self._choose(
+            self._network,
+            self._embedding,
+            None if tokens is None else tokens.data_ptr(),
+            hidden.data_ptr(),
+            rows,
+            queries,
+            (ctypes.c_int64 * rows)(*positions.first),
+            self._cache_view(cache),
+            start,
+            stop,
+            chosen.data_ptr(),
+        )
+        return chosen
+
     def draft_greedy(
-        self, embedding: Tensor, multiplier: float, tokens: Tensor, cache: KVCache, exit_layer: int, num_drafts: int
+        self, tokens: Tensor, cache: KVCache, exit_layer: int, num_drafts: int
     ) -> tuple[Tensor, Tensor] | None:
-        """`Decoder.draft_greedy` in one call, for embeddings in float32 or bfloat16."""
-        if embedding.dtype not in (torch.float32, torch.bfloat16) or not embedding.is_contiguous():
+        """`Decoder.draft_greedy` in one call."""
+        if self._embedding is None:
             return None
         rows = len(cache.lengths)
         hidden = torch.empty(num_drafts + 1, rows, self.config.hidden_size)
@@ -212,19 +241,30 @@ class NativeNetwork:
         self._network.threads = torch.get_num_threads()
         self._draft(
             self._network,
-            embedding.data_ptr(),
-            embedding.dtype == torch.bfloat16,
-            multiplier,
+            self._embedding,
             tokens.contiguous().data_ptr(),
             rows,
             (ctypes.c_int64 * rows)(*cache.lengths),
             num_drafts,
             exit_layer,
-            _cache_view(cache),
+            self._cache_view(cache),
             hidden.data_ptr(),
             drafts.data_ptr(),
         )
         return drafts.t(), hidden.transpose(0, 1)
+
+    def _cache_view(self, cache: KVCache) -> CacheView:
+        """The structure for a cache, kept until another one is used."""
+        if self._cache() is not cache:
+            self._cache = weakref.ref(cache)
+            self._last_view = CacheView(
+                keys=cache.keys.data_ptr(),
+                values=cache.values.data_ptr(),
+                layer_stride=cache.keys.stride(0),
+                row_stride=cache.keys.stride(1),
+                capacity=cache.capacity,
+            )
+        return self._last_view
 
     def _view(self, index: int, layer: LayerWeights) -> LayerView:
         rope = self._ropes[self.config.layer_types[index]]
@@ -237,11 +277,9 @@ class NativeNetwork:
         return LayerView(**linears, **norms, cosines=rope.cos.data_ptr(), sines=rope.sin.data_ptr(), window=window or 0)
 
 
-def _cache_view(cache: KVCache) -> CacheView:
-    return CacheView(
-        keys=cache.keys.data_ptr(),
-        values=cache.values.data_ptr(),
-        layer_stride=cache.keys.stride(0),
-        row_stride=cache.keys.stride(1),
-        capacity=cache.capacity,
-    )
+def _embedding_view(table: Tensor, config: ModelConfig) -> EmbeddingView | None:
+    """The structure for an embedding table, or None where it is of another dtype."""
+    if table.dtype not in (torch.float32, torch.bfloat16) or not table.is_contiguous():
+        return None
+    multiplier = torch.tensor(config.embedding_multiplier, dtype=torch.float32).item()
+    return EmbeddingView(table=table.data_ptr(), is_bfloat16=table.dtype == torch.bfloat16, multiplier=multiplier)

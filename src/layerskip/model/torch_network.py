@@ -33,6 +33,11 @@ class LayerWeights:
     down: Linear
     post_mlp_norm: Tensor | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the products."""
+        return sum(linear.num_bytes for linear in (self.qkv, self.o, self.gate_up, self.down))
+
 
 class TorchNetwork:
     """Layers and head, operator by operator (`decoder.Network`)."""
@@ -65,8 +70,14 @@ class TorchNetwork:
         """[B, Q, D] -> [B, Q, V] in float32, before any cap."""
         return self.head(self._norm(hidden, self.final_norm)).float()
 
+    def choose_greedy(
+        self, inputs: Tensor, positions: Positions, cache: KVCache, start: int, stop: int
+    ) -> Tensor | None:
+        """There is no shorter way than the decoder's verbs."""
+        return None
+
     def draft_greedy(
-        self, embedding: Tensor, multiplier: float, tokens: Tensor, cache: KVCache, exit_layer: int, num_drafts: int
+        self, tokens: Tensor, cache: KVCache, exit_layer: int, num_drafts: int
     ) -> tuple[Tensor, Tensor] | None:
         """There is no shorter way than the decoder's verbs."""
         return None

@@ -75,7 +75,9 @@ def load_decoder(
         if kind in config.layer_types
     }
     if isinstance(head, NativeLinear):
-        network: Network = NativeNetwork(config, layers=layers, final_norm=final_norm, head=head, ropes=ropes)
+        network: Network = NativeNetwork(
+            config, layers=layers, final_norm=final_norm, head=head, embedding=embedding, ropes=ropes
+        )
     else:
         network = TorchNetwork(config, layers=layers, final_norm=final_norm, head=head)
     return Decoder(

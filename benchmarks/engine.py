@@ -42,7 +42,7 @@ class Arguments:
     """A quarter of the layers if not given."""
     num_speculations: tuple[int, ...] = (2, 4, 6)
     agreement: float = 0.9
-    """Share of random tokens on which a synthetic model's exit agrees with its last layer; on its own text it is less."""
+    """Share of random tokens on which a synthetic model's exit agrees with its last layer; less on its own text."""
     device: str = "cpu"
     dtype: str = "float32"
     kernels: str = "auto"

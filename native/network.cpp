@@ -308,6 +308,22 @@ void choose(const Network& network, const float* hidden, int32_t rows, float* lo
     }
 }
 
+// Probability of the likeliest token.
+float probability(const float* scores, int64_t count, int64_t likeliest) {
+    const float most = scores[likeliest];
+    Vector sums{};
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) sums += exponential(load(scores + i) - most);
+    float total = sum(sums);
+    for (; i < count; ++i) total += std::exp(scores[i] - most);
+    return 1 / total;
+}
+
+// `acceptance.confidence_class`.
+int confidence_class(float confidence) {
+    return std::min(kConfidenceClasses - 1, static_cast<int>(confidence * confidence * kConfidenceClasses));
+}
+
 }  // namespace
 
 void layerskip_run_layers(const Network* network, float* hidden, int32_t texts, int32_t queries, const int64_t* starts,
@@ -333,22 +349,32 @@ void layerskip_choose(const Network* network, const Embedding* embedding, const 
     choose(*network, hidden, rows, logits.data(), out);
 }
 
-void layerskip_draft(const Network* network, const Embedding* embedding, const int64_t* tokens, int32_t texts,
-                     const int64_t* starts, int32_t drafts, int32_t layers, const Cache* cache, float* hidden,
-                     int64_t* out) {
+int32_t layerskip_draft(const Network* network, const Embedding* embedding, const int64_t* tokens, int32_t texts,
+                        const int64_t* starts, int32_t drafts, int32_t layers, const Cache* cache,
+                        const DraftStop* stop, float* hidden, int64_t* out, float* confidences) {
     std::lock_guard<std::mutex> lock(call_mutex);
-    const int64_t width = network->width;
-    std::vector<float> logits(texts * static_cast<int64_t>(network->head.outputs));
+    const int64_t width = network->width, outputs = network->head.outputs;
+    std::vector<float> logits(texts * outputs), chances(texts, 1.0f);
     std::vector<int64_t> at(starts, starts + texts);
     for (int draft = 0; draft <= drafts; ++draft) {
         float* states = hidden + draft * texts * width;
-        const int64_t* chosen = draft == 0 ? tokens : out + (draft - 1) * texts;
-        for (int text = 0; text < texts; ++text) embed(*embedding, chosen[text], width, states + text * width);
+        const int64_t* last = draft == 0 ? tokens : out + (draft - 1) * texts;
+        for (int text = 0; text < texts; ++text) embed(*embedding, last[text], width, states + text * width);
         run_layers(*network, states, texts, 1, at.data(), *cache, 0, layers);
         if (draft == drafts) break;
-        choose(*network, states, texts, logits.data(), out + draft * texts);
+        int64_t* chosen = out + draft * texts;
+        choose(*network, states, texts, logits.data(), chosen);
         for (int64_t& position : at) ++position;
+        if (stop == nullptr) continue;
+        float total = 0;
+        for (int text = 0; text < texts; ++text) {
+            const float confidence = probability(logits.data() + text * outputs, network->vocabulary, chosen[text]);
+            confidences[draft * texts + text] = confidence;
+            total += chances[text] *= stop->rates[confidence_class(confidence)];
+        }
+        if (total < stop->least * texts) drafts = draft + 1;
     }
+    return drafts;
 }
 
 int64_t layerskip_packed_bytes(int32_t inputs, int32_t outputs, int32_t format) {

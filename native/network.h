@@ -77,12 +77,21 @@ void layerskip_choose(const Network* network, const Embedding* embedding, const 
                       int32_t texts, int32_t queries, const int64_t* starts, const Cache* cache, int32_t first,
                       int32_t last, int64_t* out);
 
-// Greedy drafts with the first `layers` layers: from tokens [texts] on, `drafts` tokens of each text, the first of them at
-// position starts[b] + 1. out: [drafts, texts]; hidden: [drafts + 1, texts, D], outputs of layer `layers` - 1 for the token
-// given and for the drafts.
-void layerskip_draft(const Network* network, const Embedding* embedding, const int64_t* tokens, int32_t texts,
-                     const int64_t* starts, int32_t drafts, int32_t layers, const Cache* cache, float* hidden,
-                     int64_t* out);
+// When to stop drafting: `rates` says by class of confidence how often a draft holds, and drafting ends once the chance
+// that all drafts of a text hold, on average over the texts, falls below `least`.
+constexpr int kConfidenceClasses = 8;
+struct DraftStop {
+    float rates[kConfidenceClasses];
+    float least;
+};
+
+// Greedy drafts with the first `layers` layers: from tokens [texts] on, up to `drafts` tokens of each text, the first of
+// them at position starts[b] + 1. out, confidences: [drafts, texts], tokens and their probabilities; hidden:
+// [drafts + 1, texts, D], outputs of layer `layers` - 1 for the token given and for the drafts. Without `stop`, `drafts`
+// are made and confidences aren't. Returns how many were made.
+int32_t layerskip_draft(const Network* network, const Embedding* embedding, const int64_t* tokens, int32_t texts,
+                        const int64_t* starts, int32_t drafts, int32_t layers, const Cache* cache,
+                        const DraftStop* stop, float* hidden, int64_t* out, float* confidences);
 
 int64_t layerskip_packed_bytes(int32_t inputs, int32_t outputs, int32_t format);
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from layerskip.checkpoint import Checkpoint, open_checkpoint
 from layerskip.decoding.config import GenerationConfig, make_config
+from layerskip.decoding.experience import Experience
 from layerskip.decoding.loop import check_prompt, choose_exit_layer, make_batch
 from layerskip.decoding.scoring import Score, all_logits, score_tokens
 from layerskip.decoding.stream import GenerationResult, GenerationStream
@@ -78,6 +79,7 @@ class LanguageModel:
     def __init__(self, checkpoint: Checkpoint, decoder: Decoder) -> None:
         self.checkpoint = checkpoint
         self.decoder = decoder
+        self._experience = Experience()
 
     @property
     def config(self) -> ModelConfig:
@@ -210,7 +212,13 @@ class LanguageModel:
         seed = secrets.randbits(63) if config.seed is None else config.seed
         cache = self._resume(session, encoded, config) if session is not None else None
         batch = make_batch(
-            self.decoder, encoded, config, eos_token_ids=self.checkpoint.eos_token_ids, seed=seed, cache=cache
+            self.decoder,
+            encoded,
+            config,
+            eos_token_ids=self.checkpoint.eos_token_ids,
+            seed=seed,
+            cache=cache,
+            experience=self._experience,
         )
         if session is not None:
             session.tokens = batch.rows[0].tokens

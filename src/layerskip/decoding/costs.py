@@ -4,7 +4,7 @@ Shapes: B rows, n tokens of each row in one call, L layers, E exit, K drafts.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -17,83 +17,135 @@ MEASURED_QUERIES = (1, 2, 3, 5, 9, 13)
 CONTEXT = 64
 """Tokens before those that are timed."""
 REPETITIONS = 5
+SLOW_SECONDS = 0.1
+"""Calls that take longer are timed once: they vary less, and nobody wants to wait."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Seconds of one call over n tokens of each row; index n - 1."""
+    """Seconds of verification over n tokens of each row (index n - 1), and of drafting."""
 
     num_layers: int
     layer: tuple[float, ...]
     """One layer."""
     fixed: tuple[float, ...]
     """All else that a call with a head needs: positions, embedding, norm and head, choosing tokens."""
-    without_head: float
-    """Positions and embedding of one token."""
+    draft_layer: float
+    """One layer for one token, while drafting."""
+    draft_head: float
+    """Norm, head and choice of a draft."""
+    draft_fixed: float
+    """All else of drafting, once a round."""
+
+    @property
+    def most_drafts(self) -> int:
+        """Drafts that a round may have at most for its costs to be known."""
+        return len(self.layer) - 1
 
     def step(self) -> float:
         """One autoregressive step."""
         return self.fixed[0] + self.num_layers * self.layer[0]
 
-    def round(self, exit_layer: int, num_drafts: int) -> float:
-        """Draft `num_drafts` tokens at an exit and verify them; at exit 0 drafts come for nothing."""
+    def drafting(self, exit_layer: int, num_drafts: int) -> float:
+        """Write `num_drafts` tokens at an exit, and run the last one through its layers."""
+        passes = (num_drafts + 1) * exit_layer * self.draft_layer
+        return self.draft_fixed + passes + num_drafts * self.draft_head
+
+    def verification(self, exit_layer: int, num_drafts: int) -> float:
+        """The layers from the exit on, and the head, over the drafts and the token before them."""
         n = min(num_drafts + 1, len(self.layer))
-        verification = self.fixed[n - 1] + (self.num_layers - exit_layer) * self.layer[n - 1]
-        if exit_layer == 0:
-            return verification
-        passes = (num_drafts + 1) * exit_layer * self.layer[0]
-        return passes + num_drafts * self.fixed[0] + self.without_head + verification
+        return self.fixed[n - 1] + (self.num_layers - exit_layer) * self.layer[n - 1]
+
+    def round(self, exit_layer: int, num_drafts: int) -> float:
+        """Draft at an exit and verify; at exit 0 drafts come for nothing."""
+        drafting = self.drafting(exit_layer, num_drafts) if exit_layer else 0.0
+        return drafting + self.verification(exit_layer, num_drafts)
 
 
 def measure_costs(decoder: Decoder, num_rows: int) -> Costs:
-    """Time the network's calls for a batch of `num_rows` rows.
-
-    Takes some thirty forward passes. Nothing of it is kept in any cache but the one made here.
-    """
+    """Time the network's calls for a batch of `num_rows` rows: some thirty passes, or fifteen of a slow network."""
     counts = [n for n in MEASURED_QUERIES if CONTEXT + n <= decoder.max_context] or [1]
     timer = CallTimer(decoder, num_rows, counts[-1])
+    depth = decoder.num_layers
     layer, fixed = [], []
     for n in counts:
-        one, every = timer.seconds(0, 1, n), timer.seconds(0, decoder.num_layers, n)
-        layer.append(max(0.0, every - one) / max(1, decoder.num_layers - 1))
+        one, every = timer.seconds(depth - 1, depth, n), timer.seconds(0, depth, n)
+        layer.append(max(0.0, every - one) / max(1, depth - 1))
         fixed.append(max(0.0, one - layer[-1]))
-    without_head = max(0.0, timer.seconds(0, 1, 1, head=False) - layer[0])
+    most, middle = min(5, counts[-1] - 1), max(1, depth // 2)
+    draft_layer, draft_head, draft_fixed = layer[0], fixed[0], fixed[0]
+    if most > 1 and middle > 1:
+        single, several, deep = (timer.drafting(*what) for what in ((1, 1), (1, most), (middle, most)))
+        draft_layer = max(0.0, deep - several) / ((most + 1) * (middle - 1))
+        draft_head = max(0.0, (several - single) / (most - 1) - draft_layer)
+        draft_fixed = max(0.0, single - 2 * draft_layer - draft_head)
     return Costs(
-        num_layers=decoder.num_layers,
+        num_layers=depth,
         layer=_interpolated(counts, layer),
         fixed=_interpolated(counts, fixed),
-        without_head=without_head,
+        draft_layer=draft_layer,
+        draft_head=draft_head,
+        draft_fixed=draft_fixed,
     )
 
 
 class CallTimer:
-    """Times calls of a network over tokens that follow some context."""
+    """Times calls of a network over tokens that follow some context, as greedy decoding makes them."""
 
     def __init__(self, decoder: Decoder, num_rows: int, most: int, context: int = CONTEXT) -> None:
         """Make a cache for calls of up to `most` tokens in each row, after `context` tokens."""
         self._decoder, self._rows = decoder, num_rows
         context = min(context, decoder.max_context - most)
-        self._first = [context] * num_rows
         self._cache = decoder.new_cache(num_rows, context + most)
+        for row in range(num_rows):
+            self._cache.commit(row, context)
 
-    @torch.inference_mode()
     def seconds(
         self, start: int, stop: int, num_queries: int, *, head: bool = True, repetitions: int = REPETITIONS
     ) -> float:
-        """Median seconds of positions, embedding, layers start..stop-1 and, with `head`, the likeliest tokens."""
-        decoder, calls = self._decoder, self._decoder.layer_calls
-        times = []
+        """Median seconds of layers start..stop-1, of the embedding if these are the first, and of the head."""
+        decoder, cache, shape = self._decoder, self._cache, (self._rows, num_queries)
+
+        def call() -> None:
+            tokens = torch.zeros(shape, dtype=torch.long, device=decoder.device)
+            positions = decoder.place(cache, cache.lengths, num_queries)
+            inputs = tokens if start == 0 else decoder.embed(tokens)
+            if head:
+                decoder.choose_greedy(inputs, positions, cache, start, stop).tolist()
+            else:
+                hidden = decoder.embed(tokens) if start == 0 else inputs
+                decoder.run_layers(hidden, positions, cache, start, stop)
+
+        return self._time(call, repetitions)
+
+    def drafting(self, exit_layer: int, num_drafts: int) -> float:
+        """Median seconds of writing drafts at an exit and running the last one through its layers."""
+        decoder, cache = self._decoder, self._cache
+        tokens = torch.zeros((self._rows, 1), dtype=torch.long, device=decoder.device)
+
+        def call() -> None:
+            if decoder.draft_greedy(tokens, cache, exit_layer, num_drafts) is not None:
+                return
+            for i in range(num_drafts + 1):
+                positions = decoder.place(cache, [length + i for length in cache.lengths], 1)
+                hidden = decoder.run_layers(decoder.embed(tokens), positions, cache, 0, exit_layer)
+                if i < num_drafts:
+                    decoder.unembed(hidden).argmax(-1)
+
+        return self._time(call, REPETITIONS)
+
+    @torch.inference_mode()
+    def _time(self, call: Callable[[], None], repetitions: int) -> float:
+        calls, times = self._decoder.layer_calls, []
         for _ in range(repetitions + 1):
             started = time.perf_counter()
-            tokens = torch.zeros((self._rows, num_queries), dtype=torch.long, device=decoder.device)
-            positions = decoder.place(self._cache, self._first, num_queries)
-            hidden = decoder.run_layers(decoder.embed(tokens), positions, self._cache, start, stop)
-            if head:
-                decoder.unembed(hidden).argmax(-1).tolist()
-            elif decoder.device.type == "cuda":
-                torch.cuda.synchronize(decoder.device)
+            call()
+            if self._decoder.device.type == "cuda":
+                torch.cuda.synchronize(self._decoder.device)
             times.append(time.perf_counter() - started)
-        decoder.layer_calls = calls
+            if len(times) > 1 and times[-1] > SLOW_SECONDS:
+                break
+        self._decoder.layer_calls = calls
         return median(times[1:])
 
 

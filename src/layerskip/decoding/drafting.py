@@ -3,6 +3,7 @@
 Shapes: B rows, K drafts a row, D width, V vocabulary.
 """
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -15,6 +16,7 @@ from layerskip.decoding.noise import Purpose
 from layerskip.model.attention import Positions
 from layerskip.model.cache import KVCache
 from layerskip.model.decoder import Decoder
+from layerskip.model.drafts import DraftStop, confidence_class
 
 
 @dataclass(kw_only=True)
@@ -27,10 +29,12 @@ class Draft:
     """Drafts that each row can use; the tensors below are as long as the longest row needs."""
     tokens: Tensor
     """[B, K] token ids, on the device."""
-    hidden: Tensor
-    """[B, K + 1, D], outputs of layer E - 1 for the pending token and the drafts; their embeddings where E is 0."""
+    hidden: Tensor | None
+    """[B, K + 1, D], outputs of layer E - 1 for the pending token and the drafts; None where E is 0."""
     exit_states: dict[int, Tensor] = field(default_factory=dict)
     """[B, K + 1, D] by exit: outputs of shallower exits, where they were asked for."""
+    confidences: list[list[float]] = field(default_factory=list)
+    """Probability of each row's drafts, where drafting could stop early."""
     probs: list[Tensor] = field(default_factory=list)
     """K x [B, V] distributions that the drafts were drawn from, where acceptance needs them."""
 
@@ -64,12 +68,14 @@ def draft_nothing(batch: Batch) -> Draft:
         exit_layer=0,
         num_drafts=[0] * len(batch.rows),
         tokens=token.new_empty((len(batch.rows), 0)),
-        hidden=batch.decoder.embed(token),
+        hidden=None,
     )
 
 
 @torch.inference_mode()
-def draft_early_exit(batch: Batch, exit_layer: int, num_speculations: int, exits: Collection[int] = ()) -> Draft:
+def draft_early_exit(
+    batch: Batch, exit_layer: int, num_speculations: int, exits: Collection[int] = (), stop: DraftStop | None = None
+) -> Draft:
     """Write drafts with the first layers, nothing of which is committed.
 
     The last draft runs through the first layers too, without the head: verification needs its hidden state.
@@ -79,54 +85,101 @@ def draft_early_exit(batch: Batch, exit_layer: int, num_speculations: int, exits
         exit_layer: E.
         num_speculations: Most drafts of a row.
         exits: Exits whose states are kept as well, where they are on the way.
+        stop: When to stop before the full length.
     """
-    decoder, cache, sampler = batch.decoder, batch.cache, batch.sampler
     num_drafts = draft_lengths(batch, num_speculations)
     if batch.greedy and not exits:
-        found = decoder.draft_greedy(batch.pending(), cache, exit_layer, max(num_drafts))
+        found = batch.decoder.draft_greedy(batch.pending(), batch.cache, exit_layer, max(num_drafts), stop)
         if found is not None:
-            return Draft(exit_layer=exit_layer, num_drafts=num_drafts, tokens=found[0], hidden=found[1])
-    keep_probs = batch.by_distribution
-    counters = [row.recorder.rounds for row in batch.rows] if keep_probs else None
-    purpose = Purpose.DRAFT if keep_probs else Purpose.TARGET
-    token, tokens, hidden, probs = batch.pending(), [], [], []
-    states: dict[int, list[Tensor]] = {}
-    written: list[list[int]] = [[] for _ in batch.rows]
-    for i in range(max(num_drafts) + 1):
-        positions = decoder.place(cache, [length + i for length in cache.lengths], 1)
-        out, passed = run_through(decoder, decoder.embed(token), positions, cache, 0, exit_layer, exits)
-        hidden.append(out)
+            made = found.tokens.shape[1]
+            return Draft(
+                exit_layer=exit_layer,
+                num_drafts=[min(usable, made) for usable in num_drafts],
+                tokens=found.tokens,
+                hidden=found.hidden,
+                confidences=found.confidences,
+            )
+    return _EarlyExitDrafter(batch, exit_layer, exits, stop).run(num_drafts)
+
+
+class _EarlyExitDrafter:
+    """Drafts pass by pass, with whatever sampling asks for."""
+
+    def __init__(self, batch: Batch, exit_layer: int, exits: Collection[int], stop: DraftStop | None) -> None:
+        self._batch, self._exit_layer, self._exits, self._stop = batch, exit_layer, exits, stop
+        self._purpose = Purpose.DRAFT if batch.by_distribution else Purpose.TARGET
+        self._counters = [row.recorder.rounds for row in batch.rows] if batch.by_distribution else None
+        self._states: dict[int, list[Tensor]] = {}
+        self._probs: list[Tensor] = []
+        self._written: list[list[int]] = [[] for _ in batch.rows]
+        self._confidences: list[list[float]] = [[] for _ in batch.rows]
+
+    def run(self, num_drafts: list[int]) -> Draft:
+        batch = self._batch
+        token = batch.pending()
+        empty = token.new_empty((len(batch.rows), 0))
+        hidden, tokens = [self._pass(token, 0)], [empty]
+        while len(hidden) <= max(num_drafts) and not self._stops():
+            token = self._choose(hidden[-1], len(hidden) - 1)
+            tokens.append(token)
+            hidden.append(self._pass(token, len(hidden)))
+        return Draft(
+            exit_layer=self._exit_layer,
+            num_drafts=[min(usable, len(hidden) - 1) for usable in num_drafts],
+            tokens=torch.cat(tokens, 1),
+            hidden=torch.cat(hidden, 1),
+            exit_states={exit_: torch.cat(parts, 1) for exit_, parts in self._states.items()},
+            confidences=self._confidences if self._stop is not None else [],
+            probs=self._probs,
+        )
+
+    def _pass(self, token: Tensor, offset: int) -> Tensor:
+        decoder, cache = self._batch.decoder, self._batch.cache
+        positions = decoder.place(cache, [length + offset for length in cache.lengths], 1)
+        out, passed = run_through(decoder, decoder.embed(token), positions, cache, 0, self._exit_layer, self._exits)
         for exit_, state in passed.items():
-            states.setdefault(exit_, []).append(state)
-        if i == max(num_drafts):
-            break
-        scores = sampler.scores(decoder.unembed(hidden[-1]), _last_contexts(batch, written))
-        token = sampler.choose(scores, batch.seeds, [len(row.tokens) + i for row in batch.rows], purpose, counters)
-        tokens.append(token)
-        if keep_probs:
-            probs.append(scores.softmax(-1).squeeze(1))
+            self._states.setdefault(exit_, []).append(state)
+        return out
+
+    def _choose(self, hidden: Tensor, offset: int) -> Tensor:
+        batch, sampler = self._batch, self._batch.sampler
+        contexts = None
         if sampler.needs_context:
-            for row, (new,) in zip(written, token.tolist(), strict=True):
-                row.append(new)
-    empty = token.new_empty((len(batch.rows), 0))
-    return Draft(
-        exit_layer=exit_layer,
-        num_drafts=num_drafts,
-        tokens=torch.cat(tokens, 1) if tokens else empty,
-        hidden=torch.cat(hidden, 1),
-        exit_states={exit_: torch.cat(parts, 1) for exit_, parts in states.items()},
-        probs=probs,
-    )
+            contexts = [[row.tokens + drafts] for row, drafts in zip(batch.rows, self._written, strict=True)]
+        scores = sampler.scores(batch.decoder.unembed(hidden), contexts)
+        first = [len(row.tokens) + offset for row in batch.rows]
+        token = sampler.choose(scores, batch.seeds, first, self._purpose, self._counters)
+        if batch.by_distribution:
+            self._probs.append(scores.softmax(-1).squeeze(1))
+        if self._stop is not None:
+            chosen = scores.softmax(-1).gather(-1, token.unsqueeze(-1)).flatten()
+            for row, confidence in zip(self._confidences, chosen.tolist(), strict=True):
+                row.append(confidence)
+        if sampler.needs_context:
+            for written, (new,) in zip(self._written, token.tolist(), strict=True):
+                written.append(new)
+        return token
+
+    def _stops(self) -> bool:
+        """Whether the chance that all drafts of a row hold has become too small."""
+        if self._stop is None or not self._confidences[0]:
+            return False
+        rates = self._stop.rates
+        chances = [math.prod(rates[confidence_class(x)] for x in row) for row in self._confidences]
+        return sum(chances) < self._stop.least * len(chances)
 
 
 @torch.inference_mode()
 def draft_ngram(batch: Batch, num_speculations: int) -> Draft:
     """Drafts of each row from its own text; rows without a match have none.
 
-    Verification runs all layers over them: nothing has been run yet, so the hidden states are the embeddings.
+    Verification runs all layers over them: nothing has been run yet.
     """
     lengths = draft_lengths(batch, num_speculations)
-    found = [row.ngrams.continuation(length) for row, length in zip(batch.rows, lengths, strict=True)]
+    matches = [row.ngrams.match() for row in batch.rows]
+    found = [
+        match.continuation(length) if match is not None else [] for match, length in zip(matches, lengths, strict=True)
+    ]
     longest = max(map(len, found))
     device = batch.decoder.device
     tokens = torch.tensor([drafts + [0] * (longest - len(drafts)) for drafts in found], device=device)
@@ -139,13 +192,6 @@ def draft_ngram(batch: Batch, num_speculations: int) -> Draft:
         exit_layer=0,
         num_drafts=[len(drafts) for drafts in found],
         tokens=tokens,
-        hidden=batch.decoder.embed(torch.cat((batch.pending(), tokens), 1)),
+        hidden=None,
         probs=probs,
     )
-
-
-def _last_contexts(batch: Batch, written: list[list[int]]) -> list[list[list[int]]] | None:
-    """Tokens before the next draft of each row."""
-    if not batch.sampler.needs_context:
-        return None
-    return [[row.tokens + drafts] for row, drafts in zip(batch.rows, written, strict=True)]

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from layerskip.decoding import autoregressive, self_speculative
 from layerskip.decoding.batch import Batch, Round, Row
 from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.costs import measure_costs
 from layerskip.decoding.drafting import Draft, draft_early_exit, draft_ngram, draft_nothing
-from layerskip.decoding.policy import AdaptivePolicy, FixedPolicy, Plan, Policy, candidate_exits
+from layerskip.decoding.experience import Experience
+from layerskip.decoding.policy import FixedPolicy, Outcome, Plan, Policy
 from layerskip.decoding.sampling import Sampler
 from layerskip.decoding.stats import Stopwatch
 from layerskip.errors import InvalidArgumentError, PromptError
@@ -53,11 +53,13 @@ def choose_exit_layer(config: GenerationConfig, decoder: Decoder) -> int:
     return default_exit_layer(decoder.num_layers) if config.speculates else decoder.num_layers
 
 
-def make_policy(config: GenerationConfig, decoder: Decoder, num_rows: int) -> Policy:
-    """The policy that a config asks for, on this network; for `adaptive`, costs are measured here."""
+def make_policy(
+    config: GenerationConfig, decoder: Decoder, num_rows: int, experience: Experience | None = None
+) -> Policy:
+    """The policy that a config asks for, on this network; `adaptive` starts from what is known of the network."""
     match config.generation_strategy:
         case "adaptive":
-            return AdaptivePolicy(costs=measure_costs(decoder, num_rows), exits=candidate_exits(decoder.num_layers))
+            return (experience or Experience()).policy(decoder, num_rows, samples=config.samples)
         case "ngram":
             return FixedPolicy(fixed=Plan(drafter="ngram", num_speculations=config.num_speculations))
         case _:
@@ -94,6 +96,7 @@ def make_batch(
     seed: int,
     cache: KVCache | None = None,
     policy: Policy | None = None,
+    experience: Experience | None = None,
 ) -> Batch:
     """Rows for prompts, with a cache of their own or one that holds a prefix of each already.
 
@@ -105,6 +108,7 @@ def make_batch(
         seed: Seed of every row.
         cache: Holds the first `cache.lengths[b]` tokens of prompt b, at most all but one; a new one if not given.
         policy: Plans the rounds; that of the config if not given.
+        experience: What adaptive decoding knows of the network, and adds to.
 
     Raises:
         PromptError: A prompt that can't be continued.
@@ -132,7 +136,7 @@ def make_batch(
         sampler=Sampler(config),
         eos_token_ids=frozenset() if config.ignore_eos else frozenset(eos),
         stopwatch=Stopwatch(decoder.device),
-        policy=policy or make_policy(config, decoder, len(prompts)),
+        policy=policy or make_policy(config, decoder, len(prompts), experience),
     )
 
 
@@ -165,7 +169,7 @@ def _speculate(batch: Batch, show_drafts: bool) -> Generator[Drafted, None, list
     """One round, as the policy plans it; returns its `Round`s."""
     policy = batch.policy
     start = batch.stopwatch.mark()
-    matches = [row.ngrams.match()[0] if policy.uses_ngrams else 0 for row in batch.rows]
+    matches = [row.ngrams.match() for row in batch.rows] if policy.uses_ngrams else []
     plan = policy.plan(matches, max(row.remaining for row in batch.rows))
     exits = policy.exits if policy.probes else ()
     draft = _draft(batch, plan, exits)
@@ -176,18 +180,27 @@ def _speculate(batch: Batch, show_drafts: bool) -> Generator[Drafted, None, list
     resumed = batch.stopwatch.mark()
     verification = self_speculative.verify(batch, draft, exits)
     end = batch.stopwatch.mark()
+    drafting, verifying = batch.stopwatch.between(start, middle), batch.stopwatch.between(resumed, end)
     for row in batch.rows:
-        row.recorder.seconds_drafting += batch.stopwatch.between(start, middle)
-        row.recorder.seconds_verifying += batch.stopwatch.between(resumed, end)
-    policy.observe(plan, [(round_.num_accepted, len(round_.drafts)) for round_ in verification.rounds], matches)
-    policy.observe_exits(verification.agreement)
-    return verification.rounds
+        row.recorder.seconds_drafting += drafting
+        row.recorder.seconds_verifying += verifying
+    rounds = verification.rounds
+    outcome = Outcome(
+        seconds=drafting + verifying,
+        held=[round_.num_accepted for round_ in rounds],
+        drafted=[len(round_.drafts) for round_ in rounds],
+        tokens=[(*round_.drafts[: round_.num_accepted], round_.token) for round_ in rounds],
+        confidences=draft.confidences,
+        agreement=verification.agreement,
+    )
+    policy.observe(plan, matches, outcome)
+    return rounds
 
 
 def _draft(batch: Batch, plan: Plan, exits: tuple[int, ...]) -> Draft:
     match plan.drafter:
         case "early_exit":
-            return draft_early_exit(batch, plan.exit_layer, plan.num_speculations, exits)
+            return draft_early_exit(batch, plan.exit_layer, plan.num_speculations, exits, plan.stop)
         case "ngram":
             return draft_ngram(batch, plan.num_speculations)
         case _:

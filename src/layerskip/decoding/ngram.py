@@ -5,6 +5,7 @@ often. Source: arXiv:2411.04975 (suffix matches over prompt and output).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 MIN_MATCH = 2
 """Tokens that have to repeat at least."""
@@ -14,15 +15,40 @@ MAX_CANDIDATES = 16
 """Latest occurrences that are compared."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    """An earlier occurrence of the text's last tokens."""
+
+    length: int
+    """Tokens that repeat."""
+    tokens: list[int]
+    """What followed them, up to the text's end."""
+
+    def continuation(self, num_tokens: int) -> list[int]:
+        """What followed, repeated where it reaches the text's end."""
+        return [self.tokens[i % len(self.tokens)] for i in range(num_tokens)]
+
+    def agreement(self, tokens: Sequence[int]) -> int:
+        """How many of the tokens that came were those that followed before."""
+        pairs = zip(self.continuation(len(tokens)), tokens, strict=True)
+        return next((i for i, (guess, token) in enumerate(pairs) if guess != token), len(tokens))
+
+
+_UNKNOWN = Match(length=0, tokens=[])
+
+
 class NgramIndex:
     """Where runs of tokens occurred in a text that grows."""
 
     def __init__(self) -> None:
         self._tokens: list[int] = []
         self._ends: dict[tuple[int, ...], list[int]] = {}
+        self._match: Match | None = None
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Take in the text's next tokens."""
+        if tokens:
+            self._match = _UNKNOWN
         for token in tokens:
             if len(self._tokens) >= MIN_MATCH:  # a run counts once something follows it: the text's end isn't found
                 self._ends.setdefault(tuple(self._tokens[-MIN_MATCH:]), []).append(len(self._tokens))
@@ -31,26 +57,16 @@ class NgramIndex:
     def __len__(self) -> int:
         return len(self._tokens)
 
-    def match(self) -> tuple[int, int]:
-        """The longest run that ends the text and occurred before, of several the latest.
-
-        Returns:
-            Its length in tokens, and the place after its earlier occurrence; (0, 0) if there is none.
-        """
-        best = (0, 0)
-        for end in reversed(self._ends.get(tuple(self._tokens[-MIN_MATCH:]), [])[-MAX_CANDIDATES:]):
-            length = self._common(end)
-            if length > best[0]:
-                best = (length, end)
-        return best
-
-    def continuation(self, num_tokens: int) -> list[int]:
-        """What followed the longest match, repeated where it reaches the text's end; empty without a match."""
-        length, start = self.match()
-        if length == 0:
-            return []
-        period = len(self._tokens) - start
-        return [self._tokens[start + i % period] for i in range(num_tokens)]
+    def match(self) -> Match | None:
+        """The longest run that ends the text and occurred before, of several the latest; None without any."""
+        if self._match is _UNKNOWN:
+            best = (0, 0)
+            for end in reversed(self._ends.get(tuple(self._tokens[-MIN_MATCH:]), [])[-MAX_CANDIDATES:]):
+                length = self._common(end)
+                if length > best[0]:
+                    best = (length, end)
+            self._match = Match(length=best[0], tokens=self._tokens[best[1] :]) if best[0] else None
+        return self._match
 
     def _common(self, end: int) -> int:
         """Length of the run that ends both at `end` and at the text's end."""

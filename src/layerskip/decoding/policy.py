@@ -1,26 +1,33 @@
 """Who drafts in a round, at which exit, and how many tokens: what promises the most tokens a second.
 
-Costs are measured (`costs.py`); acceptance is tracked for every candidate exit, also for those that aren't used: every
-so often a round keeps the hidden states that it passes anyway, and one call of the head says what each exit would
-have drafted. Where no drafting promises a gain, the round is an autoregressive step.
-Source: arXiv:2504.05598 (exit and length chosen each round from the agreement seen so far).
+Costs are measured (`costs.py`) and corrected by the seconds that rounds really take; acceptance is tracked
+(`acceptance.py`), also for exits that aren't used: every so often a round keeps the hidden states that it passes
+anyway, and the head says what each exit would have drafted. Where no drafting promises a gain, the round is an
+autoregressive step. Source: arXiv:2504.05598 (exit and length chosen each round from the agreement seen so far).
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal, Protocol
 
+from layerskip.decoding.acceptance import AcceptanceRates
 from layerskip.decoding.costs import Costs
+from layerskip.decoding.ngram import Match
+from layerskip.model.drafts import DraftStop
 
 Drafter = Literal["none", "early_exit", "ngram"]
 MOST_DRAFTS = 12
-PROBE_EVERY = 8
-"""Rounds from one look at all exits to the next."""
-DECAY = 0.97
-"""What an observation weighs after the next one."""
-PRIOR_RATE, PRIOR_WEIGHT = 0.6, 2.0
 MARGIN = 1.02
 """Gain that drafting must promise: less is within the error of the costs."""
+PLAN_EVERY = 4
+"""Rounds that keep an exit and a length: rates don't move faster."""
+FIRST_PROBES = 3
+"""Rounds that look at all exits, at the start of the first text."""
+PROBE_SHARE = 0.015
+"""Time that probes may take, of all."""
+CORRECTION_DECAY = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,31 +39,24 @@ class Plan:
     num_speculations: int = 0
     tokens_per_second: float = 0.0
     """What it promises for each row."""
+    stop: DraftStop | None = None
+    """When to draft less."""
 
 
-@dataclass(kw_only=True)
-class Acceptance:
-    """How often the next draft is accepted, with recent rounds counting more."""
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What came of a plan."""
 
-    accepted: float = PRIOR_RATE * PRIOR_WEIGHT
-    tried: float = PRIOR_WEIGHT
-
-    @property
-    def rate(self) -> float:
-        """Probability that the next draft is accepted."""
-        return self.accepted / self.tried
-
-    def observe(self, accepted: float, tried: float) -> None:
-        """Count drafts that were tried, of which some held."""
-        if tried > 0:
-            kept = DECAY**tried
-            self.accepted = kept * self.accepted + accepted
-            self.tried = kept * self.tried + tried
-
-
-def expected_tokens(rate: float, num_drafts: int) -> float:
-    """Tokens that a round of K drafts adds, its own one included. Source: arXiv:2211.17192, eq. 1."""
-    return num_drafts + 1.0 if rate >= 1 else (1 - rate ** (num_drafts + 1)) / (1 - rate)
+    seconds: float
+    held: Sequence[int]
+    """Drafts of each row that were accepted."""
+    drafted: Sequence[int]
+    """Drafts of each row."""
+    tokens: Sequence[Sequence[int]]
+    """What each row gained."""
+    confidences: Sequence[Sequence[float]] = ()
+    agreement: Mapping[int, tuple[float, int]] = field(default_factory=dict)
+    """Of a probe: by exit, tokens on which it agreed with the target, and tokens there were."""
 
 
 def candidate_exits(num_layers: int) -> tuple[int, ...]:
@@ -82,27 +82,17 @@ class Policy(Protocol):
         """Whether the next round should show what every exit would have drafted."""
         ...
 
-    def plan(self, match_lengths: Sequence[int], remaining: int) -> Plan:
+    def plan(self, matches: Sequence[Match | None], remaining: int) -> Plan:
         """The next round.
 
         Args:
-            match_lengths: Length of the n-gram match in each row, 0 where there is none; empty unless `uses_ngrams`.
+            matches: In each row, what followed the text's end where it occurred before; empty unless `uses_ngrams`.
             remaining: Tokens that the row with the most room may still write.
         """
         ...
 
-    def observe(self, plan: Plan, accepted: Sequence[tuple[int, int]], match_lengths: Sequence[int]) -> None:
-        """Learn from a round.
-
-        Args:
-            plan: What it did.
-            accepted: Of each row, drafts that held, and drafts there were.
-            match_lengths: As they were for `plan`.
-        """
-        ...
-
-    def observe_exits(self, agreement: Mapping[int, tuple[float, int]]) -> None:
-        """Learn from a probe: of each exit, tokens on which it agreed with the target, and tokens there were."""
+    def observe(self, plan: Plan, matches: Sequence[Match | None], outcome: Outcome) -> None:
+        """Learn from a round, given what `plan` was given and gave."""
         ...
 
 
@@ -115,77 +105,122 @@ class FixedPolicy:
     uses_ngrams: bool = False
     probes: bool = False
 
-    def plan(self, match_lengths: Sequence[int], remaining: int) -> Plan:
+    def plan(self, matches: Sequence[Match | None], remaining: int) -> Plan:
         """The plan."""
         return self.fixed
 
-    def observe(self, plan: Plan, accepted: Sequence[tuple[int, int]], match_lengths: Sequence[int]) -> None:
-        """Nothing to learn."""
-
-    def observe_exits(self, agreement: Mapping[int, tuple[float, int]]) -> None:
+    def observe(self, plan: Plan, matches: Sequence[Match | None], outcome: Outcome) -> None:
         """Nothing to learn."""
 
 
 @dataclass(kw_only=True)
 class AdaptivePolicy:
-    """Chooses the plan of each round of one batch."""
+    """The plan that promises the most, from what was seen so far."""
 
     costs: Costs
     exits: tuple[int, ...]
+    rates: AcceptanceRates = field(default_factory=AcceptanceRates)
+    corrections: dict[Drafter, float] = field(default_factory=dict)
+    """Seconds that rounds took over those predicted."""
     most_drafts: int = MOST_DRAFTS
-    acceptance: dict[int, Acceptance] = field(default_factory=dict)
-    """By exit."""
-    matches: dict[int, Acceptance] = field(default_factory=dict)
-    """Of n-gram drafts, by the length class of their match."""
-    rounds: int = 0
+    stops_early: bool = True
+    """Whether drafting may end when drafts become doubtful. On a GPU, asking costs more than it gives."""
     uses_ngrams: bool = True
+    counts: Counter[tuple[Drafter, int]] = field(default_factory=Counter)
+    """Rounds by drafter and exit."""
 
     def __post_init__(self) -> None:
-        self.acceptance = {exit_layer: Acceptance() for exit_layer in self.exits}
-        self.most_drafts = min(self.most_drafts, len(self.costs.layer) - 1)
+        self.most_drafts = min(self.most_drafts, self.costs.most_drafts)
+        self._early: Plan | None = None
+        self._since_probe = self._probe_seconds = 0.0
+        self.rates.begin_text()
 
     @property
     def probes(self) -> bool:
-        """Whether the next round should show what every exit would have drafted."""
-        return self.rounds % PROBE_EVERY == 0
+        """At first, and whenever probes have taken no more than their share of the time."""
+        if not self.exits:
+            return False
+        seen = min(self.rates.of_exit(exit_layer).overall.long.tried for exit_layer in self.exits)
+        rounds = sum(self.counts.values())
+        if seen < 2 * FIRST_PROBES and rounds < FIRST_PROBES:
+            return True
+        return self._since_probe * PROBE_SHARE > max(self._probe_seconds, self.costs.step() / 4)
 
-    def plan(self, match_lengths: Sequence[int], remaining: int) -> Plan:
+    def plan(self, matches: Sequence[Match | None], remaining: int) -> Plan:
         """The round that promises the most."""
-        best = Plan(drafter="none", tokens_per_second=MARGIN / self.costs.step())
-        most = min(self.most_drafts, remaining - 1)
-        for exit_layer, acceptance in self.acceptance.items():
-            for drafts in range(1, most + 1):
-                gain = expected_tokens(acceptance.rate, drafts) / self.costs.round(exit_layer, drafts)
-                if gain > best.tokens_per_second:
+        if self._early is None or sum(self.counts.values()) % PLAN_EVERY == 0:
+            self._early = self._best_early(max(1, min(self.most_drafts, remaining - 1)))
+        if remaining <= 1:
+            return Plan(drafter="none")
+        return self._better_ngram(self._early, matches, min(self.most_drafts, remaining - 1))
+
+    def observe(self, plan: Plan, matches: Sequence[Match | None], outcome: Outcome) -> None:
+        """Learn from a round."""
+        self.counts[plan.drafter, plan.exit_layer] += 1
+        if plan.drafter == "early_exit":
+            rates = self.rates.of_exit(plan.exit_layer)
+            for row, (held, drafted) in enumerate(zip(outcome.held, outcome.drafted, strict=True)):
+                rates.observe(held, drafted, outcome.confidences[row] if outcome.confidences else ())
+        for match, tokens in zip(matches, outcome.tokens, strict=False):
+            if match is not None:  # also where it wasn't used
+                held = match.agreement(tokens)
+                self.rates.of_match(match.length).observe(held, min(held + 1, len(tokens)))
+        predicted = self._seconds(plan.drafter, plan.exit_layer, max(outcome.drafted, default=0))
+        if outcome.agreement:
+            self._probe_seconds = max(0.0, outcome.seconds - predicted)
+            self._since_probe = 0.0
+            others = {exit_: seen for exit_, seen in outcome.agreement.items() if exit_ != plan.exit_layer}
+            self.rates.observe_exits(others)
+        else:
+            self._since_probe += outcome.seconds
+            before = self.corrections.get(plan.drafter, 1.0)
+            ratio = min(4.0, max(0.25, outcome.seconds * before / predicted))
+            self.corrections[plan.drafter] = CORRECTION_DECAY * before + (1 - CORRECTION_DECAY) * ratio
+
+    def _seconds(self, drafter: Drafter, exit_layer: int, num_drafts: int) -> float:
+        """Predicted seconds of a round."""
+        if drafter == "none":
+            return self.costs.step() * self.corrections.get("none", 1.0)
+        return self.costs.round(exit_layer, num_drafts) * self.corrections.get(drafter, 1.0)
+
+    def _best_early(self, most: int) -> Plan:
+        """The best exit and length, or an autoregressive step."""
+        best = Plan(drafter="none", tokens_per_second=MARGIN / self._seconds("none", 0, 0))
+        chances: list[float] = []
+        for exit_layer in self.exits:
+            found = self.rates.of_exit(exit_layer).chances(most)
+            for drafts, tokens in enumerate(accumulate(found, initial=1.0)):
+                speed = tokens / self._seconds("early_exit", exit_layer, drafts) if drafts else 0.0
+                if speed > best.tokens_per_second:
                     best = Plan(
-                        drafter="early_exit", exit_layer=exit_layer, num_speculations=drafts, tokens_per_second=gain
+                        drafter="early_exit", exit_layer=exit_layer, num_speculations=drafts, tokens_per_second=speed
                     )
-        return self._better_ngram(best, match_lengths, most)
+                    chances = found
+        return self._with_stop(best, most) if chances and self.stops_early else best
 
-    def observe(self, plan: Plan, accepted: Sequence[tuple[int, int]], match_lengths: Sequence[int]) -> None:
-        """Learn from a round's drafts, up to the first that was rejected."""
-        self.rounds += 1
-        for (held, drafted), length in zip(accepted, match_lengths, strict=True):
-            tried = min(held + 1, drafted)
-            if plan.drafter == "early_exit" and plan.exit_layer in self.acceptance:
-                self.acceptance[plan.exit_layer].observe(held, tried)
-            elif plan.drafter == "ngram" and length:
-                self._match(length).observe(held, tried)
+    def _with_stop(self, plan: Plan, most: int) -> Plan:
+        """The same exit with as many drafts as are likely to hold: another one must gain more time than it takes."""
+        rates = self.rates.of_exit(plan.exit_layer)
+        slope = self._seconds("early_exit", plan.exit_layer, most) - self._seconds("early_exit", plan.exit_layer, 1)
+        worth = slope / max(1, most - 1) * plan.tokens_per_second  # tokens that the time of another draft is worth
+        stop = DraftStop(rates=rates.by_confidence(), least=worth / max(0.05, rates.overall.value))
+        return Plan(
+            drafter="early_exit",
+            exit_layer=plan.exit_layer,
+            num_speculations=most,
+            tokens_per_second=plan.tokens_per_second,
+            stop=stop,
+        )
 
-    def observe_exits(self, agreement: Mapping[int, tuple[float, int]]) -> None:
-        """Learn from a probe."""
-        for exit_layer, (agreed, tokens) in agreement.items():
-            self.acceptance[exit_layer].observe(agreed, tokens)
-
-    def _match(self, length: int) -> Acceptance:
-        return self.matches.setdefault(min(length, 16).bit_length(), Acceptance())
-
-    def _better_ngram(self, best: Plan, lengths: Sequence[int], most: int) -> Plan:
-        if not any(lengths):
+    def _better_ngram(self, best: Plan, matches: Sequence[Match | None], most: int) -> Plan:
+        if not any(matches):
             return best
+        rates = [self.rates.of_match(match.length).value if match is not None else 0.0 for match in matches]
+        tokens, chances = float(len(rates)), [1.0] * len(rates)
         for drafts in range(1, most + 1):
-            tokens = [expected_tokens(self._match(n).rate, drafts) if n else 1.0 for n in lengths]
-            gain = sum(tokens) / len(tokens) / self.costs.round(0, drafts)
-            if gain > best.tokens_per_second:
-                best = Plan(drafter="ngram", num_speculations=drafts, tokens_per_second=gain)
+            chances = [chance * rate for chance, rate in zip(chances, rates, strict=True)]
+            tokens += sum(chances)
+            speed = tokens / len(rates) / self._seconds("ngram", 0, drafts)
+            if speed > best.tokens_per_second:
+                best = Plan(drafter="ngram", num_speculations=drafts, tokens_per_second=speed)
         return best

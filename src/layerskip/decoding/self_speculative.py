@@ -39,11 +39,14 @@ def verify(batch: Batch, draft: Draft, exits: Collection[int] = ()) -> Verificat
         exits: Exits of which to say how often they would have been right.
     """
     decoder, cache = batch.decoder, batch.cache
-    positions = decoder.place(cache, cache.lengths, draft.hidden.shape[1])
+    start, stop = draft.exit_layer, decoder.num_layers
+    inputs = torch.cat((batch.pending(), draft.tokens), 1) if draft.hidden is None else draft.hidden
+    positions = decoder.place(cache, cache.lengths, inputs.shape[1])
     if batch.greedy and not exits:
-        targets = decoder.choose_greedy(draft.hidden, positions, cache, draft.exit_layer, decoder.num_layers)
+        targets = decoder.choose_greedy(inputs, positions, cache, start, stop)
         return Verification(rounds=_commit(batch, draft, _compared(draft, targets)))
-    hidden, states = run_through(decoder, draft.hidden, positions, cache, draft.exit_layer, decoder.num_layers, exits)
+    hidden = decoder.embed(inputs) if draft.hidden is None else inputs
+    hidden, states = run_through(decoder, hidden, positions, cache, start, stop, exits)
     judge = _Judge(batch, draft, decoder.unembed(hidden))
     rounds = _commit(batch, draft, judge.result())  # without exits, the round's only wait
     agreement = {

@@ -17,6 +17,7 @@ from torch import Tensor
 from layerskip.model.attention import Positions
 from layerskip.model.cache import KVCache
 from layerskip.model.config import ModelConfig
+from layerskip.model.drafts import DraftStop, GreedyDrafts
 from layerskip.model.linear import Linear
 from layerskip.model.rope import RopeTable
 from layerskip.model.torch_network import LayerWeights
@@ -50,8 +51,8 @@ class Network(Protocol):
         ...
 
     def draft_greedy(
-        self, tokens: Tensor, cache: KVCache, exit_layer: int, num_drafts: int
-    ) -> tuple[Tensor, Tensor] | None:
+        self, tokens: Tensor, cache: KVCache, exit_layer: int, num_drafts: int, stop: DraftStop | None = None
+    ) -> GreedyDrafts | None:
         """`Decoder.draft_greedy`, or None where it takes the decoder's verbs."""
         ...
 
@@ -160,21 +161,21 @@ class Decoder:
         return self.unembed(self.run_layers(hidden, positions, cache, start, stop)).argmax(-1)
 
     def draft_greedy(
-        self, tokens: Tensor, cache: KVCache, exit_layer: int, num_drafts: int
-    ) -> tuple[Tensor, Tensor] | None:
+        self, tokens: Tensor, cache: KVCache, exit_layer: int, num_drafts: int, stop: DraftStop | None = None
+    ) -> GreedyDrafts | None:
         """Write likeliest tokens with the first layers, in one call where the network can do that.
 
         Args:
             tokens: [B, 1], the last token of each row, right after what its row of the cache has committed.
             cache: Nothing is committed.
             exit_layer: E, layers to run.
-            num_drafts: K, tokens to write in each row.
+            num_drafts: K, most tokens to write in each row.
+            stop: When to write fewer.
 
         Returns:
-            The tokens [B, K], and [B, K + 1, D], the outputs of layer E - 1 for `tokens` and for those written; or None
-            where it takes `embed`, `run_layers` and `unembed`, K times over.
+            The drafts, or None where it takes `embed`, `run_layers` and `unembed`, K times over.
         """
-        found = self._network.draft_greedy(tokens, cache, exit_layer, num_drafts)
+        found = self._network.draft_greedy(tokens, cache, exit_layer, num_drafts, stop)
         if found is not None:
-            self.layer_calls += (num_drafts + 1) * exit_layer
+            self.layer_calls += found.hidden.shape[1] * exit_layer
         return found

@@ -9,6 +9,8 @@ import functools
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
+from layerskip.model.drafts import CONFIDENCE_CLASSES
+
 INTERFACE = 1
 """Version of structures and functions; `layerskip_interface` must return it."""
 LIBRARY = Path(__file__).parents[1] / "_native.so"
@@ -93,6 +95,12 @@ class EmbeddingView(Structure):
     _fields_ = (("table", c_void_p), ("is_bfloat16", c_int32), ("multiplier", c_float))
 
 
+class DraftStopView(Structure):
+    """`DraftStop` of native/network.h."""
+
+    _fields_ = (("rates", c_float * CONFIDENCE_CLASSES), ("least", c_float))
+
+
 @functools.cache
 def load_library(path: Path = LIBRARY) -> ctypes.CDLL | None:
     """The library with its functions declared, or None where it can't be used."""
@@ -112,8 +120,9 @@ def load_library(path: Path = LIBRARY) -> ctypes.CDLL | None:
     library.layerskip_unembed.argtypes = [POINTER(NetworkView), c_void_p, c_int32, c_void_p]
     library.layerskip_draft.argtypes = [
         POINTER(NetworkView), POINTER(EmbeddingView), c_void_p, c_int32, c_void_p, c_int32, c_int32,
-        POINTER(CacheView), c_void_p, c_void_p,
+        POINTER(CacheView), POINTER(DraftStopView), c_void_p, c_void_p, c_void_p,
     ]  # fmt: skip
+    library.layerskip_draft.restype = c_int32
     library.layerskip_choose.argtypes = [
         POINTER(NetworkView), POINTER(EmbeddingView), c_void_p, c_void_p, c_int32, c_int32, c_void_p,
         POINTER(CacheView), c_int32, c_int32, c_void_p,
@@ -126,6 +135,6 @@ def load_library(path: Path = LIBRARY) -> ctypes.CDLL | None:
     library.layerskip_fits_bfloat16.argtypes = [c_void_p, c_int64]
     library.layerskip_fits_bfloat16.restype = c_int32
     library.layerskip_multiply.argtypes = [POINTER(LinearView), c_void_p, c_int32, c_void_p, c_int32]
-    for name in ("run_layers", "unembed", "choose", "draft", "pack", "multiply"):
+    for name in ("run_layers", "unembed", "choose", "pack", "multiply"):
         getattr(library, f"layerskip_{name}").restype = None
     return library

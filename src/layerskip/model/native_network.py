@@ -19,12 +19,14 @@ from torch import Tensor
 from layerskip.model.attention import Positions
 from layerskip.model.cache import KVCache
 from layerskip.model.config import SLIDING, ModelConfig
+from layerskip.model.drafts import DraftStop, GreedyDrafts
 from layerskip.model.native_library import (
     ACTIVATIONS,
     FORMATS,
     GROUP,
     PANEL,
     CacheView,
+    DraftStopView,
     EmbeddingView,
     LayerView,
     LinearView,
@@ -230,16 +232,17 @@ class NativeNetwork:
         return chosen
 
     def draft_greedy(
-        self, tokens: Tensor, cache: KVCache, exit_layer: int, num_drafts: int
-    ) -> tuple[Tensor, Tensor] | None:
+        self, tokens: Tensor, cache: KVCache, exit_layer: int, num_drafts: int, stop: DraftStop | None = None
+    ) -> GreedyDrafts | None:
         """`Decoder.draft_greedy` in one call."""
         if self._embedding is None:
             return None
         rows = len(cache.lengths)
         hidden = torch.empty(num_drafts + 1, rows, self.config.hidden_size)
         drafts = torch.empty(num_drafts, rows, dtype=torch.long)
+        confidences = (ctypes.c_float * (num_drafts * rows))()
         self._network.threads = torch.get_num_threads()
-        self._draft(
+        made = self._draft(
             self._network,
             self._embedding,
             tokens.contiguous().data_ptr(),
@@ -248,10 +251,16 @@ class NativeNetwork:
             num_drafts,
             exit_layer,
             self._cache_view(cache),
+            None if stop is None else DraftStopView(rates=stop.rates, least=stop.least),
             hidden.data_ptr(),
             drafts.data_ptr(),
+            confidences,
         )
-        return drafts.t(), hidden.transpose(0, 1)
+        return GreedyDrafts(
+            tokens=drafts[:made].t(),
+            hidden=hidden[: made + 1].transpose(0, 1),
+            confidences=[] if stop is None else [confidences[row : made * rows : rows] for row in range(rows)],
+        )
 
     def _cache_view(self, cache: KVCache) -> CacheView:
         """The structure for a cache, kept until another one is used."""

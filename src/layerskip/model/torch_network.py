@@ -14,6 +14,7 @@ from torch import Tensor
 from layerskip.model.attention import Positions, attend
 from layerskip.model.cache import KVCache
 from layerskip.model.config import ModelConfig
+from layerskip.model.drafts import DraftStop, GreedyDrafts
 from layerskip.model.linear import Linear
 from layerskip.model.rope import rotate
 
@@ -77,8 +78,8 @@ class TorchNetwork:
         return None
 
     def draft_greedy(
-        self, tokens: Tensor, cache: KVCache, exit_layer: int, num_drafts: int
-    ) -> tuple[Tensor, Tensor] | None:
+        self, tokens: Tensor, cache: KVCache, exit_layer: int, num_drafts: int, stop: DraftStop | None = None
+    ) -> GreedyDrafts | None:
         """There is no shorter way than the decoder's verbs."""
         return None
 

@@ -2,10 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <mutex>
 #include <vector>
 
+#include "attention.h"
 #include "threads.h"
 
 namespace layerskip {
@@ -38,15 +38,33 @@ Vector activate(Vector x, int32_t activation) {
     }
 }
 
+// Rows that go through the layers together.
+struct Block {
+    int rows = 0;
+    int64_t texts[kChunk];
+    int64_t positions[kChunk];
+    Segment segments[kChunk];
+    int num_segments = 0;
+
+    void add(int64_t text, int64_t position) {
+        if (num_segments == 0 || segments[num_segments - 1].text != text)
+            segments[num_segments++] = {text, position, rows, 0};
+        ++segments[num_segments - 1].count;
+        texts[rows] = text;
+        positions[rows++] = position;
+    }
+};
+
 // One member's part of a forward pass.
 class Pass {
   public:
-    Pass(const Network& network, const Cache& cache, float* hidden, int rows, const int64_t* texts,
-         const int64_t* positions, float* shared, Team& team, int member)
-        : net_(network), cache_(cache), hidden_(hidden), rows_(rows), texts_(texts), positions_(positions), team_(team),
-          member_(member) {
+    Pass(const Network& network, const Cache& cache, float* hidden, const Block& block, float* shared, Team& team,
+         int member)
+        : net_(network), cache_(cache), hidden_(hidden), rows_(block.rows), texts_(block.texts),
+          positions_(block.positions), team_(team), member_(member),
+          attention_(network, cache, block.segments, block.num_segments, shared, team, member) {
         const int64_t channels = static_cast<int64_t>(net_.heads + 2 * net_.kv_heads) * net_.head_channels;
-        qkv_ = shared;
+        qkv_ = shared + Attention::kPartialFloats;
         attended_ = qkv_ + kChunk * channels;
         gate_up_ = attended_ + kChunk * static_cast<int64_t>(net_.heads) * net_.head_channels;
         inner_ = gate_up_ + kChunk * 2 * static_cast<int64_t>(net_.mlp_width);
@@ -58,7 +76,7 @@ class Pass {
     static int64_t shared_floats(const Network& net) {
         const int64_t qkv = static_cast<int64_t>(net.heads + 2 * net.kv_heads) * net.head_channels;
         const int64_t attended = static_cast<int64_t>(net.heads) * net.head_channels;
-        return kChunk * (qkv + attended + 3 * static_cast<int64_t>(net.mlp_width) + 2 * net.width);
+        return Attention::kPartialFloats + kChunk * (qkv + attended + 3 * static_cast<int64_t>(net.mlp_width) + 2 * net.width);
     }
 
     void run(int first, int last) {
@@ -69,8 +87,7 @@ class Pass {
             team_.barrier();
             place_keys(layer, index);
             team_.barrier();
-            attend(layer, index);
-            team_.barrier();
+            attention_.run(qkv_, attended_, index, layer.window);
             add_product(layer.o, attended_, layer.post_attention_norm);
             team_.barrier();
             norm_rows(hidden_, layer.mlp_norm);
@@ -166,71 +183,6 @@ class Pass {
         for (int64_t i = rotary; i < net_.head_channels; ++i) to[i] = x[i];
     }
 
-    // Attention of the rows' queries over the slots that they see.
-    void attend(const Layer& layer, int index) {
-        const int groups = net_.heads / net_.kv_heads;
-        const int64_t channels = net_.head_channels, stride = net_.kv_heads * channels;
-        for (int task = member_; task < rows_ * net_.heads; task += team_.size()) {
-            const int row = task / net_.heads, head = task % net_.heads;
-            const int64_t end = std::min(positions_[row], cache_.capacity) + 1;
-            const int64_t first = layer.window > 0 ? std::max<int64_t>(0, positions_[row] + 1 - layer.window) : 0;
-            const int64_t at = index * cache_.layer_stride + texts_[row] * cache_.row_stride + first * stride +
-                               head / groups * channels;
-            const float* query = qkv_ + (row * static_cast<int64_t>(net_.heads + 2 * net_.kv_heads) + head) * channels;
-            float* out = attended_ + task * channels;
-            weigh(query, cache_.keys + at, stride, end - first);
-            mix(cache_.values + at, stride, end - first, out);
-        }
-    }
-
-    // weights_ = exp(scale * keys . query - their maximum), total_ = their sum
-    void weigh(const float* query, const float* keys, int64_t stride, int64_t count) {
-        const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
-        if (static_cast<int64_t>(weights_.size()) < padded) weights_.resize(2 * padded);
-        const float infinity = std::numeric_limits<float>::infinity();
-        Vector largest = broadcast(-infinity);
-        for (int64_t t = 0; t < padded; t += kLanes) {
-            const float* key[kLanes];  // beyond the end, the last one again
-            for (int j = 0; j < kLanes; ++j) key[j] = keys + std::min(t + j, count - 1) * stride;
-            Vector products[kLanes] = {};
-            for (int64_t i = 0; i < net_.head_channels; i += kLanes) {
-                const Vector part = load(query + i);
-                for (int j = 0; j < kLanes; ++j) products[j] += part * load(key[j] + i);
-            }
-            const Vector scores = sums(products) * net_.attention_scale;
-            largest = maximum(largest, scores);
-            store(&weights_[t], scores);
-        }
-        for (int64_t t = count; t < padded; ++t) weights_[t] = -infinity;
-        float most = largest[0];
-        for (int j = 1; j < kLanes; ++j) most = std::max(most, largest[j]);
-        Vector totals{};
-        for (int64_t t = 0; t < padded; t += kLanes) {
-            const Vector weights = exponential(load(&weights_[t]) - most);
-            store(&weights_[t], weights);
-            totals += weights;
-        }
-        total_ = sum(totals);
-    }
-
-    // out = sum of weights_ * values / total_
-    void mix(const float* values, int64_t stride, int64_t count, float* out) const {
-        int64_t i = 0;
-        for (; i + 8 * kLanes <= net_.head_channels; i += 8 * kLanes) mix_channels<8>(values + i, stride, count, out + i);
-        for (; i + 2 * kLanes <= net_.head_channels; i += 2 * kLanes) mix_channels<2>(values + i, stride, count, out + i);
-        for (; i < net_.head_channels; i += kLanes) mix_channels<1>(values + i, stride, count, out + i);
-    }
-
-    template <int Count>
-    void mix_channels(const float* values, int64_t stride, int64_t count, float* out) const {
-        Vector sums[Count] = {};
-        for (int64_t t = 0; t < count; ++t) {
-            const Vector weight = broadcast(weights_[t]);
-            for (int c = 0; c < Count; ++c) sums[c] += weight * load(values + t * stride + c * kLanes);
-        }
-        for (int c = 0; c < Count; ++c) store(out + c * kLanes, sums[c] * (1.0f / total_));
-    }
-
     const Network& net_;
     const Cache& cache_;
     float* hidden_;
@@ -240,8 +192,7 @@ class Pass {
     Team& team_;
     const int member_;
     float *qkv_, *attended_, *gate_up_, *inner_, *normed_, *out_;
-    std::vector<float> weights_;
-    float total_ = 0;
+    Attention attention_;
 };
 
 std::mutex call_mutex;  // one forward pass at a time: they would share the team and the workspace
@@ -258,15 +209,11 @@ void run_layers(const Network& network, float* hidden, int32_t texts, int32_t qu
     float* shared = workspace(Pass::shared_floats(network));
     const int64_t total = static_cast<int64_t>(texts) * queries;
     for (int64_t begin = 0; begin < total; begin += kChunk) {
-        const int rows = static_cast<int>(std::min<int64_t>(kChunk, total - begin));
-        int64_t text_of[kChunk], position_of[kChunk];
-        for (int row = 0; row < rows; ++row) {
-            text_of[row] = (begin + row) / queries;
-            position_of[row] = starts[text_of[row]] + (begin + row) % queries;
-        }
+        Block block;
+        for (int64_t row = begin; row < std::min(total, begin + kChunk); ++row)
+            block.add(row / queries, starts[row / queries] + row % queries);
         team.run([&](int member, int) {
-            Pass(network, cache, hidden + begin * network.width, rows, text_of, position_of, shared, team, member)
-                .run(first, last);
+            Pass(network, cache, hidden + begin * network.width, block, shared, team, member).run(first, last);
         });
     }
 }
@@ -276,11 +223,11 @@ void unembed(const Network& network, const float* hidden, int32_t rows, float* l
     float* shared = workspace(Pass::shared_floats(network));
     const Cache none{};
     for (int64_t begin = 0; begin < rows; begin += kChunk) {
-        const int count = static_cast<int>(std::min<int64_t>(kChunk, rows - begin));
+        Block block;
+        block.rows = static_cast<int>(std::min<int64_t>(kChunk, rows - begin));
+        float* states = const_cast<float*>(hidden) + begin * network.width;
         team.run([&](int member, int) {
-            Pass(network, none, const_cast<float*>(hidden) + begin * network.width, count, nullptr, nullptr, shared,
-                 team, member)
-                .logits(logits + begin * network.head.outputs);
+            Pass(network, none, states, block, shared, team, member).logits(logits + begin * network.head.outputs);
         });
     }
 }

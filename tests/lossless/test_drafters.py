@@ -1,15 +1,17 @@
 """Every drafter and policy writes the tokens of autoregressive decoding, also when plans change between rounds."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.loop import decode, make_batch
-from layerskip.decoding.policy import Drafter, Plan
+from layerskip.decoding.ngram import Match
+from layerskip.decoding.policy import Drafter, Outcome, Plan
 from layerskip.language_model import LanguageModel
+from layerskip.model.drafts import CONFIDENCE_CLASSES, DraftStop
 
 SAMPLED = {"temperature": 0.9, "top_k": 12, "seed": 5}
 REPEATING = [3, 1, 4, 1, 5, 3, 1, 4, 1, 5, 3, 1, 4]
@@ -24,22 +26,31 @@ class Erratic:
         self.pick = random.Random(seed)
         self.exits = tuple(range(1, num_layers))
         self.seen: list[Plan] = []
+        self.stopped = 0
 
     @property
     def probes(self) -> bool:
         return self.pick.random() < 0.5
 
-    def plan(self, match_lengths: Sequence[int], remaining: int) -> Plan:
+    def plan(self, matches: Sequence[Match | None], remaining: int) -> Plan:
         drafter: Drafter = self.pick.choice(["none", "early_exit", "early_exit", "ngram"])
         exit_layer = self.pick.randrange(1, len(self.exits) + 2) if drafter == "early_exit" else 0
-        self.seen.append(Plan(drafter=drafter, exit_layer=exit_layer, num_speculations=self.pick.randrange(1, 7)))
+        stop = None
+        if self.pick.random() < 0.5:
+            rates = tuple(self.pick.random() for _ in range(CONFIDENCE_CLASSES))
+            stop = DraftStop(rates=rates, least=self.pick.random() / 2)
+        drafts = self.pick.randrange(1, 7)
+        self.seen.append(Plan(drafter=drafter, exit_layer=exit_layer, num_speculations=drafts, stop=stop))
         return self.seen[-1]
 
-    def observe(self, plan: Plan, accepted: Sequence[tuple[int, int]], match_lengths: Sequence[int]) -> None:
-        assert len(accepted) == len(match_lengths)
-
-    def observe_exits(self, agreement: Mapping[int, tuple[float, int]]) -> None:
-        for agreed, tokens in agreement.values():
+    def observe(self, plan: Plan, matches: Sequence[Match | None], outcome: Outcome) -> None:
+        assert len(matches) == len(outcome.held) == len(outcome.drafted) == len(outcome.tokens)
+        assert outcome.seconds > 0
+        drafted = max(outcome.drafted)
+        assert drafted <= plan.num_speculations
+        assert all(len(row) >= drafted and all(0 < x <= 1.001 for x in row) for row in outcome.confidences)
+        self.stopped += bool(outcome.confidences) and drafted < plan.num_speculations
+        for agreed, tokens in outcome.agreement.values():
             assert 0 <= agreed <= tokens + 1e-4
 
 
@@ -73,6 +84,7 @@ def test_plans_that_change_every_round(
     policy = Erratic(seed, lm.decoder.num_layers)
     assert write(lm, texts, policy, max_new_tokens=36, **options) == expected
     assert len({(plan.drafter, plan.exit_layer) for plan in policy.seen}) > 3
+    assert policy.stopped > 0
 
 
 @pytest.mark.parametrize("strategy", ["ngram", "adaptive"])

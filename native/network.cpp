@@ -252,12 +252,13 @@ void choose(const Network& network, const float* hidden, int32_t rows, float* lo
     for (int row = 0; row < rows; ++row) {
         const float* scores = logits + row * static_cast<int64_t>(network.head.outputs);
         out[row] = std::max_element(scores, scores + network.vocabulary) - scores;
+        if (network.tokens != nullptr) out[row] = network.tokens[out[row]];
     }
 }
 
 // Probability of the likeliest token.
-float probability(const float* scores, int64_t count, int64_t likeliest) {
-    const float most = scores[likeliest];
+float probability(const float* scores, int64_t count) {
+    const float most = *std::max_element(scores, scores + count);
     Vector sums{};
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) sums += exponential(load(scores + i) - most);
@@ -298,12 +299,12 @@ void layerskip_choose(const Network* network, const Embedding* embedding, const 
 
 int32_t layerskip_draft(const Network* network, const Embedding* embedding, const int64_t* tokens, int32_t texts,
                         const int64_t* starts, int32_t drafts, int32_t layers, const Cache* cache,
-                        const DraftStop* stop, float* hidden, int64_t* out, float* confidences) {
+                        const DraftStop* stop, int32_t complete, float* hidden, int64_t* out, float* confidences) {
     std::lock_guard<std::mutex> lock(call_mutex);
     const int64_t width = network->width, outputs = network->head.outputs;
     std::vector<float> logits(texts * outputs), chances(texts, 1.0f);
     std::vector<int64_t> at(starts, starts + texts);
-    for (int draft = 0; draft <= drafts; ++draft) {
+    for (int draft = 0; draft < drafts + (complete ? 1 : 0); ++draft) {
         float* states = hidden + draft * texts * width;
         const int64_t* last = draft == 0 ? tokens : out + (draft - 1) * texts;
         for (int text = 0; text < texts; ++text) embed(*embedding, last[text], width, states + text * width);
@@ -315,7 +316,7 @@ int32_t layerskip_draft(const Network* network, const Embedding* embedding, cons
         if (stop == nullptr) continue;
         float total = 0;
         for (int text = 0; text < texts; ++text) {
-            const float confidence = probability(logits.data() + text * outputs, network->vocabulary, chosen[text]);
+            const float confidence = probability(logits.data() + text * outputs, network->vocabulary);
             confidences[draft * texts + text] = confidence;
             total += chances[text] *= stop->rates[confidence_class(confidence)];
         }

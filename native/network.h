@@ -33,6 +33,7 @@ struct Network {
     const Layer* layers;
     const float* final_norm;  // [D]
     Linear head;              // D -> V
+    const int64_t* tokens;    // ids of the head's outputs; null: their numbers
     int32_t width;
     int32_t heads;
     int32_t kv_heads;
@@ -87,11 +88,11 @@ struct DraftStop {
 
 // Greedy drafts with the first `layers` layers: from tokens [texts] on, up to `drafts` tokens of each text, the first of
 // them at position starts[b] + 1. out, confidences: [drafts, texts], tokens and their probabilities; hidden:
-// [drafts + 1, texts, D], outputs of layer `layers` - 1 for the token given and for the drafts. Without `stop`, `drafts`
-// are made and confidences aren't. Returns how many were made.
+// [drafts + 1, texts, D], outputs of layer `layers` - 1 for the token given and for the drafts; the last draft runs through
+// the layers only if `complete`. Without `stop`, `drafts` are made and confidences aren't. Returns how many were made.
 int32_t layerskip_draft(const Network* network, const Embedding* embedding, const int64_t* tokens, int32_t texts,
                         const int64_t* starts, int32_t drafts, int32_t layers, const Cache* cache,
-                        const DraftStop* stop, float* hidden, int64_t* out, float* confidences);
+                        const DraftStop* stop, int32_t complete, float* hidden, int64_t* out, float* confidences);
 
 int64_t layerskip_packed_bytes(int32_t inputs, int32_t outputs, int32_t format);
 

@@ -21,8 +21,10 @@ from layerskip.hub import download
 from layerskip.model.cache import free_memory
 from layerskip.model.config import ModelConfig, read_eos
 from layerskip.model.decoder import Decoder
+from layerskip.model.drafts import DraftWeights, frequent_tokens
 from layerskip.model.families import parse_config
 from layerskip.model.native_network import why_not_native
+from layerskip.model.quantization import check_quantization
 from layerskip.model.weights import load_decoder, tensor_shapes
 
 if TYPE_CHECKING:
@@ -93,7 +95,16 @@ class Checkpoint:
         return tokenizer
 
     def load_decoder(
-        self, *, dtype: str = "auto", device: str = "auto", max_context: int | None = None, kernels: str = "auto"
+        self,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        max_context: int | None = None,
+        kernels: str = "auto",
+        quantize: str | None = None,
+        quantize_draft: str | None = None,
+        draft_vocabulary: int | None = None,
+        draft_text: str | Path | None = None,
     ) -> Decoder:
         """Load the network.
 
@@ -103,6 +114,10 @@ class Checkpoint:
             max_context: Longest sequence in tokens; the model's own context if not given. For a model with LongRoPE
                 that is the context before scaling, and a larger value selects the long factors, for all lengths.
             kernels: `native` (compiled, float32 on a CPU), `torch`, or `auto`: native where it can run the model.
+            quantize: Keep weights in `int8`, `int4` or `fp8`.
+            quantize_draft: The same for a copy that drafts only; verification keeps the weights as they are.
+            draft_vocabulary: Draft among so many of the most frequent tokens only.
+            draft_text: A text file that says which tokens are frequent; the tokenizer's order if not given.
 
         Raises:
             InvalidArgumentError: Unknown dtype or device, a context beyond the model's, or kernels that can't run it.
@@ -114,7 +129,16 @@ class Checkpoint:
         kind = choose_dtype(dtype, on, self.raw_config)
         context = choose_context(config, max_context)
         native = choose_kernels(kernels, config, on, kind)
-        needed = self.num_parameters * kind.itemsize
+        for name, value in (("quantize", quantize), ("quantize_draft", quantize_draft)):
+            if value is not None:
+                check_quantization(name, value, native=native, device=on, dtype=kind)
+        tokens = None
+        if draft_vocabulary is not None:
+            tokens = self._frequent_tokens(draft_vocabulary, draft_text)
+        elif draft_text is not None:
+            raise InvalidArgumentError("draft_text ranks tokens for draft_vocabulary; give that as well")
+        draft = DraftWeights(quantize=quantize_draft, tokens=tokens) if quantize_draft or tokens else None
+        needed = self.num_parameters * (kind.itemsize if quantize is None else 1)
         free = free_memory(on)
         weights = self.weights
         if free is not None and needed > free:
@@ -122,7 +146,30 @@ class Checkpoint:
                 f"{self.name} needs {needed / 2**30:.2f} GiB in {kind} and {free / 2**30:.2f} GiB are free on {on}; "
                 "use a 16-bit dtype, a smaller model or another device"
             )
-        return load_decoder(config, weights, dtype=kind, device=on, max_context=context, native=native)
+        return load_decoder(
+            config,
+            weights,
+            dtype=kind,
+            device=on,
+            max_context=context,
+            native=native,
+            quantize=quantize,
+            draft=draft,
+        )
+
+    def _frequent_tokens(self, count: int, text: str | Path | None) -> tuple[int, ...]:
+        """The tokens that drafts may be: end-of-sequence tokens, then the most frequent ones."""
+        size = self.config.vocab_size
+        if not 1 <= count <= size:
+            raise InvalidArgumentError(f"draft_vocabulary must be from 1 to the vocabulary's {size}, got {count}")
+        found: list[int] = []
+        if text is not None:
+            try:
+                content = Path(text).read_text("utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise InvalidArgumentError(f"draft_text {str(text)!r} can't be read: {error}") from error
+            found = self.tokenizer(content, add_special_tokens=False)["input_ids"]
+        return frequent_tokens(found, count, size, self.eos_token_ids)
 
 
 class SafetensorsFiles:

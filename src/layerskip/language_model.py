@@ -4,6 +4,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import index
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -36,6 +37,10 @@ def load(
     revision: str | None = None,
     max_context: int | None = None,
     kernels: str = "auto",
+    quantize: str | None = None,
+    quantize_draft: str | None = None,
+    draft_vocabulary: int | None = None,
+    draft_text: str | Path | None = None,
 ) -> "LanguageModel":
     """Load a checkpoint.
 
@@ -47,6 +52,10 @@ def load(
         max_context: Longest sequence in tokens; the model's own context if not given (for LongRoPE models the one
             before scaling: ask for more to select the long factors).
         kernels: `native` (compiled, float32 on a CPU), `torch`, or `auto`: native where it can run the model.
+        quantize: Keep weights in `int8`, `int4` or `fp8` (CUDA): less memory, more tokens/s, and another model.
+        quantize_draft: The same for a copy that drafts only; the text stays that of the weights as they are.
+        draft_vocabulary: Draft among so many of the most frequent tokens only; the text stays the same.
+        draft_text: A text file that says which tokens are frequent; the tokenizer's order if not given.
 
     Raises:
         CheckpointError: The checkpoint can't be found, read or understood; its subclasses say which.
@@ -58,7 +67,16 @@ def load(
         >>> lm.generate(["def add(a, b):"], max_new_tokens=20)[0].text
     """
     checkpoint = open_checkpoint(name, revision=revision)
-    decoder = checkpoint.load_decoder(dtype=dtype, device=device, max_context=max_context, kernels=kernels)
+    decoder = checkpoint.load_decoder(
+        dtype=dtype,
+        device=device,
+        max_context=max_context,
+        kernels=kernels,
+        quantize=quantize,
+        quantize_draft=quantize_draft,
+        draft_vocabulary=draft_vocabulary,
+        draft_text=draft_text,
+    )
     return LanguageModel(checkpoint, decoder)
 
 

@@ -90,6 +90,12 @@ def lm(make_lm: Callable[..., LanguageModel], request: pytest.FixtureRequest) ->
 
 
 @pytest.fixture(scope="session")
+def lm_folder(make_lm: Callable[..., LanguageModel]) -> Path:
+    """The checkpoint of the network of most tests."""
+    return make_lm().checkpoint.folder
+
+
+@pytest.fixture(scope="session")
 def prompts() -> list[list[int]]:
     """Prompts of different lengths, one of a single token."""
     return [[7], [3, 1, 4, 1, 5, 9, 2, 6], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25]]

@@ -55,6 +55,14 @@ class ModelArguments:
     """Longest text in tokens, prompt included; the model's own context if not given."""
     kernels: Literal["auto", "native", "torch"] = "auto"
     """native: compiled, for float32 on a CPU; torch: all else; auto: native where it can run the model."""
+    quantize: Literal["int8", "int4", "fp8"] | None = None
+    """Keep weights in fewer bits: less memory, more tokens/s, and another model."""
+    quantize_draft: Literal["int8", "int4", "fp8"] | None = None
+    """The same for a copy that drafts only; the text stays that of the weights as they are."""
+    draft_vocabulary: Annotated[int | None, arg(metavar="N")] = None
+    """Draft among the N most frequent tokens only; the text stays the same."""
+    draft_text: Annotated[Path | None, arg(metavar="FILE")] = None
+    """A text that says which tokens are frequent; the tokenizer's order if not given."""
 
 
 @dataclass(frozen=True, kw_only=True)

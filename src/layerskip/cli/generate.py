@@ -4,10 +4,10 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from layerskip.cli.arguments import DecodingArguments, File, ModelArguments, OutputArguments, Text, parse
+from layerskip.cli.arguments import DecodingArguments, File, ModelArguments, OutputArguments, Switch, Text, parse
 from layerskip.cli.exit_code import ExitCode
 from layerskip.cli.prompt_text import drop_line_break, read_text_file, to_text
 from layerskip.cli.terminal import draws, line_history, load_model, make_console, progress, read_line
@@ -30,6 +30,7 @@ class GenerateArguments:
     Examples:
         layerskip generate --prompt "def add(a, b):" --exit-layer 4 --num-speculations 6
         layerskip generate --prompt-file prompt.txt --sample --temperature 0.7 --seed 1 --json
+        layerskip generate --prompt "def add(a, b):" --explain
     """
 
     prompt: Text = None
@@ -38,6 +39,8 @@ class GenerateArguments:
     """File with the text to continue, in UTF-8; one line break at its end is dropped."""
     compare: bool | None = None
     """Also decode without drafts, and compare; on a terminal if not given."""
+    explain: Switch = False
+    """Say why exit and draft length were chosen, and why there is no speedup where there is none."""
     model: ModelArguments = field(default_factory=ModelArguments)
     decoding: DecodingArguments = field(default_factory=DecodingArguments)
     output: OutputArguments = field(default_factory=OutputArguments)
@@ -46,6 +49,11 @@ class GenerateArguments:
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
     arguments = parse(GenerateArguments, "generate", argv)
+    if arguments.explain and arguments.decoding.strategy != "adaptive":
+        raise InvalidArgumentError(
+            "--explain tells why the adaptive strategy chose what it chose; leave out --generation-strategy, "
+            "--exit-layer and --num-speculations"
+        )
     prompt = read_prompt(arguments)
     lm = load_model(arguments.model, arguments.output)
     if prompt is None:
@@ -94,6 +102,8 @@ def _write_json(lm: "LanguageModel", prompt: str, arguments: GenerateArguments) 
         warm_up(lm, prompt, config)
     run = follow(lm.stream(prompt, config), ignore)
     record: dict[str, Any] = {"prompt": prompt, **result_record(lm, config, run.result)}
+    if arguments.explain and run.explanation is not None:
+        record["explanation"] = asdict(run.explanation)
     if arguments.compare and not run.interrupted:
         reference = compare(lm, prompt, config, run.result.seed)
         record["autoregressive"] = result_record(lm, config, reference.result)["stats"]
@@ -115,6 +125,7 @@ def _write_plain(lm: "LanguageModel", prompt: str, arguments: GenerateArguments)
         return ExitCode.INTERRUPTED
     if arguments.compare:
         _show_table(lm, prompt, arguments, run, stderr=True)
+    _show_explanation(arguments, run, stderr=True)
     return ExitCode.DONE
 
 
@@ -135,6 +146,7 @@ def _draw(lm: "LanguageModel", prompt: str, arguments: GenerateArguments, *, sho
     finally:
         painter.finish()
     _show_table(lm, prompt, arguments, run)
+    _show_explanation(arguments, run)
     return ExitCode.INTERRUPTED if run.interrupted else ExitCode.DONE
 
 
@@ -159,6 +171,15 @@ def _show_table(
     console.print(stats_table(run, reference, same_text=same))
     if reference is not None and same is False:
         console.print(difference(run.result.token_ids, reference.result.token_ids), style="bold red")
+
+
+def _show_explanation(arguments: GenerateArguments, run: "Run", *, stderr: bool = False) -> None:
+    from layerskip.cli.summary import explanation_lines
+
+    if arguments.explain and run.explanation is not None:
+        console = make_console(arguments.output, stderr=stderr)
+        for line in explanation_lines(run.explanation):
+            console.print(line, highlight=False)
 
 
 def _ask_for_prompts(lm: "LanguageModel", arguments: GenerateArguments) -> int:

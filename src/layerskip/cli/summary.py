@@ -8,6 +8,7 @@ from rich.table import Table
 
 from layerskip.cli.terminal_stream import Run, follow, ignore
 from layerskip.decoding.config import GenerationConfig
+from layerskip.decoding.explain import Explanation
 from layerskip.decoding.loop import choose_exit_layer
 from layerskip.decoding.stream import GenerationResult
 from layerskip.language_model import LanguageModel
@@ -43,8 +44,11 @@ def is_same_text(config: GenerationConfig, ours: Sequence[int], reference: Seque
 def result_record(lm: LanguageModel, config: GenerationConfig, result: GenerationResult) -> dict[str, Any]:
     """A result with the settings that it came from, for JSON."""
     eos = lm.checkpoint.eos_token_ids if config.eos_token_ids is None else config.eos_token_ids
+    adaptive = config.strategy == "adaptive"
     resolved = {
-        "exit_layer": choose_exit_layer(config, lm.decoder),
+        "generation_strategy": config.strategy,
+        "exit_layer": config.exit_layer if adaptive else choose_exit_layer(config, lm.decoder),
+        "num_speculations": config.num_speculations if adaptive else config.draft_length,
         "do_sample": config.samples,
         "seed": result.seed,
         "eos_token_ids": list(eos),
@@ -54,10 +58,29 @@ def result_record(lm: LanguageModel, config: GenerationConfig, result: Generatio
 
 def describe(lm: LanguageModel, config: GenerationConfig, seed: int) -> str:
     """The settings in a line."""
-    exit_layer = choose_exit_layer(config, lm.decoder)
-    layers = f"{exit_layer} of {lm.decoder.num_layers} layers"
-    work = f"draft {config.num_speculations} tokens a round" if config.speculates else "run"
-    return f"{layers} {work}, {f'sampling with seed {seed}' if config.samples else 'greedy'}"
+    layers = f"{choose_exit_layer(config, lm.decoder)} of {lm.decoder.num_layers} layers"
+    work = {
+        "adaptive": "adaptive",
+        "ngram": f"drafts of {config.draft_length} tokens from the text itself",
+        "self_speculative": f"{layers} draft {config.draft_length} tokens a round",
+        "autoregressive": f"{layers} run",
+    }[config.strategy]
+    return f"{work}, {f'sampling with seed {seed}' if config.samples else 'greedy'}"
+
+
+def explanation_lines(explanation: Explanation) -> list[str]:
+    """An explanation, for people."""
+    lines = list(explanation.reasons)
+    for outlook in explanation.exits:
+        lines.append(
+            f"exit {outlook.exit_layer}: right {outlook.acceptance:.0%} of the time (pays from {outlook.needed:.0%}), "
+            f"{outlook.num_speculations} drafts would give {outlook.speedup:.2f}x; used in {outlook.rounds} rounds"
+        )
+    lines.append(
+        f"A step takes {explanation.step_ms:.2f} ms; "
+        f"verifying four drafts {explanation.verification_ratio:.2f} times that."
+    )
+    return lines
 
 
 def stats_table(run: Run, reference: Run | None = None, *, same_text: bool | None = None) -> Table:

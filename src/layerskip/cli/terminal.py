@@ -60,6 +60,10 @@ def load_model(arguments: ModelArguments, output: OutputArguments) -> "LanguageM
             device=arguments.device,
             max_context=arguments.max_context,
             kernels=arguments.kernels,
+            quantize=arguments.quantize,
+            quantize_draft=arguments.quantize_draft,
+            draft_vocabulary=arguments.draft_vocabulary,
+            draft_text=arguments.draft_text,
         )
         model = LanguageModel(checkpoint, decoder)
         with suppress(TokenizerError):

@@ -11,6 +11,8 @@ from rich.control import Control
 from rich.segment import ControlType
 from rich.text import Text
 
+from layerskip.decoding.explain import Explanation, explain
+from layerskip.decoding.policy import AdaptivePolicy
 from layerskip.decoding.stream import DraftEvent, GenerationResult, GenerationStream, Source, StreamEvent, TokenEvent
 
 STYLES: dict[Source, str] = {"accepted": "green", "corrected": "bold yellow", "bonus": "", "decoded": ""}
@@ -28,6 +30,8 @@ class Run:
     result: GenerationResult
     seconds: float
     """Spent in the engine; drawing is left out."""
+    explanation: Explanation | None = None
+    """Why it was decoded as it was, where that was adaptive."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -58,7 +62,9 @@ def follow(stream: GenerationStream, handle: Callable[[StreamEvent], None]) -> R
             handle(event)
     except KeyboardInterrupt:  # it hit `handle`; within the stream it ends the stream's way
         pass
-    return Run(result=stream.results()[0], seconds=seconds)
+    policy = stream.policy
+    explanation = explain(policy) if isinstance(policy, AdaptivePolicy) else None
+    return Run(result=stream.results()[0], seconds=seconds, explanation=explanation)
 
 
 def ignore(event: StreamEvent) -> None:

@@ -9,6 +9,7 @@ from layerskip.errors import InvalidArgumentError
 Strategy = Literal["adaptive", "autoregressive", "self_speculative", "ngram"]
 Acceptance = Literal["coupled", "rejection"]
 
+DEFAULT_DRAFT_LENGTH = 4
 MIN_TEMPERATURE = 1e-6
 """Below it, sampling is greedy: logits divided by less could overflow."""
 
@@ -19,13 +20,15 @@ class GenerationConfig:
 
     max_new_tokens: int = 128
     """Most tokens to write for each prompt."""
-    generation_strategy: Strategy = "self_speculative"
+    generation_strategy: Strategy | None = None
     """autoregressive: one token a step. self_speculative: draft with the early layers, verify with the rest. ngram:
-    draft what followed the text's last tokens where they occurred before. adaptive: what is fastest, round by round."""
+    draft what followed the text's last tokens where they occurred before. adaptive: what is fastest, round by round.
+    If not given: self_speculative where exit_layer or num_speculations is given, else adaptive."""
     exit_layer: int | None = None
-    """Layers that draft (1..L); a quarter of them if not given. With autoregressive: layers that are run at all."""
-    num_speculations: int = 4
-    """Most tokens to draft in a round."""
+    """Layers that draft (1..L); if not given, adaptive chooses, and self_speculative takes a quarter of them. With
+    autoregressive: layers that are run at all."""
+    num_speculations: int | None = None
+    """Most tokens to draft in a round; if not given, adaptive chooses, and others draft 4."""
     do_sample: bool | None = None
     """Sample, or take the most likely token. If not given: sample when temperature, top-k, top-p or min-p is set."""
     temperature: float = 1.0
@@ -62,10 +65,12 @@ class GenerationConfig:
         object.__setattr__(self, "stop", _strings("stop", self.stop))
         if self.eos_token_ids is not None:
             object.__setattr__(self, "eos_token_ids", _token_ids("eos_token_ids", self.eos_token_ids))
-        _choice("generation_strategy", self.generation_strategy, get_args(Strategy))
+        if self.generation_strategy is not None:
+            _choice("generation_strategy", self.generation_strategy, get_args(Strategy))
         _choice("acceptance", self.acceptance, get_args(Acceptance))
         _whole("max_new_tokens", self.max_new_tokens, least=1)
-        _whole("num_speculations", self.num_speculations, least=1)
+        if self.num_speculations is not None:
+            _whole("num_speculations", self.num_speculations, least=1)
         _whole("top_k", self.top_k, least=0)
         _whole("no_repeat_ngram_size", self.no_repeat_ngram_size, least=0)
         if self.exit_layer is not None:
@@ -91,9 +96,21 @@ class GenerationConfig:
         return self.temperature != 1.0 or self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
 
     @property
+    def strategy(self) -> Strategy:
+        """The strategy that is meant."""
+        if self.generation_strategy is not None:
+            return self.generation_strategy
+        return "adaptive" if self.exit_layer is None and self.num_speculations is None else "self_speculative"
+
+    @property
+    def draft_length(self) -> int:
+        """Most tokens to draft in a round, where that is fixed."""
+        return DEFAULT_DRAFT_LENGTH if self.num_speculations is None else self.num_speculations
+
+    @property
     def speculates(self) -> bool:
         """Whether there are drafts."""
-        return self.generation_strategy != "autoregressive"
+        return self.strategy != "autoregressive"
 
 
 def make_config(config: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig:

@@ -36,6 +36,8 @@ class Costs:
     """Norm, head and choice of a draft."""
     draft_fixed: float
     """All else of drafting, once a round."""
+    shares_states: bool = True
+    """Whether verification goes on from the states of drafting, which runs the last draft through its layers too."""
 
     @property
     def most_drafts(self) -> int:
@@ -47,8 +49,8 @@ class Costs:
         return self.fixed[0] + self.num_layers * self.layer[0]
 
     def drafting(self, exit_layer: int, num_drafts: int) -> float:
-        """Write `num_drafts` tokens at an exit, and run the last one through its layers."""
-        passes = (num_drafts + 1) * exit_layer * self.draft_layer
+        """Write `num_drafts` tokens at an exit."""
+        passes = (num_drafts + self.shares_states) * exit_layer * self.draft_layer
         return self.draft_fixed + passes + num_drafts * self.draft_head
 
     def verification(self, exit_layer: int, num_drafts: int) -> float:
@@ -59,14 +61,15 @@ class Costs:
     def round(self, exit_layer: int, num_drafts: int) -> float:
         """Draft at an exit and verify; at exit 0 drafts come for nothing."""
         drafting = self.drafting(exit_layer, num_drafts) if exit_layer else 0.0
-        return drafting + self.verification(exit_layer, num_drafts)
+        return drafting + self.verification(exit_layer if self.shares_states else 0, num_drafts)
 
 
 def measure_costs(decoder: Decoder, num_rows: int) -> Costs:
     """Time the network's calls for a batch of `num_rows` rows: some thirty passes, or fifteen of a slow network."""
     counts = [n for n in MEASURED_QUERIES if CONTEXT + n <= decoder.max_context] or [1]
-    timer = CallTimer(decoder, num_rows, counts[-1])
+    timer = CallTimer(decoder, num_rows, counts[-1], summary=min)  # whatever disturbs a call makes it longer
     depth = decoder.num_layers
+    timer.seconds(0, depth, counts[-1])  # caches, clocks and threads get going
     layer, fixed = [], []
     for n in counts:
         one, every = timer.seconds(depth - 1, depth, n), timer.seconds(0, depth, n)
@@ -74,11 +77,12 @@ def measure_costs(decoder: Decoder, num_rows: int) -> Costs:
         fixed.append(max(0.0, one - layer[-1]))
     most, middle = min(5, counts[-1] - 1), max(1, depth // 2)
     draft_layer, draft_head, draft_fixed = layer[0], fixed[0], fixed[0]
+    shares_states = decoder.drafter(1).shares_states
     if most > 1 and middle > 1:
         single, several, deep = (timer.drafting(*what) for what in ((1, 1), (1, most), (middle, most)))
-        draft_layer = max(0.0, deep - several) / ((most + 1) * (middle - 1))
+        draft_layer = max(0.0, deep - several) / ((most + shares_states) * (middle - 1))
         draft_head = max(0.0, (several - single) / (most - 1) - draft_layer)
-        draft_fixed = max(0.0, single - 2 * draft_layer - draft_head)
+        draft_fixed = max(0.0, single - (1 + shares_states) * draft_layer - draft_head)
     return Costs(
         num_layers=depth,
         layer=_interpolated(counts, layer),
@@ -86,15 +90,26 @@ def measure_costs(decoder: Decoder, num_rows: int) -> Costs:
         draft_layer=draft_layer,
         draft_head=draft_head,
         draft_fixed=draft_fixed,
+        shares_states=shares_states,
     )
 
 
 class CallTimer:
     """Times calls of a network over tokens that follow some context, as greedy decoding makes them."""
 
-    def __init__(self, decoder: Decoder, num_rows: int, most: int, context: int = CONTEXT) -> None:
-        """Make a cache for calls of up to `most` tokens in each row, after `context` tokens."""
-        self._decoder, self._rows = decoder, num_rows
+    def __init__(
+        self,
+        decoder: Decoder,
+        num_rows: int,
+        most: int,
+        context: int = CONTEXT,
+        summary: Callable[[list[float]], float] = median,
+    ) -> None:
+        """Make a cache for calls of up to `most` tokens in each row, after `context` tokens.
+
+        Several repetitions of a call are summarised by `summary`.
+        """
+        self._decoder, self._rows, self._summary = decoder, num_rows, summary
         context = min(context, decoder.max_context - most)
         self._cache = decoder.new_cache(num_rows, context + most)
         for row in range(num_rows):
@@ -103,7 +118,7 @@ class CallTimer:
     def seconds(
         self, start: int, stop: int, num_queries: int, *, head: bool = True, repetitions: int = REPETITIONS
     ) -> float:
-        """Median seconds of layers start..stop-1, of the embedding if these are the first, and of the head."""
+        """Seconds of layers start..stop-1, of the embedding if these are the first, and of the head."""
         decoder, cache, shape = self._decoder, self._cache, (self._rows, num_queries)
 
         def call() -> None:
@@ -119,14 +134,15 @@ class CallTimer:
         return self._time(call, repetitions)
 
     def drafting(self, exit_layer: int, num_drafts: int) -> float:
-        """Median seconds of writing drafts at an exit and running the last one through its layers."""
-        decoder, cache = self._decoder, self._cache
+        """Seconds of writing drafts at an exit."""
+        drafter, cache = self._decoder.drafter(exit_layer), self._cache
+        decoder, complete = drafter.decoder, drafter.shares_states
         tokens = torch.zeros((self._rows, 1), dtype=torch.long, device=decoder.device)
 
         def call() -> None:
-            if decoder.draft_greedy(tokens, cache, exit_layer, num_drafts) is not None:
+            if decoder.draft_greedy(tokens, cache, exit_layer, num_drafts, None, complete) is not None:
                 return
-            for i in range(num_drafts + 1):
+            for i in range(num_drafts + complete):
                 positions = decoder.place(cache, [length + i for length in cache.lengths], 1)
                 hidden = decoder.run_layers(decoder.embed(tokens), positions, cache, 0, exit_layer)
                 if i < num_drafts:
@@ -136,17 +152,15 @@ class CallTimer:
 
     @torch.inference_mode()
     def _time(self, call: Callable[[], None], repetitions: int) -> float:
-        calls, times = self._decoder.layer_calls, []
-        for _ in range(repetitions + 1):
-            started = time.perf_counter()
-            call()
-            if self._decoder.device.type == "cuda":
-                torch.cuda.synchronize(self._decoder.device)
-            times.append(time.perf_counter() - started)
-            if len(times) > 1 and times[-1] > SLOW_SECONDS:
-                break
-        self._decoder.layer_calls = calls
-        return median(times[1:])
+        times: list[float] = []
+        with self._decoder.uncounted():
+            while len(times) <= repetitions and (len(times) < 2 or times[-1] < SLOW_SECONDS):
+                started = time.perf_counter()
+                call()
+                if self._decoder.device.type == "cuda":
+                    torch.cuda.synchronize(self._decoder.device)
+                times.append(time.perf_counter() - started)
+        return self._summary(times[1:])
 
 
 def _interpolated(counts: Sequence[int], values: Sequence[float]) -> tuple[float, ...]:

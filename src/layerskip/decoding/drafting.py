@@ -78,7 +78,9 @@ def draft_early_exit(
 ) -> Draft:
     """Write drafts with the first layers, nothing of which is committed.
 
-    The last draft runs through the first layers too, without the head: verification needs its hidden state.
+    The last draft runs through the first layers too, without the head: verification needs its hidden state. Not where
+    drafts are written with other weights: what these leave in the cache is overwritten by verification, which then
+    begins with the first layer.
 
     Args:
         batch: The rows.
@@ -88,15 +90,18 @@ def draft_early_exit(
         stop: When to stop before the full length.
     """
     num_drafts = draft_lengths(batch, num_speculations)
-    if batch.greedy and not exits:
-        found = batch.decoder.draft_greedy(batch.pending(), batch.cache, exit_layer, max(num_drafts), stop)
+    drafter = batch.decoder.drafter(exit_layer)
+    if batch.greedy and not (exits and drafter.shares_states):
+        found = drafter.decoder.draft_greedy(
+            batch.pending(), batch.cache, exit_layer, max(num_drafts), stop, drafter.shares_states
+        )
         if found is not None:
             made = found.tokens.shape[1]
             return Draft(
-                exit_layer=exit_layer,
+                exit_layer=exit_layer if drafter.shares_states else 0,
                 num_drafts=[min(usable, made) for usable in num_drafts],
                 tokens=found.tokens,
-                hidden=found.hidden,
+                hidden=found.hidden if drafter.shares_states else None,
                 confidences=found.confidences,
             )
     return _EarlyExitDrafter(batch, exit_layer, exits, stop).run(num_drafts)
@@ -106,7 +111,9 @@ class _EarlyExitDrafter:
     """Drafts pass by pass, with whatever sampling asks for."""
 
     def __init__(self, batch: Batch, exit_layer: int, exits: Collection[int], stop: DraftStop | None) -> None:
-        self._batch, self._exit_layer, self._exits, self._stop = batch, exit_layer, exits, stop
+        self._batch, self._exit_layer, self._stop = batch, exit_layer, stop
+        self._drafter = batch.decoder.drafter(exit_layer)
+        self._exits = exits if self._drafter.shares_states else ()
         self._purpose = Purpose.DRAFT if batch.by_distribution else Purpose.TARGET
         self._counters = [row.recorder.rounds for row in batch.rows] if batch.by_distribution else None
         self._states: dict[int, list[Tensor]] = {}
@@ -118,23 +125,27 @@ class _EarlyExitDrafter:
         batch = self._batch
         token = batch.pending()
         empty = token.new_empty((len(batch.rows), 0))
-        hidden, tokens = [self._pass(token, 0)], [empty]
-        while len(hidden) <= max(num_drafts) and not self._stops():
-            token = self._choose(hidden[-1], len(hidden) - 1)
+        hidden: list[Tensor] = []
+        tokens = [empty]
+        shares = self._drafter.shares_states
+        while len(tokens) <= max(num_drafts) and not self._stops():
+            hidden.append(self._pass(token, len(hidden)))
+            token = self._choose(hidden[-1], len(tokens) - 1)
             tokens.append(token)
+        if shares:
             hidden.append(self._pass(token, len(hidden)))
         return Draft(
-            exit_layer=self._exit_layer,
-            num_drafts=[min(usable, len(hidden) - 1) for usable in num_drafts],
+            exit_layer=self._exit_layer if shares else 0,
+            num_drafts=[min(usable, len(tokens) - 1) for usable in num_drafts],
             tokens=torch.cat(tokens, 1),
-            hidden=torch.cat(hidden, 1),
+            hidden=torch.cat(hidden, 1) if shares else None,
             exit_states={exit_: torch.cat(parts, 1) for exit_, parts in self._states.items()},
             confidences=self._confidences if self._stop is not None else [],
             probs=self._probs,
         )
 
     def _pass(self, token: Tensor, offset: int) -> Tensor:
-        decoder, cache = self._batch.decoder, self._batch.cache
+        decoder, cache = self._drafter.decoder, self._batch.cache
         positions = decoder.place(cache, [length + offset for length in cache.lengths], 1)
         out, passed = run_through(decoder, decoder.embed(token), positions, cache, 0, self._exit_layer, self._exits)
         for exit_, state in passed.items():
@@ -146,7 +157,7 @@ class _EarlyExitDrafter:
         contexts = None
         if sampler.needs_context:
             contexts = [[row.tokens + drafts] for row, drafts in zip(batch.rows, self._written, strict=True)]
-        scores = sampler.scores(batch.decoder.unembed(hidden), contexts)
+        scores = sampler.scores(self._drafter.decoder.unembed(hidden), contexts)
         first = [len(row.tokens) + offset for row in batch.rows]
         token = sampler.choose(scores, batch.seeds, first, self._purpose, self._counters)
         if batch.by_distribution:

@@ -2,7 +2,7 @@
 
 from layerskip.decoding.acceptance import AcceptanceRates
 from layerskip.decoding.costs import Costs, measure_costs
-from layerskip.decoding.policy import AdaptivePolicy, Drafter, candidate_exits
+from layerskip.decoding.policy import MOST_DRAFTS, AdaptivePolicy, Drafter, candidate_exits
 from layerskip.model.decoder import Decoder
 
 
@@ -14,15 +14,32 @@ class Experience:
         self._rates: dict[bool, AcceptanceRates] = {}
         self._corrections: dict[tuple[bool, int], dict[Drafter, float]] = {}
 
-    def policy(self, decoder: Decoder, num_rows: int, *, samples: bool) -> AdaptivePolicy:
-        """A policy for one batch, which adds to what is known; costs are measured when a size is first met."""
+    def policy(
+        self,
+        decoder: Decoder,
+        num_rows: int,
+        *,
+        samples: bool,
+        exit_layer: int | None = None,
+        most_drafts: int | None = None,
+    ) -> AdaptivePolicy:
+        """A policy for one batch, which adds to what is known; costs are measured when a size is first met.
+
+        Args:
+            decoder: The network.
+            num_rows: B.
+            samples: Whether tokens are drawn, or the likeliest taken.
+            exit_layer: The only exit that may draft.
+            most_drafts: Most drafts of a round.
+        """
         size = 1 << (num_rows - 1).bit_length()  # sizes up to the next power of two share their costs
         if size not in self._costs:
             self._costs[size] = measure_costs(decoder, size)
         return AdaptivePolicy(
             costs=self._costs[size],
-            exits=candidate_exits(decoder.num_layers),
+            exits=candidate_exits(decoder.num_layers) if exit_layer is None else (exit_layer,),
             rates=self._rates.setdefault(samples, AcceptanceRates()),
             corrections=self._corrections.setdefault((samples, size), {}),
+            most_drafts=MOST_DRAFTS if most_drafts is None else most_drafts,
             stops_early=decoder.device.type == "cpu",
         )

@@ -57,15 +57,21 @@ def make_policy(
     config: GenerationConfig, decoder: Decoder, num_rows: int, experience: Experience | None = None
 ) -> Policy:
     """The policy that a config asks for, on this network; `adaptive` starts from what is known of the network."""
-    match config.generation_strategy:
+    match config.strategy:
         case "adaptive":
-            return (experience or Experience()).policy(decoder, num_rows, samples=config.samples)
+            return (experience or Experience()).policy(
+                decoder,
+                num_rows,
+                samples=config.samples,
+                exit_layer=config.exit_layer,
+                most_drafts=config.num_speculations,
+            )
         case "ngram":
-            return FixedPolicy(fixed=Plan(drafter="ngram", num_speculations=config.num_speculations))
+            return FixedPolicy(fixed=Plan(drafter="ngram", num_speculations=config.draft_length))
         case _:
             exit_layer = choose_exit_layer(config, decoder)
             return FixedPolicy(
-                fixed=Plan(drafter="early_exit", exit_layer=exit_layer, num_speculations=config.num_speculations)
+                fixed=Plan(drafter="early_exit", exit_layer=exit_layer, num_speculations=config.draft_length)
             )
 
 

@@ -177,8 +177,11 @@ class AdaptivePolicy:
             ratio = min(4.0, max(0.25, outcome.seconds * before / predicted))
             self.corrections[plan.drafter] = CORRECTION_DECAY * before + (1 - CORRECTION_DECAY) * ratio
 
-    def _seconds(self, drafter: Drafter, exit_layer: int, num_drafts: int) -> float:
+    def seconds(self, plan: Plan) -> float:
         """Predicted seconds of a round."""
+        return self._seconds(plan.drafter, plan.exit_layer, plan.num_speculations)
+
+    def _seconds(self, drafter: Drafter, exit_layer: int, num_drafts: int) -> float:
         if drafter == "none":
             return self.costs.step() * self.corrections.get("none", 1.0)
         return self.costs.round(exit_layer, num_drafts) * self.corrections.get(drafter, 1.0)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from layerskip.decoding.batch import Batch, FinishReason, Row
 from layerskip.decoding.loop import Committed, Drafted, decode
+from layerskip.decoding.policy import Policy
 from layerskip.decoding.stats import GenerationStats
 from layerskip.decoding.text import Detokenizer, StopMatcher
 
@@ -86,6 +87,7 @@ class GenerationStream(Iterator[StreamEvent]):
             show_drafts: Include `DraftEvent`s.
         """
         self._rows = list(batch.rows)
+        self._policy = batch.policy
         self._tells = True
         self._writers = [_RowWriter(row, tokenizer, batch.config.stop) for row in self._rows]
         self._events = self._run(decode(batch, show_drafts=show_drafts))
@@ -96,6 +98,11 @@ class GenerationStream(Iterator[StreamEvent]):
         except KeyboardInterrupt:
             self._events = self._finish_all()
             return next(self._events)
+
+    @property
+    def policy(self) -> Policy:
+        """What plans the rounds."""
+        return self._policy
 
     def run(self) -> list[GenerationResult]:
         """Run to the end without reporting events; Ctrl-C is the caller's to handle here."""

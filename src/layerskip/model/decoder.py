@@ -7,7 +7,9 @@
 Shapes: B rows, Q query tokens a row, D width, V vocabulary, L layers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -51,10 +53,32 @@ class Network(Protocol):
         ...
 
     def draft_greedy(
-        self, tokens: Tensor, cache: KVCache, exit_layer: int, num_drafts: int, stop: DraftStop | None = None
+        self,
+        tokens: Tensor,
+        cache: KVCache,
+        exit_layer: int,
+        num_drafts: int,
+        stop: DraftStop | None = None,
+        complete: bool = True,
     ) -> GreedyDrafts | None:
         """`Decoder.draft_greedy`, or None where it takes the decoder's verbs."""
         ...
+
+
+@dataclass
+class _LayerCalls:
+    count: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drafter:
+    """What writes drafts."""
+
+    decoder: "Decoder"
+    num_layers: int
+    """The deepest exit."""
+    shares_states: bool
+    """Whether its hidden states, keys and values are the network's own, so that verification goes on from them."""
 
 
 class Decoder:
@@ -70,6 +94,7 @@ class Decoder:
         dtype: torch.dtype,
         device: torch.device,
         max_context: int,
+        token_ids: Tensor | None = None,
     ) -> None:
         """Put a network together from loaded weights (`weights.load_decoder` does that for a checkpoint).
 
@@ -81,13 +106,15 @@ class Decoder:
             dtype: Dtype of hidden states and cache.
             device: Where everything lives.
             max_context: Longest sequence in tokens that may be run.
+            token_ids: [N] ids of the head's outputs, where it has some only.
         """
         self.config = config
         self.dtype = dtype
         self.device = device
         self.max_context = max_context
-        self.layer_calls = 0
-        """Layers entered so far, each counted once a call whatever its rows and tokens."""
+        self._calls = _LayerCalls()
+        self._token_ids = token_ids
+        self._drafter: Drafter | None = None
         self._embedding = embedding
         self._network = network
         self._ropes = ropes
@@ -102,6 +129,31 @@ class Decoder:
         """Bytes of weights that a pass through layers start..stop-1, and the head, reads."""
         layers = sum(layer.num_bytes for layer in self._network.layers[start:stop])
         return layers + (self._network.head.num_bytes if head else 0)
+
+    @property
+    def layer_calls(self) -> int:
+        """Layers entered so far, while drafting too, each counted once a call whatever its rows and tokens."""
+        return self._calls.count
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Layers entered meanwhile aren't counted."""
+        before = self._calls.count
+        try:
+            yield
+        finally:
+            self._calls.count = before
+
+    def set_drafter(self, decoder: "Decoder", *, num_layers: int, shares_states: bool) -> None:
+        """Let another decoder write drafts, at exits up to `num_layers`; it uses this one's caches."""
+        decoder._calls = self._calls
+        self._drafter = Drafter(decoder=decoder, num_layers=num_layers, shares_states=shares_states)
+
+    def drafter(self, exit_layer: int) -> "Drafter":
+        """What writes drafts at an exit."""
+        if self._drafter is not None and exit_layer <= self._drafter.num_layers:
+            return self._drafter
+        return Drafter(decoder=self, num_layers=self.num_layers, shares_states=True)
 
     def new_cache(self, num_rows: int, capacity: int) -> KVCache:
         """A cache of `num_rows` rows of `capacity` tokens for this network."""
@@ -131,14 +183,18 @@ class Decoder:
         """
         if start >= stop:
             return hidden
-        self.layer_calls += stop - start
+        self._calls.count += stop - start
         return self._network.run_layers(hidden, positions, cache, start, stop)
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Final norm and head: [B, Q, D] -> logits [B, Q, V] in float32. Exits at every layer share them."""
         logits = self._network.unembed(hidden)
         cap = self.config.final_logit_softcapping
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        logits = logits if cap is None else torch.tanh(logits / cap) * cap
+        if self._token_ids is None:
+            return logits
+        everything = logits.new_full((*logits.shape[:-1], self.config.vocab_size), -torch.inf)
+        return everything.index_copy_(-1, self._token_ids, logits)
 
     def choose_greedy(self, inputs: Tensor, positions: Positions, cache: KVCache, start: int, stop: int) -> Tensor:
         """The likeliest token after each of a block, in one call where the network can do that.
@@ -155,13 +211,19 @@ class Decoder:
         """
         chosen = self._network.choose_greedy(inputs, positions, cache, start, stop)
         if chosen is not None:
-            self.layer_calls += stop - start
+            self._calls.count += stop - start
             return chosen
         hidden = self.embed(inputs) if inputs.dtype == torch.long else inputs
         return self.unembed(self.run_layers(hidden, positions, cache, start, stop)).argmax(-1)
 
     def draft_greedy(
-        self, tokens: Tensor, cache: KVCache, exit_layer: int, num_drafts: int, stop: DraftStop | None = None
+        self,
+        tokens: Tensor,
+        cache: KVCache,
+        exit_layer: int,
+        num_drafts: int,
+        stop: DraftStop | None = None,
+        complete: bool = True,
     ) -> GreedyDrafts | None:
         """Write likeliest tokens with the first layers, in one call where the network can do that.
 
@@ -171,11 +233,12 @@ class Decoder:
             exit_layer: E, layers to run.
             num_drafts: K, most tokens to write in each row.
             stop: When to write fewer.
+            complete: Run the last draft through the layers as well.
 
         Returns:
             The drafts, or None where it takes `embed`, `run_layers` and `unembed`, K times over.
         """
-        found = self._network.draft_greedy(tokens, cache, exit_layer, num_drafts, stop)
+        found = self._network.draft_greedy(tokens, cache, exit_layer, num_drafts, stop, complete)
         if found is not None:
-            self.layer_calls += found.hidden.shape[1] * exit_layer
+            self._calls.count += (found.tokens.shape[1] + complete) * exit_layer
         return found

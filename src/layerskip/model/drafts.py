@@ -1,8 +1,10 @@
-"""What drafting in one call takes and gives.
+"""With what drafts are written, when to stop, and what drafting in one call gives.
 
 Shapes: B rows, K drafts a row, D width.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,6 +15,36 @@ CONFIDENCE_CLASSES = 8
 def confidence_class(confidence: float) -> int:
     """Class of a draft by its probability; classes are narrower at the upper end, where most drafts are."""
     return min(CONFIDENCE_CLASSES - 1, int(confidence * confidence * CONFIDENCE_CLASSES))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftWeights:
+    """How the weights that draft differ from those that verify."""
+
+    quantize: str | None = None
+    """Fewer bits, for a copy of the first half of the layers and of the head; None: the same layers."""
+    tokens: tuple[int, ...] | None = None
+    """Ids among which drafts are chosen; None: all."""
+
+
+def frequent_tokens(text: Sequence[int], count: int, vocab_size: int, first: Sequence[int] = ()) -> tuple[int, ...]:
+    """The ids that drafts are chosen among (FR-Spec).
+
+    Source: arXiv:2502.14856. Byte-pair tokenizers number their tokens by the frequency of the pair that made them, so
+    that their order serves where no text is given.
+
+    Args:
+        text: Token ids of a text; its most frequent ones come first.
+        count: Ids to return.
+        vocab_size: V; ids beyond those of the text follow in their order.
+        first: Ids to include in any case.
+
+    Returns:
+        `count` different ids, in ascending order.
+    """
+    ranked = (id_ for id_, _ in Counter(text).most_common())
+    chosen = dict.fromkeys(id_ for id_ in (*first, *ranked, *range(vocab_size)) if id_ < vocab_size)
+    return tuple(sorted(list(chosen)[:count]))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,14 +33,11 @@ class Linear(Protocol):
 class DenseLinear:
     """Weights as torch keeps them, [O, I], and torch's own product; may be shared with the embedding table."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, num_bytes: int | None = None) -> None:
         self.weight = weight
         self.bias = bias
-
-    @property
-    def num_bytes(self) -> int:
+        self.num_bytes = weight.numel() * weight.itemsize if num_bytes is None else num_bytes
         """Bytes that a product of a few rows reads."""
-        return self.weight.numel() * self.weight.itemsize
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)

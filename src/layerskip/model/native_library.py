@@ -63,6 +63,7 @@ class NetworkView(Structure):
         ("layers", c_void_p),
         ("final_norm", c_void_p),
         ("head", LinearView),
+        ("tokens", c_void_p),
         ("width", c_int32),
         ("heads", c_int32),
         ("kv_heads", c_int32),
@@ -120,7 +121,7 @@ def load_library(path: Path = LIBRARY) -> ctypes.CDLL | None:
     library.layerskip_unembed.argtypes = [POINTER(NetworkView), c_void_p, c_int32, c_void_p]
     library.layerskip_draft.argtypes = [
         POINTER(NetworkView), POINTER(EmbeddingView), c_void_p, c_int32, c_void_p, c_int32, c_int32,
-        POINTER(CacheView), POINTER(DraftStopView), c_void_p, c_void_p, c_void_p,
+        POINTER(CacheView), POINTER(DraftStopView), c_int32, c_void_p, c_void_p, c_void_p,
     ]  # fmt: skip
     library.layerskip_draft.restype = c_int32
     library.layerskip_choose.argtypes = [

@@ -143,6 +143,7 @@ class NativeNetwork:
         head: NativeLinear,
         embedding: Tensor,
         ropes: Mapping[str, RopeTable],
+        tokens: Tensor | None = None,
     ) -> None:
         """Put loaded weights together.
 
@@ -153,6 +154,7 @@ class NativeNetwork:
             head: D -> V.
             embedding: [V, D].
             ropes: Rotary table of each kind of layer.
+            tokens: [N] ids of the head's outputs, where it has some only; `unembed` still gives N logits.
         """
         library = load_library()
         assert library is not None
@@ -160,6 +162,7 @@ class NativeNetwork:
         self.layers = list(layers)
         self.final_norm = final_norm
         self.head = head
+        self._tokens = tokens
         self._ropes = ropes
         self._run_layers, self._unembed = library.layerskip_run_layers, library.layerskip_unembed
         self._choose, self._draft = library.layerskip_choose, library.layerskip_draft
@@ -170,13 +173,14 @@ class NativeNetwork:
             layers=ctypes.addressof(self._views),
             final_norm=final_norm.data_ptr(),
             head=head.view,
+            tokens=None if tokens is None else tokens.data_ptr(),
             width=config.hidden_size,
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
             head_channels=config.head_dim,
             rotary_channels=next(iter(ropes.values())).rotary_dim,
             mlp_width=self.layers[0].gate_up.view.outputs // 2,  # type: ignore[attr-defined]
-            vocabulary=config.vocab_size,
+            vocabulary=head.outputs,
             activation=ACTIVATIONS[config.hidden_act],
             epsilon=config.rms_norm_eps,
             attention_scale=config.attention_scale,
@@ -232,7 +236,13 @@ class NativeNetwork:
         return chosen
 
     def draft_greedy(
-        self, tokens: Tensor, cache: KVCache, exit_layer: int, num_drafts: int, stop: DraftStop | None = None
+        self,
+        tokens: Tensor,
+        cache: KVCache,
+        exit_layer: int,
+        num_drafts: int,
+        stop: DraftStop | None = None,
+        complete: bool = True,
     ) -> GreedyDrafts | None:
         """`Decoder.draft_greedy` in one call."""
         if self._embedding is None:
@@ -252,6 +262,7 @@ class NativeNetwork:
             exit_layer,
             self._cache_view(cache),
             None if stop is None else DraftStopView(rates=stop.rates, least=stop.least),
+            complete,
             hidden.data_ptr(),
             drafts.data_ptr(),
             confidences,

@@ -78,7 +78,13 @@ class TorchNetwork:
         return None
 
     def draft_greedy(
-        self, tokens: Tensor, cache: KVCache, exit_layer: int, num_drafts: int, stop: DraftStop | None = None
+        self,
+        tokens: Tensor,
+        cache: KVCache,
+        exit_layer: int,
+        num_drafts: int,
+        stop: DraftStop | None = None,
+        complete: bool = True,
     ) -> GreedyDrafts | None:
         """There is no shorter way than the decoder's verbs."""
         return None

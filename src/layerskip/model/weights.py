@@ -5,7 +5,7 @@ Shapes: D width, V vocabulary, I width of the MLP, H and H_kv heads, D_head chan
 
 import mmap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -15,11 +15,13 @@ from torch import Tensor
 from layerskip.errors import WeightsError
 from layerskip.model.config import ModelConfig
 from layerskip.model.decoder import Decoder, Network
+from layerskip.model.drafts import DraftWeights
 from layerskip.model.families import FAMILIES
 from layerskip.model.linear import Linear, make_linear, packs
 from layerskip.model.native_library import PANEL
 from layerskip.model.native_memory import WeightMemory
 from layerskip.model.native_network import NativeLinear, NativeNetwork, interleave
+from layerskip.model.quantization import native_storage, quantize_linear
 from layerskip.model.rope import RopeTable
 from layerskip.model.torch_network import LayerWeights, TorchNetwork
 
@@ -47,6 +49,8 @@ def load_decoder(
     device: torch.device,
     max_context: int,
     native: bool = False,
+    quantize: str | None = None,
+    draft: DraftWeights | None = None,
 ) -> Decoder:
     """Build the network, copying one weight at a time.
 
@@ -60,35 +64,37 @@ def load_decoder(
         device: Where they go.
         max_context: Longest sequence in tokens that will be run.
         native: Run it by compiled kernels (`native_network.why_not_native` says whether they can).
+        quantize: Keep layers and head in fewer bits (`quantization.check_quantization` says whether that works here).
+        draft: Other weights to draft with; None: the same.
 
     Raises:
         WeightsError: A tensor is missing, unknown, or of the wrong shape.
     """
     check_names(config, source.names())
-    target = _Target(device, dtype, native)
+    target = _Target(device=device, dtype=dtype, native=native, quantize=quantize)
     embedding, head = _load_tables(config, source, target)
     layers = [_load_layer(config, index, source, target) for index in range(config.num_layers)]
-    final_norm = _norm_weight(config, _checked(source, FINAL_NORM, (config.hidden_size,)), device)
-    ropes = {
-        kind: RopeTable(rope, max_context, dtype, device)
-        for kind, rope in config.ropes.items()
-        if kind in config.layer_types
-    }
-    if isinstance(head, NativeLinear):
-        network: Network = NativeNetwork(
-            config, layers=layers, final_norm=final_norm, head=head, embedding=embedding, ropes=ropes
-        )
-    else:
-        network = TorchNetwork(config, layers=layers, final_norm=final_norm, head=head)
-    return Decoder(
-        config,
+    shared = _Shared(
+        config=config,
         embedding=embedding,
-        network=network,
-        ropes=ropes,
-        dtype=dtype,
-        device=device,
+        final_norm=_norm_weight(config, _checked(source, FINAL_NORM, (config.hidden_size,)), device),
+        ropes={
+            kind: RopeTable(rope, max_context, dtype, device)
+            for kind, rope in config.ropes.items()
+            if kind in config.layer_types
+        },
+        target=target,
         max_context=max_context,
     )
+    decoder = shared.decoder(layers, head)
+    if draft is not None:
+        few = replace(target, quantize=draft.quantize or quantize)
+        if draft.quantize is not None:
+            layers = [_load_layer(config, index, source, few) for index in range(max(1, config.num_layers // 2))]
+        token_ids = None if draft.tokens is None else torch.tensor(draft.tokens, device=device)
+        drafter = shared.decoder(layers, _load_draft_head(config, source, few, token_ids), token_ids)
+        decoder.set_drafter(drafter, num_layers=len(layers), shares_states=draft.quantize is None)
+    return decoder
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -149,29 +155,32 @@ def _has_bias(config: ModelConfig, ours: str) -> bool:
     return switches.get(ours, False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Target:
     """Where weights go."""
 
     device: torch.device
     dtype: torch.dtype
     native: bool
+    quantize: str | None
     memory: WeightMemory = field(default_factory=WeightMemory)
 
     def packs(self, shape: Sequence[int]) -> bool:
         """Whether `linear` copies such a weight once more, so that what it is given lives for a moment only."""
-        return self.native or packs(self.device, self.dtype, shape[1])
+        return self.native or self.quantize is not None or packs(self.device, self.dtype, shape[1])
 
     def linear(self, ours: str, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """The layer's part or the head (`ours`) as the network multiplies by it."""
         if not self.native:
-            return make_linear(weight, bias)
+            return make_linear(weight, bias) if self.quantize is None else quantize_linear(weight, bias, self.quantize)
+        storage = native_storage(self.quantize, weight.shape[1])
         if ours == "gate_up":
             bias = None if bias is None else interleave(bias)
-            return NativeLinear(*weight.chunk(2), bias=bias, memory=self.memory)
+            return NativeLinear(*weight.chunk(2), bias=bias, storage=storage, memory=self.memory)
         if ours == "down" and weight.shape[1] % PANEL:  # as many inputs as gate and up have outputs
             weight = F.pad(weight, (0, -weight.shape[1] % PANEL))
-        return NativeLinear(weight, bias=bias, memory=self.memory)
+            storage = native_storage(self.quantize, weight.shape[1])
+        return NativeLinear(weight, bias=bias, storage=storage, memory=self.memory)
 
     def empty(self, shape: Sequence[int]) -> Tensor:
         """Room for a weight.
@@ -180,10 +189,47 @@ class _Target:
         it maps with every mapping that is freed, up to 32 MiB), packed weights would land behind it, and holes and an
         untrimmed top would stay: twice the largest weight for nothing.
         """
-        if not self.packs(shape):
+        if self.device.type != "cpu" or not self.packs(shape):
             return torch.empty(shape, dtype=self.dtype, device=self.device)
         memory = mmap.mmap(-1, torch.Size(shape).numel() * self.dtype.itemsize)
         return torch.frombuffer(memory, dtype=self.dtype).view(shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shared:
+    """What all decoders of a checkpoint have in common."""
+
+    config: ModelConfig
+    embedding: Tensor
+    final_norm: Tensor
+    ropes: dict[str, RopeTable]
+    target: _Target
+    max_context: int
+
+    def decoder(self, layers: list[LayerWeights], head: Linear, token_ids: Tensor | None = None) -> Decoder:
+        """A decoder with these layers and this head."""
+        if isinstance(head, NativeLinear):
+            network: Network = NativeNetwork(
+                self.config,
+                layers=layers,
+                final_norm=self.final_norm,
+                head=head,
+                embedding=self.embedding,
+                ropes=self.ropes,
+                tokens=token_ids,
+            )
+        else:
+            network = TorchNetwork(self.config, layers=layers, final_norm=self.final_norm, head=head)
+        return Decoder(
+            self.config,
+            embedding=self.embedding,
+            network=network,
+            ropes=self.ropes,
+            dtype=self.target.dtype,
+            device=self.target.device,
+            max_context=self.max_context,
+            token_ids=token_ids,
+        )
 
 
 def _load_tables(config: ModelConfig, source: TensorSource, target: _Target) -> tuple[Tensor, Linear]:
@@ -194,9 +240,16 @@ def _load_tables(config: ModelConfig, source: TensorSource, target: _Target) -> 
         embedding = _stack(source, [EMBEDDING], shapes, target)
         return embedding, target.linear("head", embedding)
     head = target.linear("head", _stack(source, [EMBEDDING if config.tie_word_embeddings else HEAD], shapes, target))
-    if packed:  # mapped anew, without the pages that the head was copied from
+    if packed and target.device.type == "cpu":  # mapped anew, without the pages that the head was copied from
         return _checked(source, EMBEDDING, shapes[0]), head
     return _stack(source, [EMBEDDING], shapes, target), head
+
+
+def _load_draft_head(config: ModelConfig, source: TensorSource, target: _Target, token_ids: Tensor | None) -> Linear:
+    """The head with the outputs that drafts are chosen among."""
+    name = EMBEDDING if config.tie_word_embeddings else HEAD
+    weight = _stack(source, [name], [(config.vocab_size, config.hidden_size)], target)
+    return target.linear("head", weight if token_ids is None else weight[token_ids.to(weight.device)])
 
 
 def _load_layer(config: ModelConfig, index: int, source: TensorSource, target: _Target) -> LayerWeights:

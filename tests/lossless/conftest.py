@@ -154,10 +154,18 @@ def layer_log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
         return choose(self, inputs, positions, cache, start, stop)
 
     def draft_greedy(
-        self: NativeNetwork, tokens: Tensor, cache: Any, exit_layer: int, num_drafts: int
-    ) -> tuple[Tensor, Tensor] | None:
-        log.extend((index, len(tokens), 1) for _ in range(num_drafts + 1) for index in range(exit_layer))
-        return draft(self, tokens, cache, exit_layer, num_drafts)
+        self: NativeNetwork,
+        tokens: Tensor,
+        cache: Any,
+        exit_layer: int,
+        num_drafts: int,
+        stop: Any = None,
+        complete: bool = True,
+    ) -> Any:
+        found = draft(self, tokens, cache, exit_layer, num_drafts, stop, complete)
+        passes = 0 if found is None else found.tokens.shape[1] + complete
+        log.extend((index, len(tokens), 1) for _ in range(passes) for index in range(exit_layer))
+        return found
 
     monkeypatch.setattr(NativeNetwork, "choose_greedy", choose_greedy)
     monkeypatch.setattr(TorchNetwork, "_run_layer", run_layer)

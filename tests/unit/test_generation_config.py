@@ -16,7 +16,7 @@ REAL = ["temperature", "top_p", "min_p", "repetition_penalty"]
 BAD: list[tuple[str, Any]] = [
     *((name, value) for name in WHOLE for value in (-1, 1.0, True, "3", math.nan)),
     *((name, 0) for name in ("max_new_tokens", "num_speculations", "exit_layer")),
-    *((name, None) for name in ("max_new_tokens", "num_speculations", "top_k", "temperature", "top_p")),
+    *((name, None) for name in ("max_new_tokens", "top_k", "temperature", "top_p")),
     *((name, value) for name in REAL for value in (math.nan, math.inf, -math.inf, -0.1, "1", True, None, 1j, 10**400)),
     ("seed", 2**63),
     ("top_p", 0.0),
@@ -24,7 +24,6 @@ BAD: list[tuple[str, Any]] = [
     ("min_p", 1.01),
     ("repetition_penalty", 0.0),
     ("generation_strategy", "beam"),
-    ("generation_strategy", None),
     ("acceptance", "greedy"),
     ("acceptance", ""),
     ("do_sample", 1),

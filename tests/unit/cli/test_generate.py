@@ -69,10 +69,12 @@ def test_json_is_one_object_with_everything(cli: Callable, expected: str) -> Non
 
 def test_json_resolves_the_config(cli: Callable) -> None:
     config = json.loads(cli("generate", "--prompt", PROMPT, *SHORT, "--json", "--temperature", "0.5").out)["config"]
-    assert config["exit_layer"] == 4
+    assert (config["generation_strategy"], config["exit_layer"]) == ("adaptive", None)
     assert config["do_sample"] is True
     assert config["eos_token_ids"] == [1]
     assert isinstance(config["seed"], int)
+    fixed = json.loads(cli("generate", "--prompt", PROMPT, *SHORT, "--json", "--num-speculations", "3").out)["config"]
+    assert (fixed["generation_strategy"], fixed["exit_layer"], fixed["num_speculations"]) == ("self_speculative", 4, 3)
     plain = ("--generation_strategy", "autoregressive")
     assert json.loads(cli("generate", "--prompt", PROMPT, *SHORT, "--json", *plain).out)["config"]["exit_layer"] == 16
 
@@ -106,3 +108,19 @@ def test_comparison_of_plain_text_goes_to_standard_error(cli: Callable, expected
     assert (outcome.code, outcome.out) == (0, expected + "\n")
     assert "same text" in outcome.err
     assert "\x1b" not in outcome.err
+
+
+def test_explain(cli: Callable) -> None:
+    record = json.loads(cli("generate", "--prompt", PROMPT, *SHORT, "--json", "--explain").out)["explanation"]
+    assert sum(record["rounds"].values()) > 0
+    assert [outlook["exit_layer"] for outlook in record["exits"]] == [1, 2, 4, 6, 8]
+    assert record["reasons"]
+    told = cli("generate", "--prompt", PROMPT, *SHORT, "--explain").err
+    assert "rounds had" in told
+    assert "exit 4: right" in told
+
+
+def test_explain_needs_the_adaptive_strategy(cli: Callable) -> None:
+    result = cli("generate", "--prompt", PROMPT, *SHORT, "--explain", "--exit-layer", "4")
+    assert result.code == 2
+    assert "leave out" in result.err

@@ -19,13 +19,14 @@ import statistics
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
 from record import environment, write_record
 from rich.console import Console
 from rich.table import Table
-from roofline import matrix_vector_bandwidth
+from roofline import Roofline
 from synthetic import SHAPES, encode_prompts, make_synthetic, random_prompts
 
 import layerskip
@@ -69,21 +70,17 @@ class Round:
     efficiency: float
     round_ms: float
     parts_ms: dict[str, float]
-    """Each timed alone; `other` is what a round takes beyond them."""
+    """Each timed alone; `other` is what a round takes beyond them (drafts written in one call take less)."""
 
 
 def main(arguments: Arguments) -> None:
     """Measure, print and record."""
     torch.set_num_threads(arguments.threads)
-    console = Console()
-    bandwidth = matrix_vector_bandwidth(torch.device(arguments.device), getattr(torch, arguments.dtype))
-    console.print("roofline: " + ", ".join(f"{name} {rate:.1f} GB/s" for name, rate in bandwidth.items()))
+    console = Console(width=110)
     with tempfile.TemporaryDirectory() as scratch:
         lm, exit_layer = load(arguments, Path(scratch), console)
-        prompts = load_prompts(arguments, lm)
-        speeds, results = decode(arguments, lm, exit_layer, prompts)
-        step, rounds = judge(arguments, lm, exit_layer, speeds, results, len(prompts[0]))
-    report(arguments, lm, exit_layer, console, bandwidth, speeds[0], step, rounds)
+        measurements = measure(arguments, lm, exit_layer, load_prompts(arguments, lm))
+    report(arguments, lm, exit_layer, console, measurements)
 
 
 def load(arguments: Arguments, scratch: Path, console: Console) -> tuple[layerskip.LanguageModel, int]:
@@ -112,75 +109,92 @@ def load_prompts(arguments: Arguments, lm: layerskip.LanguageModel) -> list[list
     return encode_prompts(arguments.prompts, arguments.num_prompts, lm.encode)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One repetition: everything in it within seconds, so that a machine whose speed drifts is the same for all."""
+
+    bandwidth: dict[str, float]
+    speeds: dict[int, float]
+    """Tokens/s by draft length; 0 is autoregressive."""
+    results: dict[int, list[layerskip.GenerationResult]]
+    step: float
+    """Seconds of an autoregressive step, timed alone."""
+    parts: dict[int, dict[str, float]]
+    """Seconds of a round's parts by draft length, each timed alone."""
+
+
+def measure(
+    arguments: Arguments, lm: layerskip.LanguageModel, exit_layer: int, prompts: list[list[int]]
+) -> list[Measurement]:
+    """Repetitions after one that warms up."""
+    roofline = Roofline(torch.device(arguments.device), getattr(torch, arguments.dtype))
+    context = sum(map(len, prompts)) // len(prompts) + arguments.max_new_tokens // 2
+    timer = CallTimer(lm.decoder, 1, max(arguments.num_speculations) + 1, context=context)
+    depth = lm.config.num_layers
+    measurements = []
+    for _ in range(arguments.repetitions + 1):
+        results = decode(arguments, lm, exit_layer, prompts)
+        draft, last = timer.seconds(0, exit_layer, 1), timer.seconds(0, exit_layer, 1, head=False)
+        parts = {
+            k: {
+                "drafts": k * draft,
+                "last draft's layers": last,
+                "verification": timer.seconds(exit_layer, depth, k + 1),
+            }
+            for k in arguments.num_speculations
+        }
+        measurements.append(
+            Measurement(
+                bandwidth=roofline.gigabytes_per_second(),
+                speeds={k: _tokens(done) / _seconds(done) for k, done in results.items()},
+                results=results,
+                step=timer.seconds(0, depth, 1),
+                parts=parts,
+            )
+        )
+    return measurements[1:]
+
+
 def decode(
     arguments: Arguments, lm: layerskip.LanguageModel, exit_layer: int, prompts: list[list[int]]
-) -> tuple[dict[int, list[float]], dict[int, list[layerskip.GenerationResult]]]:
-    """Tokens/s of each repetition, and the last one's results, by draft length; 0 is autoregressive."""
-    settings = {0: {"generation_strategy": "autoregressive"}} | {
+) -> dict[int, list[layerskip.GenerationResult]]:
+    """Results by draft length, every prompt in all ways in turn."""
+    settings: dict[int, dict[str, Any]] = {0: {"generation_strategy": "autoregressive"}} | {
         k: {"generation_strategy": "self_speculative", "exit_layer": exit_layer, "num_speculations": k}
         for k in arguments.num_speculations
     }
-    speeds: dict[int, list[float]] = {k: [] for k in settings}
-    results: dict[int, list[layerskip.GenerationResult]] = {}
-    for repetition in range(arguments.repetitions + 1):
-        runs: dict[int, list[layerskip.GenerationResult]] = {k: [] for k in settings}
-        for prompt in prompts:
-            for k, options in settings.items():
-                result = lm.generate([prompt], max_new_tokens=arguments.max_new_tokens, do_sample=False, **options)[0]
-                runs[k].append(result)
-        if repetition == 0:  # warms up
-            continue
-        results = runs
-        for k, done in runs.items():
-            tokens = sum(r.stats.tokens - 1 for r in done)
-            speeds[k].append(tokens / sum(r.stats.seconds - r.stats.time_to_first_token_s for r in done))
-    return speeds, results
+    results: dict[int, list[layerskip.GenerationResult]] = {k: [] for k in settings}
+    for prompt in prompts:
+        for k, options in settings.items():
+            results[k] += lm.generate([prompt], max_new_tokens=arguments.max_new_tokens, do_sample=False, **options)
+    return results
 
 
-def judge(
-    arguments: Arguments,
-    lm: layerskip.LanguageModel,
-    exit_layer: int,
-    speeds: dict[int, list[float]],
-    results: dict[int, list[layerskip.GenerationResult]],
-    prompt_length: int,
-) -> tuple[float, list[Round]]:
-    """Seconds of a step timed alone, and every draft length against its ideal."""
-    decoder, depth = lm.decoder, lm.config.num_layers
-    most = max(arguments.num_speculations) + 1
-    timer = CallTimer(decoder, 1, most, context=prompt_length + arguments.max_new_tokens // 2)
-
-    def seconds(start: int, stop: int, n: int, head: bool = True) -> float:
-        return timer.seconds(start, stop, n, head=head, repetitions=31)
-
-    step, rounds = seconds(0, depth, 1), []
-    draft, exit_pass = seconds(0, exit_layer, 1), seconds(0, exit_layer, 1, head=False)
-    for k in arguments.num_speculations:
-        done = results[k]
-        parts = {
-            "drafts": k * draft,
-            "last draft's layers": exit_pass,
-            "verification": seconds(exit_layer, depth, k + 1),
-        }
-        tokens = sum(r.stats.tokens - 1 for r in done) / sum(r.stats.rounds for r in done)
-        time = sum(r.stats.seconds - r.stats.time_to_first_token_s for r in done) / sum(r.stats.rounds for r in done)
-        speedup = statistics.median(a / b for a, b in zip(speeds[k], speeds[0], strict=True))
-        ideal = tokens * step / sum(parts.values())
-        rounds.append(
-            Round(
-                num_speculations=k,
-                tokens_per_second=statistics.median(speeds[k]),
-                acceptance_rate=sum(r.stats.accepted for r in done) / sum(r.stats.drafted for r in done),
-                tokens_per_round=tokens,
-                speedup=speedup,
-                ideal_speedup=ideal,
-                efficiency=speedup / ideal,
-                round_ms=1e3 * time,
-                parts_ms={name: 1e3 * part for name, part in parts.items()}
-                | {"other": 1e3 * (time - sum(parts.values()))},
-            )
-        )
-    return step, rounds
+def judge(measurements: list[Measurement], num_speculations: int) -> Round:
+    """A draft length against its ideal: medians of what each repetition gives."""
+    done = measurements[-1].results[num_speculations]  # greedy: the same in all of them
+    rounds = sum(r.stats.rounds for r in done)
+    tokens = _tokens(done) / rounds
+    sums = [sum(m.parts[num_speculations].values()) for m in measurements]
+    speedups = [m.speeds[num_speculations] / m.speeds[0] for m in measurements]
+    ideals = [tokens * m.step / total for m, total in zip(measurements, sums, strict=True)]
+    times = [_seconds(m.results[num_speculations]) / rounds for m in measurements]
+    parts = {
+        name: 1e3 * statistics.median(m.parts[num_speculations][name] for m in measurements)
+        for name in measurements[0].parts[num_speculations]
+    }
+    parts["other"] = 1e3 * statistics.median(time - total for time, total in zip(times, sums, strict=True))
+    return Round(
+        num_speculations=num_speculations,
+        tokens_per_second=statistics.median(m.speeds[num_speculations] for m in measurements),
+        acceptance_rate=sum(r.stats.accepted for r in done) / sum(r.stats.drafted for r in done),
+        tokens_per_round=tokens,
+        speedup=statistics.median(speedups),
+        ideal_speedup=statistics.median(ideals),
+        efficiency=statistics.median(a / b for a, b in zip(speedups, ideals, strict=True)),
+        round_ms=1e3 * statistics.median(times),
+        parts_ms=parts,
+    )
 
 
 def report(
@@ -188,19 +202,21 @@ def report(
     lm: layerskip.LanguageModel,
     exit_layer: int,
     console: Console,
-    bandwidth: dict[str, float],
-    plain: list[float],
-    step: float,
-    rounds: list[Round],
+    measurements: list[Measurement],
 ) -> None:
     """Print tables and write the record."""
     weight_bytes = lm.decoder.weight_bytes(0, lm.config.num_layers)
-    speed, roof = statistics.median(plain), max(bandwidth.values())
-    used = speed * weight_bytes / 1e9
+    plain = [m.speeds[0] for m in measurements]
+    used = [speed * weight_bytes / 1e9 for speed in plain]
+    share = statistics.median(rate / max(m.bandwidth.values()) for rate, m in zip(used, measurements, strict=True))
+    bandwidth = {name: statistics.median(m.bandwidth[name] for m in measurements) for name in measurements[0].bandwidth}
+    step = statistics.median(m.step for m in measurements)
+    rounds = [judge(measurements, k) for k in arguments.num_speculations]
+    console.print("roofline: " + ", ".join(f"{name} {rate:.1f} GB/s" for name, rate in bandwidth.items()))
     console.print(
-        f"autoregressive: {speed:.1f} tokens/s ({min(plain):.1f} - {max(plain):.1f}), "
-        f"{weight_bytes / 1e6:.1f} MB a token, {used:.1f} GB/s, {used / roof:.0%} of the roofline; "
-        f"a step alone {1e3 * step:.2f} ms, in the loop {1e3 / speed:.2f} ms"
+        f"autoregressive: {statistics.median(plain):.1f} tokens/s ({min(plain):.1f} - {max(plain):.1f}), "
+        f"{weight_bytes / 1e6:.1f} MB a token, {statistics.median(used):.1f} GB/s, {share:.0%} of the roofline; "
+        f"a step alone {1e3 * step:.2f} ms, in the loop {1e3 / statistics.median(plain):.2f} ms"
     )
     table = Table(title=f"{arguments.model}, drafts by layers 1 to {exit_layer}")
     for column in ("drafts", "tokens/s", "accepted", "tokens a round", "speedup", "ideal", "of it"):
@@ -217,16 +233,21 @@ def report(
         "arguments": json.loads(json.dumps(asdict(arguments), default=str)),
         "bandwidth_gb_per_second": bandwidth,
         "weight_bytes": weight_bytes,
-        "autoregressive": {
-            "tokens_per_second": plain,
-            "gb_per_second": used,
-            "of_roofline": used / roof,
-            "step_s": step,
-        },
+        "autoregressive": {"tokens_per_second": plain, "gb_per_second": used, "of_roofline": share, "step_s": step},
         "rounds": [asdict(r) for r in rounds],
     }
     path = write_record(f"engine-{Path(arguments.model).name}", content)
     console.print(f"{environment()['cpu']}, {arguments.threads} threads; record: {path}")
+
+
+def _tokens(results: list[layerskip.GenerationResult]) -> int:
+    """Tokens after each prompt's first."""
+    return sum(r.stats.tokens - 1 for r in results)
+
+
+def _seconds(results: list[layerskip.GenerationResult]) -> float:
+    """Seconds after each prompt's first token."""
+    return sum(r.stats.seconds - r.stats.time_to_first_token_s for r in results)
 
 
 if __name__ == "__main__":

@@ -13,36 +13,47 @@ from layerskip.model.native_network import NativeLinear
 
 INPUTS, OUTPUTS = 4096, 32_768
 """512 MB in float32: no cache holds it."""
-REPETITIONS = 9
+REPETITIONS = 5
 
 
-@torch.inference_mode()
-def matrix_vector_bandwidth(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """GB/s at which weights are read, by kernel; on CUDA, of a plain copy as well (read and written)."""
-    weight = torch.randn(OUTPUTS, INPUTS, device=device).to(dtype)
-    x = torch.randn(1, INPUTS, device=device).to(dtype)
-    kernels: dict[str, Callable[[], object]] = {"torch": lambda: F.linear(x, weight)}
-    if has_onednn(device, dtype):
-        packed = OneDNNLinear(pack(weight))
-        kernels["oneDNN, packed"] = lambda: packed(x)
-    if device.type == "cpu" and dtype == torch.float32 and load_library() is not None:
-        native = NativeLinear(weight)
-        kernels["native"] = lambda: native(x)
-    bandwidth = {name: weight.nbytes / _seconds(kernel, device) / 1e9 for name, kernel in kernels.items()}
-    if device.type == "cuda":
-        target = torch.empty_like(weight)
-        bandwidth["copy"] = 2 * weight.nbytes / _seconds(lambda: target.copy_(weight), device) / 1e9
-    return bandwidth
+class Roofline:
+    """Products of one row with a large weight, by every kernel there is; on CUDA a plain copy as well."""
 
-
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    times = []
-    for _ in range(REPETITIONS):
+    @torch.inference_mode()
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device = device
+        weight = torch.randn(OUTPUTS, INPUTS, device=device).to(dtype)
+        x = torch.randn(1, INPUTS, device=device).to(dtype)
+        self._bytes = weight.nbytes
+        self._kernels: dict[str, Callable[[], object]] = {"torch": lambda: F.linear(x, weight)}
+        if has_onednn(device, dtype):
+            packed = OneDNNLinear(pack(weight))
+            self._kernels["oneDNN, packed"] = lambda: packed(x)
+        if device.type == "cpu" and dtype == torch.float32 and load_library() is not None:
+            native = NativeLinear(weight)
+            self._kernels["native"] = lambda: native(x)
         if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+            target = torch.empty_like(weight)
+            self._kernels["copy"] = lambda: target.copy_(weight)
+
+    @torch.inference_mode()
+    def gigabytes_per_second(self) -> dict[str, float]:
+        """Bytes read a second by each kernel (a copy also writes them: both count)."""
+        return {
+            name: (2 if name == "copy" else 1) * self._bytes / self._seconds(kernel) / 1e9
+            for name, kernel in self._kernels.items()
+        }
+
+    def _seconds(self, call: Callable[[], object]) -> float:
+        times = []
+        for _ in range(REPETITIONS):
+            self._wait()
+            start = time.perf_counter()
+            call()
+            self._wait()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[1:])
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)

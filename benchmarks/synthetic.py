@@ -68,6 +68,15 @@ def make_synthetic(
     return reached
 
 
+def make_untrained(folder: Path, like: Path) -> None:
+    """Write a checkpoint with random weights in the shape of another, which no recipe has touched."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(like)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+
+
 def random_prompts(vocab_size: int, count: int, length: int = 64) -> list[list[int]]:
     """Prompts of random tokens."""
     generator = torch.Generator().manual_seed(0)

@@ -131,16 +131,16 @@ def measure(
     context = sum(map(len, prompts)) // len(prompts) + arguments.max_new_tokens // 2
     timer = CallTimer(lm.decoder, 1, max(arguments.num_speculations) + 1, context=context)
     depth = lm.config.num_layers
+
+    def seconds(start: int, stop: int, num_queries: int, *, head: bool = True) -> float:
+        return timer.seconds(start, stop, num_queries, head=head, repetitions=15)
+
     measurements = []
     for _ in range(arguments.repetitions + 1):
         results = decode(arguments, lm, exit_layer, prompts)
-        draft, last = timer.seconds(0, exit_layer, 1), timer.seconds(0, exit_layer, 1, head=False)
+        step, draft, last = seconds(0, depth, 1), seconds(0, exit_layer, 1), seconds(0, exit_layer, 1, head=False)
         parts = {
-            k: {
-                "drafts": k * draft,
-                "last draft's layers": last,
-                "verification": timer.seconds(exit_layer, depth, k + 1),
-            }
+            k: {"drafts": k * draft, "last draft's layers": last, "verification": seconds(exit_layer, depth, k + 1)}
             for k in arguments.num_speculations
         }
         measurements.append(
@@ -148,7 +148,7 @@ def measure(
                 bandwidth=roofline.gigabytes_per_second(),
                 speeds={k: _tokens(done) / _seconds(done) for k, done in results.items()},
                 results=results,
-                step=timer.seconds(0, depth, 1),
+                step=step,
                 parts=parts,
             )
         )

@@ -19,6 +19,7 @@ from layerskip.errors import (
 )
 from layerskip.hub import download
 from layerskip.model.cache import free_memory
+from layerskip.model.compiled_rounds import RoundMode, why_not_compile
 from layerskip.model.config import ModelConfig, read_eos
 from layerskip.model.decoder import Decoder
 from layerskip.model.families import parse_config
@@ -93,7 +94,13 @@ class Checkpoint:
         return tokenizer
 
     def load_decoder(
-        self, *, dtype: str = "auto", device: str = "auto", max_context: int | None = None, kernels: str = "auto"
+        self,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        max_context: int | None = None,
+        kernels: str = "auto",
+        compile: str = "auto",
     ) -> Decoder:
         """Load the network.
 
@@ -103,9 +110,11 @@ class Checkpoint:
             max_context: Longest sequence in tokens; the model's own context if not given. For a model with LongRoPE
                 that is the context before scaling, and a larger value selects the long factors, for all lengths.
             kernels: `native` (compiled, float32 on a CPU), `torch`, or `auto`: native where it can run the model.
+            compile: `auto`, `off` or `max`, as in `language_model.load`.
 
         Raises:
-            InvalidArgumentError: Unknown dtype or device, a context beyond the model's, or kernels that can't run it.
+            InvalidArgumentError: Unknown dtype or device, a context beyond the model's, kernels that can't run it, or
+                rounds that can't be compiled.
             OutOfMemoryError: The weights don't fit.
             CheckpointError: Anything wrong with the files.
         """
@@ -113,7 +122,8 @@ class Checkpoint:
         on = choose_device(device)
         kind = choose_dtype(dtype, on, self.raw_config)
         context = choose_context(config, max_context)
-        native = choose_kernels(kernels, config, on, kind)
+        rounds = choose_rounds(compile, kernels, on)
+        native = choose_kernels(kernels, config, on, kind) and rounds == "off"
         needed = self.num_parameters * kind.itemsize
         free = free_memory(on)
         weights = self.weights
@@ -122,7 +132,7 @@ class Checkpoint:
                 f"{self.name} needs {needed / 2**30:.2f} GiB in {kind} and {free / 2**30:.2f} GiB are free on {on}; "
                 "use a 16-bit dtype, a smaller model or another device"
             )
-        return load_decoder(config, weights, dtype=kind, device=on, max_context=context, native=native)
+        return load_decoder(config, weights, dtype=kind, device=on, max_context=context, native=native, rounds=rounds)
 
 
 class SafetensorsFiles:
@@ -251,6 +261,30 @@ def choose_kernels(kernels: str, config: ModelConfig, device: torch.device, dtyp
     if kernels == "native" and obstacle is not None:
         raise InvalidArgumentError(f"kernels 'native' can't run this model: {obstacle}; use auto or torch")
     return kernels != "torch" and obstacle is None
+
+
+def choose_rounds(compile: str, kernels: str, device: torch.device) -> RoundMode:
+    """How whole greedy rounds run.
+
+    Args:
+        compile: `auto`: CUDA graphs on CUDA, nothing on a CPU, where native kernels are faster than what
+            `torch.compile` makes; `off`; `max`: `torch.compile`, whose result is captured on CUDA.
+        kernels: The kernels that were asked for.
+        device: Where the network runs.
+
+    Raises:
+        InvalidArgumentError: An unknown value, or `max` where that isn't possible.
+    """
+    if compile not in ("auto", "off", "max"):
+        raise InvalidArgumentError(f"compile {compile!r} is not known; use auto, off or max")
+    if compile != "max":
+        return "graphs" if compile == "auto" and device.type == "cuda" else "off"
+    if kernels == "native":
+        raise InvalidArgumentError("compile 'max' compiles torch's operators, and kernels 'native' has none; drop one")
+    obstacle = why_not_compile(device)
+    if obstacle is not None:
+        raise InvalidArgumentError(f"compile 'max' can't be used here: {obstacle}; use auto or off")
+    return "max"
 
 
 def choose_context(config: ModelConfig, max_context: int | None) -> int:

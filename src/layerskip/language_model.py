@@ -36,6 +36,7 @@ def load(
     revision: str | None = None,
     max_context: int | None = None,
     kernels: str = "auto",
+    compile: str = "auto",
 ) -> "LanguageModel":
     """Load a checkpoint.
 
@@ -47,18 +48,24 @@ def load(
         max_context: Longest sequence in tokens; the model's own context if not given (for LongRoPE models the one
             before scaling: ask for more to select the long factors).
         kernels: `native` (compiled, float32 on a CPU), `torch`, or `auto`: native where it can run the model.
+        compile: How whole greedy rounds run. `auto`: captured as CUDA graphs on CUDA; not at all on a CPU, where native
+            kernels are faster. `max`: compiled by `torch.compile` (in place of native kernels on a CPU), which takes
+            minutes for each shape. `off`: neither. `LanguageModel.decoder.compiled` tells what was compiled.
 
     Raises:
         CheckpointError: The checkpoint can't be found, read or understood; its subclasses say which.
         OutOfMemoryError: The weights don't fit.
-        InvalidArgumentError: A bad dtype, device or context, or kernels that can't run the model.
+        InvalidArgumentError: A bad dtype, device or context, kernels that can't run the model, or `max` where there is
+            no compiler.
 
     Example:
         >>> lm = load("demo")
         >>> lm.generate(["def add(a, b):"], max_new_tokens=20)[0].text
     """
     checkpoint = open_checkpoint(name, revision=revision)
-    decoder = checkpoint.load_decoder(dtype=dtype, device=device, max_context=max_context, kernels=kernels)
+    decoder = checkpoint.load_decoder(
+        dtype=dtype, device=device, max_context=max_context, kernels=kernels, compile=compile
+    )
     return LanguageModel(checkpoint, decoder)
 
 

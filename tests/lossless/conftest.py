@@ -15,13 +15,16 @@ from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.loop import Committed, decode, make_batch
 from layerskip.decoding.sampling import Sampler
 from layerskip.language_model import LanguageModel
+from layerskip.model.drafts import GreedyDrafts
 from layerskip.model.native_library import load_library
 from layerskip.model.native_network import NativeNetwork
 from layerskip.model.torch_network import TorchNetwork
 
 
 @pytest.fixture(scope="session")
-def make_lm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., LanguageModel]:
+def make_lm(
+    tmp_path_factory: pytest.TempPathFactory, load_static: Callable[[Path], LanguageModel]
+) -> Callable[..., LanguageModel]:
     """Builds a random Llama whose layers from `early` on change little, so that its exits agree now and then."""
 
     def make(
@@ -76,14 +79,16 @@ def make_lm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., LanguageM
             }
             tensors |= {f"model.layers.{index}.{name}.weight": tensor for name, tensor in parts.items()}
         save_file(tensors, folder / "model.safetensors")
+        if kernels == "static":
+            return load_static(folder)
         return layerskip.load(str(folder), dtype="float32", device="cpu", kernels=kernels)
 
     return make
 
 
-@pytest.fixture(scope="session", params=["torch", "native"])
+@pytest.fixture(scope="session", params=["torch", "native", "static"])
 def lm(make_lm: Callable[..., LanguageModel], request: pytest.FixtureRequest) -> LanguageModel:
-    """The network of most tests: 5 layers, 48 tokens, a context of 96; by either kind of kernels."""
+    """The network of most tests: 5 layers, 48 tokens, a context of 96; by either kind of kernels, in whole rounds."""
     if request.param == "native" and load_library() is None:
         pytest.skip("the compiled kernels weren't built")
     return make_lm(kernels=request.param)
@@ -148,10 +153,13 @@ def layer_log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
         return choose(self, inputs, positions, cache, start, stop)
 
     def draft_greedy(
-        self: NativeNetwork, tokens: Tensor, cache: Any, exit_layer: int, num_drafts: int
-    ) -> tuple[Tensor, Tensor] | None:
-        log.extend((index, len(tokens), 1) for _ in range(num_drafts + 1) for index in range(exit_layer))
-        return draft(self, tokens, cache, exit_layer, num_drafts)
+        self: NativeNetwork, tokens: Tensor, cache: Any, exit_layer: int, num_drafts: int, stop: Any = None
+    ) -> GreedyDrafts | None:
+        found = draft(self, tokens, cache, exit_layer, num_drafts, stop)
+        if found is not None:
+            passes = found.hidden.shape[1]
+            log.extend((index, len(tokens), 1) for _ in range(passes) for index in range(exit_layer))
+        return found
 
     monkeypatch.setattr(NativeNetwork, "choose_greedy", choose_greedy)
     monkeypatch.setattr(TorchNetwork, "_run_layer", run_layer)

@@ -6,7 +6,7 @@ import inspect
 import layerskip
 
 SIGNATURES = {
-    "load": "name, *, dtype, device, revision, max_context, kernels",
+    "load": "name, *, dtype, device, revision, max_context, kernels, compile",
     "LanguageModel.generate": "self, prompts, config, **options",
     "LanguageModel.stream": "self, prompts, config, *, show_drafts, session, **options",
     "LanguageModel.score": "self, prompts, continuations, *, exit_layer",

@@ -55,6 +55,8 @@ class ModelArguments:
     """Longest text in tokens, prompt included; the model's own context if not given."""
     kernels: Literal["auto", "native", "torch"] = "auto"
     """native: compiled, for float32 on a CPU; torch: all else; auto: native where it can run the model."""
+    compile: Literal["auto", "off", "max"] = "auto"
+    """Whole greedy rounds: auto: CUDA graphs on CUDA; max: torch.compile as well, also on a CPU; off: neither."""
 
 
 @dataclass(frozen=True, kw_only=True)

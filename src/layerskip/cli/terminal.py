@@ -60,6 +60,7 @@ def load_model(arguments: ModelArguments, output: OutputArguments) -> "LanguageM
             device=arguments.device,
             max_context=arguments.max_context,
             kernels=arguments.kernels,
+            compile=arguments.compile,
         )
         model = LanguageModel(checkpoint, decoder)
         with suppress(TokenizerError):

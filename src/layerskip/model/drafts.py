@@ -1,4 +1,4 @@
-"""What drafting in one call takes and gives.
+"""What drafting in one call, or a whole round, takes and gives.
 
 Shapes: B rows, K drafts a row, D width.
 """
@@ -35,3 +35,13 @@ class GreedyDrafts:
     """[B, K + 1, D], outputs of the exit for the token before the drafts and for the drafts."""
     confidences: list[list[float]]
     """B x K probabilities of the drafts; empty without a `DraftStop`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GreedyRound:
+    """Likeliest tokens of a whole round, on the host."""
+
+    drafts: Tensor
+    """[B, K], those of the exit."""
+    targets: Tensor
+    """[B, K + 1], those of the last layer after the pending token and after each draft."""

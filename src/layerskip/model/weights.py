@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerskip.errors import WeightsError
+from layerskip.model.compiled_rounds import RoundMode
 from layerskip.model.config import ModelConfig
 from layerskip.model.decoder import Decoder, Network
 from layerskip.model.families import FAMILIES
-from layerskip.model.linear import Linear, make_linear, packs
+from layerskip.model.linear import DenseLinear, Linear, make_linear, packs
 from layerskip.model.native_library import PANEL
 from layerskip.model.native_memory import WeightMemory
 from layerskip.model.native_network import NativeLinear, NativeNetwork, interleave
@@ -47,6 +48,7 @@ def load_decoder(
     device: torch.device,
     max_context: int,
     native: bool = False,
+    rounds: RoundMode = "off",
 ) -> Decoder:
     """Build the network, copying one weight at a time.
 
@@ -60,12 +62,13 @@ def load_decoder(
         device: Where they go.
         max_context: Longest sequence in tokens that will be run.
         native: Run it by compiled kernels (`native_network.why_not_native` says whether they can).
+        rounds: How whole greedy rounds run, in a network that is not native.
 
     Raises:
         WeightsError: A tensor is missing, unknown, or of the wrong shape.
     """
     check_names(config, source.names())
-    target = _Target(device, dtype, native)
+    target = _Target(device, dtype, native, plain=rounds == "max")
     embedding, head = _load_tables(config, source, target)
     layers = [_load_layer(config, index, source, target) for index in range(config.num_layers)]
     final_norm = _norm_weight(config, _checked(source, FINAL_NORM, (config.hidden_size,)), device)
@@ -88,6 +91,7 @@ def load_decoder(
         dtype=dtype,
         device=device,
         max_context=max_context,
+        rounds=rounds,
     )
 
 
@@ -156,14 +160,18 @@ class _Target:
     device: torch.device
     dtype: torch.dtype
     native: bool
+    plain: bool
+    """Weights as torch keeps them: `torch.compile` can't look into those that oneDNN has reordered."""
     memory: WeightMemory = field(default_factory=WeightMemory)
 
     def packs(self, shape: Sequence[int]) -> bool:
         """Whether `linear` copies such a weight once more, so that what it is given lives for a moment only."""
-        return self.native or packs(self.device, self.dtype, shape[1])
+        return self.native or (not self.plain and packs(self.device, self.dtype, shape[1]))
 
     def linear(self, ours: str, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """The layer's part or the head (`ours`) as the network multiplies by it."""
+        if self.plain:
+            return DenseLinear(weight, bias)
         if not self.native:
             return make_linear(weight, bias)
         if ours == "gate_up":

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,6 +90,31 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, demo_config: dict[
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def load_static() -> Callable[[Path], Any]:
+    """Loads a folder as a `LanguageModel` on the CPU whose greedy rounds are those that CUDA graphs capture."""
+
+    def load(folder: Path) -> Any:
+        import torch
+
+        from layerskip.checkpoint import choose_context, open_checkpoint
+        from layerskip.language_model import LanguageModel
+        from layerskip.model.weights import load_decoder
+
+        checkpoint = open_checkpoint(str(folder))
+        decoder = load_decoder(
+            checkpoint.config,
+            checkpoint.weights,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            max_context=choose_context(checkpoint.config, None),
+            rounds="static",
+        )
+        return LanguageModel(checkpoint, decoder)
+
+    return load
 
 
 class TrainingStart(Protocol):

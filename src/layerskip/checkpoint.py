@@ -19,6 +19,7 @@ from layerskip.errors import (
 )
 from layerskip.hub import download
 from layerskip.model.cache import free_memory
+from layerskip.model.compiled_rounds import RoundMode, why_not_compile
 from layerskip.model.config import ModelConfig, read_eos
 from layerskip.model.decoder import Decoder
 from layerskip.model.drafts import DraftWeights, frequent_tokens
@@ -105,6 +106,7 @@ class Checkpoint:
         quantize_draft: str | None = None,
         draft_vocabulary: int | None = None,
         draft_text: str | Path | None = None,
+        compile: str = "auto",
     ) -> Decoder:
         """Load the network.
 
@@ -118,9 +120,11 @@ class Checkpoint:
             quantize_draft: The same for a copy that drafts only; verification keeps the weights as they are.
             draft_vocabulary: Draft among so many of the most frequent tokens only.
             draft_text: A text file that says which tokens are frequent; the tokenizer's order if not given.
+            compile: `auto`, `off` or `max`, as in `language_model.load`.
 
         Raises:
-            InvalidArgumentError: Unknown dtype or device, a context beyond the model's, or kernels that can't run it.
+            InvalidArgumentError: Unknown dtype or device, a context beyond the model's, kernels that can't run it, or
+                rounds that can't be compiled.
             OutOfMemoryError: The weights don't fit.
             CheckpointError: Anything wrong with the files.
         """
@@ -128,7 +132,8 @@ class Checkpoint:
         on = choose_device(device)
         kind = choose_dtype(dtype, on, self.raw_config)
         context = choose_context(config, max_context)
-        native = choose_kernels(kernels, config, on, kind)
+        rounds = choose_rounds(compile, kernels, on)
+        native = choose_kernels(kernels, config, on, kind) and rounds == "off"
         for name, value in (("quantize", quantize), ("quantize_draft", quantize_draft)):
             if value is not None:
                 check_quantization(name, value, native=native, device=on, dtype=kind)
@@ -155,6 +160,7 @@ class Checkpoint:
             native=native,
             quantize=quantize,
             draft=draft,
+            rounds=rounds,
         )
 
     def _frequent_tokens(self, count: int, text: str | Path | None) -> tuple[int, ...]:
@@ -298,6 +304,30 @@ def choose_kernels(kernels: str, config: ModelConfig, device: torch.device, dtyp
     if kernels == "native" and obstacle is not None:
         raise InvalidArgumentError(f"kernels 'native' can't run this model: {obstacle}; use auto or torch")
     return kernels != "torch" and obstacle is None
+
+
+def choose_rounds(compile: str, kernels: str, device: torch.device) -> RoundMode:
+    """How whole greedy rounds run.
+
+    Args:
+        compile: `auto`: CUDA graphs on CUDA, nothing on a CPU, where native kernels are faster than what
+            `torch.compile` makes; `off`; `max`: `torch.compile`, whose result is captured on CUDA.
+        kernels: The kernels that were asked for.
+        device: Where the network runs.
+
+    Raises:
+        InvalidArgumentError: An unknown value, or `max` where that isn't possible.
+    """
+    if compile not in ("auto", "off", "max"):
+        raise InvalidArgumentError(f"compile {compile!r} is not known; use auto, off or max")
+    if compile != "max":
+        return "graphs" if compile == "auto" and device.type == "cuda" else "off"
+    if kernels == "native":
+        raise InvalidArgumentError("compile 'max' compiles torch's operators, and kernels 'native' has none; drop one")
+    obstacle = why_not_compile(device)
+    if obstacle is not None:
+        raise InvalidArgumentError(f"compile 'max' can't be used here: {obstacle}; use auto or off")
+    return "max"
 
 
 def choose_context(config: ModelConfig, max_context: int | None) -> int:

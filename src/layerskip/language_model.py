@@ -41,6 +41,7 @@ def load(
     quantize_draft: str | None = None,
     draft_vocabulary: int | None = None,
     draft_text: str | Path | None = None,
+    compile: str = "auto",
 ) -> "LanguageModel":
     """Load a checkpoint.
 
@@ -56,11 +57,15 @@ def load(
         quantize_draft: The same for a copy that drafts only; the text stays that of the weights as they are.
         draft_vocabulary: Draft among so many of the most frequent tokens only; the text stays the same.
         draft_text: A text file that says which tokens are frequent; the tokenizer's order if not given.
+        compile: How whole greedy rounds run. `auto`: captured as CUDA graphs on CUDA; not at all on a CPU, where native
+            kernels are faster. `max`: compiled by `torch.compile` (in place of native kernels on a CPU), which takes
+            minutes for each shape. `off`: neither. `LanguageModel.decoder.compiled` tells what was compiled.
 
     Raises:
         CheckpointError: The checkpoint can't be found, read or understood; its subclasses say which.
         OutOfMemoryError: The weights don't fit.
-        InvalidArgumentError: A bad dtype, device or context, or kernels that can't run the model.
+        InvalidArgumentError: A bad dtype, device or context, kernels that can't run the model, or `max` where there is
+            no compiler.
 
     Example:
         >>> lm = load("demo")
@@ -76,6 +81,7 @@ def load(
         quantize_draft=quantize_draft,
         draft_vocabulary=draft_vocabulary,
         draft_text=draft_text,
+        compile=compile,
     )
     return LanguageModel(checkpoint, decoder)
 

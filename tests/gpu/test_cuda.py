@@ -56,3 +56,38 @@ def test_auto_takes_the_gpu_and_the_checkpoints_dtype(tiny_checkpoint: Any) -> N
     stats = lm.generate([PROMPTS[0]], max_new_tokens=16, exit_layer=2)[0].stats
     assert stats.seconds_drafting > 0
     assert stats.seconds_verifying > 0
+
+
+@pytest.mark.usefixtures("full_precision")
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("compile", ["auto", pytest.param("max", marks=pytest.mark.slow)])
+def test_captured_rounds_write_the_same_text(tiny_checkpoint: Any, family: str, compile: str) -> None:
+    """Ragged rows that end at different times; each call again, so that graphs serve buffers of an earlier text."""
+    folder = str(tiny_checkpoint(family))
+    lm = layerskip.load(folder, dtype="float32", device="cuda", compile=compile)
+    plain = layerskip.load(folder, dtype="float32", device="cuda", compile="off")
+    for drafting in ({"generation_strategy": "autoregressive"}, {"exit_layer": 2, "num_speculations": 3}):
+        options: dict[str, Any] = {"max_new_tokens": 60, "do_sample": False, "ignore_eos": True, **drafting}
+        for prompts in (PROMPTS, PROMPTS, PROMPTS[:1]):
+            expected = plain.generate(prompts, **options)
+            found = lm.generate(prompts, **options)
+            assert [x.token_ids for x in found] == [x.token_ids for x in expected]
+    assert not any(x.problem for x in lm.decoder.compiled)
+    assert {(x.shape.exit_layer, x.shape.num_drafts) for x in lm.decoder.compiled} == {(0, 0), (2, 3)}
+    made = [(x.shape, x.seconds > 0) for x in lm.decoder.compiled]
+    assert len(made) == len(set(made)), "a shape was captured twice: buffers weren't reused"
+    assert plain.decoder.compiled == ()
+
+
+def test_a_replayed_round_is_the_uncaptured_one(tiny_checkpoint: Any) -> None:
+    """Bit for bit: a graph replays the kernels of the same function."""
+    lm = layerskip.load(str(tiny_checkpoint()), dtype="float32", device="cuda")
+    cache = lm.decoder.new_cache(3, 40)
+    found = [lm.decoder.round_greedy([5, 6, 7], cache, 2, 3) for _ in range(6)]
+    assert [x is None for x in found] == [True] * 3 + [False] * 3
+    (program,) = lm.decoder._rounds._programs.values()  # type: ignore[union-attr]
+    with torch.inference_mode():
+        again = program._function(program._inputs)[:3].cpu()
+    for round_ in found[3:]:
+        assert round_ is not None
+        assert torch.equal(torch.cat((round_.drafts, round_.targets), 1), again)

@@ -21,7 +21,9 @@ from layerskip.model.torch_network import TorchNetwork
 
 
 @pytest.fixture(scope="session")
-def make_lm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., LanguageModel]:
+def make_lm(
+    tmp_path_factory: pytest.TempPathFactory, load_static: Callable[[Path], LanguageModel]
+) -> Callable[..., LanguageModel]:
     """Builds a random Llama whose layers from `early` on change little, so that its exits agree now and then."""
 
     def make(
@@ -76,14 +78,16 @@ def make_lm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., LanguageM
             }
             tensors |= {f"model.layers.{index}.{name}.weight": tensor for name, tensor in parts.items()}
         save_file(tensors, folder / "model.safetensors")
+        if kernels == "static":
+            return load_static(folder)
         return layerskip.load(str(folder), dtype="float32", device="cpu", kernels=kernels)
 
     return make
 
 
-@pytest.fixture(scope="session", params=["torch", "native"])
+@pytest.fixture(scope="session", params=["torch", "native", "static"])
 def lm(make_lm: Callable[..., LanguageModel], request: pytest.FixtureRequest) -> LanguageModel:
-    """The network of most tests: 5 layers, 48 tokens, a context of 96; by either kind of kernels."""
+    """The network of most tests: 5 layers, 48 tokens, a context of 96; by either kind of kernels, in whole rounds."""
     if request.param == "native" and load_library() is None:
         pytest.skip("the compiled kernels weren't built")
     return make_lm(kernels=request.param)

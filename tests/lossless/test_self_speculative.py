@@ -217,10 +217,10 @@ def test_a_full_context_ends_the_text(lm: LanguageModel, room: int, exit_layer: 
 
 
 def test_drafts_never_write_past_the_capacity(
-    lm: LanguageModel, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    make_lm: Callable[..., LanguageModel], prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The scratch slot behind the last one stays untouched by a lone row: it drafts no more than it can use."""
-    caches = []
+    caches, lm = [], make_lm()
     verify = self_speculative.verify
 
     def spy(batch: Any, draft: Any, exits: Any) -> Any:

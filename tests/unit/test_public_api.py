@@ -7,7 +7,7 @@ import layerskip
 
 SIGNATURES = {
     "load": "name, *, dtype, device, revision, max_context, kernels, quantize, quantize_draft, "
-    "draft_vocabulary, draft_text",
+    "draft_vocabulary, draft_text, compile",
     "LanguageModel.generate": "self, prompts, config, **options",
     "LanguageModel.stream": "self, prompts, config, *, show_drafts, session, **options",
     "LanguageModel.score": "self, prompts, continuations, *, exit_layer",

@@ -63,6 +63,8 @@ class ModelArguments:
     """Draft among the N most frequent tokens only; the text stays the same."""
     draft_text: Annotated[Path | None, arg(metavar="FILE")] = None
     """A text that says which tokens are frequent; the tokenizer's order if not given."""
+    compile: Literal["auto", "off", "max"] = "auto"
+    """Whole greedy rounds: auto: CUDA graphs on CUDA; max: torch.compile as well, also on a CPU; off: neither."""
 
 
 @dataclass(frozen=True, kw_only=True)

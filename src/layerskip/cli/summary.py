@@ -23,8 +23,12 @@ def autoregressive(config: GenerationConfig, seed: int | None = None) -> Generat
 
 
 def warm_up(lm: LanguageModel, prompt: str, config: GenerationConfig) -> None:
-    """Write a few tokens in both ways, so that neither is timed while memory and threads are set up."""
-    short = replace(config, max_new_tokens=min(WARM_UP_TOKENS, config.max_new_tokens))
+    """Write a few tokens in both ways, so that neither is timed while memory and threads are set up.
+
+    Where rounds are compiled, write all: which ones are needed depends on the lengths that the text goes through.
+    """
+    tokens = config.max_new_tokens if lm.decoder.compiles_rounds else min(WARM_UP_TOKENS, config.max_new_tokens)
+    short = replace(config, max_new_tokens=tokens)
     for each in (short, autoregressive(short)):
         lm.generate([prompt], each)
 
@@ -65,7 +69,8 @@ def describe(lm: LanguageModel, config: GenerationConfig, seed: int) -> str:
         "self_speculative": f"{layers} draft {config.draft_length} tokens a round",
         "autoregressive": f"{layers} run",
     }[config.strategy]
-    return f"{work}, {f'sampling with seed {seed}' if config.samples else 'greedy'}"
+    choice = f"sampling with seed {seed}" if config.samples else "greedy"
+    return f"{work}, {choice}{_describe_compilation(lm)}"
 
 
 def explanation_lines(explanation: Explanation) -> list[str]:
@@ -81,6 +86,17 @@ def explanation_lines(explanation: Explanation) -> list[str]:
         f"verifying four drafts {explanation.verification_ratio:.2f} times that."
     )
     return lines
+
+
+def _describe_compilation(lm: LanguageModel) -> str:
+    """How many rounds have been compiled and how long that took, or why it failed; empty where nothing was tried."""
+    compiled = lm.decoder.compiled
+    if not compiled:
+        return ""
+    problem = compiled[-1].problem  # nothing is tried after a failure
+    if problem is not None:
+        return f", not compiled: {problem}"
+    return f", {len(compiled)} rounds compiled in {sum(round_.seconds for round_ in compiled):.1f} s"
 
 
 def stats_table(run: Run, reference: Run | None = None, *, same_text: bool | None = None) -> Table:

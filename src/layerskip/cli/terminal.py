@@ -64,6 +64,7 @@ def load_model(arguments: ModelArguments, output: OutputArguments) -> "LanguageM
             quantize_draft=arguments.quantize_draft,
             draft_vocabulary=arguments.draft_vocabulary,
             draft_text=arguments.draft_text,
+            compile=arguments.compile,
         )
         model = LanguageModel(checkpoint, decoder)
         with suppress(TokenizerError):

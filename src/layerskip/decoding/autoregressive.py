@@ -33,8 +33,11 @@ def step(batch: Batch, num_layers: int) -> list[Round]:
         num_layers: Layers to run: all, or for early exit the first few.
     """
     decoder, cache = batch.decoder, batch.cache
+    whole = decoder.round_greedy(batch.last_tokens, cache, 0, 0, num_layers) if batch.greedy else None
     positions = decoder.place(cache, cache.lengths, 1)
-    if batch.greedy:
+    if whole is not None:
+        rounds = [Round(token=token) for (token,) in whole.targets.tolist()]
+    elif batch.greedy:
         tokens = decoder.choose_greedy(batch.pending(), positions, cache, 0, num_layers)
         rounds = [Round(token=token) for (token,) in tokens.tolist()]
     else:

@@ -89,9 +89,14 @@ class Batch:
         """Seed of each row."""
         return [row.seed for row in self.rows]
 
+    @property
+    def last_tokens(self) -> list[int]:
+        """The last token of each row, on the host."""
+        return [row.tokens[-1] for row in self.rows]
+
     def pending(self) -> Tensor:
         """The last token of each row, [B, 1]."""
-        return torch.tensor([[row.tokens[-1]] for row in self.rows], device=self.decoder.device)
+        return torch.tensor([[token] for token in self.last_tokens], device=self.decoder.device)
 
     def contexts(self, drafts: list[list[int]] | None = None) -> list[list[list[int]]] | None:
         """Tokens before each position that follows the row's text and 0, 1, ... of its drafts; None if not needed."""

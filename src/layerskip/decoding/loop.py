@@ -13,6 +13,7 @@ from layerskip.decoding.drafting import Draft, draft_early_exit, draft_ngram, dr
 from layerskip.decoding.experience import Experience
 from layerskip.decoding.policy import FixedPolicy, Outcome, Plan, Policy
 from layerskip.decoding.sampling import Sampler
+from layerskip.decoding.self_speculative import Verification
 from layerskip.decoding.stats import Stopwatch
 from layerskip.errors import InvalidArgumentError, PromptError
 from layerskip.model.cache import KVCache
@@ -178,15 +179,22 @@ def _speculate(batch: Batch, show_drafts: bool) -> Generator[Drafted, None, list
     matches = [row.ngrams.match() for row in batch.rows] if policy.uses_ngrams else []
     plan = policy.plan(matches, max(row.remaining for row in batch.rows))
     exits = policy.exits if policy.probes else ()
-    draft = _draft(batch, plan, exits)
-    middle = batch.stopwatch.mark()
-    if show_drafts:
-        for row, tokens, usable in zip(batch.rows, draft.tokens.tolist(), draft.num_drafts, strict=True):
-            yield Drafted(row=row, tokens=tuple(tokens[:usable]))
-    resumed = batch.stopwatch.mark()
-    verification = self_speculative.verify(batch, draft, exits)
-    end = batch.stopwatch.mark()
-    drafting, verifying = batch.stopwatch.between(start, middle), batch.stopwatch.between(resumed, end)
+    confidences: list[list[float]] = []
+    whole = None if show_drafts or exits else _whole_round(batch, plan)
+    if whole is not None:
+        verification = whole
+        drafting, verifying = _shares(plan, batch, batch.stopwatch.between(start, batch.stopwatch.mark()))
+    else:
+        draft = _draft(batch, plan, exits)
+        confidences = draft.confidences
+        middle = batch.stopwatch.mark()
+        if show_drafts:
+            for row, tokens, usable in zip(batch.rows, draft.tokens.tolist(), draft.num_drafts, strict=True):
+                yield Drafted(row=row, tokens=tuple(tokens[:usable]))
+        resumed = batch.stopwatch.mark()
+        verification = self_speculative.verify(batch, draft, exits)
+        end = batch.stopwatch.mark()
+        drafting, verifying = batch.stopwatch.between(start, middle), batch.stopwatch.between(resumed, end)
     for row in batch.rows:
         row.recorder.seconds_drafting += drafting
         row.recorder.seconds_verifying += verifying
@@ -196,11 +204,30 @@ def _speculate(batch: Batch, show_drafts: bool) -> Generator[Drafted, None, list
         held=[round_.num_accepted for round_ in rounds],
         drafted=[len(round_.drafts) for round_ in rounds],
         tokens=[(*round_.drafts[: round_.num_accepted], round_.token) for round_ in rounds],
-        confidences=draft.confidences,
+        confidences=confidences,
         agreement=verification.agreement,
     )
     policy.observe(plan, matches, outcome)
     return rounds
+
+
+def _whole_round(batch: Batch, plan: Plan) -> Verification | None:
+    """The plan's round in one call, where the network has compiled it."""
+    if plan.drafter == "ngram" or plan.stop is not None:  # their drafts are as many as a round happens to find
+        return None
+    drafts = plan.num_speculations if plan.drafter == "early_exit" else 0
+    return self_speculative.whole_round(batch, plan.exit_layer, drafts)
+
+
+def _shares(plan: Plan, batch: Batch, seconds: float) -> tuple[float, float]:
+    """A whole round's seconds, split between drafting and verification as they enter layers.
+
+    Nothing between them can be timed: a graph is one call.
+    """
+    drafting = (plan.num_speculations + 1) * plan.exit_layer
+    verifying = batch.decoder.num_layers - plan.exit_layer
+    share = drafting / (drafting + verifying)
+    return share * seconds, (1 - share) * seconds
 
 
 def _draft(batch: Batch, plan: Plan, exits: tuple[int, ...]) -> Draft:

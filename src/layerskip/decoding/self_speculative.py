@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from layerskip.decoding.batch import Batch, Round
-from layerskip.decoding.drafting import Draft, run_through
+from layerskip.decoding.drafting import Draft, draft_lengths, run_through
 from layerskip.decoding.noise import Purpose, make_key, uniforms
 from layerskip.decoding.sampling import Sampler
 from layerskip.decoding.verification import accept_block, accept_matching, accept_rejection
@@ -54,6 +54,31 @@ def verify(batch: Batch, draft: Draft, exits: Collection[int] = ()) -> Verificat
         for exit_layer, state in {**draft.exit_states, **states}.items()
     }
     return Verification(rounds=rounds, agreement=agreement)
+
+
+@torch.inference_mode()
+def whole_round(batch: Batch, exit_layer: int, num_speculations: int) -> Verification | None:
+    """Draft and verify in one call, where the network has compiled that.
+
+    A row that can use fewer drafts than the others gets as many, and those beyond its end are ignored.
+
+    Args:
+        batch: The rows.
+        exit_layer: E; 0 for a step without drafts.
+        num_speculations: K, exactly.
+
+    Returns:
+        What holds, committed; or None where it takes drafting and verification.
+    """
+    num_drafts = draft_lengths(batch, num_speculations)
+    most = max(num_drafts)
+    if not batch.greedy or 2 * most < num_speculations:  # all rows end soon: most of the drafts would be in vain
+        return None
+    found = batch.decoder.round_greedy(batch.last_tokens, batch.cache, exit_layer, num_speculations)
+    if found is None:
+        return None
+    draft = Draft(exit_layer=exit_layer, num_drafts=num_drafts, tokens=found.drafts, hidden=None)
+    return Verification(rounds=_commit(batch, draft, _compared(draft, found.targets)))
 
 
 class _Judge:

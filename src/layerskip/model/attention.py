@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import EllipsisType
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,19 @@ class AttentionSpan:
     cos: Tensor
     sin: Tensor
     """[B or 1, Q, 1, R]."""
+
+
+class Placement(Protocol):
+    """What a layer in torch needs to know of a block: `Positions`, or `static_round.DevicePositions`."""
+
+    @property
+    def slots(self) -> Slots:
+        """Index into a layer's [B, T, H_kv, D_head] buffers where the block's keys and values go."""
+        ...
+
+    def span(self, kind: str) -> AttentionSpan:
+        """What one kind of layer (full or sliding) attends to, and its rotary factors."""
+        ...
 
 
 class Positions:
@@ -108,7 +122,7 @@ class Positions:
         mask = None
         if self.num_queries > 1 or not self._uniform:
             groups = self._config.num_attention_heads // self._config.num_key_value_heads
-            mask = _mask(self._positions, low, end, window, self._dtype).repeat(1, 1, groups, 1)
+            mask = causal_mask(self._positions, low, end, window, self._dtype).repeat(1, 1, groups, 1)
         table: slice | Tensor = slice(self._start, self._end)
         if not self._uniform:
             table = self._positions.clamp(max=self._capacity - 1)
@@ -117,8 +131,8 @@ class Positions:
         return AttentionSpan(first_slot=low, last_slot=end, mask=mask, cos=cos.view(shape), sin=sin.view(shape))
 
 
-def _mask(positions: Tensor, low: int, end: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """Additive causal mask [B, 1, Q, T] over slots low..end-1, limited to `window` tokens where given."""
+def causal_mask(positions: Tensor, low: int, end: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """Additive causal mask [B, 1, Q, T] of queries at `positions` over slots low..end-1, at most `window` back."""
     keys = torch.arange(low, end, device=positions.device)
     queries = positions.unsqueeze(-1)
     hidden = keys > queries

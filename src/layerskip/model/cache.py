@@ -52,6 +52,15 @@ class KVCache:
         self.capacity = capacity
         self.lengths = [0] * num_rows
 
+    @classmethod
+    def over(cls, keys: torch.Tensor, values: torch.Tensor, num_rows: int) -> "KVCache":
+        """An empty cache of the first `num_rows` rows of buffers [L, B, T + 1, H_kv, D_head] that exist already."""
+        cache = cls.__new__(cls)
+        cache.keys, cache.values = keys, values
+        cache.capacity = keys.shape[2] - 1
+        cache.lengths = [0] * num_rows
+        return cache
+
     @property
     def num_rows(self) -> int:
         """B."""

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from layerskip.model.attention import Positions
 from layerskip.model.cache import KVCache
+from layerskip.model.compiled_rounds import CompiledRound, CompiledRounds, RoundMode
 from layerskip.model.config import ModelConfig
-from layerskip.model.drafts import DraftStop, GreedyDrafts
+from layerskip.model.drafts import DraftStop, GreedyDrafts, GreedyRound
 from layerskip.model.linear import Linear
 from layerskip.model.rope import RopeTable
-from layerskip.model.torch_network import LayerWeights
+from layerskip.model.static_round import RoundParts
+from layerskip.model.torch_network import LayerWeights, TorchNetwork
 
 
 class Network(Protocol):
@@ -95,6 +97,7 @@ class Decoder:
         device: torch.device,
         max_context: int,
         token_ids: Tensor | None = None,
+        rounds: RoundMode = "off",
     ) -> None:
         """Put a network together from loaded weights (`weights.load_decoder` does that for a checkpoint).
 
@@ -107,6 +110,7 @@ class Decoder:
             device: Where everything lives.
             max_context: Longest sequence in tokens that may be run.
             token_ids: [N] ids of the head's outputs, where it has some only.
+            rounds: How `round_greedy` runs whole rounds; other than `off` it takes a network in torch.
         """
         self.config = config
         self.dtype = dtype
@@ -119,11 +123,28 @@ class Decoder:
         self._network = network
         self._ropes = ropes
         self._multiplier = torch.tensor(config.embedding_multiplier, dtype=dtype).item()
+        self._rounds: CompiledRounds | None = None
+        if rounds != "off":
+            assert isinstance(network, TorchNetwork), type(network)
+            parts = RoundParts(
+                config=config, network=network, embed=self.embed, unembed=self.unembed, ropes=ropes, dtype=dtype
+            )
+            self._rounds = CompiledRounds(parts, rounds, device=device, max_context=max_context)
 
     @property
     def num_layers(self) -> int:
         """L."""
         return self.config.num_layers
+
+    @property
+    def compiles_rounds(self) -> bool:
+        """Whether `round_greedy` ever does anything."""
+        return self._rounds is not None
+
+    @property
+    def compiled(self) -> tuple[CompiledRound, ...]:
+        """Rounds that were compiled or captured so far, with the seconds that this took."""
+        return () if self._rounds is None else tuple(self._rounds.report)
 
     def weight_bytes(self, start: int, stop: int, *, head: bool = True) -> int:
         """Bytes of weights that a pass through layers start..stop-1, and the head, reads."""
@@ -156,7 +177,9 @@ class Decoder:
         return Drafter(decoder=self, num_layers=self.num_layers, shares_states=True)
 
     def new_cache(self, num_rows: int, capacity: int) -> KVCache:
-        """A cache of `num_rows` rows of `capacity` tokens for this network."""
+        """A cache of `num_rows` rows of at least `capacity` tokens for this network."""
+        if self._rounds is not None:
+            return self._rounds.new_cache(num_rows, capacity)
         return KVCache(self.config, num_rows=num_rows, capacity=capacity, dtype=self.dtype, device=self.device)
 
     def place(self, cache: KVCache, first: Sequence[int], num_queries: int) -> Positions:
@@ -241,4 +264,30 @@ class Decoder:
         found = self._network.draft_greedy(tokens, cache, exit_layer, num_drafts, stop, complete)
         if found is not None:
             self._calls.count += (found.tokens.shape[1] + complete) * exit_layer
+        return found
+
+    def round_greedy(
+        self, tokens: Sequence[int], cache: KVCache, exit_layer: int, num_drafts: int, stop: int | None = None
+    ) -> GreedyRound | None:
+        """Draft with the first layers and verify with the others, all in one call where rounds are compiled.
+
+        With no drafts and exit 0 it is an autoregressive step.
+
+        Args:
+            tokens: B token ids, the last of each row, right after what its row of the cache has committed.
+            cache: Nothing is committed. Drafts for which a row has no room go to the scratch slot; they, and the
+                targets after them, mean nothing.
+            exit_layer: E, layers that draft; 0 where nothing is drafted.
+            num_drafts: K.
+            stop: Layers in all; L if not given.
+
+        Returns:
+            Drafts and targets, or None where it takes the other verbs.
+        """
+        if self._rounds is None or (exit_layer > 0 and self.drafter(exit_layer).decoder is not self):
+            return None
+        stop = self.num_layers if stop is None else stop
+        found = self._rounds.run(tokens, cache, exit_layer=exit_layer, num_drafts=num_drafts, stop=stop)
+        if found is not None:
+            self._calls.count += num_drafts * exit_layer + stop
         return found

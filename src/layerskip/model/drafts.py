@@ -1,4 +1,4 @@
-"""With what drafts are written, when to stop, and what drafting in one call gives.
+"""With what drafts are written, when to stop, and what drafting in one call, or a whole round, gives.
 
 Shapes: B rows, K drafts a row, D width.
 """
@@ -67,3 +67,13 @@ class GreedyDrafts:
     """[B, K + 1, D], outputs of the exit for the token before the drafts and for the drafts."""
     confidences: list[list[float]]
     """B x K probabilities of the drafts; empty without a `DraftStop`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GreedyRound:
+    """Likeliest tokens of a whole round, on the host."""
+
+    drafts: Tensor
+    """[B, K], those of the exit."""
+    targets: Tensor
+    """[B, K + 1], those of the last layer after the pending token and after each draft."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layerskip.model.attention import Positions, attend
+from layerskip.model.attention import Placement, attend
 from layerskip.model.cache import KVCache
 from layerskip.model.config import ModelConfig
 from layerskip.model.drafts import DraftStop, GreedyDrafts
@@ -61,7 +61,7 @@ class TorchNetwork:
         self._on_cpu = final_norm.device.type == "cpu"
         self._epsilon = torch.tensor(config.rms_norm_eps, device=final_norm.device)
 
-    def run_layers(self, hidden: Tensor, positions: Positions, cache: KVCache, start: int, stop: int) -> Tensor:
+    def run_layers(self, hidden: Tensor, positions: Placement, cache: KVCache, start: int, stop: int) -> Tensor:
         """[B, Q, D], the input of layer `start` -> [B, Q, D], the output of layer `stop - 1`."""
         for index in range(start, stop):
             hidden = self._run_layer(index, hidden, positions, cache)
@@ -72,7 +72,7 @@ class TorchNetwork:
         return self.head(self._norm(hidden, self.final_norm)).float()
 
     def choose_greedy(
-        self, inputs: Tensor, positions: Positions, cache: KVCache, start: int, stop: int
+        self, inputs: Tensor, positions: Placement, cache: KVCache, start: int, stop: int
     ) -> Tensor | None:
         """There is no shorter way than the decoder's verbs."""
         return None
@@ -89,7 +89,7 @@ class TorchNetwork:
         """There is no shorter way than the decoder's verbs."""
         return None
 
-    def _run_layer(self, index: int, hidden: Tensor, positions: Positions, cache: KVCache) -> Tensor:
+    def _run_layer(self, index: int, hidden: Tensor, positions: Placement, cache: KVCache) -> Tensor:
         weights = self.layers[index]
         out = self._attention(index, self._norm(hidden, weights.attention_norm), positions, cache)
         if weights.post_attention_norm is not None:
@@ -100,7 +100,7 @@ class TorchNetwork:
             out = self._norm(out, weights.post_mlp_norm)
         return hidden + out
 
-    def _attention(self, index: int, x: Tensor, positions: Positions, cache: KVCache) -> Tensor:
+    def _attention(self, index: int, x: Tensor, positions: Placement, cache: KVCache) -> Tensor:
         config, weights = self.config, self.layers[index]
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         span = positions.span(config.layer_types[index])

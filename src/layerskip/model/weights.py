@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerskip.errors import WeightsError
+from layerskip.model.compiled_rounds import RoundMode
 from layerskip.model.config import ModelConfig
 from layerskip.model.decoder import Decoder, Network
 from layerskip.model.drafts import DraftWeights
 from layerskip.model.families import FAMILIES
-from layerskip.model.linear import Linear, make_linear, packs
+from layerskip.model.linear import DenseLinear, Linear, make_linear, packs
 from layerskip.model.native_library import PANEL
 from layerskip.model.native_memory import WeightMemory
 from layerskip.model.native_network import NativeLinear, NativeNetwork, interleave
@@ -51,6 +52,7 @@ def load_decoder(
     native: bool = False,
     quantize: str | None = None,
     draft: DraftWeights | None = None,
+    rounds: RoundMode = "off",
 ) -> Decoder:
     """Build the network, copying one weight at a time.
 
@@ -66,12 +68,13 @@ def load_decoder(
         native: Run it by compiled kernels (`native_network.why_not_native` says whether they can).
         quantize: Keep layers and head in fewer bits (`quantization.check_quantization` says whether that works here).
         draft: Other weights to draft with; None: the same.
+        rounds: How whole greedy rounds run, in a network that is not native.
 
     Raises:
         WeightsError: A tensor is missing, unknown, or of the wrong shape.
     """
     check_names(config, source.names())
-    target = _Target(device=device, dtype=dtype, native=native, quantize=quantize)
+    target = _Target(device=device, dtype=dtype, native=native, quantize=quantize, plain=rounds == "max")
     embedding, head = _load_tables(config, source, target)
     layers = [_load_layer(config, index, source, target) for index in range(config.num_layers)]
     shared = _Shared(
@@ -86,7 +89,7 @@ def load_decoder(
         target=target,
         max_context=max_context,
     )
-    decoder = shared.decoder(layers, head)
+    decoder = shared.decoder(layers, head, rounds=rounds)
     if draft is not None:
         few = replace(target, quantize=draft.quantize or quantize)
         if draft.quantize is not None:
@@ -163,16 +166,22 @@ class _Target:
     dtype: torch.dtype
     native: bool
     quantize: str | None
+    plain: bool
+    """Weights as torch keeps them: `torch.compile` can't look into those that oneDNN has reordered."""
     memory: WeightMemory = field(default_factory=WeightMemory)
 
     def packs(self, shape: Sequence[int]) -> bool:
         """Whether `linear` copies such a weight once more, so that what it is given lives for a moment only."""
-        return self.native or self.quantize is not None or packs(self.device, self.dtype, shape[1])
+        if self.native or self.quantize is not None:
+            return True
+        return not self.plain and packs(self.device, self.dtype, shape[1])
 
     def linear(self, ours: str, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """The layer's part or the head (`ours`) as the network multiplies by it."""
+        if not self.native and self.quantize is not None:
+            return quantize_linear(weight, bias, self.quantize)
         if not self.native:
-            return make_linear(weight, bias) if self.quantize is None else quantize_linear(weight, bias, self.quantize)
+            return DenseLinear(weight, bias) if self.plain else make_linear(weight, bias)
         storage = native_storage(self.quantize, weight.shape[1])
         if ours == "gate_up":
             bias = None if bias is None else interleave(bias)
@@ -206,7 +215,13 @@ class _Shared:
     target: _Target
     max_context: int
 
-    def decoder(self, layers: list[LayerWeights], head: Linear, token_ids: Tensor | None = None) -> Decoder:
+    def decoder(
+        self,
+        layers: list[LayerWeights],
+        head: Linear,
+        token_ids: Tensor | None = None,
+        rounds: RoundMode = "off",
+    ) -> Decoder:
         """A decoder with these layers and this head."""
         if isinstance(head, NativeLinear):
             network: Network = NativeNetwork(
@@ -229,6 +244,7 @@ class _Shared:
             device=self.target.device,
             max_context=self.max_context,
             token_ids=token_ids,
+            rounds=rounds,
         )
 
 

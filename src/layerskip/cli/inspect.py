@@ -111,6 +111,7 @@ def describe(lm: "LanguageModel") -> dict[str, Any]:
         "parameters": lm.checkpoint.num_parameters,
         "dtype": str(lm.decoder.dtype).removeprefix("torch."),
         "device": str(lm.decoder.device),
+        "kernels": lm.decoder.kernels,
     }
 
 
@@ -123,7 +124,7 @@ def print_report(arguments: InspectArguments, lm: "LanguageModel", report: "Exit
     console.print(
         f"{shape['name']}: {shape['model_type']}, {shape['parameters'] / 1e6:.1f}M parameters, "
         f"{shape['num_layers']} layers, width {shape['hidden_size']}, vocabulary {shape['vocab_size']}, "
-        f"context {shape['max_context']}, {shape['dtype']} on {shape['device']}"
+        f"context {shape['max_context']}, {shape['dtype']} on {shape['device']}, {shape['kernels']} kernels"
     )
     table = Table(title=f"exits, over {report.num_tokens} tokens")
     table.add_column("exit layer", justify="right")

@@ -31,6 +31,11 @@ class Network(Protocol):
     """Layers and head with their weights: `torch_network.TorchNetwork`, or `native_network.NativeNetwork`."""
 
     @property
+    def kernels(self) -> str:
+        """`native` or `torch`."""
+        ...
+
+    @property
     def layers(self) -> Sequence[LayerWeights]:
         """Weights of each layer."""
         ...
@@ -145,6 +150,11 @@ class Decoder:
     def compiled(self) -> tuple[CompiledRound, ...]:
         """Rounds that were compiled or captured so far, with the seconds that this took."""
         return () if self._rounds is None else tuple(self._rounds.report)
+
+    @property
+    def kernels(self) -> str:
+        """What computes: `native` or `torch`."""
+        return self._network.kernels
 
     def weight_bytes(self, start: int, stop: int, *, head: bool = True) -> int:
         """Bytes of weights that a pass through layers start..stop-1, and the head, reads."""

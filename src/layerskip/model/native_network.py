@@ -134,6 +134,8 @@ def interleave(bias: Tensor) -> Tensor:
 class NativeNetwork:
     """Layers and head in compiled code (`decoder.Network`)."""
 
+    kernels = "native"
+
     def __init__(
         self,
         config: ModelConfig,

@@ -43,6 +43,8 @@ class LayerWeights:
 class TorchNetwork:
     """Layers and head, operator by operator (`decoder.Network`)."""
 
+    kernels = "torch"
+
     def __init__(
         self, config: ModelConfig, *, layers: Sequence[LayerWeights], final_norm: Tensor, head: Linear
     ) -> None:

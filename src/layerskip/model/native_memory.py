@@ -32,10 +32,17 @@ class WeightMemory:
         return piece
 
 
+def map_private(num_bytes: int) -> mmap.mmap:
+    """A mapping of its own. Python's default, one shared with children, doesn't get large pages."""
+    if hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, num_bytes)
+
+
 def _map(num_bytes: int) -> Tensor:
     """A mapping that begins and ends with a large page."""
     rounded = -(-num_bytes // LARGE_PAGE_BYTES) * LARGE_PAGE_BYTES
-    memory = mmap.mmap(-1, rounded + LARGE_PAGE_BYTES)
+    memory = map_private(rounded + LARGE_PAGE_BYTES)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)

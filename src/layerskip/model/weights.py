@@ -3,7 +3,6 @@
 Shapes: D width, V vocabulary, I width of the MLP, H and H_kv heads, D_head channels of a head.
 """
 
-import mmap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -20,7 +19,7 @@ from layerskip.model.drafts import DraftWeights
 from layerskip.model.families import FAMILIES
 from layerskip.model.linear import DenseLinear, Linear, make_linear, packs
 from layerskip.model.native_library import PANEL
-from layerskip.model.native_memory import WeightMemory
+from layerskip.model.native_memory import WeightMemory, map_private
 from layerskip.model.native_network import NativeLinear, NativeNetwork, interleave
 from layerskip.model.quantization import native_storage, quantize_linear
 from layerskip.model.rope import RopeTable
@@ -200,7 +199,7 @@ class _Target:
         """
         if self.device.type != "cpu" or not self.packs(shape):
             return torch.empty(shape, dtype=self.dtype, device=self.device)
-        memory = mmap.mmap(-1, torch.Size(shape).numel() * self.dtype.itemsize)
+        memory = map_private(torch.Size(shape).numel() * self.dtype.itemsize)
         return torch.frombuffer(memory, dtype=self.dtype).view(shape)
 
 

@@ -1,10 +1,10 @@
 """Adaptive decoding against every fixed exit and draft length, on texts where it pays and where nothing does.
 
     python benchmarks/adaptive.py --prompts human_eval.jsonl --num-prompts 40     # the embedded model, the whole grid
-    python benchmarks/adaptive.py --model untrained                               # random weights: nothing to gain
+    python benchmarks/adaptive.py --model untrained --temperature 1               # random weights: nothing to gain
     python benchmarks/adaptive.py --copy                                          # the text repeats itself
 
-Greedy, batch 1, all ways in turn for every prompt; the figures are tokens over seconds after each prompt's first token.
+Batch 1, all ways in turn for every prompt; the figures are tokens over seconds after each prompt's first token.
 """
 
 import json
@@ -43,6 +43,8 @@ class Arguments:
     num_prompts: int = 6
     copy: bool = False
     """One prompt instead: a file of some sixty lines, and the beginning of an edited copy."""
+    temperature: float = 0.0
+    """Above 0, sample: text that doesn't repeat itself. The seed is the same for all ways, and so is the text."""
     repetitions: int = 3
     threads: int = 2
 
@@ -101,7 +103,13 @@ def measure(arguments: Arguments, lm: layerskip.LanguageModel, prompts: list[lis
             texts = set()
             for name, options in ways.items():
                 result = lm.generate(
-                    [prompt], max_new_tokens=arguments.max_new_tokens, do_sample=False, ignore_eos=True, **options
+                    [prompt],
+                    max_new_tokens=arguments.max_new_tokens,
+                    temperature=arguments.temperature,
+                    do_sample=arguments.temperature > 0,
+                    seed=0,
+                    ignore_eos=True,
+                    **options,
                 )[0]
                 texts.add(tuple(result.token_ids))
                 tokens[name] += result.stats.tokens - 1

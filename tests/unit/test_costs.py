@@ -44,4 +44,4 @@ def test_experience_is_shared_by_sizes_and_kept_by_kind(
     assert policies[1].costs is policies[2].costs
     sampling = experience.policy(text_lm.decoder, 1, samples=True)
     assert sampling.rates is not policies[0].rates
-    assert sampling.corrections is not policies[0].corrections
+    assert sampling.ratios is not policies[0].ratios

@@ -1,5 +1,6 @@
 """What is planned for a round, from given costs and given acceptance."""
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ def make_policy(rates: dict[int, float], options: dict[str, Any] | None = None, 
     for exit_layer, rate in rates.items():
         for _ in range(200):
             policy.rates.observe_exits({exit_layer: (5 * rate, 5)})
+    policy.ratios["none"] = deque([1.0] * 3, maxlen=9)  # steps have been timed
     return policy
 
 
@@ -122,9 +124,30 @@ def test_rounds_that_take_longer_than_predicted_correct_the_costs() -> None:
         policy.observe(
             Plan(drafter="early_exit", exit_layer=4), NONE, outcome(4, 4, 3 * policy.costs.round(4, 4), range(5))
         )
-    assert policy.corrections["early_exit"] == pytest.approx(3, rel=0.01)
-    assert policy.corrections["none"] == pytest.approx(1)
+    assert policy.correction("early_exit") == pytest.approx(3)
+    assert policy.correction("none") == pytest.approx(1)
     assert policy.plan(NONE, 100).drafter == "none"
+
+
+def test_a_single_slow_round_changes_nothing() -> None:
+    policy = make_policy({4: 0.8})
+    for seconds in (1.0, 1.0, 50.0, 1.0):
+        policy.observe(Plan(drafter="none"), NONE, outcome(0, 0, seconds * policy.costs.step()))
+    assert policy.correction("none") == 1
+    assert policy.correction("ngram") == 1
+
+
+def test_steps_without_drafts_are_timed_now_and_then() -> None:
+    policy = make_policy({4: 0.9})
+    policy.ratios.clear()
+    plans = []
+    for _ in range(200):
+        plans.append(policy.plan(NONE, 100))
+        drafts = plans[-1].num_speculations
+        policy.observe(plans[-1], NONE, outcome(drafts, drafts, policy.seconds(plans[-1]), range(drafts + 1)))
+    assert [plan.drafter for plan in plans[:4]] == ["early_exit"] * 4
+    assert [plan.drafter for plan in plans[4:7]] == ["none"] * 3
+    assert 5 <= sum(plan.drafter == "none" for plan in plans) <= 8
 
 
 def test_probes_come_first_and_then_take_their_share() -> None:

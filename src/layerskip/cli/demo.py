@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PROMPTS = ("def fibonacci(n):", "import os\n\n\ndef read_file(path):")
 MIN_REPETITIONS, MAX_REPETITIONS, ENOUGH_SECONDS = 3, 7, 5.0
 EXPLANATION = """\
-LayerSkip: the first {exit_layer} of this model's {num_layers} layers draft up to {num_speculations} tokens, then the
+LayerSkip: the first {exit_layer}of this model's {num_layers} layers draft {num_speculations} tokens, then the
 other layers verify them at once. What holds is kept, and the first token that doesn't is corrected: the text is exactly
 the one that the model writes token by token, in fewer steps. The model is tiny and learnt from Python's standard
 library: watch how it writes, not what.
@@ -37,10 +37,10 @@ class DemoArguments:
     """
 
     exit_layer: int | None = None
-    """Layers that draft (1..L); a quarter of them if not given."""
-    num_speculations: int = 3
+    """Layers that draft (1..L). If neither this nor the next is given, both are chosen round by round."""
+    num_speculations: int | None = None
     """Most tokens to draft in a round."""
-    max_new_tokens: int = 48
+    max_new_tokens: int = 128
     """Tokens to write after each of two prompts."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: a CUDA GPU if there is one."""
@@ -149,9 +149,11 @@ def _show(lm: "LanguageModel", config: GenerationConfig, output: OutputArguments
 
     console = make_console(output)
     painter = Painter(console)
-    exit_layer, num_layers = choose_exit_layer(config, lm.decoder), lm.decoder.num_layers
+    adaptive = config.strategy == "adaptive"
     explanation = EXPLANATION.format(
-        exit_layer=exit_layer, num_layers=num_layers, num_speculations=config.num_speculations
+        exit_layer="" if adaptive else f"{choose_exit_layer(config, lm.decoder)} ",
+        num_layers=lm.decoder.num_layers,
+        num_speculations="some" if adaptive else f"up to {config.draft_length}",
     )
     console.print(explanation.replace("\n", " "), end="\n\n")
     warm_up(lm, PROMPTS[0], config)

@@ -1,5 +1,7 @@
 """What adaptive decoding knows about a model from one call to the next."""
 
+from collections import deque
+
 from layerskip.decoding.acceptance import AcceptanceRates
 from layerskip.decoding.costs import Costs, measure_costs
 from layerskip.decoding.policy import MOST_DRAFTS, AdaptivePolicy, Drafter, candidate_exits
@@ -12,7 +14,7 @@ class Experience:
     def __init__(self) -> None:
         self._costs: dict[int, Costs] = {}
         self._rates: dict[bool, AcceptanceRates] = {}
-        self._corrections: dict[tuple[bool, int], dict[Drafter, float]] = {}
+        self._ratios: dict[tuple[bool, int], dict[Drafter, deque[float]]] = {}
 
     def policy(
         self,
@@ -39,7 +41,7 @@ class Experience:
             costs=self._costs[size],
             exits=candidate_exits(decoder.num_layers) if exit_layer is None else (exit_layer,),
             rates=self._rates.setdefault(samples, AcceptanceRates()),
-            corrections=self._corrections.setdefault((samples, size), {}),
+            ratios=self._ratios.setdefault((samples, size), {}),
             most_drafts=MOST_DRAFTS if most_drafts is None else most_drafts,
             stops_early=decoder.device.type == "cpu",
         )

@@ -6,10 +6,11 @@ anyway, and the head says what each exit would have drafted. Where no drafting p
 autoregressive step. Source: arXiv:2504.05598 (exit and length chosen each round from the agreement seen so far).
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from statistics import median
 from typing import Literal, Protocol
 
 from layerskip.decoding.acceptance import AcceptanceRates
@@ -27,7 +28,10 @@ FIRST_PROBES = 3
 """Rounds that look at all exits, at the start of the first text."""
 PROBE_SHARE = 0.015
 """Time that probes may take, of all."""
-CORRECTION_DECAY = 0.9
+TIMED_ROUNDS = 9
+"""Latest rounds of a drafter whose median corrects its costs."""
+FIRST_STEPS, STEP_EVERY = 3, 48
+"""Rounds without drafts that are timed at first, and rounds from one to the next: what drafting is held against."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +124,8 @@ class AdaptivePolicy:
     costs: Costs
     exits: tuple[int, ...]
     rates: AcceptanceRates = field(default_factory=AcceptanceRates)
-    corrections: dict[Drafter, float] = field(default_factory=dict)
-    """Seconds that rounds took over those predicted."""
+    ratios: dict[Drafter, deque[float]] = field(default_factory=dict)
+    """Seconds that the latest rounds took over those that their costs say."""
     most_drafts: int = MOST_DRAFTS
     stops_early: bool = True
     """Whether drafting may end when drafts become doubtful. On a GPU, asking costs more than it gives."""
@@ -150,7 +154,7 @@ class AdaptivePolicy:
         """The round that promises the most."""
         if self._early is None or sum(self.counts.values()) % PLAN_EVERY == 0:
             self._early = self._best_early(max(1, min(self.most_drafts, remaining - 1)))
-        if remaining <= 1:
+        if remaining <= 1 or self._times_a_step():
             return Plan(drafter="none")
         return self._better_ngram(self._early, matches, min(self.most_drafts, remaining - 1))
 
@@ -165,35 +169,49 @@ class AdaptivePolicy:
             if match is not None:  # also where it wasn't used
                 held = match.agreement(tokens)
                 self.rates.of_match(match.length).observe(held, min(held + 1, len(tokens)))
-        predicted = self._seconds(plan.drafter, plan.exit_layer, max(outcome.drafted, default=0))
+        drafted = max(outcome.drafted, default=0)
         if outcome.agreement:
+            predicted = self._seconds(plan.drafter, plan.exit_layer, drafted)
             self._probe_seconds = max(0.0, outcome.seconds - predicted)
             self._since_probe = 0.0
             others = {exit_: seen for exit_, seen in outcome.agreement.items() if exit_ != plan.exit_layer}
             self.rates.observe_exits(others)
         else:
             self._since_probe += outcome.seconds
-            before = self.corrections.get(plan.drafter, 1.0)
-            ratio = min(4.0, max(0.25, outcome.seconds * before / predicted))
-            self.corrections[plan.drafter] = CORRECTION_DECAY * before + (1 - CORRECTION_DECAY) * ratio
+            costs = self._uncorrected(plan.drafter, plan.exit_layer, drafted)
+            self.ratios.setdefault(plan.drafter, deque(maxlen=TIMED_ROUNDS)).append(outcome.seconds / costs)
 
     def seconds(self, plan: Plan) -> float:
         """Predicted seconds of a round."""
         return self._seconds(plan.drafter, plan.exit_layer, plan.num_speculations)
 
+    def correction(self, drafter: Drafter) -> float:
+        """Seconds that its rounds take over those that their costs say."""
+        ratios = self.ratios.get(drafter)
+        return median(ratios) if ratios else 1.0
+
     def _seconds(self, drafter: Drafter, exit_layer: int, num_drafts: int) -> float:
-        if drafter == "none":
-            return self.costs.step() * self.corrections.get("none", 1.0)
-        return self.costs.round(exit_layer, num_drafts) * self.corrections.get(drafter, 1.0)
+        return self._uncorrected(drafter, exit_layer, num_drafts) * self.correction(drafter)
+
+    def _uncorrected(self, drafter: Drafter, exit_layer: int, num_drafts: int) -> float:
+        return self.costs.step() if drafter == "none" else self.costs.round(exit_layer, num_drafts)
+
+    def _times_a_step(self) -> bool:
+        """Whether the next round should be one without drafts, to know what drafting is held against."""
+        rounds = sum(self.counts.values())
+        timed = len(self.ratios.get("none", ()))
+        return rounds > FIRST_PROBES and (timed < FIRST_STEPS or rounds % STEP_EVERY == 0)
 
     def _best_early(self, most: int) -> Plan:
         """The best exit and length, or an autoregressive step."""
         best = Plan(drafter="none", tokens_per_second=MARGIN / self._seconds("none", 0, 0))
         chances: list[float] = []
+        correction = self.correction("early_exit")
         for exit_layer in self.exits:
             found = self.rates.of_exit(exit_layer).chances(most)
             for drafts, tokens in enumerate(accumulate(found, initial=1.0)):
-                speed = tokens / self._seconds("early_exit", exit_layer, drafts) if drafts else 0.0
+                seconds = correction * self._uncorrected("early_exit", exit_layer, drafts)
+                speed = tokens / seconds if drafts else 0.0
                 if speed > best.tokens_per_second:
                     best = Plan(
                         drafter="early_exit", exit_layer=exit_layer, num_speculations=drafts, tokens_per_second=speed

@@ -29,7 +29,7 @@ def test_plain_text(cli: Callable) -> None:
     assert (outcome.code, outcome.err) == (0, "")
     assert "\x1b" not in outcome.out
     explanation, _, shown = outcome.out.partition("Token by token")
-    assert "4 of this model's 16 layers" in " ".join(explanation.split())
+    assert "the first of this model's 16 layers" in " ".join(explanation.split())
     plain, _, rest = shown.partition("With drafts")
     assert rest.lstrip(" ─\n").startswith(plain.strip(" ─\n"))
     for word in ("tokens/s", "speed", "drafts accepted", "tokens a round", "layer calls", "medians of"):

@@ -152,7 +152,7 @@ def test_a_drawn_generation_is_its_text(width: int) -> None:
     prompt = "class Stack:\n\tdef push(self, item):\n"
     drawn, plain = Terminal(width), Terminal(width)
     drawn.painter.prompt(prompt)
-    run = follow(lm.stream(prompt, max_new_tokens=60, show_drafts=True), drawn.painter.draw)
+    run = follow(lm.stream(prompt, max_new_tokens=60, num_speculations=4, show_drafts=True), drawn.painter.draw)
     assert run.seconds > 0
     assert run.result.stats.accepted < run.result.stats.drafted
     plain.painter.prompt(prompt + run.result.text)

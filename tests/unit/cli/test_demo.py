@@ -11,7 +11,7 @@ SHORT = ("demo", "--max-new-tokens", "16")
 
 
 def test_json(cli: Callable) -> None:
-    outcome = cli(*SHORT, "--json")
+    outcome = cli(*SHORT, "--num-speculations", "3", "--json")
     assert (outcome.code, outcome.err, outcome.out.count("\n")) == (0, "", 1)
     record = json.loads(outcome.out)
     assert record["same_text"] is True
@@ -25,11 +25,11 @@ def test_json(cli: Callable) -> None:
 
 
 def test_plain_text(cli: Callable) -> None:
-    outcome = cli(*SHORT)
+    outcome = cli(*SHORT, "--num-speculations", "3")
     assert (outcome.code, outcome.err) == (0, "")
     assert "\x1b" not in outcome.out
     explanation, _, shown = outcome.out.partition("Token by token")
-    assert "the first of this model's 16 layers" in " ".join(explanation.split())
+    assert "the first 4 of this model's 16 layers" in " ".join(explanation.split())
     plain, _, rest = shown.partition("With drafts")
     assert rest.lstrip(" ─\n").startswith(plain.strip(" ─\n"))
     for word in ("tokens/s", "speed", "drafts accepted", "tokens a round", "layer calls", "medians of"):

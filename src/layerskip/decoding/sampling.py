@@ -81,11 +81,22 @@ class Sampler:
         """
         if not self.samples:
             return scores.argmax(-1)
+        return (scores + self.noise(scores, seeds, first, purpose, counters)).argmax(-1)
+
+    def noise(
+        self,
+        scores: Tensor,
+        seeds: Sequence[int],
+        first: Sequence[int],
+        purpose: Purpose = Purpose.TARGET,
+        counters: Sequence[int] | None = None,
+    ) -> Tensor:
+        """[B, Q, V], what `choose` adds to scores of this shape."""
         keys = [
             [make_key(seed, purpose, start + q, counter) for q in range(scores.shape[1])]
             for seed, start, counter in zip(seeds, first, counters or [0] * len(seeds), strict=True)
         ]
-        return (scores + gumbel(keys, scores.shape[-1], scores.device)).argmax(-1)
+        return gumbel(keys, scores.shape[-1], scores.device)
 
 
 def _context_processors(config: GenerationConfig) -> "list[LogitsProcessor]":

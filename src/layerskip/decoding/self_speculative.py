@@ -89,6 +89,7 @@ class _Judge:
         self._contexts = batch.contexts(draft.tokens.tolist()) if batch.sampler.needs_context else None
         self._first = [len(row.tokens) for row in batch.rows]
         self._scores = batch.sampler.scores(logits, self._contexts)
+        self._noise: Tensor | None = None
         self._targets = None if batch.by_distribution else self._choose(self._scores)
 
     def result(self) -> list[tuple[int, int]]:
@@ -120,7 +121,12 @@ class _Judge:
         return float(sum(map(sum, counted))), sum(map(len, counted))
 
     def _choose(self, scores: Tensor) -> Tensor:
-        return self._batch.sampler.choose(scores, self._batch.seeds, self._first)
+        """The target's choice, or an exit's: both with the same noise, which is drawn once."""
+        if not self._batch.sampler.samples:
+            return scores.argmax(-1)
+        if self._noise is None:
+            self._noise = self._batch.sampler.noise(scores, self._batch.seeds, self._first)
+        return (scores + self._noise).argmax(-1)
 
 
 def _compared(draft: Draft, targets: Tensor) -> list[tuple[int, int]]:

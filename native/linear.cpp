@@ -7,8 +7,6 @@
 namespace layerskip {
 namespace {
 
-typedef uint32_t WordVector __attribute__((vector_size(32)));
-
 inline Vector as_floats(WordVector bits) { return (Vector)bits; }  // the same bits
 
 // Formats: how 16 weights of one input become two vectors. Unit: what a panel holds for one input.

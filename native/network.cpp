@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "sampling.h"
 #include "threads.h"
 
 namespace layerskip {
@@ -195,8 +196,7 @@ class Pass {
     Attention attention_;
 };
 
-std::mutex call_mutex;  // one forward pass at a time: they would share the team and the workspace
-
+// Forward passes take turns by `Team::in_use`.
 float* workspace(int64_t floats) {
     static std::vector<float> kept;
     if (static_cast<int64_t>(kept.size()) < floats) kept.resize(floats);
@@ -246,25 +246,26 @@ void embed(const Embedding& embedding, int64_t token, int64_t width, float* to) 
     }
 }
 
-// The likeliest token of each row; `logits` is room for [rows, V padded].
-void choose(const Network& network, const float* hidden, int32_t rows, float* logits, int64_t* out) {
+// The token of each row: drawn with its key, or the likeliest without `sampling`. `logits` is room for [rows, V padded].
+void choose(const Network& network, const float* hidden, int32_t rows, float* logits, const Sampling* sampling,
+            const uint64_t* keys, int64_t* out) {
     unembed(network, hidden, rows, logits);
-    for (int row = 0; row < rows; ++row) {
-        const float* scores = logits + row * static_cast<int64_t>(network.head.outputs);
-        out[row] = std::max_element(scores, scores + network.vocabulary) - scores;
-        if (network.tokens != nullptr) out[row] = network.tokens[out[row]];
+    const auto choose_one = [&](int64_t row) {
+        float* scores = logits + row * network.head.outputs;
+        if (sampling == nullptr) {
+            out[row] = std::max_element(scores, scores + network.vocabulary) - scores;
+            return;
+        }
+        filter(*sampling, scores, network.vocabulary);
+        out[row] = draw(scores, network.vocabulary, keys[row], network.tokens);
+    };
+    if (sampling == nullptr || rows == 1) {
+        for (int row = 0; row < rows; ++row) choose_one(row);
+        return;
     }
-}
-
-// Probability of the likeliest token.
-float probability(const float* scores, int64_t count) {
-    const float most = *std::max_element(scores, scores + count);
-    Vector sums{};
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) sums += exponential(load(scores + i) - most);
-    float total = sum(sums);
-    for (; i < count; ++i) total += std::exp(scores[i] - most);
-    return 1 / total;
+    Team::of(network.threads).run([&](int member, int size) {
+        for (int row = member; row < rows; row += size) choose_one(row);
+    });
 }
 
 // `acceptance.confidence_class`.
@@ -276,34 +277,40 @@ int confidence_class(float confidence) {
 
 void layerskip_run_layers(const Network* network, float* hidden, int32_t texts, int32_t queries, const int64_t* starts,
                           const Cache* cache, int32_t first, int32_t last) {
-    std::lock_guard<std::mutex> lock(call_mutex);
+    std::lock_guard<std::mutex> lock(Team::in_use());
     run_layers(*network, hidden, texts, queries, starts, *cache, first, last);
 }
 
 void layerskip_unembed(const Network* network, const float* hidden, int32_t rows, float* logits) {
-    std::lock_guard<std::mutex> lock(call_mutex);
+    std::lock_guard<std::mutex> lock(Team::in_use());
     unembed(*network, hidden, rows, logits);
 }
 
 void layerskip_choose(const Network* network, const Embedding* embedding, const int64_t* tokens, float* hidden,
                       int32_t texts, int32_t queries, const int64_t* starts, const Cache* cache, int32_t first,
-                      int32_t last, int64_t* out) {
-    std::lock_guard<std::mutex> lock(call_mutex);
+                      int32_t last, const Sampling* sampling, int64_t* out) {
+    std::lock_guard<std::mutex> lock(Team::in_use());
     const int32_t rows = texts * queries;
     for (int row = 0; tokens != nullptr && row < rows; ++row)
         embed(*embedding, tokens[row], network->width, hidden + row * static_cast<int64_t>(network->width));
     run_layers(*network, hidden, texts, queries, starts, *cache, first, last);
     std::vector<float> logits(static_cast<int64_t>(rows) * network->head.outputs);
-    choose(*network, hidden, rows, logits.data(), out);
+    std::vector<uint64_t> keys(rows);
+    for (int row = 0; sampling != nullptr && row < rows; ++row)
+        keys[row] = noise_key(sampling->seeds[row / queries], starts[row / queries] + row % queries + 1);
+    choose(*network, hidden, rows, logits.data(), sampling, keys.data(), out);
+    for (int row = 0; network->tokens != nullptr && row < rows; ++row) out[row] = network->tokens[out[row]];
 }
 
 int32_t layerskip_draft(const Network* network, const Embedding* embedding, const int64_t* tokens, int32_t texts,
                         const int64_t* starts, int32_t drafts, int32_t layers, const Cache* cache,
-                        const DraftStop* stop, int32_t complete, float* hidden, int64_t* out, float* confidences) {
-    std::lock_guard<std::mutex> lock(call_mutex);
+                        const DraftStop* stop, const Sampling* sampling, int32_t complete, float* hidden, int64_t* out,
+                        float* confidences) {
+    std::lock_guard<std::mutex> lock(Team::in_use());
     const int64_t width = network->width, outputs = network->head.outputs;
     std::vector<float> logits(texts * outputs), chances(texts, 1.0f);
     std::vector<int64_t> at(starts, starts + texts);
+    std::vector<uint64_t> keys(texts);
     for (int draft = 0; draft < drafts + (complete ? 1 : 0); ++draft) {
         float* states = hidden + draft * texts * width;
         const int64_t* last = draft == 0 ? tokens : out + (draft - 1) * texts;
@@ -311,16 +318,20 @@ int32_t layerskip_draft(const Network* network, const Embedding* embedding, cons
         run_layers(*network, states, texts, 1, at.data(), *cache, 0, layers);
         if (draft == drafts) break;
         int64_t* chosen = out + draft * texts;
-        choose(*network, states, texts, logits.data(), chosen);
-        for (int64_t& position : at) ++position;
-        if (stop == nullptr) continue;
-        float total = 0;
         for (int text = 0; text < texts; ++text) {
-            const float confidence = probability(logits.data() + text * outputs, network->vocabulary);
+            ++at[text];
+            if (sampling != nullptr) keys[text] = noise_key(sampling->seeds[text], at[text]);
+        }
+        choose(*network, states, texts, logits.data(), sampling, keys.data(), chosen);
+        float total = 0;
+        for (int text = 0; stop != nullptr && text < texts; ++text) {
+            const float confidence = probability(logits.data() + text * outputs, network->vocabulary, chosen[text]);
             confidences[draft * texts + text] = confidence;
             total += chances[text] *= stop->rates[confidence_class(confidence)];
         }
-        if (total < stop->least * texts) drafts = draft + 1;
+        for (int text = 0; network->tokens != nullptr && text < texts; ++text)
+            chosen[text] = network->tokens[chosen[text]];
+        if (stop != nullptr && total < stop->least * texts) drafts = draft + 1;
     }
     return drafts;
 }
@@ -331,7 +342,7 @@ int64_t layerskip_packed_bytes(int32_t inputs, int32_t outputs, int32_t format) 
 
 void layerskip_pack(const float* weight, int32_t inputs, int32_t rows, int32_t format, void* panels, void* scales,
                     int32_t first, int32_t step, int32_t threads) {
-    std::lock_guard<std::mutex> lock(call_mutex);
+    std::lock_guard<std::mutex> lock(Team::in_use());
     Team::of(threads).run([&](int member, int size) {
         int from, to;
         share((rows + kPanel - 1) / kPanel, member, size, from, to);
@@ -352,7 +363,7 @@ int32_t layerskip_fits_bfloat16(const float* numbers, int64_t count) {
 }
 
 void layerskip_multiply(const Linear* w, const float* x, int32_t rows, float* y, int32_t threads) {
-    std::lock_guard<std::mutex> lock(call_mutex);
+    std::lock_guard<std::mutex> lock(Team::in_use());
     Team& team = Team::of(threads);
     team.run([&](int member, int size) {
         int first, last;
@@ -361,7 +372,7 @@ void layerskip_multiply(const Linear* w, const float* x, int32_t rows, float* y,
     });
 }
 
-int32_t layerskip_interface() { return 1; }
+int32_t layerskip_interface() { return 2; }
 
 int32_t layerskip_runs_here() {
 #if defined(__x86_64__) && defined(__AVX2__)

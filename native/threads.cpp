@@ -27,6 +27,11 @@ void spin(Condition done) {
 
 }  // namespace
 
+std::mutex& Team::in_use() {
+    static std::mutex mutex;
+    return mutex;
+}
+
 Team& Team::of(int size) {
     static std::mutex mutex;
     static std::unique_ptr<Team> team;

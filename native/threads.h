@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <cstdint>
 #include <functional>
 #include <mutex>
 #include <thread>
@@ -28,6 +29,19 @@ class Team {
 
     // Wait until every member is here.
     void barrier();
+
+    // Held by whoever uses a team: one call at a time.
+    static std::mutex& in_use();
+
+    // Call body(row) for every row, on `threads` members; a single row on the caller alone.
+    template <typename Body>
+    static void share_rows(int threads, int64_t rows, const Body& body) {
+        if (rows == 1) return body(0);
+        std::lock_guard<std::mutex> lock(in_use());
+        of(threads).run([&](int member, int size) {
+            for (int64_t row = member; row < rows; row += size) body(row);
+        });
+    }
 
   private:
     void work(int member);

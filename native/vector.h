@@ -14,6 +14,7 @@ constexpr int kLanes = 8;
 
 typedef float Vector __attribute__((vector_size(32)));
 typedef int32_t IntVector __attribute__((vector_size(32)));
+typedef uint32_t WordVector __attribute__((vector_size(32)));
 
 inline Vector load(const float* from) {
     Vector value;
@@ -75,6 +76,29 @@ inline Vector exponential(Vector x) {
     p = p * (r * r) + r + 1.0f;
     const IntVector power = (__builtin_convertvector(n, IntVector) + 127) << 23;
     return p * (Vector)power;  // the same bits, read as floats
+}
+
+// log(x) of positive normal numbers to about 2 units in the last place: x = 2^n m with m in [sqrt(1/2), sqrt(2)), and a
+// polynomial for log(m).
+inline Vector logarithm(Vector x) {
+    const IntVector bits = (IntVector)x;
+    Vector m = (Vector)((bits & 0x7fffff) | 0x3f000000);
+    Vector n = to_float((bits >> 23) - 126);
+    const auto small = m < 0.707106781186547524f;
+    n -= small ? broadcast(1.0f) : Vector{};
+    m += (small ? m : Vector{}) - 1.0f;
+    const Vector square = m * m;
+    Vector p = broadcast(7.0376836292e-2f);
+    p = p * m - 1.1514610310e-1f;
+    p = p * m + 1.1676998740e-1f;
+    p = p * m - 1.2420140846e-1f;
+    p = p * m + 1.4249322787e-1f;
+    p = p * m - 1.6668057665e-1f;
+    p = p * m + 2.0000714765e-1f;
+    p = p * m - 2.4999993993e-1f;
+    p = p * m + 3.3333331174e-1f;
+    p = p * m * square + n * -2.12194440e-4f - square * 0.5f;
+    return (m + p) + n * 0.693359375f;
 }
 
 }  // namespace layerskip

@@ -15,6 +15,7 @@ from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.loop import Committed, decode, make_batch
 from layerskip.decoding.sampling import Sampler
 from layerskip.language_model import LanguageModel
+from layerskip.model.drafts import DraftRequest
 from layerskip.model.native_library import load_library
 from layerskip.model.native_network import NativeNetwork
 from layerskip.model.torch_network import TorchNetwork
@@ -141,7 +142,7 @@ def layer_log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
     """Every entry into a layer as it happens: its index, rows and queries."""
     log: list[tuple[int, int, int]] = []
     in_torch, natively = TorchNetwork._run_layer, NativeNetwork.run_layers
-    choose, draft = NativeNetwork.choose_greedy, NativeNetwork.draft_greedy
+    choose, draft = NativeNetwork.choose, NativeNetwork.draft
 
     def run_layer(self: TorchNetwork, index: int, hidden: Tensor, *rest: Any) -> Tensor:
         log.append((index, hidden.shape[0], hidden.shape[1]))
@@ -151,28 +152,21 @@ def layer_log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
         log.extend((index, hidden.shape[0], hidden.shape[1]) for index in range(start, stop))
         return natively(self, hidden, positions, cache, start, stop)
 
-    def choose_greedy(
-        self: NativeNetwork, inputs: Tensor, positions: Any, cache: Any, start: int, stop: int
-    ) -> Tensor | None:
-        log.extend((index, inputs.shape[0], inputs.shape[1]) for index in range(start, stop))
-        return choose(self, inputs, positions, cache, start, stop)
-
-    def draft_greedy(
-        self: NativeNetwork,
-        tokens: Tensor,
-        cache: Any,
-        exit_layer: int,
-        num_drafts: int,
-        stop: Any = None,
-        complete: bool = True,
-    ) -> Any:
-        found = draft(self, tokens, cache, exit_layer, num_drafts, stop, complete)
-        passes = 0 if found is None else found.tokens.shape[1] + complete
-        log.extend((index, len(tokens), 1) for _ in range(passes) for index in range(exit_layer))
+    def logged_choose(self: NativeNetwork, inputs: Tensor, *rest: Any) -> Tensor | None:
+        found = choose(self, inputs, *rest)
+        start, stop = rest[2:4]
+        layers = range(0 if found is None else start, 0 if found is None else stop)
+        log.extend((index, inputs.shape[0], inputs.shape[1]) for index in layers)
         return found
 
-    monkeypatch.setattr(NativeNetwork, "choose_greedy", choose_greedy)
+    def logged_draft(self: NativeNetwork, tokens: Tensor, cache: Any, request: DraftRequest) -> Any:
+        found = draft(self, tokens, cache, request)
+        passes = 0 if found is None else found.tokens.shape[1] + request.complete
+        log.extend((index, len(tokens), 1) for _ in range(passes) for index in range(request.exit_layer))
+        return found
+
+    monkeypatch.setattr(NativeNetwork, "choose", logged_choose)
     monkeypatch.setattr(TorchNetwork, "_run_layer", run_layer)
-    monkeypatch.setattr(NativeNetwork, "draft_greedy", draft_greedy)
+    monkeypatch.setattr(NativeNetwork, "draft", logged_draft)
     monkeypatch.setattr(NativeNetwork, "run_layers", run_layers)
     return log

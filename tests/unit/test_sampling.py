@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.noise import Purpose
 from layerskip.decoding.sampling import Sampler
+from layerskip.model import native_sampling
 
 VOCAB = 40
 CONTEXT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 3, 1]
@@ -19,6 +20,13 @@ COMBINATIONS = [
     dict(zip(("temperature", "top_k", "top_p", "min_p"), values, strict=True))
     for values in itertools.product((1.0, 0.6, 1.7), (0, 7), (1.0, 0.8), (0.0, 0.1))
 ]
+
+
+@pytest.fixture(autouse=True, params=["compiled", "torch"])
+def rules(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run each test with the compiled filters and noise, where they were built, and without."""
+    if request.param == "torch":
+        monkeypatch.setattr(native_sampling, "is_available", lambda: False)
 
 
 @pytest.fixture(scope="module")

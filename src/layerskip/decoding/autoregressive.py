@@ -21,7 +21,8 @@ def prefill(batch: Batch, num_layers: int) -> list[Round]:
         num_layers: Layers to run: all, or for early exit the first few.
     """
     hidden = read_prompts(batch, num_layers)
-    return _choose(batch, batch.decoder.unembed(hidden))
+    tokens = _choose(batch, batch.decoder.unembed(hidden))
+    return [Round(token=token) for (token,) in tokens.tolist()]
 
 
 @torch.inference_mode()
@@ -34,15 +35,10 @@ def step(batch: Batch, num_layers: int) -> list[Round]:
     """
     decoder, cache = batch.decoder, batch.cache
     whole = decoder.round_greedy(batch.last_tokens, cache, 0, 0, num_layers) if batch.greedy else None
-    positions = decoder.place(cache, cache.lengths, 1)
-    if whole is not None:
-        rounds = [Round(token=token) for (token,) in whole.targets.tolist()]
-    elif batch.greedy:
-        tokens = decoder.choose_greedy(batch.pending(), positions, cache, 0, num_layers)
-        rounds = [Round(token=token) for (token,) in tokens.tolist()]
-    else:
-        hidden = decoder.run_layers(decoder.embed(batch.pending()), positions, cache, 0, num_layers)
-        rounds = _choose(batch, decoder.unembed(hidden))
+    tokens = None if whole is None else whole.targets
+    if tokens is None:
+        tokens = _next_tokens(batch, num_layers)
+    rounds = [Round(token=token) for (token,) in tokens.tolist()]
     for row in range(len(batch.rows)):
         cache.commit(row, 1)
     return rounds
@@ -76,7 +72,18 @@ def read_prompts(batch: Batch, num_layers: int) -> Tensor:
     return torch.stack([state for state in last if state is not None]).unsqueeze(1)
 
 
-def _choose(batch: Batch, logits: Tensor) -> list[Round]:
+def _next_tokens(batch: Batch, num_layers: int) -> Tensor:
+    """[B, 1], the token after each row's last one."""
+    decoder, cache, pending = batch.decoder, batch.cache, batch.pending()
+    positions = decoder.place(cache, cache.lengths, 1)
+    if not batch.sampler.needs_context:
+        tokens = decoder.choose(pending, positions, cache, 0, num_layers, batch.draw)
+        if tokens is not None:
+            return tokens
+    hidden = decoder.run_layers(decoder.embed(pending), positions, cache, 0, num_layers)
+    return _choose(batch, decoder.unembed(hidden))
+
+
+def _choose(batch: Batch, logits: Tensor) -> Tensor:
     scores = batch.sampler.scores(logits, batch.contexts())
-    tokens = batch.sampler.choose(scores, batch.seeds, [len(row.tokens) for row in batch.rows])
-    return [Round(token=token) for (token,) in tokens.tolist()]
+    return batch.sampler.choose(scores, batch.seeds, [len(row.tokens) for row in batch.rows])

@@ -13,6 +13,7 @@ from layerskip.decoding.sampling import Sampler
 from layerskip.decoding.stats import StatsRecorder, Stopwatch
 from layerskip.model.cache import KVCache
 from layerskip.model.decoder import Decoder
+from layerskip.model.drafts import Draw
 
 FinishReason = Literal["stop", "length", "interrupted"]
 
@@ -83,6 +84,16 @@ class Batch:
     def greedy(self) -> bool:
         """Whether the likeliest token is taken, whatever came before."""
         return not (self.sampler.samples or self.sampler.needs_context)
+
+    @property
+    def chooses_directly(self) -> bool:
+        """Whether drafts and targets depend on nothing but their logits, and the noise of `draw`."""
+        return not (self.sampler.needs_context or self.by_distribution)
+
+    @property
+    def draw(self) -> Draw | None:
+        """How to draw tokens; None where the likeliest is taken."""
+        return self.sampler.draw(self.seeds)
 
     @property
     def seeds(self) -> list[int]:

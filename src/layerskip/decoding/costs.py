@@ -11,6 +11,7 @@ from statistics import median
 import torch
 
 from layerskip.model.decoder import Decoder
+from layerskip.model.drafts import DraftRequest
 
 MEASURED_QUERIES = (1, 2, 3, 5, 9, 13)
 """Tokens in one call that are timed; others are interpolated."""
@@ -125,11 +126,13 @@ class CallTimer:
             tokens = torch.zeros(shape, dtype=torch.long, device=decoder.device)
             positions = decoder.place(cache, cache.lengths, num_queries)
             inputs = tokens if start == 0 else decoder.embed(tokens)
-            if head:
-                decoder.choose_greedy(inputs, positions, cache, start, stop).tolist()
-            else:
+            chosen = decoder.choose(inputs, positions, cache, start, stop) if head else None
+            if chosen is None:
                 hidden = decoder.embed(tokens) if start == 0 else inputs
-                decoder.run_layers(hidden, positions, cache, start, stop)
+                hidden = decoder.run_layers(hidden, positions, cache, start, stop)
+                chosen = decoder.unembed(hidden).argmax(-1) if head else None
+            if chosen is not None:
+                chosen.tolist()
 
         return self._time(call, repetitions)
 
@@ -140,7 +143,8 @@ class CallTimer:
         tokens = torch.zeros((self._rows, 1), dtype=torch.long, device=decoder.device)
 
         def call() -> None:
-            if decoder.draft_greedy(tokens, cache, exit_layer, num_drafts, None, complete) is not None:
+            request = DraftRequest(exit_layer=exit_layer, num_drafts=num_drafts, complete=complete)
+            if decoder.draft(tokens, cache, request) is not None:
                 return
             for i in range(num_drafts + complete):
                 positions = decoder.place(cache, [length + i for length in cache.lengths], 1)

@@ -16,7 +16,7 @@ from layerskip.decoding.noise import Purpose
 from layerskip.model.attention import Positions
 from layerskip.model.cache import KVCache
 from layerskip.model.decoder import Decoder
-from layerskip.model.drafts import DraftStop, confidence_class
+from layerskip.model.drafts import DraftRequest, DraftStop, confidence_class
 
 
 @dataclass(kw_only=True)
@@ -91,10 +91,15 @@ def draft_early_exit(
     """
     num_drafts = draft_lengths(batch, num_speculations)
     drafter = batch.decoder.drafter(exit_layer)
-    if batch.greedy and not (exits and drafter.shares_states):
-        found = drafter.decoder.draft_greedy(
-            batch.pending(), batch.cache, exit_layer, max(num_drafts), stop, drafter.shares_states
+    if batch.chooses_directly and not (exits and drafter.shares_states):
+        request = DraftRequest(
+            exit_layer=exit_layer,
+            num_drafts=max(num_drafts),
+            stop=stop,
+            draw=batch.draw,
+            complete=drafter.shares_states,
         )
+        found = drafter.decoder.draft(batch.pending(), batch.cache, request)
         if found is not None:
             made = found.tokens.shape[1]
             return Draft(

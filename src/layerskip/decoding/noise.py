@@ -11,6 +11,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from layerskip.model import native_sampling
+
 _MASK64, _MASK32 = 2**64 - 1, 2**32 - 1
 
 
@@ -53,6 +55,13 @@ def gumbel(keys: Sequence[Sequence[int]], vocab_size: int, device: torch.device)
     Returns:
         [B, Q, V], float32.
     """
+    if device.type == "cpu" and native_sampling.is_available():
+        return native_sampling.gumbel(keys, vocab_size)
+    return gumbel_in_torch(keys, vocab_size, device)
+
+
+def gumbel_in_torch(keys: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> Tensor:
+    """`gumbel` without compiled kernels."""
     low = torch.tensor([[key & _MASK32 for key in row] for row in keys], device=device).unsqueeze(-1)
     high = torch.tensor([[key >> 32 for key in row] for row in keys], device=device).unsqueeze(-1)
     # A 32-bit avalanche hash in 64-bit arithmetic: no product below can overflow into the sign.

@@ -1,9 +1,12 @@
 """From logits to tokens: transformers' logits processors, then argmax, with noise where tokens are sampled.
 
+On a CPU the rules that depend on logits alone are compiled (`model.native_sampling`).
+
 Shapes: B rows, Q positions a row, V vocabulary.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +14,8 @@ from torch import Tensor
 
 from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.noise import Purpose, gumbel, make_key
+from layerskip.model import native_sampling
+from layerskip.model.drafts import Draw
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessor
@@ -26,12 +31,24 @@ class Sampler:
         """Build the processors that `config` needs, in transformers' order."""
         self.samples = config.samples
         self._context_processors = _context_processors(config)
-        self._warpers = _warpers(config) if self.samples else []
+        self._draw = None
+        if config.samples:
+            self._draw = Draw(
+                temperature=config.temperature,
+                top_k=config.top_k,
+                top_p=config.top_p,
+                min_p=config.min_p,
+                seeds=(),
+            )
 
     @property
     def needs_context(self) -> bool:
         """Whether scores depend on the tokens before a position, beyond what the logits know."""
         return bool(self._context_processors)
+
+    def draw(self, seeds: Sequence[int]) -> Draw | None:
+        """How a network may draw the tokens of rows with these seeds itself; None where the likeliest is taken."""
+        return None if self._draw is None else replace(self._draw, seeds=seeds)
 
     def scores(self, logits: Tensor, contexts: Contexts | None = None) -> Tensor:
         """Apply the processors.
@@ -51,13 +68,7 @@ class Sampler:
                     ids = torch.tensor([context], device=logits.device)
                     for processor in self._context_processors:
                         logits[b, q] = processor(ids, logits[b, q].unsqueeze(0)).squeeze(0)
-        if self._warpers:
-            flat = logits.reshape(-1, logits.shape[-1])
-            no_ids = torch.empty((flat.shape[0], 0), dtype=torch.long, device=flat.device)
-            for warper in self._warpers:
-                flat = warper(no_ids, flat)
-            logits = flat.view(logits.shape)
-        return logits
+        return logits if self._draw is None else _filtered(self._draw, logits)
 
     def choose(
         self,
@@ -112,16 +123,27 @@ def _context_processors(config: GenerationConfig) -> "list[LogitsProcessor]":
     return processors
 
 
-def _warpers(config: GenerationConfig) -> "list[LogitsProcessor]":
+def _filtered(draw: Draw, logits: Tensor) -> Tensor:
+    """[B, Q, V] divided by the temperature, -inf where top-k, top-p or min-p leave a token out."""
+    if logits.device.type == "cpu" and native_sampling.is_available():
+        return native_sampling.filter_scores(draw, logits)
+    flat = logits.reshape(-1, logits.shape[-1])
+    no_ids = torch.empty((flat.shape[0], 0), dtype=torch.long, device=flat.device)
+    for warper in _warpers(draw):
+        flat = warper(no_ids, flat)
+    return flat.view(logits.shape)
+
+
+def _warpers(draw: Draw) -> "list[LogitsProcessor]":
     from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     warpers: list[LogitsProcessor] = []
-    if config.temperature != 1.0:
-        warpers.append(TemperatureLogitsWarper(float(config.temperature)))
-    if config.top_k > 0:
-        warpers.append(TopKLogitsWarper(config.top_k))
-    if config.top_p < 1.0:
-        warpers.append(TopPLogitsWarper(float(config.top_p)))
-    if config.min_p > 0.0:
-        warpers.append(MinPLogitsWarper(float(config.min_p)))
+    if draw.temperature != 1.0:
+        warpers.append(TemperatureLogitsWarper(float(draw.temperature)))
+    if draw.top_k > 0:
+        warpers.append(TopKLogitsWarper(draw.top_k))
+    if draw.top_p < 1.0:
+        warpers.append(TopPLogitsWarper(float(draw.top_p)))
+    if draw.min_p > 0.0:
+        warpers.append(MinPLogitsWarper(float(draw.min_p)))
     return warpers

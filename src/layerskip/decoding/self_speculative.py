@@ -42,9 +42,10 @@ def verify(batch: Batch, draft: Draft, exits: Collection[int] = ()) -> Verificat
     start, stop = draft.exit_layer, decoder.num_layers
     inputs = torch.cat((batch.pending(), draft.tokens), 1) if draft.hidden is None else draft.hidden
     positions = decoder.place(cache, cache.lengths, inputs.shape[1])
-    if batch.greedy and not exits:
-        targets = decoder.choose_greedy(inputs, positions, cache, start, stop)
-        return Verification(rounds=_commit(batch, draft, _compared(draft, targets)))
+    if batch.chooses_directly and not exits:
+        targets = decoder.choose(inputs, positions, cache, start, stop, batch.draw)
+        if targets is not None:
+            return Verification(rounds=_commit(batch, draft, _compared(draft, targets)))
     hidden = decoder.embed(inputs) if draft.hidden is None else inputs
     hidden, states = run_through(decoder, hidden, positions, cache, start, stop, exits)
     judge = _Judge(batch, draft, decoder.unembed(hidden))

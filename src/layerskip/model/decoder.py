@@ -20,7 +20,7 @@ from layerskip.model.attention import Positions
 from layerskip.model.cache import KVCache
 from layerskip.model.compiled_rounds import CompiledRound, CompiledRounds, RoundMode
 from layerskip.model.config import ModelConfig
-from layerskip.model.drafts import DraftStop, GreedyDrafts, GreedyRound
+from layerskip.model.drafts import DraftRequest, Drafts, Draw, GreedyRound
 from layerskip.model.linear import Linear
 from layerskip.model.rope import RopeTable
 from layerskip.model.static_round import RoundParts
@@ -53,22 +53,14 @@ class Network(Protocol):
         """[B, Q, D] -> [B, Q, V] in float32, before any cap."""
         ...
 
-    def choose_greedy(
-        self, inputs: Tensor, positions: Positions, cache: KVCache, start: int, stop: int
+    def choose(
+        self, inputs: Tensor, positions: Positions, cache: KVCache, start: int, stop: int, draw: Draw | None
     ) -> Tensor | None:
-        """`Decoder.choose_greedy`, or None where it takes the decoder's verbs."""
+        """`Decoder.choose`."""
         ...
 
-    def draft_greedy(
-        self,
-        tokens: Tensor,
-        cache: KVCache,
-        exit_layer: int,
-        num_drafts: int,
-        stop: DraftStop | None = None,
-        complete: bool = True,
-    ) -> GreedyDrafts | None:
-        """`Decoder.draft_greedy`, or None where it takes the decoder's verbs."""
+    def draft(self, tokens: Tensor, cache: KVCache, request: DraftRequest) -> Drafts | None:
+        """`Decoder.draft`."""
         ...
 
 
@@ -229,8 +221,16 @@ class Decoder:
         everything = logits.new_full((*logits.shape[:-1], self.config.vocab_size), -torch.inf)
         return everything.index_copy_(-1, self._token_ids, logits)
 
-    def choose_greedy(self, inputs: Tensor, positions: Positions, cache: KVCache, start: int, stop: int) -> Tensor:
-        """The likeliest token after each of a block, in one call where the network can do that.
+    def choose(
+        self,
+        inputs: Tensor,
+        positions: Positions,
+        cache: KVCache,
+        start: int,
+        stop: int,
+        draw: Draw | None = None,
+    ) -> Tensor | None:
+        """The token after each of a block, in one call where the network can do that.
 
         Args:
             inputs: [B, Q] token ids, with `start` 0; or [B, Q, D], the input of layer `start`.
@@ -238,42 +238,30 @@ class Decoder:
             cache: As for `run_layers`.
             start: First layer, from 0.
             stop: One past the last layer.
+            draw: How to choose; the likeliest token if not given.
 
         Returns:
-            [B, Q] token ids.
+            [B, Q] token ids, or None where it takes `embed`, `run_layers` and `unembed`.
         """
-        chosen = self._network.choose_greedy(inputs, positions, cache, start, stop)
+        chosen = self._network.choose(inputs, positions, cache, start, stop, draw)
         if chosen is not None:
             self._calls.count += stop - start
-            return chosen
-        hidden = self.embed(inputs) if inputs.dtype == torch.long else inputs
-        return self.unembed(self.run_layers(hidden, positions, cache, start, stop)).argmax(-1)
+        return chosen
 
-    def draft_greedy(
-        self,
-        tokens: Tensor,
-        cache: KVCache,
-        exit_layer: int,
-        num_drafts: int,
-        stop: DraftStop | None = None,
-        complete: bool = True,
-    ) -> GreedyDrafts | None:
-        """Write likeliest tokens with the first layers, in one call where the network can do that.
+    def draft(self, tokens: Tensor, cache: KVCache, request: DraftRequest) -> Drafts | None:
+        """Write tokens with the first layers, in one call where the network can do that.
 
         Args:
             tokens: [B, 1], the last token of each row, right after what its row of the cache has committed.
             cache: Nothing is committed.
-            exit_layer: E, layers to run.
-            num_drafts: K, most tokens to write in each row.
-            stop: When to write fewer.
-            complete: Run the last draft through the layers as well.
+            request: What to write.
 
         Returns:
             The drafts, or None where it takes `embed`, `run_layers` and `unembed`, K times over.
         """
-        found = self._network.draft_greedy(tokens, cache, exit_layer, num_drafts, stop, complete)
+        found = self._network.draft(tokens, cache, request)
         if found is not None:
-            self._calls.count += (found.tokens.shape[1] + complete) * exit_layer
+            self._calls.count += (found.tokens.shape[1] + request.complete) * request.exit_layer
         return found
 
     def round_greedy(

@@ -58,8 +58,39 @@ class DraftStop:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GreedyDrafts:
-    """Likeliest tokens, written by the first layers."""
+class Draw:
+    """How tokens are drawn from logits with noise that depends on seed, position and token alone (`noise.gumbel`)."""
+
+    temperature: float
+    top_k: int
+    """0: all tokens."""
+    top_p: float
+    """1: all tokens."""
+    min_p: float
+    """0: all tokens."""
+    seeds: Sequence[int]
+    """Of each row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftRequest:
+    """What drafting in one call is to do."""
+
+    exit_layer: int
+    """E, layers to run."""
+    num_drafts: int
+    """K, most tokens to write in each row."""
+    stop: DraftStop | None = None
+    """When to write fewer."""
+    draw: Draw | None = None
+    """How to choose tokens; the likeliest if not given."""
+    complete: bool = True
+    """Run the last draft through the layers as well."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drafts:
+    """Tokens written by the first layers."""
 
     tokens: Tensor
     """[B, K]."""

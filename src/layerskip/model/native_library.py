@@ -6,12 +6,12 @@ lacks what it was built for, `load_library` returns None, and everything runs in
 
 import ctypes
 import functools
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
 from layerskip.model.drafts import CONFIDENCE_CLASSES
 
-INTERFACE = 1
+INTERFACE = 2
 """Version of structures and functions; `layerskip_interface` must return it."""
 LIBRARY = Path(__file__).parents[1] / "_native.so"
 PANEL = 16
@@ -102,6 +102,18 @@ class DraftStopView(Structure):
     _fields_ = (("rates", c_float * CONFIDENCE_CLASSES), ("least", c_float))
 
 
+class SamplingView(Structure):
+    """`Sampling` of native/sampling.h."""
+
+    _fields_ = (
+        ("temperature", c_float),
+        ("top_p", c_float),
+        ("min_p", c_float),
+        ("top_k", c_int32),
+        ("seeds", POINTER(c_uint64)),
+    )
+
+
 @functools.cache
 def load_library(path: Path = LIBRARY) -> ctypes.CDLL | None:
     """The library with its functions declared, or None where it can't be used."""
@@ -121,13 +133,15 @@ def load_library(path: Path = LIBRARY) -> ctypes.CDLL | None:
     library.layerskip_unembed.argtypes = [POINTER(NetworkView), c_void_p, c_int32, c_void_p]
     library.layerskip_draft.argtypes = [
         POINTER(NetworkView), POINTER(EmbeddingView), c_void_p, c_int32, c_void_p, c_int32, c_int32,
-        POINTER(CacheView), POINTER(DraftStopView), c_int32, c_void_p, c_void_p, c_void_p,
+        POINTER(CacheView), POINTER(DraftStopView), POINTER(SamplingView), c_int32, c_void_p, c_void_p, c_void_p,
     ]  # fmt: skip
     library.layerskip_draft.restype = c_int32
     library.layerskip_choose.argtypes = [
         POINTER(NetworkView), POINTER(EmbeddingView), c_void_p, c_void_p, c_int32, c_int32, c_void_p,
-        POINTER(CacheView), c_int32, c_int32, c_void_p,
+        POINTER(CacheView), c_int32, c_int32, POINTER(SamplingView), c_void_p,
     ]  # fmt: skip
+    library.layerskip_filter.argtypes = [POINTER(SamplingView), c_void_p, c_int64, c_int64, c_int32]
+    library.layerskip_gumbel.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int32]
     library.layerskip_packed_bytes.argtypes = [c_int32, c_int32, c_int32]
     library.layerskip_packed_bytes.restype = c_int64
     library.layerskip_pack.argtypes = [
@@ -136,6 +150,6 @@ def load_library(path: Path = LIBRARY) -> ctypes.CDLL | None:
     library.layerskip_fits_bfloat16.argtypes = [c_void_p, c_int64]
     library.layerskip_fits_bfloat16.restype = c_int32
     library.layerskip_multiply.argtypes = [POINTER(LinearView), c_void_p, c_int32, c_void_p, c_int32]
-    for name in ("run_layers", "unembed", "choose", "pack", "multiply"):
+    for name in ("run_layers", "unembed", "choose", "filter", "gumbel", "pack", "multiply"):
         getattr(library, f"layerskip_{name}").restype = None
     return library

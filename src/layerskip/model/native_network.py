@@ -19,7 +19,7 @@ from torch import Tensor
 from layerskip.model.attention import Positions
 from layerskip.model.cache import KVCache
 from layerskip.model.config import SLIDING, ModelConfig
-from layerskip.model.drafts import DraftStop, GreedyDrafts
+from layerskip.model.drafts import DraftRequest, Drafts, Draw
 from layerskip.model.native_library import (
     ACTIVATIONS,
     FORMATS,
@@ -34,6 +34,7 @@ from layerskip.model.native_library import (
     load_library,
 )
 from layerskip.model.native_memory import WeightMemory
+from layerskip.model.native_sampling import sampling_view
 from layerskip.model.rope import RopeTable
 from layerskip.model.torch_network import LayerWeights
 
@@ -206,10 +207,10 @@ class NativeNetwork:
         self._unembed(self._network, hidden.data_ptr(), rows * queries, logits.data_ptr())
         return logits[..., : self.head.outputs]
 
-    def choose_greedy(
-        self, inputs: Tensor, positions: Positions, cache: KVCache, start: int, stop: int
+    def choose(
+        self, inputs: Tensor, positions: Positions, cache: KVCache, start: int, stop: int, draw: Draw | None
     ) -> Tensor | None:
-        """`Decoder.choose_greedy` in one call."""
+        """`Decoder.choose` in one call."""
         if self.config.final_logit_softcapping is not None:  # makes ties of what isn't one
             return None
         rows, queries = len(positions.first), positions.num_queries
@@ -233,26 +234,19 @@ class NativeNetwork:
             self._cache_view(cache),
             start,
             stop,
+            None if draw is None else sampling_view(draw),
             chosen.data_ptr(),
         )
         return chosen
 
-    def draft_greedy(
-        self,
-        tokens: Tensor,
-        cache: KVCache,
-        exit_layer: int,
-        num_drafts: int,
-        stop: DraftStop | None = None,
-        complete: bool = True,
-    ) -> GreedyDrafts | None:
-        """`Decoder.draft_greedy` in one call."""
-        if self._embedding is None:
+    def draft(self, tokens: Tensor, cache: KVCache, request: DraftRequest) -> Drafts | None:
+        """`Decoder.draft` in one call."""
+        if self._embedding is None or (request.draw and self.config.final_logit_softcapping is not None):
             return None
-        rows = len(cache.lengths)
-        hidden = torch.empty(num_drafts + 1, rows, self.config.hidden_size)
-        drafts = torch.empty(num_drafts, rows, dtype=torch.long)
-        confidences = (ctypes.c_float * (num_drafts * rows))()
+        rows, stop, draw = len(cache.lengths), request.stop, request.draw
+        hidden = torch.empty(request.num_drafts + 1, rows, self.config.hidden_size)
+        drafts = torch.empty(request.num_drafts, rows, dtype=torch.long)
+        confidences = (ctypes.c_float * (request.num_drafts * rows))()
         self._network.threads = torch.get_num_threads()
         made = self._draft(
             self._network,
@@ -260,16 +254,17 @@ class NativeNetwork:
             tokens.contiguous().data_ptr(),
             rows,
             (ctypes.c_int64 * rows)(*cache.lengths),
-            num_drafts,
-            exit_layer,
+            request.num_drafts,
+            request.exit_layer,
             self._cache_view(cache),
             None if stop is None else DraftStopView(rates=stop.rates, least=stop.least),
-            complete,
+            None if draw is None else sampling_view(draw),
+            request.complete,
             hidden.data_ptr(),
             drafts.data_ptr(),
             confidences,
         )
-        return GreedyDrafts(
+        return Drafts(
             tokens=drafts[:made].t(),
             hidden=hidden[: made + 1].transpose(0, 1),
             confidences=[] if stop is None else [confidences[row : made * rows : rows] for row in range(rows)],

@@ -14,7 +14,7 @@ from torch import Tensor
 from layerskip.model.attention import Placement, attend
 from layerskip.model.cache import KVCache
 from layerskip.model.config import ModelConfig
-from layerskip.model.drafts import DraftStop, GreedyDrafts
+from layerskip.model.drafts import DraftRequest, Drafts, Draw
 from layerskip.model.linear import Linear
 from layerskip.model.rope import rotate
 
@@ -73,21 +73,13 @@ class TorchNetwork:
         """[B, Q, D] -> [B, Q, V] in float32, before any cap."""
         return self.head(self._norm(hidden, self.final_norm)).float()
 
-    def choose_greedy(
-        self, inputs: Tensor, positions: Placement, cache: KVCache, start: int, stop: int
+    def choose(
+        self, inputs: Tensor, positions: Placement, cache: KVCache, start: int, stop: int, draw: Draw | None
     ) -> Tensor | None:
         """There is no shorter way than the decoder's verbs."""
         return None
 
-    def draft_greedy(
-        self,
-        tokens: Tensor,
-        cache: KVCache,
-        exit_layer: int,
-        num_drafts: int,
-        stop: DraftStop | None = None,
-        complete: bool = True,
-    ) -> GreedyDrafts | None:
+    def draft(self, tokens: Tensor, cache: KVCache, request: DraftRequest) -> Drafts | None:
         """There is no shorter way than the decoder's verbs."""
         return None
 

@@ -1,0 +1,157 @@
+#include "sampling.h"
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "linear.h"
+#include "threads.h"
+
+namespace layerskip {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int64_t kFirstSorted = 64;  // likeliest tokens that are sorted at first; most often the nucleus is among them
+
+// SplitMix64's finalizer.
+uint64_t mix(uint64_t x) {
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ x >> 27) * 0x94D049BB133111EBu;
+    return x ^ x >> 31;
+}
+
+float largest(const float* scores, int64_t count) { return *std::max_element(scores, scores + count); }
+
+// exp(scores - most) into `to`, 0 for -infinity; returns their sum.
+float exponentials(const float* scores, int64_t count, float most, float* to) {
+    Vector sums{};
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+        const Vector score = load(scores + i);
+        const Vector value = score > -kInfinity ? exponential(score - most) : Vector{};
+        store(to + i, value);
+        sums += value;
+    }
+    float total = sum(sums);
+    for (; i < count; ++i) total += to[i] = std::exp(scores[i] - most);
+    return total;
+}
+
+void keep_top_k(float* scores, int64_t count, int64_t k) {
+    if (k >= count) return;
+    std::vector<float> sorted(scores, scores + count);
+    std::nth_element(sorted.begin(), sorted.begin() + (k - 1), sorted.end(), std::greater<float>());
+    for (int64_t i = 0; i < count; ++i)
+        if (scores[i] < sorted[k - 1]) scores[i] = -kInfinity;
+}
+
+// Keep the likeliest tokens until those above hold `share` of the probability, and at least one.
+void keep_top_p(float* scores, int64_t count, float share) {
+    std::vector<float> weights(count);
+    const float total = exponentials(scores, count, largest(scores, count), weights.data());
+    const double wanted = static_cast<double>(share) * total;
+    // Tokens below this weight hold less than the rest of the probability all together: none of them is kept.
+    const float least = static_cast<float>((total - wanted) / (2.0 * static_cast<double>(count)));
+    std::vector<std::pair<float, int64_t>> found;  // by -weight, then number
+    for (int64_t i = 0; i < count; ++i)
+        if (weights[i] >= least) found.emplace_back(-weights[i], i);
+    std::fill(weights.begin(), weights.end(), -kInfinity);  // from here on, the scores that stay
+    const int64_t size = static_cast<int64_t>(found.size());
+    double above = 0;
+    for (int64_t done = 0, step = kFirstSorted; done < size && (done == 0 || above < wanted); step *= 4) {
+        const int64_t end = std::min(size, done + step);
+        std::partial_sort(found.begin() + done, found.begin() + end, found.end());
+        for (; done < end && (done == 0 || above < wanted); ++done) {
+            weights[found[done].second] = scores[found[done].second];
+            above -= found[done].first;
+        }
+    }
+    std::copy(weights.begin(), weights.end(), scores);
+}
+
+void keep_min_p(float* scores, int64_t count, float share) {
+    const float least = largest(scores, count) + std::log(share);
+    for (int64_t i = 0; i < count; ++i)
+        if (scores[i] < least) scores[i] = -kInfinity;
+}
+
+WordVector consecutive(int64_t first) {
+    return WordVector{0, 1, 2, 3, 4, 5, 6, 7} + static_cast<uint32_t>(first);
+}
+
+}  // namespace
+
+uint64_t noise_key(uint64_t seed, int64_t position) {
+    uint64_t key = mix(seed);
+    for (uint64_t part : {uint64_t{0}, static_cast<uint64_t>(position), uint64_t{0}})
+        key = mix(key ^ mix(part + 0x9E3779B97F4A7C15u));
+    return key;
+}
+
+Vector gumbel(uint64_t key, WordVector tokens) {
+    WordVector x = tokens * 0x9E3779B1u + static_cast<uint32_t>(key);
+    x ^= x >> 16;
+    x *= 0x21F0AAADu;
+    x ^= static_cast<uint32_t>(key >> 32);
+    x ^= x >> 15;
+    x *= 0x735A2D97u;
+    x ^= x >> 15;
+    // Halves are converted one by one: there is no conversion of unsigned words before AVX-512. Their sum rounds once.
+    const Vector high = to_float((IntVector)(x >> 16)) * 65536.0f, low = to_float((IntVector)(x & 0xffffu));
+    const Vector uniform = minimum((high + low + 0.5f) * 0x1p-32f, broadcast(1.0f - 0x1p-24f));
+    // -log1p(-u): log(w) u / (1 - w) with w = 1 - u rounded keeps full precision for small u.
+    const Vector rest = 1.0f - uniform, lost = 1.0f - rest;
+    const Vector exponent = lost > 0.0f ? logarithm(rest) * (uniform / lost) : -uniform;
+    return -logarithm(-exponent);
+}
+
+void filter(const Sampling& sampling, float* scores, int64_t count) {
+    if (sampling.temperature != 1.0f)
+        for (int64_t i = 0; i < count; ++i) scores[i] /= sampling.temperature;
+    if (sampling.top_k > 0) keep_top_k(scores, count, sampling.top_k);
+    if (sampling.top_p < 1.0f) keep_top_p(scores, count, sampling.top_p);
+    if (sampling.min_p > 0.0f) keep_min_p(scores, count, sampling.min_p);
+}
+
+int64_t draw(const float* scores, int64_t count, uint64_t key, const int64_t* tokens) {
+    int64_t best = 0;
+    float most = -kInfinity;
+    for (int64_t first = 0; first < count; first += kLanes) {
+        const int64_t size = std::min<int64_t>(kLanes, count - first);
+        WordVector ids = consecutive(first);
+        for (int64_t i = 0; tokens != nullptr && i < size; ++i) ids[i] = static_cast<uint32_t>(tokens[first + i]);
+        const Vector noise = gumbel(key, ids);
+        for (int64_t i = 0; i < size; ++i) {
+            const float score = scores[first + i] + noise[i];
+            if (score > most) {
+                most = score;
+                best = first + i;
+            }
+        }
+    }
+    return best;
+}
+
+float probability(const float* scores, int64_t count, int64_t chosen) {
+    std::vector<float> weights(count);
+    const float total = exponentials(scores, count, largest(scores, count), weights.data());
+    return weights[chosen] / total;
+}
+
+void layerskip_filter(const Sampling* sampling, float* scores, int64_t rows, int64_t count, int32_t threads) {
+    Team::share_rows(threads, rows, [&](int64_t row) { filter(*sampling, scores + row * count, count); });
+}
+
+void layerskip_gumbel(const uint64_t* keys, int64_t rows, int64_t count, float* out, int32_t threads) {
+    Team::share_rows(threads, rows, [&](int64_t row) {
+        for (int64_t first = 0; first < count; first += kLanes) {
+            const Vector noise = gumbel(keys[row], consecutive(first));
+            std::memcpy(out + row * count + first, &noise, std::min<int64_t>(kLanes, count - first) * sizeof(float));
+        }
+    });
+}
+
+}  // namespace layerskip

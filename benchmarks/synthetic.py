@@ -52,12 +52,10 @@ def make_synthetic(
     Returns:
         The agreement reached.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        **SHAPES[shape], max_position_embeddings=2048, tie_word_embeddings=False, eos_token_id=None, pad_token_id=0
-    )
+    config = _llama_config(shape)
     with torch.device(device):
         model = LlamaForCausalLM(config).to(dtype)
     with torch.no_grad():
@@ -68,13 +66,21 @@ def make_synthetic(
     return reached
 
 
-def make_untrained(folder: Path, like: Path) -> None:
-    """Write a checkpoint with random weights in the shape of another, which no recipe has touched."""
+def make_untrained(folder: Path, like: Path | str) -> None:
+    """Write a checkpoint with random weights, which no recipe has touched, in the shape of another or of a name."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(like)
+    config = _llama_config(like) if isinstance(like, str) else AutoConfig.from_pretrained(like)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+
+
+def _llama_config(shape: str) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        **SHAPES[shape], max_position_embeddings=2048, tie_word_embeddings=False, eos_token_id=None, pad_token_id=0
+    )
 
 
 def random_prompts(vocab_size: int, count: int, length: int = 64) -> list[list[int]]:

@@ -26,11 +26,20 @@ class Erratic:
         self.pick = random.Random(seed)
         self.exits = tuple(range(1, num_layers))
         self.seen: list[Plan] = []
-        self.stopped = 0
+        self.stopped = self.rested = 0
 
     @property
     def probes(self) -> bool:
         return self.pick.random() < 0.5
+
+    def rests(self) -> int:
+        self.rest = self.pick.choice([0, 0, 0, 0, 0, 1, 2])
+        return self.rest
+
+    def observe_rest(self, seconds: Sequence[float]) -> None:
+        assert 0 < len(seconds) <= self.rest
+        self.rested += 1
+        assert min(seconds) > 0
 
     def plan(self, matches: Sequence[Match | None], remaining: int) -> Plan:
         drafter: Drafter = self.pick.choice(["none", "early_exit", "early_exit", "ngram"])
@@ -84,7 +93,14 @@ def test_plans_that_change_every_round(
     policy = Erratic(seed, lm.decoder.num_layers)
     assert write(lm, texts, policy, max_new_tokens=36, **options) == expected
     assert len({(plan.drafter, plan.exit_layer) for plan in policy.seen}) > 3
-    assert policy.stopped > 0
+    assert policy.rested > 0
+
+
+def test_some_of_these_plans_stop_early(lm: LanguageModel, prompts: list[list[int]]) -> None:
+    policies = [Erratic(seed, lm.decoder.num_layers) for seed in range(6)]
+    for policy in policies:
+        write(lm, prompts, policy, max_new_tokens=36)
+    assert sum(policy.stopped > 0 for policy in policies) > 3
 
 
 @pytest.mark.parametrize("strategy", ["ngram", "adaptive"])

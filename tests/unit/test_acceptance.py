@@ -46,7 +46,7 @@ def test_chances_fall_with_depth_by_the_rates_of_each() -> None:
     rates = ExitRates()
     for _ in range(300):
         rates.observe(1, 2, ())  # the first always holds, the second never
-    chances = rates.chances(4)
+    chances = list(rates.chances(4))
     assert chances[0] > 0.95
     assert chances[1] < 0.1
     assert chances == sorted(chances, reverse=True)

@@ -41,7 +41,7 @@ def test_experience_is_shared_by_sizes_and_kept_by_kind(
     policies = [experience.policy(text_lm.decoder, rows, samples=False) for rows in (1, 3, 4, 2, 1)]
     assert measured == [1, 4, 2]
     assert all(policy.rates is policies[0].rates for policy in policies)
-    assert policies[1].costs is policies[2].costs
+    assert policies[1].times is policies[2].times
     sampling = experience.policy(text_lm.decoder, 1, samples=True)
     assert sampling.rates is not policies[0].rates
-    assert sampling.ratios is not policies[0].ratios
+    assert sampling.times is not policies[0].times

@@ -1,14 +1,16 @@
 """What is planned for a round, from given costs and given acceptance."""
 
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
+from layerskip.decoding.adaptive import FIRST_PROBES, AdaptivePolicy, candidate_exits
 from layerskip.decoding.costs import Costs
 from layerskip.decoding.ngram import Match
-from layerskip.decoding.policy import AdaptivePolicy, FixedPolicy, Outcome, Plan, candidate_exits
+from layerskip.decoding.pace import COLD_STEPS, FIRST_REST, LOOK_SHARE, MOST_REST, STEPS_EVERY, TIMED_STEPS
+from layerskip.decoding.policy import FixedPolicy, Outcome, Plan
+from layerskip.decoding.round_times import RoundTimes
 
 NONE: tuple[None, ...] = (None,)
 MATCH = Match(length=5, tokens=[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13])
@@ -27,11 +29,12 @@ def make_costs(*, row: float = 0.05, fixed: float = 0.5, num_layers: int = 16) -
 
 
 def make_policy(rates: dict[int, float], options: dict[str, Any] | None = None, **costs: float) -> AdaptivePolicy:
-    policy = AdaptivePolicy(costs=make_costs(**costs), exits=tuple(rates), **(options or {}))  # type: ignore[arg-type]
+    times = RoundTimes(costs=make_costs(**costs))  # type: ignore[arg-type]
+    policy = AdaptivePolicy(times=times, exits=tuple(rates), **(options or {}))
     for exit_layer, rate in rates.items():
         for _ in range(200):
             policy.rates.observe_exits({exit_layer: (5 * rate, 5)})
-    policy.ratios["none"] = deque([1.0] * 3, maxlen=9)  # steps have been timed
+    policy.times.observe("none", 0, 0, times.costs.step())  # steps have been timed
     return policy
 
 
@@ -53,7 +56,7 @@ def test_the_plan_is_the_best_of_the_grid() -> None:
     policy = make_policy(rates, {"stops_early": False})
     plan = policy.plan(NONE, 100)
     grid = {
-        (exit_layer, drafts): (1 - rate ** (drafts + 1)) / (1 - rate) / policy.costs.round(exit_layer, drafts)
+        (exit_layer, drafts): (1 - rate ** (drafts + 1)) / (1 - rate) / policy.times.costs.round(exit_layer, drafts)
         for exit_layer, rate in rates.items()
         for drafts in range(1, 13)
     }
@@ -77,7 +80,7 @@ def test_no_more_drafts_than_may_be_written() -> None:
 
 def test_doubtful_drafts_end_a_draft() -> None:
     policy = make_policy({4: 0.8})
-    for _ in range(200):
+    for _ in range(150):
         policy.observe(
             Plan(drafter="early_exit", exit_layer=4), NONE, outcome(1, 2, 30.0, (1, 2), confidences=[[0.99, 0.3]])
         )
@@ -95,7 +98,7 @@ def test_matches_are_free_drafts_if_they_hold() -> None:
     plan = policy.plan([MATCH], 100)
     assert (plan.drafter, plan.exit_layer) == ("ngram", 0)
     assert policy.plan(NONE, 100).drafter == "early_exit"
-    for _ in range(300):
+    for _ in range(150):
         policy.observe(plan, [MATCH], outcome(0, 4, 19.0, (99,)))
     assert policy.plan([MATCH], 100).drafter == "early_exit"
 
@@ -111,7 +114,7 @@ def test_a_text_that_changes_its_kind_changes_the_plan() -> None:
     policy = make_policy({4: 0.95})
     plan = policy.plan(NONE, 100)
     for _ in range(100):
-        policy.observe(plan, NONE, outcome(0, 4, policy.costs.round(4, 4)))
+        policy.observe(plan, NONE, outcome(0, 4, policy.times.costs.round(4, 4)))
     assert policy.rates.of_exit(4).overall.value < 0.4
     assert policy.plan(NONE, 100).drafter == "none"
 
@@ -120,55 +123,103 @@ def test_rounds_that_take_longer_than_predicted_correct_the_costs() -> None:
     policy = make_policy({4: 0.8})
     assert policy.plan(NONE, 100).drafter == "early_exit"
     for _ in range(60):
-        policy.observe(Plan(drafter="none"), NONE, outcome(0, 0, policy.costs.step()))
+        policy.observe_rest([policy.times.costs.step()] * 8)
         policy.observe(
-            Plan(drafter="early_exit", exit_layer=4), NONE, outcome(4, 4, 3 * policy.costs.round(4, 4), range(5))
+            Plan(drafter="early_exit", exit_layer=4), NONE, outcome(4, 4, 3 * policy.times.costs.round(4, 4), range(5))
         )
-    assert policy.correction("early_exit") == pytest.approx(3)
-    assert policy.correction("none") == pytest.approx(1)
+    assert policy.times.correction("early_exit") == pytest.approx(3, rel=1e-3)
+    assert policy.times.correction("none") == pytest.approx(1)
     assert policy.plan(NONE, 100).drafter == "none"
 
 
-def test_a_single_slow_round_changes_nothing() -> None:
+def test_a_few_slow_rounds_change_nothing() -> None:
     policy = make_policy({4: 0.8})
     for seconds in (1.0, 1.0, 50.0, 1.0):
-        policy.observe(Plan(drafter="none"), NONE, outcome(0, 0, seconds * policy.costs.step()))
-    assert policy.correction("none") == 1
-    assert policy.correction("ngram") == 1
+        policy.observe_rest([seconds * policy.times.costs.step()] * 8)
+    assert policy.times.correction("none") == 1
+    assert policy.times.correction("ngram") == 1
+
+
+def test_first_steps_of_a_rest_are_not_timed() -> None:
+    policy, step = make_policy({4: 0.8}), make_costs().step()
+    for _ in range(9):
+        policy.observe_rest([9 * step] * COLD_STEPS + [2 * step] * TIMED_STEPS)
+    policy.observe_rest([9 * step] * 3)
+    assert policy.times.correction("none") == pytest.approx(2)
+
+
+def follow(policy: AdaptivePolicy, rounds: int) -> list[str]:
+    """Who drafted in each round; every draft holds, and all takes the time that it should."""
+    drafters: list[str] = []
+    while len(drafters) < rounds:
+        steps = policy.rests()
+        if steps:
+            policy.observe_rest([policy.times.seconds("none")] * steps)
+            drafters += ["none"] * steps
+            continue
+        plan = policy.plan(NONE, 100)
+        drafts = plan.num_speculations
+        policy.observe(plan, NONE, outcome(drafts, drafts, policy.seconds(plan), range(drafts + 1)))
+        drafters.append(plan.drafter)
+    return drafters
 
 
 def test_steps_without_drafts_are_timed_now_and_then() -> None:
     policy = make_policy({4: 0.9})
-    policy.ratios.clear()
-    plans = []
-    for _ in range(200):
-        plans.append(policy.plan(NONE, 100))
-        drafts = plans[-1].num_speculations
-        policy.observe(plans[-1], NONE, outcome(drafts, drafts, policy.seconds(plans[-1]), range(drafts + 1)))
-    assert [plan.drafter for plan in plans[:4]] == ["early_exit"] * 4
-    assert [plan.drafter for plan in plans[4:7]] == ["none"] * 3
-    assert 5 <= sum(plan.drafter == "none" for plan in plans) <= 8
+    policy.times.ratios.clear()
+    drafters = follow(policy, 3 * STEPS_EVERY)
+    block = 1 + COLD_STEPS + TIMED_STEPS
+    assert drafters[: FIRST_PROBES + block + 1] == ["early_exit"] * FIRST_PROBES + ["none"] * block + ["early_exit"]
+    assert drafters.count("none") == 3 * block
+    assert policy.times.timed("none") == 3
+    assert sum(policy.counts.values()) == len(drafters)
+
+
+def test_rests_grow_while_nothing_is_better() -> None:
+    policy, lengths = make_policy({4: 0.05}), []
+    for _ in range(9):
+        plan = policy.plan(NONE, 1000)
+        assert plan.drafter == "none"
+        policy.observe(plan, NONE, outcome(0, 0, 1.5 * policy.times.costs.step()))
+        lengths.append(policy.rests())
+        assert policy.rests() == 0
+        policy.observe_rest([policy.times.costs.step()] * lengths[-1])
+    assert lengths[:3] == [2, 4, 8]
+    assert lengths[-1] == MOST_REST
+    again = AdaptivePolicy(times=policy.times, exits=policy.exits, pace=policy.pace)
+    assert again.rests() == FIRST_REST  # the next text begins as the last one ended
+    policy.observe(Plan(drafter="ngram"), [MATCH], outcome(4, 4, 19.0, MATCH.tokens[:5]))
+    policy.observe(plan, NONE, outcome(0, 0, 1.5 * policy.times.costs.step()))
+    assert policy.rests() == 2
+
+
+def test_rests_are_short_where_looking_costs_little() -> None:
+    policy = make_policy({4: 0.05})
+    for _ in range(9):
+        policy.observe(policy.plan(NONE, 1000), NONE, outcome(0, 0, 1.02 * policy.times.costs.step()))
+    assert policy.rests() == int(0.02 / LOOK_SHARE)
 
 
 def test_probes_come_first_and_then_take_their_share() -> None:
-    policy = AdaptivePolicy(costs=make_costs(), exits=(2, 4))
+    policy = AdaptivePolicy(times=RoundTimes(costs=make_costs()), exits=(2, 4))
     probed = 0
     for _ in range(2000):
-        seconds = policy.costs.step()
+        seconds = policy.times.costs.step()
         agreement = {}
         if policy.probes:
             probed += 1
             seconds += 10
             agreement = {2: (0.0, 1), 4: (1.0, 1)}
         policy.observe(Plan(drafter="none"), NONE, outcome(0, 0, seconds, agreement=agreement))
+        policy.observe_rest([policy.times.costs.step()])
     assert probed >= 3
-    assert 10 * probed < 0.03 * 2000 * policy.costs.step()
+    assert 10 * probed < 0.03 * 2000 * policy.times.costs.step()
     assert policy.rates.of_exit(2).overall.value < policy.rates.of_exit(4).overall.value
 
 
 def test_what_is_known_needs_no_first_probes() -> None:
     assert not make_policy({2: 0.5, 4: 0.7}).probes
-    assert not AdaptivePolicy(costs=make_costs(num_layers=1), exits=()).probes
+    assert not AdaptivePolicy(times=RoundTimes(costs=make_costs(num_layers=1)), exits=()).probes
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3, 4, 5, 12, 16, 32, 80])

@@ -11,8 +11,8 @@ from rich.control import Control
 from rich.segment import ControlType
 from rich.text import Text
 
+from layerskip.decoding.adaptive import AdaptivePolicy
 from layerskip.decoding.explain import Explanation, explain
-from layerskip.decoding.policy import AdaptivePolicy
 from layerskip.decoding.stream import DraftEvent, GenerationResult, GenerationStream, Source, StreamEvent, TokenEvent
 
 STYLES: dict[Source, str] = {"accepted": "green", "corrected": "bold yellow", "bonus": "", "decoded": ""}

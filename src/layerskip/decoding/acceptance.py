@@ -3,7 +3,7 @@
 Each rate has a long memory, which later texts start from, and a recent one of the present text.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from layerskip.model.drafts import CONFIDENCE_CLASSES, confidence_class
@@ -81,13 +81,12 @@ class ExitRates:
             if confidences:
                 self.classes[confidence_class(confidences[depth])].observe(depth < held, 1)
 
-    def chances(self, most: int) -> list[float]:
+    def chances(self, most: int) -> Iterator[float]:
         """Probability that the first 1, 2, ... `most` drafts of a round all hold."""
-        overall, chance, chances = self.overall.value, 1.0, []
+        overall, chance = self.overall.value, 1.0
         for depth in range(most):
             chance *= self.depths[depth].within(overall) if depth < len(self.depths) else overall
-            chances.append(chance)
-        return chances
+            yield chance
 
     def by_confidence(self) -> tuple[float, ...]:
         """Acceptance of a draft by its class of confidence."""
@@ -105,11 +104,16 @@ class AcceptanceRates:
 
     def of_exit(self, exit_layer: int) -> ExitRates:
         """Rates of an exit."""
-        return self.exits.setdefault(exit_layer, ExitRates())
+        if exit_layer not in self.exits:
+            self.exits[exit_layer] = ExitRates()
+        return self.exits[exit_layer]
 
     def of_match(self, length: int) -> Rate:
         """Rate of drafts that follow a match of so many tokens."""
-        return self.matches.setdefault(min(length, 16).bit_length(), Rate())
+        length_class = min(length, 16).bit_length()
+        if length_class not in self.matches:
+            self.matches[length_class] = Rate()
+        return self.matches[length_class]
 
     def observe_exits(self, agreement: Mapping[int, tuple[float, int]]) -> None:
         """Learn from a probe: of each exit, tokens on which it agreed with the target, and tokens there were."""

@@ -4,7 +4,7 @@ Shapes: B rows, K drafts a row, D width, V vocabulary.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerskip.decoding.batch import Batch
+from layerskip.decoding.ngram import Match
 from layerskip.decoding.noise import Purpose
 from layerskip.model.attention import Positions
 from layerskip.model.cache import KVCache
@@ -186,13 +187,12 @@ class _EarlyExitDrafter:
 
 
 @torch.inference_mode()
-def draft_ngram(batch: Batch, num_speculations: int) -> Draft:
+def draft_ngram(batch: Batch, matches: Sequence[Match | None], num_speculations: int) -> Draft:
     """Drafts of each row from its own text; rows without a match have none.
 
     Verification runs all layers over them: nothing has been run yet.
     """
     lengths = draft_lengths(batch, num_speculations)
-    matches = [row.ngrams.match() for row in batch.rows]
     found = [
         match.continuation(length) if match is not None else [] for match, length in zip(matches, lengths, strict=True)
     ]

@@ -1,10 +1,10 @@
 """What adaptive decoding knows about a model from one call to the next."""
 
-from collections import deque
-
 from layerskip.decoding.acceptance import AcceptanceRates
+from layerskip.decoding.adaptive import MOST_DRAFTS, AdaptivePolicy, candidate_exits
 from layerskip.decoding.costs import Costs, measure_costs
-from layerskip.decoding.policy import MOST_DRAFTS, AdaptivePolicy, Drafter, candidate_exits
+from layerskip.decoding.pace import Pace
+from layerskip.decoding.round_times import RoundTimes
 from layerskip.model.decoder import Decoder
 
 
@@ -14,7 +14,8 @@ class Experience:
     def __init__(self) -> None:
         self._costs: dict[int, Costs] = {}
         self._rates: dict[bool, AcceptanceRates] = {}
-        self._ratios: dict[tuple[bool, int], dict[Drafter, deque[float]]] = {}
+        self._times: dict[tuple[bool, int], RoundTimes] = {}
+        self._paces: dict[tuple[bool, int], Pace] = {}
 
     def policy(
         self,
@@ -37,11 +38,14 @@ class Experience:
         size = 1 << (num_rows - 1).bit_length()  # sizes up to the next power of two share their costs
         if size not in self._costs:
             self._costs[size] = measure_costs(decoder, size)
+        kind = samples, size
+        if kind not in self._times:
+            self._times[kind] = RoundTimes(costs=self._costs[size])
         return AdaptivePolicy(
-            costs=self._costs[size],
+            times=self._times[kind],
             exits=candidate_exits(decoder.num_layers) if exit_layer is None else (exit_layer,),
             rates=self._rates.setdefault(samples, AcceptanceRates()),
-            ratios=self._ratios.setdefault((samples, size), {}),
+            pace=self._paces.setdefault(kind, Pace()),
             most_drafts=MOST_DRAFTS if most_drafts is None else most_drafts,
             stops_early=decoder.device.type == "cpu",
         )

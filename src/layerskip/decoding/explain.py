@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from layerskip.decoding.policy import AdaptivePolicy, Plan
+from layerskip.decoding.adaptive import AdaptivePolicy
+from layerskip.decoding.policy import Plan
 
 USUAL_DRAFTS = 4
 """Drafts for which costs are compared."""
@@ -48,7 +49,7 @@ def explain(policy: AdaptivePolicy) -> Explanation:
     """Look at a policy after a generation."""
     exits = [_outlook(policy, exit_layer) for exit_layer in policy.exits]
     best = max(exits, key=lambda outlook: outlook.speedup, default=None)
-    costs = policy.costs
+    costs = policy.times.costs
     depth = best.exit_layer if best is not None else 1
     layers = depth * costs.draft_layer
     ratio = costs.verification(0, min(USUAL_DRAFTS, costs.most_drafts)) / costs.step()
@@ -101,7 +102,7 @@ def _reasons(
     total = sum(rounds.values())
     main = max(rounds, key=rounds.__getitem__)
     words = {
-        "early_exit": f"drafts by the first layers (mostly {_favourite(policy)} of {policy.costs.num_layers})",
+        "early_exit": f"drafts by the first layers (mostly {_favourite(policy)} of {policy.times.costs.num_layers})",
         "ngram": "drafts taken from the text itself",
         "none": "no drafts",
     }

@@ -3,6 +3,7 @@
 It knows tokens only; text, stop strings and colours are `text` and `stream`.
 """
 
+import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from layerskip.decoding.batch import Batch, Round, Row
 from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.drafting import Draft, draft_early_exit, draft_ngram, draft_nothing
 from layerskip.decoding.experience import Experience
+from layerskip.decoding.ngram import Match
 from layerskip.decoding.policy import FixedPolicy, Outcome, Plan, Policy
 from layerskip.decoding.sampling import Sampler
 from layerskip.decoding.self_speculative import Verification
@@ -164,51 +166,87 @@ def decode(batch: Batch, *, show_drafts: bool = False) -> Iterator[Drafted | Com
     rounds = autoregressive.prefill(batch, depth)
     yield from _commit(batch, rounds, calls, first=True)
     while batch.rows:
-        calls = batch.decoder.layer_calls
-        if speculates:
-            rounds = yield from _speculate(batch, show_drafts)
+        if not speculates:
+            yield from _take_step(batch, depth)
+        elif steps := batch.policy.rests():
+            yield from _rest(batch, steps)
         else:
-            rounds = autoregressive.step(batch, depth)
-        yield from _commit(batch, rounds, calls)
+            calls = batch.decoder.layer_calls
+            rounds = yield from _speculate(batch, show_drafts)
+            yield from _commit(batch, rounds, calls)
+
+
+def _take_step(batch: Batch, depth: int) -> Generator[Committed, None, float]:
+    """One token for each row; returns the seconds it took."""
+    calls, started = batch.decoder.layer_calls, time.perf_counter()
+    rounds = autoregressive.step(batch, depth)
+    seconds = time.perf_counter() - started
+    yield from _commit(batch, rounds, calls)
+    return seconds
+
+
+def _rest(batch: Batch, steps: int) -> Iterator[Committed]:
+    """Steps that the policy needn't plan."""
+    seconds: list[float] = []
+    while batch.rows and len(seconds) < steps:
+        taken = yield from _take_step(batch, batch.decoder.num_layers)
+        seconds.append(taken)
+    batch.policy.observe_rest(seconds)
 
 
 def _speculate(batch: Batch, show_drafts: bool) -> Generator[Drafted, None, list[Round]]:
     """One round, as the policy plans it; returns its `Round`s."""
-    policy = batch.policy
-    start = batch.stopwatch.mark()
+    policy, started = batch.policy, time.perf_counter()
     matches = [row.ngrams.match() for row in batch.rows] if policy.uses_ngrams else []
     plan = policy.plan(matches, max(row.remaining for row in batch.rows))
     exits = policy.exits if policy.probes else ()
-    confidences: list[list[float]] = []
+    if plan.drafter == "none" and not exits and not batch.by_distribution:
+        verification = Verification(rounds=autoregressive.step(batch, batch.decoder.num_layers))
+        policy.observe(plan, matches, _outcome(verification, time.perf_counter() - started))
+        return verification.rounds
     whole = None if show_drafts or exits else _whole_round(batch, plan)
+    confidences: list[list[float]] = []
+    away = 0.0
     if whole is not None:
         verification = whole
-        drafting, verifying = _shares(plan, batch, batch.stopwatch.between(start, batch.stopwatch.mark()))
     else:
-        draft = _draft(batch, plan, exits)
+        mark = batch.stopwatch.mark
+        start, draft, middle = mark(), _draft(batch, plan, matches, exits), mark()
         confidences = draft.confidences
-        middle = batch.stopwatch.mark()
         if show_drafts:
-            for row, tokens, usable in zip(batch.rows, draft.tokens.tolist(), draft.num_drafts, strict=True):
-                yield Drafted(row=row, tokens=tuple(tokens[:usable]))
-        resumed = batch.stopwatch.mark()
-        verification = self_speculative.verify(batch, draft, exits)
-        end = batch.stopwatch.mark()
-        drafting, verifying = batch.stopwatch.between(start, middle), batch.stopwatch.between(resumed, end)
+            away = time.perf_counter()
+            yield from _drafted(batch, draft)
+            away = time.perf_counter() - away
+        resumed, verification, end = mark(), self_speculative.verify(batch, draft, exits), mark()
+        _record(batch, batch.stopwatch.between(start, middle), batch.stopwatch.between(resumed, end))
+    outcome = _outcome(verification, time.perf_counter() - started - away, confidences)
+    if whole is not None:
+        _record(batch, *_shares(plan, batch, outcome.seconds))
+    policy.observe(plan, matches, outcome)
+    return verification.rounds
+
+
+def _drafted(batch: Batch, draft: Draft) -> Iterator[Drafted]:
+    for row, tokens, usable in zip(batch.rows, draft.tokens.tolist(), draft.num_drafts, strict=True):
+        yield Drafted(row=row, tokens=tuple(tokens[:usable]))
+
+
+def _record(batch: Batch, drafting: float, verifying: float) -> None:
     for row in batch.rows:
         row.recorder.seconds_drafting += drafting
         row.recorder.seconds_verifying += verifying
+
+
+def _outcome(verification: Verification, seconds: float, confidences: Sequence[Sequence[float]] = ()) -> Outcome:
     rounds = verification.rounds
-    outcome = Outcome(
-        seconds=drafting + verifying,
+    return Outcome(
+        seconds=seconds,
         held=[round_.num_accepted for round_ in rounds],
         drafted=[len(round_.drafts) for round_ in rounds],
         tokens=[(*round_.drafts[: round_.num_accepted], round_.token) for round_ in rounds],
         confidences=confidences,
         agreement=verification.agreement,
     )
-    policy.observe(plan, matches, outcome)
-    return rounds
 
 
 def _whole_round(batch: Batch, plan: Plan) -> Verification | None:
@@ -230,12 +268,12 @@ def _shares(plan: Plan, batch: Batch, seconds: float) -> tuple[float, float]:
     return share * seconds, (1 - share) * seconds
 
 
-def _draft(batch: Batch, plan: Plan, exits: tuple[int, ...]) -> Draft:
+def _draft(batch: Batch, plan: Plan, matches: Sequence[Match | None], exits: tuple[int, ...]) -> Draft:
     match plan.drafter:
         case "early_exit":
             return draft_early_exit(batch, plan.exit_layer, plan.num_speculations, exits, plan.stop)
         case "ngram":
-            return draft_ngram(batch, plan.num_speculations)
+            return draft_ngram(batch, matches, plan.num_speculations)
         case _:
             return draft_nothing(batch)
 

@@ -3,7 +3,7 @@
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -159,6 +159,14 @@ def randomize(model: Any, seed: int) -> None:
                 weight.add_(0.3 * noise)
             else:
                 weight.copy_(1.5 * noise / weight.shape[-1] ** 0.5)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing that the package keeps for later goes into the user's cache, or comes from there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LAYERSKIP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -35,7 +35,7 @@ def test_experience_is_shared_by_sizes_and_kept_by_kind(
 ) -> None:
     experience, measured = Experience(), []
     monkeypatch.setattr(
-        "layerskip.decoding.experience.measure_costs",
+        "layerskip.decoding.experience.find_costs",
         lambda decoder, rows: measured.append(rows) or measure_costs(decoder, rows),
     )
     policies = [experience.policy(text_lm.decoder, rows, samples=False) for rows in (1, 3, 4, 2, 1)]

@@ -2,7 +2,8 @@
 
 from layerskip.decoding.acceptance import AcceptanceRates
 from layerskip.decoding.adaptive import MOST_DRAFTS, AdaptivePolicy, candidate_exits
-from layerskip.decoding.costs import Costs, measure_costs
+from layerskip.decoding.cost_cache import find_costs
+from layerskip.decoding.costs import Costs
 from layerskip.decoding.pace import Pace
 from layerskip.decoding.round_times import RoundTimes
 from layerskip.model.decoder import Decoder
@@ -26,7 +27,7 @@ class Experience:
         exit_layer: int | None = None,
         most_drafts: int | None = None,
     ) -> AdaptivePolicy:
-        """A policy for one batch, which adds to what is known; costs are measured when a size is first met.
+        """A policy for one batch, which adds to what is known; costs are found when a size is first met.
 
         Args:
             decoder: The network.
@@ -37,7 +38,7 @@ class Experience:
         """
         size = 1 << (num_rows - 1).bit_length()  # sizes up to the next power of two share their costs
         if size not in self._costs:
-            self._costs[size] = measure_costs(decoder, size)
+            self._costs[size] = find_costs(decoder, size)
         kind = samples, size
         if kind not in self._times:
             self._times[kind] = RoundTimes(costs=self._costs[size])

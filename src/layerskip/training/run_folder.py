@@ -10,6 +10,7 @@ import torch
 
 from layerskip.checkpoint import DTYPES
 from layerskip.errors import CheckpointError, InvalidArgumentError
+from layerskip.files import write_atomically
 from layerskip.training.callbacks import LOG_FILE
 from layerskip.training.checkpoints import list_checkpoints, writing
 from layerskip.training.config import TrainingConfig
@@ -128,10 +129,3 @@ def dtype_to_save(config: TrainingConfig, own: torch.dtype) -> torch.dtype:
     if config.checkpoints.save_dtype != "auto":
         return DTYPES[config.checkpoints.save_dtype]
     return own
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content as a whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

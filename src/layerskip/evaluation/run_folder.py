@@ -1,0 +1,126 @@
+"""The folder that a measurement writes: what was asked, every finished sample as it comes, the results at the end.
+
+    run.json        kind and configuration, from the start on
+    samples.jsonl   a JSON object a line, each with a `key`; whole lines only count
+    results.json    one object: configuration, machine, results
+    report.html     pictures
+
+The same command goes on where an interrupted one stopped; another command needs another folder.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from layerskip.errors import InvalidArgumentError
+from layerskip.files import write_atomically
+from layerskip.machine import describe_machine
+
+SCHEMA = 1
+"""Version of results.json."""
+RUN_FILE, SAMPLES_FILE, RESULTS_FILE, REPORT_FILE = "run.json", "samples.jsonl", "results.json", "report.html"
+
+
+class RunFolder:
+    """One measurement's folder."""
+
+    def __init__(self, path: Path, kind: str, configuration: Mapping[str, Any]) -> None:
+        """Open a folder, new or of an interrupted run of the same configuration.
+
+        Args:
+            path: The folder; made if it doesn't exist.
+            kind: `benchmark`, `sweep`, `eval`, `verify` or `batch`.
+            configuration: All that the results depend on; JSON.
+
+        Raises:
+            InvalidArgumentError: It holds another configuration's results, or can't be written.
+        """
+        self.path, self.kind = path, kind
+        self.configuration: dict[str, Any] = json.loads(json.dumps(configuration, default=str))
+        self.samples: dict[str, dict[str, Any]] = {}
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._check_run()
+            self._read_samples()
+        except OSError as error:
+            raise InvalidArgumentError(
+                f"output_dir {path} can't be used: {error.strerror}; name a folder that can be written"
+            ) from error
+
+    def add(self, key: str, sample: Mapping[str, Any]) -> None:
+        """Keep a finished sample, on disk before this returns."""
+        record = {"key": key, **sample}
+        with (self.path / SAMPLES_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.samples[key] = record
+
+    def finish(self, results: Mapping[str, Any]) -> dict[str, Any]:
+        """Write results.json, and return what is in it."""
+        content = {
+            "schema": SCHEMA,
+            "kind": self.kind,
+            "configuration": self.configuration,
+            "machine": describe_machine(),
+            "results": json.loads(json.dumps(results)),
+        }
+        write_atomically(self.path / RESULTS_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        return content
+
+    def _check_run(self) -> None:
+        file = self.path / RUN_FILE
+        if not file.exists():
+            if (self.path / SAMPLES_FILE).exists():
+                raise InvalidArgumentError(f"{self.path} has a {SAMPLES_FILE} of something else; name another folder")
+            write_atomically(file, json.dumps({"kind": self.kind, "configuration": self.configuration}, indent=2))
+            return
+        try:
+            run = json.loads(file.read_text(encoding="utf-8"))
+            kind, found = run["kind"], dict(run["configuration"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InvalidArgumentError(f"{file} is no run of layerskip; name another folder") from error
+        if kind != self.kind:
+            raise InvalidArgumentError(f"{self.path} holds a run of layerskip {kind}; name another folder")
+        missing = object()
+        names = sorted(found.keys() | self.configuration.keys())
+        other = [name for name in names if found.get(name, missing) != self.configuration.get(name, missing)]
+        if other:
+            there = ", ".join(f"{name} {found.get(name)!r}, not {self.configuration.get(name)!r}" for name in other)
+            raise InvalidArgumentError(
+                f"{self.path} holds results of another configuration ({there}); name another folder, or delete it"
+            )
+
+    def _read_samples(self) -> None:
+        file = self.path / SAMPLES_FILE
+        if not file.exists():
+            return
+        content = file.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):  # cut off in the middle of a line
+            with file.open("r+b") as handle:
+                handle.truncate(len(whole))
+        for line in whole.splitlines():  # of bytes: only real line ends count, not those that texts may hold
+            record = json.loads(line)
+            self.samples[record["key"]] = record
+
+
+def read_results(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A finished run: the object of results.json, and its samples.
+
+    Raises:
+        InvalidArgumentError: There is none.
+    """
+    try:
+        content: dict[str, Any] = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+        lines = (folder / SAMPLES_FILE).read_bytes().splitlines()
+        samples = [json.loads(line) for line in lines]
+    except FileNotFoundError as error:
+        raise InvalidArgumentError(f"{folder} has no finished run: {Path(error.filename).name} is missing") from error
+    except (OSError, ValueError) as error:
+        raise InvalidArgumentError(f"{folder} can't be read: {error}") from error
+    if content.get("schema") != SCHEMA:
+        raise InvalidArgumentError(f"{folder} was written by another version: schema {content.get('schema')!r}")
+    return content, samples

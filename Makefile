@@ -42,7 +42,7 @@ $(STAMP): pyproject.toml hatch_build.py $(wildcard native/*)
 	@echo "setup: installing $(TORCH)"
 	@$(PIP) install '$(TORCH)'
 	@echo "setup: installing layerskip and its development tools"
-	@$(PIP) install --editable '.[dev,train]'
+	@$(PIP) install --editable '.[dev,train,bench,eval]'
 	@touch $@
 
 venv:

@@ -27,6 +27,7 @@ from layerskip.model.families import parse_config
 from layerskip.model.native_network import why_not_native
 from layerskip.model.quantization import check_quantization
 from layerskip.model.weights import load_decoder, tensor_shapes
+from layerskip.tuned import TunedSettings, read_tuned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,6 +64,11 @@ class Checkpoint:
         """Ids that end a text: generation_config.json's, or else config.json's."""
         path = self.folder / "generation_config.json"
         return (read_eos(_read_json(path)) if path.is_file() else ()) or self.config.eos_token_ids
+
+    @cached_property
+    def tuned(self) -> TunedSettings | None:
+        """What a sweep found best for this checkpoint, if there was one."""
+        return read_tuned(self.folder, self.config.num_layers)
 
     @property
     def num_parameters(self) -> int:

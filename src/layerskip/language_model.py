@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,7 +103,8 @@ class LanguageModel:
     def __init__(self, checkpoint: Checkpoint, decoder: Decoder) -> None:
         self.checkpoint = checkpoint
         self.decoder = decoder
-        self._experience = Experience()
+        tuned = checkpoint.tuned
+        self._experience = Experience() if tuned is None else Experience(tuned.agreement, tuned.exit_layer)
 
     @property
     def config(self) -> ModelConfig:
@@ -133,7 +134,7 @@ class LanguageModel:
             InvalidArgumentError: A bad option.
             OutOfMemoryError: The cache doesn't fit.
         """
-        stream = self._stream(prompts, make_config(config, options), show_drafts=False, session=None)
+        stream = self._stream(prompts, self.configure(config, **options), show_drafts=False, session=None)
         return stream.run()
 
     def stream(
@@ -158,7 +159,22 @@ class LanguageModel:
             An iterator of events. Ctrl-C ends it with what was written so far.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        return self._stream(prompts, make_config(config, options), show_drafts=show_drafts, session=session)
+        return self._stream(prompts, self.configure(config, **options), show_drafts=show_drafts, session=session)
+
+    def configure(self, config: GenerationConfig | None = None, **options: Any) -> GenerationConfig:
+        """What a call with this config and these options does: self-speculation takes what is open from the sweep.
+
+        Raises:
+            InvalidArgumentError: A bad option.
+        """
+        made, tuned = make_config(config, options), self.checkpoint.tuned
+        if tuned is None or made.strategy != "self_speculative":
+            return made
+        if made.exit_layer is None:
+            made = replace(made, exit_layer=tuned.exit_layer)
+        if made.num_speculations is None and made.exit_layer == tuned.exit_layer:
+            made = replace(made, num_speculations=tuned.num_speculations)
+        return made
 
     def new_session(self) -> Session:
         """An empty session; its cache grows between calls, up to the model's context."""

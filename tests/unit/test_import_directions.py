@@ -17,7 +17,7 @@ PACKAGE = SRC / "layerskip"
 LAYERS = [
     {"errors", "files", "machine"},
     {"model"},
-    {"hub", "checkpoint"},
+    {"hub", "tuned", "checkpoint"},
     {"decoding"},
     {"language_model"},
     {"evaluation", "training", "serving", "interop"},

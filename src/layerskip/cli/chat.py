@@ -4,8 +4,8 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, cast
 
 from layerskip.cli.arguments import DecodingArguments, File, ModelArguments, OutputArguments, Text, parse
 from layerskip.cli.exit_code import ExitCode
@@ -54,6 +54,7 @@ def run(argv: Sequence[str]) -> int:
         template = read_text_file("--chat-template", arguments.chat_template)
     system = None if arguments.system is None else to_text(arguments.system, "the text of --system")
     lm = load_model(arguments.model, arguments.output)
+    arguments = replace(arguments, decoding=cast("DecodingArguments", lm.configure(arguments.decoding)))
     chat = Chat(Conversation(lm, system, template), arguments)
     if chat.asks:
         with line_history("chat"):

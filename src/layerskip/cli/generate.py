@@ -4,8 +4,8 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, cast
 
 from layerskip.cli.arguments import DecodingArguments, File, ModelArguments, OutputArguments, Switch, Text, parse
 from layerskip.cli.exit_code import ExitCode
@@ -56,6 +56,7 @@ def run(argv: Sequence[str]) -> int:
         )
     prompt = read_prompt(arguments)
     lm = load_model(arguments.model, arguments.output)
+    arguments = replace(arguments, decoding=cast("DecodingArguments", lm.configure(arguments.decoding)))
     if prompt is None:
         return _ask_for_prompts(lm, arguments)
     return _answer(lm, prompt, arguments)

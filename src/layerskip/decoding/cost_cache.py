@@ -34,9 +34,7 @@ def _still_true(costs: Costs, decoder: Decoder, num_rows: int) -> bool:
 
 def _read(path: Path) -> Costs | None:
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        fields: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in found.items()}
-        return Costs(**fields)
+        return Costs.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, AttributeError):  # not there, or of another version
         return None
 

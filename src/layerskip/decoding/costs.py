@@ -4,9 +4,10 @@ Shapes: B rows, n tokens of each row in one call, L layers, E exit, K drafts.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -40,6 +41,16 @@ class Costs:
     shares_states: bool = True
     """Whether verification goes on from the states of drafting, which runs the last draft through its layers too."""
 
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "Costs":
+        """What `dataclasses.asdict` made JSON of.
+
+        Raises:
+            TypeError: Something else.
+        """
+        found: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in fields.items()}
+        return cls(**found)
+
     @property
     def most_drafts(self) -> int:
         """Drafts that a round may have at most for its costs to be known."""
@@ -65,10 +76,19 @@ class Costs:
         return drafting + self.verification(exit_layer if self.shares_states else 0, num_drafts)
 
 
-def measure_costs(decoder: Decoder, num_rows: int) -> Costs:
-    """Time the network's calls for a batch of `num_rows` rows: some thirty passes, or fifteen of a slow network."""
-    counts = [n for n in MEASURED_QUERIES if CONTEXT + n <= decoder.max_context] or [1]
-    timer = CallTimer(decoder, num_rows, counts[-1], summary=min)  # whatever disturbs a call makes it longer
+def measure_costs(
+    decoder: Decoder, num_rows: int, *, context: int = CONTEXT, queries: Sequence[int] = MEASURED_QUERIES
+) -> Costs:
+    """Time the network's calls: some thirty passes, or fifteen of a slow network.
+
+    Args:
+        decoder: The network.
+        num_rows: B.
+        context: Tokens of each row before those that are timed.
+        queries: Tokens in one call that are timed, ascending from 1; others are interpolated.
+    """
+    counts = [n for n in queries if context + n <= decoder.max_context] or [1]
+    timer = CallTimer(decoder, num_rows, counts[-1], context, summary=min)  # whatever disturbs a call makes it longer
     depth = decoder.num_layers
     timer.seconds(0, depth, counts[-1])  # caches, clocks and threads get going
     layer, fixed = [], []

@@ -1,5 +1,7 @@
 """What adaptive decoding knows about a model from one call to the next."""
 
+from collections.abc import Mapping
+
 from layerskip.decoding.acceptance import AcceptanceRates
 from layerskip.decoding.adaptive import MOST_DRAFTS, AdaptivePolicy, candidate_exits
 from layerskip.decoding.cost_cache import find_costs
@@ -8,11 +10,22 @@ from layerskip.decoding.pace import Pace
 from layerskip.decoding.round_times import RoundTimes
 from layerskip.model.decoder import Decoder
 
+KNOWN_TOKENS = 24
+"""Tokens that an exit's agreement elsewhere stands for."""
+
 
 class Experience:
     """Costs by batch size; acceptance and corrections of the costs, for greedy decoding and for sampling."""
 
-    def __init__(self) -> None:
+    def __init__(self, agreement: Mapping[int, float] | None = None, best_exit: int | None = None) -> None:
+        """Know nothing, or what was seen elsewhere, which decides until more was seen here.
+
+        Args:
+            agreement: By exit, share of tokens that it drafted right.
+            best_exit: An exit to follow in any case.
+        """
+        self._best_exit = () if best_exit is None else (best_exit,)
+        self._agreement = dict(agreement or {})
         self._costs: dict[int, Costs] = {}
         self._rates: dict[bool, AcceptanceRates] = {}
         self._times: dict[tuple[bool, int], RoundTimes] = {}
@@ -42,11 +55,19 @@ class Experience:
         kind = samples, size
         if kind not in self._times:
             self._times[kind] = RoundTimes(costs=self._costs[size])
+        if samples not in self._rates:
+            self._rates[samples] = AcceptanceRates()
+            self._rates[samples].observe_exits(
+                {exit_: (KNOWN_TOKENS * share, KNOWN_TOKENS) for exit_, share in self._agreement.items()}
+            )
         return AdaptivePolicy(
             times=self._times[kind],
-            exits=candidate_exits(decoder.num_layers) if exit_layer is None else (exit_layer,),
-            rates=self._rates.setdefault(samples, AcceptanceRates()),
+            exits=self._exits(decoder.num_layers) if exit_layer is None else (exit_layer,),
+            rates=self._rates[samples],
             pace=self._paces.setdefault(kind, Pace()),
             most_drafts=MOST_DRAFTS if most_drafts is None else most_drafts,
             stops_early=decoder.device.type == "cpu",
         )
+
+    def _exits(self, num_layers: int) -> tuple[int, ...]:
+        return tuple(sorted({*candidate_exits(num_layers), *self._best_exit}))

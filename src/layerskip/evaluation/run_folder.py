@@ -1,6 +1,6 @@
 """The folder that a measurement writes: what was asked, every finished sample as it comes, the results at the end.
 
-    run.json        kind and configuration, from the start on
+    run.json        kind and configuration, from the first sample on
     samples.jsonl   a JSON object a line, each with a `key`; whole lines only count
     results.json    one object: configuration, machine, results
     report.html     pictures
@@ -51,6 +51,7 @@ class RunFolder:
 
     def add(self, key: str, sample: Mapping[str, Any]) -> None:
         """Keep a finished sample, on disk before this returns."""
+        self._begin()
         record = {"key": key, **sample}
         with (self.path / SAMPLES_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -60,6 +61,7 @@ class RunFolder:
 
     def finish(self, results: Mapping[str, Any]) -> dict[str, Any]:
         """Write results.json, and return what is in it."""
+        self._begin()
         content = {
             "schema": SCHEMA,
             "kind": self.kind,
@@ -70,12 +72,17 @@ class RunFolder:
         write_atomically(self.path / RESULTS_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         return content
 
+    def _begin(self) -> None:
+        """Say whose folder this is: not before something was finished, so that a wrong command leaves no trace."""
+        file = self.path / RUN_FILE
+        if not file.exists():
+            write_atomically(file, json.dumps({"kind": self.kind, "configuration": self.configuration}, indent=2))
+
     def _check_run(self) -> None:
         file = self.path / RUN_FILE
         if not file.exists():
             if (self.path / SAMPLES_FILE).exists():
                 raise InvalidArgumentError(f"{self.path} has a {SAMPLES_FILE} of something else; name another folder")
-            write_atomically(file, json.dumps({"kind": self.kind, "configuration": self.configuration}, indent=2))
             return
         try:
             run = json.loads(file.read_text(encoding="utf-8"))

@@ -1,0 +1,70 @@
+"""The setting that a sweep found best for a checkpoint, kept beside it in `layerskip.json`."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from layerskip.errors import CheckpointError, InvalidArgumentError
+from layerskip.files import write_atomically
+
+TUNED_FILE = "layerskip.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedSettings:
+    """What self-speculative decoding takes where nothing is named, and what adaptive decoding starts from."""
+
+    exit_layer: int
+    num_speculations: int
+    tokens_per_second: float
+    """Measured with these, where they were found."""
+    speedup: float
+    """Over autoregressive decoding there."""
+    agreement: dict[int, float] = field(default_factory=dict)
+    """By exit: share of tokens that it drafts right."""
+    source: dict[str, Any] = field(default_factory=dict)
+    """Data set, machine and date of the sweep."""
+
+
+def read_tuned(folder: Path, num_layers: int) -> TunedSettings | None:
+    """Settings of a checkpoint; None if nobody tuned it.
+
+    Args:
+        folder: The checkpoint.
+        num_layers: L.
+
+    Raises:
+        CheckpointError: The file can't be understood, or is another model's.
+    """
+    file = folder / TUNED_FILE
+    if not file.is_file():
+        return None
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        agreement = {int(exit_layer): float(share) for exit_layer, share in fields.pop("agreement", {}).items()}
+        tuned = TunedSettings(agreement=agreement, **fields)
+        fits = 1 <= tuned.exit_layer < num_layers and tuned.num_speculations >= 1
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} is not what layerskip sweep --save writes ({error}); delete it") from error
+    if not fits:
+        raise CheckpointError(
+            f"{file} names exit layer {tuned.exit_layer} and {tuned.num_speculations} drafts, and the model has "
+            f"{num_layers} layers; delete it, or run layerskip sweep --save again"
+        )
+    return tuned
+
+
+def write_tuned(folder: Path, settings: TunedSettings) -> Path:
+    """Write `layerskip.json`.
+
+    Raises:
+        InvalidArgumentError: The folder can't be written.
+    """
+    try:
+        write_atomically(folder / TUNED_FILE, json.dumps(asdict(settings), indent=2) + "\n")
+    except OSError as error:
+        raise InvalidArgumentError(
+            f"{folder} can't be written ({error.strerror}); copy the checkpoint to a folder of yours first"
+        ) from error
+    return folder / TUNED_FILE

@@ -1,0 +1,141 @@
+"""Sweeps: predictions from replayed rounds, measurements, files, and what an interruption leaves."""
+
+import csv
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layerskip.decoding.config import GenerationConfig
+from layerskip.decoding.costs import Costs
+from layerskip.errors import InvalidArgumentError
+from layerskip.evaluation.datasets import Example
+from layerskip.evaluation.run_folder import RunFolder
+from layerskip.evaluation.sweep import TOP, SweepWork, make_grid, predict, sweep
+from layerskip.evaluation.trajectories import Trajectory, replay
+from layerskip.language_model import LanguageModel
+
+CONFIG = GenerationConfig(max_new_tokens=24, do_sample=False)
+EXAMPLES = [Example(index=i, prompt=text, reference=None) for i, text in enumerate(["abc", "the cab, ab", "é"])]
+GRID = [(exit_layer, length) for exit_layer in (1, 2, 3) for length in (1, 3)]
+
+
+def work(lm: LanguageModel, config: GenerationConfig = CONFIG) -> SweepWork:
+    return SweepWork(load=lambda: lm, exits=(1, 2, 3), config=config)
+
+
+def make_trajectory(bits: str, *, max_new_tokens: int | None = None) -> Trajectory:
+    return Trajectory(
+        prompt_tokens=10,
+        token_ids=tuple(range(len(bits))),
+        max_new_tokens=len(bits) if max_new_tokens is None else max_new_tokens,
+        prompt_seconds=1.0,
+        seconds=1.0 + 2.0 * (len(bits) - 1),
+        agreement={2: tuple(bit == "1" for bit in bits)},
+    )
+
+
+def test_rounds_of_a_text() -> None:
+    found = replay(make_trajectory("0110111111"), 2, 3)
+    # after the first token: two hold and the third doesn't; then three hold; then the last two but the target's own
+    assert found.rounds == Counter({3: 2, 1: 1})
+    assert (found.drafted, found.accepted) == (7, 6)
+    ended = replay(make_trajectory("01111", max_new_tokens=100), 2, 8)  # the text ends inside the draft
+    assert ended.rounds == Counter({8: 1})
+    assert (ended.drafted, ended.accepted) == (8, 4)
+
+
+def test_predicted_speed_is_what_the_rounds_cost() -> None:
+    costs = Costs(
+        num_layers=4, layer=(0.25, 0.3, 0.35, 0.4), fixed=(0.5,) * 4, draft_layer=0.25, draft_head=0.25, draft_fixed=0.1
+    )
+    (row,) = predict([make_trajectory("0110111111")], [(2, 3)], costs)
+    around = 2.0 - costs.step()  # a step took 2 seconds, of which its calls explain 1.5
+    seconds = 1.0 + 3 * around + 2 * costs.round(2, 3) + costs.round(2, 1)
+    assert row.predicted_tokens_per_second == pytest.approx(10 / seconds)
+    assert row.acceptance_rate == pytest.approx(6 / 7)
+
+
+def test_grids() -> None:
+    assert make_grid([2, 1], [3, 1], 4) == [(1, 1), (1, 3), (2, 1), (2, 3)]
+    for exits, lengths, message in (
+        ([], [1], "empty"),
+        ([4], [1], "use 1 to 3"),
+        ([0], [1], "layer 0"),
+        ([1], [0], "got 0"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=message):
+            make_grid(exits, lengths, 4)
+
+
+@pytest.mark.parametrize("exhaustive", [False, True])
+def test_predictions_and_measurements(text_lm: LanguageModel, tmp_path: Path, exhaustive: bool) -> None:
+    done = 0
+
+    def count(what: str, units: int) -> None:
+        nonlocal done
+        done += units
+
+    run = RunFolder(tmp_path, "sweep", {})
+    report = sweep(work(text_lm), EXAMPLES, GRID, run, exhaustive=exhaustive, on_progress=count)
+    measured = [row for row in report.rows if row.tokens_per_second is not None]
+    assert len(report.rows) == len(GRID)
+    assert len(measured) == (len(GRID) if exhaustive else TOP)
+    assert report.best.tokens_per_second == max(row.tokens_per_second or 0 for row in measured)
+    assert done == len(EXAMPLES) * (2 + len(measured))
+    assert 0 <= min(report.agreement.values()) <= max(report.agreement.values()) <= 1
+    for row in measured:  # replayed acceptance is the real one
+        setting = {"exit_layer": row.exit_layer, "num_speculations": row.num_speculations}
+        results = text_lm.generate([str(example.prompt) for example in EXAMPLES], CONFIG, **setting)
+        drafted, accepted = (sum(getattr(r.stats, name) for r in results) for name in ("drafted", "accepted"))
+        assert row.acceptance_rate == pytest.approx(accepted / drafted)
+    with (tmp_path / "sweep.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [(int(row["exit_layer"]), int(row["num_speculations"])) for row in table] == GRID
+    assert sum(row["total_time"] != "" for row in table) == len(measured)
+    assert all(float(row["predicted_tokens_per_second"]) > 0 for row in table)
+
+
+def test_an_interrupted_sweep_goes_on(text_lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+    generate = LanguageModel.generate
+
+    def count(self: LanguageModel, prompts: Any, config: Any = None, **options: Any) -> Any:
+        calls.append(options)
+        return generate(self, prompts, config, **options)
+
+    monkeypatch.setattr(LanguageModel, "generate", count)
+    done = 0
+
+    def stop_after_five(what: str, units: int) -> None:
+        nonlocal done
+        done += units
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(
+            work(text_lm),
+            EXAMPLES,
+            GRID,
+            RunFolder(tmp_path, "sweep", {}),
+            exhaustive=True,
+            on_progress=stop_after_five,
+        )
+    run = RunFolder(tmp_path, "sweep", {})
+    assert len(run.samples) == 6  # three texts, the costs, and two settings on the first prompt
+    texts = {key: sample for key, sample in run.samples.items() if key.startswith("text/")}
+    calls.clear()
+    report = sweep(work(text_lm), EXAMPLES, GRID, run, exhaustive=True)
+    assert len(calls) == 3 * (len(GRID) + 1) - 2 + len(EXAMPLES)  # what was missing, and a warm-up for each prompt
+    assert {key: run.samples[key] for key in texts} == texts
+    calls.clear()
+    again = sweep(work(text_lm), EXAMPLES, GRID, RunFolder(tmp_path, "sweep", {}), exhaustive=True)
+    assert not calls
+    assert [row.tokens_per_second for row in again.rows] == [row.tokens_per_second for row in report.rows]
+
+
+def test_sampled_texts_cannot_be_replayed(text_lm: LanguageModel, tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match="decodes greedily"):
+        sweep(work(text_lm, GenerationConfig(temperature=0.5)), EXAMPLES, GRID, RunFolder(tmp_path, "sweep", {}))

@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from dataclasses import field as default
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +13,8 @@ from layerskip.cli.arguments import DecodingArguments, ModelArguments, OutputArg
 from layerskip.cli.dataset_arguments import DatasetArguments, load_examples, open_run
 from layerskip.cli.exit_code import ExitCode
 from layerskip.cli.progress import make_progress
-from layerskip.cli.terminal import load_model, make_console
+from layerskip.cli.ray_arguments import RayArguments, check_ray, keep_output_clean, make_mapper, model_loader
+from layerskip.cli.terminal import make_console
 from layerskip.errors import InvalidArgumentError
 
 METRICS = ("pass_at_1", "exact_match", "rouge1", "rouge2", "rouge3", "rougeL", "bleu")
@@ -41,6 +41,7 @@ class BenchmarkArguments:
     protection from code that means harm."""
     output_dir: Annotated[Path, arg(metavar="DIR")] = Path("benchmark")
     """Folder for results.json, samples.jsonl and report.html."""
+    where: RayArguments = default(default_factory=RayArguments)
     output: OutputArguments = default(default_factory=OutputArguments)
 
 
@@ -51,6 +52,7 @@ def run(argv: Sequence[str]) -> int:
         raise InvalidArgumentError("--strategies says how to decode here; leave out --generation-strategy")
     if arguments.execute_code and arguments.data.dataset != "human_eval":
         raise InvalidArgumentError("--execute-code is for --dataset human_eval; others have no programs to run")
+    check_ray(arguments.where, arguments.model)
     strategies = [name.strip() for name in arguments.strategies.split(",") if name.strip()]
 
     from layerskip.evaluation.benchmark import BenchmarkWork, benchmark, check_strategies
@@ -61,18 +63,19 @@ def run(argv: Sequence[str]) -> int:
     settings = {**asdict(config), "strategies": strategies, "execute_code": arguments.execute_code}
     folder = open_run(arguments.output_dir, "benchmark", arguments.model, arguments.data, settings)
     work = BenchmarkWork(
-        load=partial(load_model, arguments.model, OutputArguments(json=True)),  # the bar has the terminal
+        load=model_loader(arguments.model),
         strategies=strategies,
         config=config,
         dataset=arguments.data.dataset,
         execute_code=arguments.execute_code,
     )
-    with make_progress(arguments.output) as bar:
+    with make_progress(arguments.output) as bar, keep_output_clean(arguments.where):
         task = bar.add_task("benchmark", total=len(examples) * len(strategies))
         results = benchmark(
             work,
             examples,
             folder,
+            mapper=make_mapper(arguments.where, arguments.model),
             on_progress=lambda what, done: bar.update(task, description=what, advance=done),
         )
     content = folder.finish(results)

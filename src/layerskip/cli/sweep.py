@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from dataclasses import field as default
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +13,8 @@ from layerskip.cli.arguments import ModelArguments, OutputArguments, Switch, par
 from layerskip.cli.dataset_arguments import DatasetArguments, load_examples, open_run
 from layerskip.cli.exit_code import ExitCode
 from layerskip.cli.progress import make_progress
-from layerskip.cli.terminal import load_model, make_console
+from layerskip.cli.ray_arguments import RayArguments, check_ray, keep_output_clean, make_mapper, model_loader
+from layerskip.cli.terminal import make_console
 from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import InvalidArgumentError
 
@@ -59,6 +59,7 @@ class SweepArguments:
     """Write the best setting beside the checkpoint (layerskip.json), where later calls find it."""
     output_dir: Annotated[Path, arg(metavar="DIR")] = Path("sweep")
     """Folder for results.json, sweep.csv, samples.jsonl and report.html."""
+    where: RayArguments = default(default_factory=RayArguments)
     output: OutputArguments = default(default_factory=OutputArguments)
 
 
@@ -69,10 +70,10 @@ def run(argv: Sequence[str]) -> int:
         raise InvalidArgumentError(
             "--save writes into the checkpoint's folder, and the embedded model's is part of the package; copy it first"
         )
+    check_ray(arguments.where, arguments.model)
     config = GenerationConfig(max_new_tokens=arguments.max_new_tokens, ignore_eos=arguments.ignore_eos, do_sample=False)
 
     from layerskip.checkpoint import open_checkpoint
-    from layerskip.evaluation.fan_out import LoadOnce
     from layerskip.evaluation.report import write_report
     from layerskip.evaluation.sweep import TOP, SweepWork, sweep
 
@@ -83,16 +84,17 @@ def run(argv: Sequence[str]) -> int:
     folder = open_run(
         arguments.output_dir, "sweep", arguments.model, arguments.data, settings | {"ignore_eos": arguments.ignore_eos}
     )
-    load = LoadOnce(partial(load_model, arguments.model, OutputArguments(json=True)))  # the bar has the terminal
+    exits = sorted({exit_layer for exit_layer, _ in grid})
     runs = 1 + (len(grid) if arguments.exhaustive else min(TOP, len(grid)))
-    with make_progress(arguments.output) as bar:
+    with make_progress(arguments.output) as bar, keep_output_clean(arguments.where):
         task = bar.add_task("sweep", total=len(examples) * (1 + runs))
         report = sweep(
-            SweepWork(load=load, exits=sorted({exit_layer for exit_layer, _ in grid}), config=config),
+            SweepWork(load=model_loader(arguments.model), exits=exits, config=config),
             examples,
             grid,
             folder,
             exhaustive=arguments.exhaustive,
+            mapper=make_mapper(arguments.where, arguments.model),
             on_progress=lambda what, done: bar.update(task, description=what, advance=done),
         )
     content = folder.finish(to_json(arguments, report))

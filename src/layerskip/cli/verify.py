@@ -1,9 +1,10 @@
-"""`layerskip verify`: prove on given prompts that speculation changes nothing."""
+"""`layerskip verify`: prove on given prompts, or on a whole data set, that speculation changes nothing."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from dataclasses import field as default
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ from tyro.conf import arg
 
 from layerskip.cli.arguments import File, ModelArguments, OutputArguments, Switch, parse
 from layerskip.cli.arguments import Text as TextFlag
+from layerskip.cli.dataset_arguments import DatasetArguments, load_examples, open_run
 from layerskip.cli.exit_code import ExitCode
 from layerskip.cli.progress import make_progress
 from layerskip.cli.terminal import load_model, make_console
@@ -18,13 +20,29 @@ from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from layerskip.evaluation.datasets import Example
     from layerskip.evaluation.distribution import DistributionReport
     from layerskip.evaluation.lossless import LosslessReport, Mode
+    from layerskip.evaluation.run_folder import RunFolder
     from layerskip.language_model import LanguageModel
 
 DEFAULT_PROMPTS = ("def add(a, b):", "import os\n\n\nclass Reader:\n", 'def count_words(text):\n    """')
 PROMPT_TOKENS = 32
 """Tokens of the first prompt after which the distribution test draws."""
+NEAR_TIES_SHOWN = 40
+"""Rows of the list of near-ties."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptDataArguments(DatasetArguments):
+    """A data set to check on, in place of prompts."""
+
+    dataset: Annotated[str | None, arg(metavar="NAME")] = None  # type: ignore[assignment]
+    """cnn_dm_summarization, cnn_dm_lm, xsum_summarization, human_eval, top_v2, gsm8k, spec_bench, custom_jsonl or
+    chat_format."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +50,8 @@ class VerifyArguments:
     """Decode prompts autoregressively and self-speculatively, and compare token by token.
 
     Every difference is teacher-forced: it is a near-tie if rounding explains it, and an error if not. The exit code is
-    1 if there is any error.
+    1 if there is any error. With --output-dir, every comparison is kept, and an interrupted run goes on with the same
+    command.
 
     Example: layerskip verify --prompts prompts.jsonl --field prompt --exit-layers 2,4 --num-speculations 1,4
     """
@@ -46,6 +65,7 @@ class VerifyArguments:
     """Field of the .jsonl file that holds the prompt; 'prompt' if not given."""
     limit: int | None = None
     """Most prompts to use."""
+    data: PromptDataArguments = default(default_factory=PromptDataArguments)
     exit_layers: Annotated[str | None, arg(metavar="E,E,...")] = None
     """Exit layers to check, or 'all'; a quarter and a half of the depth if not given."""
     num_speculations: Annotated[str, arg(metavar="K,K,...")] = "4"
@@ -72,42 +92,130 @@ class VerifyArguments:
     """Also test statistically that rejection sampling, plain and block, draws from the model's distribution."""
     draws: int = 50_000
     """Draws of each distribution test."""
+    output_dir: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Folder for results.json, samples.jsonl (every difference, with its text) and report.html."""
     output: OutputArguments = default(default_factory=OutputArguments)
 
 
 def run(argv: Sequence[str]) -> int:
     """Run the command; 1 if anything is lost."""
     arguments = parse(VerifyArguments, "verify", argv)
+    check_sources(arguments)
     config = make_config(arguments)
     lengths = parse_numbers("num_speculations", arguments.num_speculations)
-    texts = read_texts(arguments)
+    asked = read_asked(arguments)
+    folder = None if arguments.output_dir is None else open_folder(arguments, arguments.output_dir)
     lm = load_model(arguments.model, arguments.output)
     exits = exit_layers(arguments, lm.decoder.num_layers)
-    prompts = lm.encode(texts)
-
-    from layerskip.evaluation.lossless import verify_lossless
-
-    modes: tuple[Mode, ...] = ("greedy", "coupled") if arguments.mode == "both" else (arguments.mode,)
+    prompts = encode(lm, asked, arguments, config)
     settings = [(exit_layer, length) for exit_layer in exits for length in lengths]
-    with make_progress(arguments.output) as bar:
-        task = bar.add_task("verifying", total=len(prompts) * len(modes) * (len(settings) + 1))
-        report = verify_lossless(
-            lm,
-            prompts,
-            settings,
-            modes=modes,
-            config=config,
-            batch_size=arguments.batch_size,
-            tolerance=arguments.tolerance,
-            on_progress=lambda what, done: bar.update(task, description=what, advance=done),
-        )
-    tests = check_distributions(arguments, lm, prompts[0], config, exits) if arguments.distribution else []
+    report = compare(arguments, lm, prompts, [example.index for example in asked], settings, config, folder)
+    tests = check_distributions(arguments, lm, prompts[0], config, exits, folder) if arguments.distribution else []
+    content = to_json(report, tests) if folder is None else finish(folder, report, tests)
     if arguments.output.json:
-        print(json.dumps(to_json(report, tests)))
+        print(json.dumps(content))
     else:
         print_report(arguments, report, tests)
     lost = report.errors > 0 or not all(test.passed for test in tests)
     return ExitCode.CHECK_FAILED if lost else ExitCode.DONE
+
+
+def check_sources(arguments: VerifyArguments) -> None:
+    """Check that the flags name prompts in one way.
+
+    Raises:
+        InvalidArgumentError: A prompt, a file and a data set exclude one another, and so do the flags of each.
+    """
+    data = arguments.data
+    sources = {"a prompt": arguments.prompt, "a file of prompts": arguments.prompts, "a data set": data.dataset}
+    named = [name for name, value in sources.items() if value is not None]
+    if len(named) > 1:
+        raise InvalidArgumentError(f"give either {named[0]} or {named[1]}, not both")
+    if data.dataset is None:
+        defaults = PromptDataArguments()
+        for name, value in asdict(data).items():
+            if value != getattr(defaults, name):
+                flag = name.replace("_", "-")
+                raise InvalidArgumentError(f"--{flag} is for --dataset; name a data set, or leave it out")
+        return
+    for name, instead in (("field", "--template"), ("limit", "--num-samples")):
+        if getattr(arguments, name) is not None:
+            raise InvalidArgumentError(f"--{name} is for --prompts; with --dataset, use {instead}")
+
+
+def read_asked(arguments: VerifyArguments) -> "list[Example]":
+    """What the model is asked: prompts from the command line, a file or a data set, or a few of our own.
+
+    Raises:
+        InvalidArgumentError: They can't be read.
+    """
+    from layerskip.evaluation.datasets import Example
+
+    if arguments.data.dataset is not None:
+        return load_examples(arguments.data)
+    return [Example(index=i, prompt=text, reference=None) for i, text in enumerate(read_texts(arguments))]
+
+
+def encode(
+    lm: "LanguageModel", asked: "Sequence[Example]", arguments: VerifyArguments, config: GenerationConfig
+) -> list[list[int]]:
+    """Token ids of the prompts."""
+    from layerskip.evaluation.datasets import encode_examples
+
+    if arguments.data.dataset is not None:
+        return encode_examples(lm, asked, config)
+    return lm.encode([str(example.prompt) for example in asked])
+
+
+def open_folder(arguments: VerifyArguments, path: Path) -> "RunFolder":
+    """The folder that keeps comparisons; its configuration is all flags that these depend on.
+
+    Raises:
+        InvalidArgumentError: It holds another configuration's comparisons.
+    """
+    apart = ("model", "data", "output", "output_dir")  # the first two are added by `open_run`
+    settings = {name: value for name, value in vars(arguments).items() if name not in apart}
+    if not arguments.distribution:
+        settings["draws"] = None
+    return open_run(path, "verify", arguments.model, arguments.data, settings)
+
+
+def compare(
+    arguments: VerifyArguments,
+    lm: "LanguageModel",
+    prompts: list[list[int]],
+    indices: list[int],
+    settings: list[tuple[int, int]],
+    config: GenerationConfig,
+    folder: "RunFolder | None",
+) -> "LosslessReport":
+    """Decode and compare, in a folder if there is one."""
+    from layerskip.evaluation.lossless import make_plan, verify_lossless
+    from layerskip.evaluation.lossless_run import run_lossless
+
+    modes: tuple[Mode, ...] = ("greedy", "coupled") if arguments.mode == "both" else (arguments.mode,)
+    options: dict[str, Any] = {"modes": modes, "config": config}
+    options |= {"batch_size": arguments.batch_size, "tolerance": arguments.tolerance}
+    with make_progress(arguments.output) as bar:
+        task = bar.add_task("verifying", total=len(prompts) * len(modes) * (len(settings) + 1))
+
+        def on_progress(what: str, done: int) -> None:
+            bar.update(task, description=what, advance=done)
+
+        if folder is None:
+            return verify_lossless(lm, prompts, settings, on_progress=on_progress, **options)
+        plan = make_plan(lm, settings, **options)
+        return run_lossless(lm, prompts, plan, folder, indices=indices, on_progress=on_progress)
+
+
+def finish(folder: "RunFolder", report: "LosslessReport", tests: "list[DistributionReport]") -> dict[str, Any]:
+    """Write results and report; returns what is in results.json."""
+    from layerskip.evaluation.lossless_run import to_results
+    from layerskip.evaluation.report import write_report
+
+    content = folder.finish(to_results(report, folder, tests))
+    write_report(folder.path)
+    return content
 
 
 def make_config(arguments: VerifyArguments) -> GenerationConfig:
@@ -146,39 +254,45 @@ def read_texts(arguments: VerifyArguments) -> list[str]:
     """Prompts from the command line, a file, or a few of our own."""
     from layerskip.evaluation.prompts import read_prompts
 
-    if arguments.prompt is not None and arguments.prompts is not None:
-        raise InvalidArgumentError("give either a prompt or a file of prompts, not both")
     if arguments.prompts is not None:
         return read_prompts(Path(arguments.prompts), field=arguments.field, limit=arguments.limit)
     return list(DEFAULT_PROMPTS) if arguments.prompt is None else [arguments.prompt]
 
 
 def check_distributions(
-    arguments: VerifyArguments, lm: "LanguageModel", prompt: list[int], config: GenerationConfig, exits: list[int]
+    arguments: VerifyArguments,
+    lm: "LanguageModel",
+    prompt: list[int],
+    config: GenerationConfig,
+    exits: list[int],
+    folder: "RunFolder | None",
 ) -> "list[DistributionReport]":
     """Distribution tests of both kinds of rejection sampling for each exit layer."""
     from layerskip.evaluation.distribution import check_distribution
+    from layerskip.evaluation.lossless_run import run_distribution_test
 
     reports = []
     with make_progress(arguments.output) as bar:
         task = bar.add_task("drawing", total=2 * len(exits))
         for exit_layer in exits:
+            test = partial(check_distribution, lm, prompt[:PROMPT_TOKENS], config, exit_layer, draws=arguments.draws)
             for block in (False, True):
                 kind = "block" if block else "plain"
                 bar.update(task, description=f"drawing {arguments.draws} pairs, exit {exit_layer}, {kind}")
-                reports.append(
-                    check_distribution(
-                        lm, prompt[:PROMPT_TOKENS], config, exit_layer, block=block, draws=arguments.draws
-                    )
-                )
+                key = f"distribution/{exit_layer}/{kind}"
+                reports.append(run_distribution_test(folder, key, partial(test, block=block)))
                 bar.advance(task)
     return reports
 
 
 def to_json(report: "LosslessReport", tests: "list[DistributionReport]") -> dict[str, Any]:
-    """The object that `--json` prints."""
+    """The object that `--json` prints where there is no folder."""
+    settings = [asdict(setting) for setting in report.settings]
+    for setting in settings:
+        for divergence in setting["divergences"]:
+            del divergence["top2_gap"]  # for reports in folders; this format has no such field
     return {
-        "settings": [asdict(setting) for setting in report.settings],
+        "settings": settings,
         "errors": report.errors,
         "num_prompts": report.num_prompts,
         "tolerance": report.tolerance,
@@ -187,11 +301,26 @@ def to_json(report: "LosslessReport", tests: "list[DistributionReport]") -> dict
 
 
 def print_report(arguments: VerifyArguments, report: "LosslessReport", tests: "list[DistributionReport]") -> None:
-    """Tables of settings and of distribution tests, and a verdict."""
+    """Tables of settings, near-ties and distribution tests, and a verdict."""
+    console = make_console(arguments.output)
+    console.print(_settings_table(report))
+    if any(setting.near_ties for setting in report.settings):
+        _print_near_ties(console, report, "results.json" if arguments.output_dir else "--json")
+    if tests:
+        console.print(_tests_table(tests, arguments.draws))
+    failed = sum(not test.passed for test in tests)
+    if report.errors or failed:
+        console.print(f"{report.errors} errors, {failed} failed distribution tests", style="red")
+    else:
+        console.print("nothing lost", style="green")
+    if arguments.output_dir is not None:
+        console.print(f"Report: {arguments.output_dir / 'report.html'}", style="dim", soft_wrap=True)
+
+
+def _settings_table(report: "LosslessReport") -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    console = make_console(arguments.output)
     table = Table(title=f"{report.num_prompts} prompts, near-tie: within {report.tolerance:g} in logits")
     for column in ("mode", "exit", "drafts", "equal", "near-ties", "errors", "tokens", "acceptance"):
         table.add_column(column, justify="left" if column == "mode" else "right")
@@ -200,18 +329,34 @@ def print_report(arguments: VerifyArguments, report: "LosslessReport", tests: "l
         errors = Text(str(s.errors), style="red" if s.errors else "")
         cells = (s.exit_layer, s.num_speculations, s.equal, s.near_ties)
         table.add_row(s.mode, *map(str, cells), errors, str(s.tokens), acceptance)
+    return table
+
+
+def _print_near_ties(console: "Console", report: "LosslessReport", source: str) -> None:
+    """Where rounding swapped tokens; `source` says who has the rest of a long list."""
+    from rich.table import Table
+
+    ties = [(s, d) for s in report.settings for d in s.divergences if d.near_tie]
+    table = Table(title="near-ties: the first token that differs")
+    for column in ("mode", "exit", "drafts", "prompt", "token no.", "expected", "written", "gap"):
+        table.add_column(column, justify="left" if column == "mode" else "right")
+    for s, d in ties[:NEAR_TIES_SHOWN]:
+        cells = (s.exit_layer, s.num_speculations, d.prompt, d.position, d.expected, d.actual)
+        table.add_row(s.mode, *map(str, cells), "filtered" if d.gap is None else f"{d.gap:.2g}")
     console.print(table)
-    if tests:
-        table = Table(title=f"rejection sampling against the exact distribution, {arguments.draws} draws of two tokens")
-        for column in ("acceptance rule", "exit", "acceptance", "cells", "chi-square", "p-value", "passed"):
-            table.add_column(column, justify="left" if column == "acceptance rule" else "right")
-        for t in tests:
-            passed = Text("yes") if t.passed else Text("NO", style="red")
-            figures = (f"{t.acceptance_rate:.3f}", str(t.cells), f"{t.chi_square:.1f}", f"{t.p_value:.3f}")
-            table.add_row(t.acceptance, str(t.exit_layer), *figures, passed)
-        console.print(table)
-    failed = sum(not test.passed for test in tests)
-    if report.errors or failed:
-        console.print(f"{report.errors} errors, {failed} failed distribution tests", style="red")
-    else:
-        console.print("nothing lost", style="green")
+    if len(ties) > NEAR_TIES_SHOWN:
+        console.print(f"{len(ties) - NEAR_TIES_SHOWN} more near-ties: {source} has all", style="dim")
+
+
+def _tests_table(tests: "list[DistributionReport]", draws: int) -> "Table":
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"rejection sampling against the exact distribution, {draws} draws of two tokens")
+    for column in ("acceptance rule", "exit", "acceptance", "cells", "chi-square", "p-value", "passed"):
+        table.add_column(column, justify="left" if column == "acceptance rule" else "right")
+    for t in tests:
+        passed = Text("yes") if t.passed else Text("NO", style="red")
+        figures = (f"{t.acceptance_rate:.3f}", str(t.cells), f"{t.chi_square:.1f}", f"{t.p_value:.3f}")
+        table.add_row(t.acceptance, str(t.exit_layer), *figures, passed)
+    return table

@@ -53,8 +53,12 @@ class RunFolder:
         """Keep a finished sample, on disk before this returns."""
         self._begin()
         record = {"key": key, **sample}
-        with (self.path / SAMPLES_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        try:
+            line = json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # half a character, where a text was cut
+            line = json.dumps(record).encode()
+        with (self.path / SAMPLES_FILE).open("ab") as file:
+            file.write(line + b"\n")
             file.flush()
             os.fsync(file.fileno())
         self.samples[key] = record

@@ -31,6 +31,11 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert content["machine"]["versions"]["torch"]
 
 
+def test_texts_that_end_in_half_a_character(tmp_path: Path) -> None:
+    RunFolder(tmp_path, "sweep", {}).add("0", {"text": "x\ud83d"})
+    assert RunFolder(tmp_path, "sweep", {}).samples["0"]["text"] == "x\ud83d"
+
+
 def test_other_runs_need_other_folders(tmp_path: Path) -> None:
     RunFolder(tmp_path, "sweep", CONFIGURATION).add("0", {})
     with pytest.raises(InvalidArgumentError, match="num_samples 3, not 4"):

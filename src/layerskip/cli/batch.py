@@ -1,0 +1,132 @@
+"""`layerskip batch`: decode every prompt of a file of JSON lines; what was interrupted goes on."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from dataclasses import field as default
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import arg
+
+from layerskip.cli.arguments import DecodingArguments, ModelArguments, OutputArguments, parse
+from layerskip.cli.exit_code import ExitCode
+from layerskip.cli.progress import make_progress
+from layerskip.cli.ray_arguments import RayArguments, check_ray, keep_output_clean
+from layerskip.cli.terminal import load_model, make_console
+from layerskip.decoding.config import GenerationConfig
+from layerskip.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from layerskip.evaluation.batch import BatchSummary, Mapper
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchArguments:
+    """Write after every prompt of a file of JSON lines, one JSON object a line in the same order.
+
+    An interrupted batch goes on with the same command; finished lines aren't run again. With sampling, each line has a
+    seed of its own, made of --seed and its place. A line that can't be decoded gets an error, and the exit code is 1.
+
+    Example: layerskip batch --input prompts.jsonl --output-file texts.jsonl --batch-size 8 --max-new-tokens 64
+    """
+
+    model: ModelArguments = default(default_factory=ModelArguments)
+    input: Annotated[Path, arg(metavar="FILE")]
+    """A .jsonl file: objects with a prompt, and an id if you like."""
+    output_file: Annotated[Path, arg(metavar="FILE")]
+    """The .jsonl file to write; until it is complete, FILE.partial.jsonl has the finished lines."""
+    field: Annotated[str, arg(metavar="NAME")] = "prompt"
+    """Field that holds the prompt: a text, or a list of chat messages (often 'messages')."""
+    batch_size: int = 8
+    """Most prompts to decode together; the texts don't depend on it."""
+    decoding: DecodingArguments = default(default_factory=DecodingArguments)
+    where: RayArguments = default(default_factory=RayArguments)
+    output: OutputArguments = default(default_factory=OutputArguments)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command; 1 if any line has an error."""
+    arguments = parse(BatchArguments, "batch", argv)
+    check_arguments(arguments)
+
+    from layerskip.evaluation.batch import read_lines, run_batch
+    from layerskip.evaluation.batch_results import PartialResults
+
+    config = GenerationConfig(**asdict(arguments.decoding))
+    lines, digest = read_lines(arguments.input, arguments.field)
+    configuration = {**asdict(arguments.model), **asdict(config), "field": arguments.field, "input": digest}
+    results = PartialResults(arguments.output_file, config, configuration)
+    mapper = make_mapper(arguments, config, results.seed)
+    with make_progress(arguments.output) as bar, keep_output_clean(arguments.where):
+        task = bar.add_task("decoding", total=len(lines))
+        summary = run_batch(
+            lines,
+            results,
+            mapper,
+            batch_size=arguments.batch_size,
+            on_progress=lambda done: bar.update(task, advance=done),
+        )
+    if arguments.output.json:
+        print(json.dumps(to_json(arguments, summary)))
+    else:
+        print_summary(arguments, summary)
+    return ExitCode.CHECK_FAILED if summary.errors else ExitCode.DONE
+
+
+def check_arguments(arguments: BatchArguments) -> None:
+    """Check what can be checked before anything is read.
+
+    Raises:
+        InvalidArgumentError: Flags that don't go together, or a number below 1.
+    """
+    if arguments.batch_size < 1:
+        raise InvalidArgumentError(f"batch_size must be at least 1, got {arguments.batch_size}")
+    check_ray(arguments.where, arguments.model)
+
+
+def make_mapper(arguments: BatchArguments, config: GenerationConfig, seed: int) -> "Mapper":
+    """What decodes batches: the model in this process, or workers with one each on a Ray cluster."""
+    from layerskip.evaluation.batch import LineDecoder, load_decoder, map_here
+
+    if not arguments.where.ray:
+        return partial(map_here, LineDecoder(load_model(arguments.model, arguments.output), config, seed))
+
+    from layerskip.interop.ray_map import ray_map
+
+    return partial(
+        ray_map,
+        make_worker=partial(load_decoder, load_options(arguments.model), config, seed),
+        num_workers=arguments.where.num_workers,
+        use_gpus=arguments.model.device != "cpu",
+    )
+
+
+def load_options(model: ModelArguments) -> dict[str, Any]:
+    """Arguments of `layerskip.load` for a process that may work in another folder."""
+    options = asdict(model)
+    name = options.pop("model")
+    folder = Path(name).expanduser()
+    options["name"] = str(folder.resolve()) if name != "demo" and folder.is_dir() else name
+    if model.draft_text is not None:
+        options["draft_text"] = model.draft_text.resolve()
+    return options
+
+
+def to_json(arguments: BatchArguments, summary: "BatchSummary") -> dict[str, Any]:
+    """The summary, for programs."""
+    return {**asdict(summary), "output_file": str(arguments.output_file)}
+
+
+def print_summary(arguments: BatchArguments, summary: "BatchSummary") -> None:
+    """The summary, for people."""
+    console = make_console(arguments.output)
+    earlier = f", {summary.resumed} of them by an earlier run" if summary.resumed else ""
+    console.print(
+        f"{summary.lines} lines written to {arguments.output_file}{earlier}: {summary.tokens} tokens, "
+        f"{summary.tokens_per_second:.1f} tokens/s",
+        soft_wrap=True,
+    )
+    if summary.errors:
+        console.print(f"errors: {summary.errors}; see 'error' in those lines", style="red")

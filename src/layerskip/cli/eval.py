@@ -1,0 +1,189 @@
+"""`layerskip eval`: tasks of EleutherAI's lm-evaluation-harness at one exit after another."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from dataclasses import field as default
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import arg
+
+from layerskip.cli.arguments import ModelArguments, OutputArguments, Switch, parse
+from layerskip.cli.exit_code import ExitCode
+from layerskip.cli.progress import make_progress
+from layerskip.cli.terminal import load_model, make_console
+from layerskip.cli.verify import parse_numbers
+from layerskip.decoding.config import GenerationConfig
+from layerskip.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from layerskip.evaluation.harness import EvalReport
+    from layerskip.evaluation.run_folder import RunFolder
+
+NO_SPEEDUP = (
+    "Speculation doesn't speed up log-likelihoods: a given text takes one pass through all layers with any strategy. "
+    "Only texts that tasks have written (generate_until) gain."
+)
+ERROR = "_stderr"
+"""What the harness adds to the name of a metric whose standard error it gives."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalArguments:
+    """Run tasks of lm-evaluation-harness, as if the model ended at each of the exit layers.
+
+    An early exit changes scores as well as texts. With all layers, texts are the same with any strategy. An interrupted
+    evaluation goes on with the same command.
+
+    Example: layerskip eval --tasks arc_easy,gsm8k --limit 100 --exit-layers 4,8,16 --output-dir eval
+    """
+
+    model: ModelArguments = default(default_factory=ModelArguments)
+    tasks: Annotated[str, arg(metavar="NAME,...")]
+    """Names of tasks or groups, patterns, or YAML files."""
+    include_path: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Folder of tasks of your own, in YAML."""
+    limit: Annotated[int | None, arg(metavar="N")] = None
+    """Most documents of each task."""
+    num_fewshot: Annotated[int | None, arg(metavar="N")] = None
+    """Solved examples in each prompt; the task's own number if not given."""
+    exit_layers: Annotated[str | None, arg(metavar="E,E,...")] = None
+    """Exit layers to evaluate, or 'all'; all layers of the model if not given."""
+    generation_strategy: Literal["autoregressive", "early_exit", "self_speculative", "adaptive", "ngram"] | None = None
+    """How texts are written with all layers, as in generate; earlier exits write one token a step. early_exit:
+    evaluate the exit that exit_layer or exit_layers names."""
+    exit_layer: Annotated[int | None, arg(metavar="E")] = None
+    """Layers that draft; with early_exit, layers that are run at all."""
+    num_speculations: Annotated[int | None, arg(metavar="K")] = None
+    """Most tokens to draft in a round."""
+    seed: int = 0
+    """Seed of texts that a task wants sampled."""
+    batch_size: Annotated[int, arg(metavar="B")] = 1
+    """Texts to write together."""
+    apply_chat_template: Switch = False
+    """Put prompts into the tokenizer's chat template."""
+    output_dir: Annotated[Path, arg(metavar="DIR")] = Path("eval")
+    """Folder for results.json, samples.jsonl, report.html and the harness's own files, exit_E."""
+    output: OutputArguments = default(default_factory=OutputArguments)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command."""
+    arguments = parse(EvalArguments, "eval", argv)
+    config = make_config(arguments)
+    names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
+    exits = named_exits(arguments)
+
+    from layerskip.evaluation.harness import evaluate, find_tasks
+    from layerskip.evaluation.report import write_report
+    from layerskip.evaluation.run_folder import read_results
+
+    tasks = find_tasks(names, arguments.include_path)
+    lm = load_model(arguments.model, arguments.output)
+    chosen = list(range(1, lm.decoder.num_layers + 1)) if exits == "all" else exits
+    for exit_layer in chosen or []:
+        lm.config.check_exit_layer(exit_layer)
+    folder = open_folder(arguments, names, chosen)
+    with make_progress(arguments.output) as bar:
+        task = bar.add_task("reading tasks", total=None)
+        report = evaluate(
+            lm,
+            tasks,
+            exit_layers=chosen,
+            limit=arguments.limit,
+            num_fewshot=arguments.num_fewshot,
+            batch_size=arguments.batch_size,
+            config=config,
+            apply_chat_template=arguments.apply_chat_template,
+            output=folder,
+            on_progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+        )
+    content, _ = read_results(folder.path)
+    write_report(folder.path)
+    note = NO_SPEEDUP if report.scores and speculates(arguments) else None
+    if arguments.output.json:
+        print(json.dumps({**content, "note": note}))
+    else:
+        print_report(arguments, report, note)
+    return ExitCode.DONE
+
+
+def make_config(arguments: EvalArguments) -> GenerationConfig:
+    """How texts are written with all layers."""
+    if arguments.generation_strategy == "early_exit":
+        if arguments.num_speculations is not None:
+            raise InvalidArgumentError("num_speculations is for strategies that draft; early_exit doesn't")
+        return GenerationConfig(seed=arguments.seed)
+    return GenerationConfig(
+        generation_strategy=arguments.generation_strategy,
+        exit_layer=arguments.exit_layer,
+        num_speculations=arguments.num_speculations,
+        seed=arguments.seed,
+    )
+
+
+def named_exits(arguments: EvalArguments) -> list[int] | Literal["all"] | None:
+    """Exits to evaluate, as far as they are named."""
+    if arguments.generation_strategy == "early_exit":
+        if (arguments.exit_layer is None) == (arguments.exit_layers is None):
+            raise InvalidArgumentError("early_exit needs either exit_layer or exit_layers: the exits to evaluate")
+        if arguments.exit_layer is not None:
+            return [arguments.exit_layer]
+    if arguments.exit_layers == "all":
+        return "all"
+    return None if arguments.exit_layers is None else parse_numbers("exit_layers", arguments.exit_layers)
+
+
+def speculates(arguments: EvalArguments) -> bool:
+    """Whether a strategy that drafts was asked for."""
+    if arguments.generation_strategy is None:
+        return arguments.exit_layer is not None or arguments.num_speculations is not None
+    return arguments.generation_strategy not in ("autoregressive", "early_exit")
+
+
+def open_folder(arguments: EvalArguments, tasks: list[str], exits: list[int] | None) -> "RunFolder":
+    """The folder of a run with these flags."""
+    from layerskip.evaluation.run_folder import RunFolder
+
+    left_out = ("model", "output", "output_dir", "tasks", "exit_layers")
+    flags = {name: value for name, value in asdict(arguments).items() if name not in left_out}
+    named = {"tasks": tasks, "exit_layers": exits}
+    return RunFolder(arguments.output_dir, "eval", {**asdict(arguments.model), **named, **flags})
+
+
+def print_report(arguments: EvalArguments, report: "EvalReport", note: str | None) -> None:
+    """Tables of tasks and of speed, a column for each exit."""
+    from rich.table import Table
+
+    console = make_console(arguments.output)
+    table = Table("task", "metric", title="quality by exit layer")
+    for exit_ in report.exits:
+        table.add_column(str(exit_.exit_layer), justify="right", no_wrap=True)
+    rows = dict.fromkeys(
+        (task, metric) for exit_ in report.exits for task, found in exit_.tasks.items() for metric in found
+    )
+    for task, metric in rows:
+        if ERROR not in metric:
+            cells = (_cell(exit_.tasks.get(task, {}), metric) for exit_ in report.exits)
+            table.add_row(task, metric.removesuffix(",none"), *cells)
+    console.print(table)
+    speed = Table("", title="speed by exit layer")
+    for exit_ in report.exits:
+        speed.add_column(str(exit_.exit_layer), justify="right", no_wrap=True)
+    for name in dict.fromkeys(name for exit_ in report.exits for name in exit_.speed):
+        values = (exit_.speed.get(name) for exit_ in report.exits)
+        speed.add_row(name.replace("_", " "), *("" if value is None else f"{value:.4g}" for value in values))
+    console.print(speed)
+    if note is not None:
+        console.print(note)
+    console.print(f"Report: {arguments.output_dir / 'report.html'}", style="dim")
+
+
+def _cell(metrics: dict[str, Any], metric: str) -> str:
+    """A value with its standard error."""
+    name, comma, rest = metric.partition(",")
+    value, error = metrics.get(metric), metrics.get(f"{name}{ERROR}{comma}{rest}")
+    if value is None:
+        return "-"
+    return f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")

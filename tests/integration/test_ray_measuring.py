@@ -1,0 +1,38 @@
+"""Measurements on two workers of a Ray cluster: the same texts, the same files."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layerskip.cli.main import main
+
+pytest.importorskip("ray")
+
+COMMANDS: dict[str, list[str]] = {
+    "sweep": ["--exhaustive", "--exit-layer-last", "2", "--num-speculations-last", "2"],
+    "benchmark": ["--strategies", "autoregressive,self_speculative,ngram"],
+}
+
+
+def run(name: str, model: Path, data: Path, output: Path, *more: str) -> dict[str, Any]:
+    """Run a command; returns by key what doesn't depend on the clock."""
+    named = ["--model", str(model), "--dataset", "custom_jsonl", "--data-path", str(data), "--max-new-tokens", "16"]
+    assert main([name, *named, *COMMANDS[name], "--output-dir", str(output), *more]) == 0
+    assert (output / "results.json").exists()
+    assert (output / "report.html").exists()
+    lines = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+    kept = ("token_ids", "agreement", "drafted", "accepted", "text", "reference")
+    return {line["key"]: {field: line.get(field) for field in kept} for line in lines}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_two_workers(name: str, tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> None:
+    model, data = tiny_checkpoint(tokenizer=True), tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"def f{i}(x, y):\n    return"}) + "\n" for i in range(7)))
+    here = run(name, model, data, tmp_path / "here")
+    there = run(name, model, data, tmp_path / "there", "--ray", "--num-workers", "2")
+    assert there == here
+    assert len(here) > 7

@@ -36,3 +36,41 @@ def test_two_workers(name: str, tmp_path: Path, tiny_checkpoint: Callable[..., P
     there = run(name, model, data, tmp_path / "there", "--ray", "--num-workers", "2")
     assert there == here
     assert len(here) > 7
+
+
+def test_an_evaluation_on_two_workers(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> None:
+    pytest.importorskip("lm_eval")
+    model, tasks = tiny_checkpoint(tokenizer=True), tmp_path / "tasks"
+    tasks.mkdir()
+    documents = [{"question": f"x = {i}\ny =", "choices": [" 1", " 2"], "gold": i % 2} for i in range(8)]
+    (tasks / "documents.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    task = {
+        "task": "ray_choice",
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(tasks / "documents.jsonl")},
+            "cache_dir": str(tmp_path / "cache"),
+        },
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "gold",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tasks / "ray_choice.yaml").write_text(json.dumps(task))
+    flags = [
+        "eval",
+        "--model",
+        str(model),
+        "--tasks",
+        "ray_choice",
+        "--include-path",
+        str(tasks),
+        "--exit-layers",
+        "2,4",
+    ]
+    assert main([*flags, "--output-dir", str(tmp_path / "here")]) == 0
+    assert main([*flags, "--output-dir", str(tmp_path / "there"), "--ray", "--num-workers", "2"]) == 0
+    here, there = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("here", "there"))
+    assert [e["tasks"] for e in there["results"]["exits"]] == [e["tasks"] for e in here["results"]["exits"]]

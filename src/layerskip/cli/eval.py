@@ -12,6 +12,7 @@ from tyro.conf import arg
 from layerskip.cli.arguments import ModelArguments, OutputArguments, Switch, parse
 from layerskip.cli.exit_code import ExitCode
 from layerskip.cli.progress import make_progress
+from layerskip.cli.ray_arguments import RayArguments, check_ray, keep_output_clean, make_mapper, model_loader
 from layerskip.cli.terminal import load_model, make_console
 from layerskip.cli.verify import parse_numbers
 from layerskip.decoding.config import GenerationConfig
@@ -65,6 +66,7 @@ class EvalArguments:
     """Put prompts into the tokenizer's chat template."""
     output_dir: Annotated[Path, arg(metavar="DIR")] = Path("eval")
     """Folder for results.json, samples.jsonl, report.html and the harness's own files, exit_E."""
+    where: RayArguments = default(default_factory=RayArguments)
     output: OutputArguments = default(default_factory=OutputArguments)
 
 
@@ -72,10 +74,12 @@ def run(argv: Sequence[str]) -> int:
     """Run the command."""
     arguments = parse(EvalArguments, "eval", argv)
     config = make_config(arguments)
+    check_ray(arguments.where, arguments.model)
     names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
     exits = named_exits(arguments)
 
     from layerskip.evaluation.harness import evaluate, find_tasks
+    from layerskip.evaluation.harness_shards import EvalWork, answer_elsewhere
     from layerskip.evaluation.report import write_report
     from layerskip.evaluation.run_folder import read_results
 
@@ -85,19 +89,34 @@ def run(argv: Sequence[str]) -> int:
     for exit_layer in chosen or []:
         lm.config.check_exit_layer(exit_layer)
     folder = open_folder(arguments, names, chosen)
-    with make_progress(arguments.output) as bar:
+    options: dict[str, Any] = {
+        "limit": arguments.limit,
+        "num_fewshot": arguments.num_fewshot,
+        "batch_size": arguments.batch_size,
+        "apply_chat_template": arguments.apply_chat_template,
+    }
+    with make_progress(arguments.output) as bar, keep_output_clean(arguments.where):
         task = bar.add_task("reading tasks", total=None)
+        if arguments.where.ray:
+            work = EvalWork(
+                load=model_loader(arguments.model),
+                tasks=tuple(names),
+                include_path=None if arguments.include_path is None else arguments.include_path.resolve(),
+                options=options,
+                config=config,
+            )
+            mapper = make_mapper(arguments.where, arguments.model)
+            answer_elsewhere(
+                work, chosen or [lm.decoder.num_layers], folder, mapper, num_workers=arguments.where.num_workers
+            )
         report = evaluate(
             lm,
             tasks,
             exit_layers=chosen,
-            limit=arguments.limit,
-            num_fewshot=arguments.num_fewshot,
-            batch_size=arguments.batch_size,
             config=config,
-            apply_chat_template=arguments.apply_chat_template,
             output=folder,
             on_progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+            **options,
         )
     content, _ = read_results(folder.path)
     write_report(folder.path)
@@ -146,7 +165,7 @@ def open_folder(arguments: EvalArguments, tasks: list[str], exits: list[int] | N
     """The folder of a run with these flags."""
     from layerskip.evaluation.run_folder import RunFolder
 
-    left_out = ("model", "output", "output_dir", "tasks", "exit_layers")
+    left_out = ("model", "where", "output", "output_dir", "tasks", "exit_layers")
     flags = {name: value for name, value in asdict(arguments).items() if name not in left_out}
     named = {"tasks": tasks, "exit_layers": exits}
     return RunFolder(arguments.output_dir, "eval", {**asdict(arguments.model), **named, **flags})

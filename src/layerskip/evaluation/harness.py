@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import InvalidArgumentError, LayerSkipError, TokenizerError
+from layerskip.evaluation.harness_answers import AnswerStore
 from layerskip.evaluation.harness_model import Progress, make_model, require_harness
 from layerskip.evaluation.harness_options import writing_config
 from layerskip.evaluation.run_folder import RunFolder
@@ -121,6 +122,7 @@ def evaluate(
     config: GenerationConfig | None = None,
     apply_chat_template: bool = False,
     output: RunFolder | None = None,
+    store: AnswerStore | None = None,
     on_progress: Progress = lambda what, done, total: None,
 ) -> EvalReport:
     """Run tasks at one or more exits.
@@ -138,6 +140,7 @@ def evaluate(
         apply_chat_template: Put prompts into the tokenizer's chat template, examples as turns of the conversation.
         output: Keeps every finished request; the results, and the harness's own files for each exit, are written
             there in the end.
+        store: Keeps finished requests where no folder does.
         on_progress: Told after each request.
 
     Raises:
@@ -154,7 +157,7 @@ def evaluate(
         scores = []
         for exit_layer in exits:
             model = make_model(
-                lm, exit_layer, config=config, batch_size=batch_size, output=output, on_progress=on_progress
+                lm, exit_layer, config=config, batch_size=batch_size, output=output or store, on_progress=on_progress
             )
             results = _run(lm, model, loaded, found.manager, asked, output)
             scores.append(ExitScores(exit_layer=exit_layer, tasks=_metrics(results), speed=model.answers.speed()))

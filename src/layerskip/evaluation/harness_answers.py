@@ -5,9 +5,28 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import fsum
-from typing import Any
+from typing import Any, Protocol
 
-from layerskip.evaluation.run_folder import RunFolder
+
+class AnswerStore(Protocol):
+    """Keeps answers by key: a run's folder, or what stands for one."""
+
+    @property
+    def samples(self) -> "AnswersByKey":
+        """Those that there are."""
+        ...
+
+    def add(self, key: str, sample: Mapping[str, Any]) -> None:
+        """Keep one."""
+        ...
+
+
+class AnswersByKey(Protocol):
+    """A mapping, as far as it is used."""
+
+    def __contains__(self, key: str, /) -> bool: ...
+
+    def __getitem__(self, key: str, /) -> dict[str, Any]: ...
 
 
 @dataclass(kw_only=True)
@@ -15,7 +34,7 @@ class Answers:
     """Finished requests of one exit: on disk as they come, if there is a folder."""
 
     exit_layer: int
-    output: RunFolder | None = None
+    output: AnswerStore | None = None
     asked: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What this run asked for, by key."""
 

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import InvalidArgumentError, PromptError, TokenizerError
-from layerskip.evaluation.harness_answers import Answers
+from layerskip.evaluation.harness_answers import Answers, AnswerStore
 from layerskip.evaluation.harness_options import MAX_NEW_TOKENS, TaskOptions, writing_config
 from layerskip.evaluation.harness_scoring import score_continuations
-from layerskip.evaluation.run_folder import RunFolder
 from layerskip.language_model import LanguageModel
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ class EngineMethods:
         *,
         config: GenerationConfig,
         batch_size: int = 1,
-        output: RunFolder | None = None,
+        output: AnswerStore | None = None,
         on_progress: Progress = lambda what, done, total: None,
     ) -> None:
         super().__init__()
@@ -284,7 +283,7 @@ def make_model(
     *,
     config: GenerationConfig | None = None,
     batch_size: int = 1,
-    output: RunFolder | None = None,
+    output: AnswerStore | None = None,
     on_progress: Progress = lambda what, done, total: None,
 ) -> "TemplateLM":
     """A model for `lm_eval.simple_evaluate`.

@@ -16,6 +16,7 @@ from layerskip.evaluation import harness_model
 from layerskip.evaluation.harness import EvalReport, evaluate, find_tasks
 from layerskip.evaluation.harness_model import make_model
 from layerskip.evaluation.harness_options import TaskOptions
+from layerskip.evaluation.harness_shards import EvalWork, answer_elsewhere
 from layerskip.evaluation.run_folder import RunFolder, read_results
 
 pytest.importorskip("lm_eval")
@@ -150,8 +151,7 @@ def test_log_likelihoods_are_those_of_the_harness(
     found, expected = ours.loglikelihood(requests), theirs.loglikelihood(requests)
     assert [pair[0] for pair in found] == pytest.approx([pair[0] for pair in expected], abs=1e-4)
     assert [pair[1] for pair in found] == [pair[1] for pair in expected]
-    assert found[-2][1]
-    assert not found[-1][1]
+    assert [pair[1] for pair in found[-2:]] == [True, False]
     rolling = instances("loglikelihood_rolling", [(text,) for text in TEXTS])
     found, expected = ours.loglikelihood_rolling(rolling), theirs.loglikelihood_rolling(rolling)
     assert found == pytest.approx(expected, abs=1e-4, rel=1e-6)
@@ -202,8 +202,7 @@ def test_metrics_are_those_of_the_harness(
     assert {"acc,none", "acc_norm,none", "acc_stderr,none"} <= scores.tasks["tiny_choice"].keys()
     for task, metrics in scores.tasks.items():
         assert metrics == pytest.approx({name: expected[task][name] for name in metrics}, rel=1e-4, abs=1e-4)
-    assert report.scores
-    assert report.writes
+    assert (report.scores, report.writes) == (True, True)
 
 
 def test_an_early_exit_scores_and_writes_by_its_own_layers(demo: layerskip.LanguageModel, task_folder: Path) -> None:
@@ -265,12 +264,10 @@ def test_finished_requests_are_not_run_again(
     whole = sorted(scored), sorted(written)
     scored.clear()
     written.clear()
-    for stop_at in (8, 12, 9, None):  # among scores, and in the middle of a batch of texts
-        if stop_at is not None:
-            with pytest.raises(Interrupted):
-                run(tmp_path / "parts", stop_at)
-        else:
-            report = run(tmp_path / "parts")
+    for stop_at in (8, 12, 9):  # among scores, and in the middle of a batch of texts
+        with pytest.raises(Interrupted):
+            run(tmp_path / "parts", stop_at)
+    report = run(tmp_path / "parts")
     # A context whose continuations were scored but not all kept is the only thing that may be scored again.
     assert len(scored) <= len(whole[0]) + 3 * 2
     assert set(scored) == set(whole[0])
@@ -292,8 +289,7 @@ def test_the_folder_has_our_results_and_the_harnesss(
     content, samples = read_results(tmp_path)
     assert content["kind"] == "eval"
     assert content["results"] == json.loads(json.dumps(report.results()))
-    kinds = {sample["kind"] for sample in samples}
-    assert kinds == {"loglikelihood", "loglikelihood_rolling", "generate_until"}
+    assert {sample["kind"] for sample in samples} == {"loglikelihood", "loglikelihood_rolling", "generate_until"}
     for exit_ in report.exits:
         (file,) = (tmp_path / f"exit_{exit_.exit_layer}").glob("*/results_*.json")
         theirs = json.loads(file.read_text())
@@ -377,10 +373,7 @@ def test_bad_requests(tiny: layerskip.LanguageModel) -> None:
         ({"num_fewshot": -1}, "num_fewshot must be a whole number of at least 0, got -1"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
         ({"include_path": Path("nowhere")}, "nowhere is no folder"),
-        (
-            {"config": GenerationConfig(generation_strategy="autoregressive", exit_layer=3)},
-            "name the exits to evaluate in exit_layers",
-        ),
+        ({"config": GenerationConfig(generation_strategy="autoregressive", exit_layer=3)}, "name the exits"),
     ],
 )
 def test_bad_arguments(demo: layerskip.LanguageModel, task_folder: Path, options: dict[str, Any], message: str) -> None:
@@ -406,3 +399,29 @@ def test_a_missing_harness_is_told(demo: layerskip.LanguageModel, monkeypatch: p
     monkeypatch.delattr("lm_eval.models.utils", raising=False)
     with pytest.raises(InvalidArgumentError, match=r"pip install 'layerskip\[eval\]'"):
         evaluate(demo, ["arc_easy"])
+
+
+def test_requests_that_are_shared_out(demo: layerskip.LanguageModel, task_folder: Path, tmp_path: Path) -> None:
+    """Every request is answered once, by one of the shards, and the scores are those of an evaluation in one piece."""
+    run = RunFolder(tmp_path / "shared", "eval", {})
+    work = EvalWork(load=lambda: demo, tasks=tuple(TASKS), include_path=task_folder, options={"batch_size": 2})
+    added: list[tuple[int, int]] = []
+
+    def mapper(shards: Any, make_worker: Any) -> Any:
+        worker = make_worker()
+        for shard in shards:
+            answers = list(worker(shard))
+            added.append((shard.exit_layer, len(answers)))
+            yield from answers
+
+    answer_elsewhere(work, [4, 16], run, mapper, num_workers=1)
+    assert len(added) == 4
+    assert all(0 < number < len(run.samples) / 2 for _, number in added)
+    assert sum(number for _, number in added) == len(run.samples)
+    answered = dict(run.samples)
+    shared = evaluate(demo, TASKS, include_path=task_folder, exit_layers=[4, 16], output=run)
+    assert run.samples == answered  # nothing was left to do
+    whole = evaluate(demo, TASKS, include_path=task_folder, exit_layers=[4, 16])
+    assert [scores.tasks for scores in shared.exits] == [scores.tasks for scores in whole.exits]
+    answer_elsewhere(work, [4, 16], run, mapper, num_workers=1)
+    assert [number for _, number in added[4:]] == [0] * 4

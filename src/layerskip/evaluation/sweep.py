@@ -234,17 +234,16 @@ def _measure(
     on_progress: Progress,
 ) -> list[SweepRow]:
     """Run settings on all prompts; returns the rows with what was measured."""
-    missing = []
-    for example in examples:
-        left = [s for s in (AUTOREGRESSIVE, *settings) if _run_key(example, s) not in run.samples]
-        on_progress("measuring", 1 + len(settings) - len(left))
-        if left:
-            missing.append((RUN, example, left))
+    left = {e.index: [s for s in (AUTOREGRESSIVE, *settings) if _run_key(e, s) not in run.samples] for e in examples}
+    on_progress("measuring", sum(1 + len(settings) - len(open_) for open_ in left.values()))
+    missing = [(RUN, example, left[example.index]) for example in examples if left[example.index]]
+    waiting = {index: len(open_) for index, open_ in left.items()}
     for key, sample in mapper(missing, work.start):
         run.add(key, sample)
         on_progress("measuring", 1)
-        done = [e for e in examples if all(_run_key(e, s) in run.samples for s in settings)]
-        if done and sample["index"] == done[-1].index:
+        waiting[sample["index"]] -= 1
+        if waiting[sample["index"]] == 0:
+            done = [example for example in examples if waiting[example.index] == 0]
             write_csv(run.path, _with_measured(predicted, settings, run, done))
     return _with_measured(predicted, settings, run, examples)
 

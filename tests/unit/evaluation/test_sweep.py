@@ -139,3 +139,26 @@ def test_an_interrupted_sweep_goes_on(text_lm: LanguageModel, tmp_path: Path, mo
 def test_sampled_texts_cannot_be_replayed(text_lm: LanguageModel, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="decodes greedily"):
         sweep(work(text_lm, GenerationConfig(temperature=0.5)), EXAMPLES, GRID, RunFolder(tmp_path, "sweep", {}))
+
+
+def test_the_table_grows_with_every_prompt(text_lm: LanguageModel, tmp_path: Path) -> None:
+    """In whatever order prompts come back: `sweep.csv` has the times of those that are done."""
+    times: list[float] = []
+
+    def backwards(items: Any, make_worker: Any) -> Any:
+        worker = make_worker()
+        for item in reversed(items):
+            yield from worker(item)
+
+    def read(what: str, units: int) -> None:
+        if what == "measuring":
+            with (tmp_path / "sweep.csv").open() as file:
+                times.append(sum(float(row["total_time"] or 0) for row in csv.DictReader(file)))
+
+    run = RunFolder(tmp_path, "sweep", {})
+    report = sweep(work(text_lm), EXAMPLES, GRID, run, exhaustive=True, mapper=backwards, on_progress=read)
+    last = sum(row.total_time or 0 for row in report.rows)
+    assert times == sorted(times)
+    assert len(set(times)) == len(EXAMPLES)  # none, one and two prompts; the third is written after the last sample
+    with (tmp_path / "sweep.csv").open() as file:
+        assert sum(float(row["total_time"]) for row in csv.DictReader(file)) == pytest.approx(last)

@@ -13,7 +13,7 @@ from tyro.conf import arg
 from layerskip.cli.arguments import DecodingArguments, ModelArguments, OutputArguments, parse
 from layerskip.cli.exit_code import ExitCode
 from layerskip.cli.progress import make_progress
-from layerskip.cli.ray_arguments import RayArguments, check_ray, keep_output_clean
+from layerskip.cli.ray_arguments import RayArguments, anywhere, check_ray, keep_output_clean
 from layerskip.cli.terminal import load_model, make_console
 from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import InvalidArgumentError
@@ -105,13 +105,8 @@ def make_mapper(arguments: BatchArguments, config: GenerationConfig, seed: int) 
 
 def load_options(model: ModelArguments) -> dict[str, Any]:
     """Arguments of `layerskip.load` for a process that may work in another folder."""
-    options = asdict(model)
-    name = options.pop("model")
-    folder = Path(name).expanduser()
-    options["name"] = str(folder.resolve()) if name != "demo" and folder.is_dir() else name
-    if model.draft_text is not None:
-        options["draft_text"] = model.draft_text.resolve()
-    return options
+    options = asdict(anywhere(model))
+    return {"name": options.pop("model"), **options}
 
 
 def to_json(arguments: BatchArguments, summary: "BatchSummary") -> dict[str, Any]:

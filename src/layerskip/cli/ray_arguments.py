@@ -53,14 +53,18 @@ def check_ray(arguments: RayArguments, model: ModelArguments) -> None:
     import_ray()
 
 
+def anywhere(model: ModelArguments) -> ModelArguments:
+    """The same model, for a process that may work in another folder."""
+    folder = Path(model.model).expanduser()
+    name = str(folder.resolve()) if model.model != "demo" and folder.is_dir() else model.model
+    return replace(model, model=name, draft_text=None if model.draft_text is None else model.draft_text.resolve())
+
+
 def model_loader(model: ModelArguments) -> Callable[[], Any]:
     """What loads the model quietly, once, in this process or in one that may work in another folder."""
     from layerskip.evaluation.fan_out import LoadOnce
 
-    folder = Path(model.model).expanduser()
-    name = str(folder.resolve()) if model.model != "demo" and folder.is_dir() else model.model
-    text = None if model.draft_text is None else model.draft_text.resolve()
-    return LoadOnce(partial(load_model, replace(model, model=name, draft_text=text), OutputArguments(json=True)))
+    return LoadOnce(partial(load_model, anywhere(model), OutputArguments(json=True)))
 
 
 def make_mapper(arguments: RayArguments, model: ModelArguments) -> "Mapper":

@@ -1,13 +1,22 @@
 #include "threads.h"
 
-#include <memory>
+#include <algorithm>
 #include <unistd.h>
 
 namespace layerskip {
 namespace {
 
-constexpr int kSpins = 20000;      // some hundred microseconds, then sleep
-constexpr int kPolite = 2000;      // spins after which a waiting member offers its core to others
+using namespace std::chrono_literals;
+
+constexpr int64_t kMostMembers = 1 << 12;
+constexpr int kSpins = 20000;  // some hundred microseconds, then a member without work sleeps
+constexpr int kPolite = 2000;  // spins after which a waiting member offers its core to others
+// A wait this long, and for half of the call, is for a member that isn't running.
+constexpr auto kLate = 500us;
+constexpr int kLateShare = 2;
+// Time lost within a window that makes the team smaller.
+constexpr auto kMostLost = 6ms, kWindow = 100ms;
+constexpr auto kShortestRest = 10ms, kLongestRest = 640ms;
 
 inline void pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -17,14 +26,6 @@ inline void pause() {
 #endif
 }
 
-template <typename Condition>
-void spin(Condition done) {
-    for (int i = 0; !done(); ++i) {
-        pause();
-        if (i > kPolite) std::this_thread::yield();
-    }
-}
-
 }  // namespace
 
 std::mutex& Team::in_use() {
@@ -32,62 +33,106 @@ std::mutex& Team::in_use() {
     return mutex;
 }
 
-Team& Team::of(int size) {
+Team& Team::of(int members) {
     static std::mutex mutex;
     static std::unique_ptr<Team> team;
     static pid_t owner = 0;
     std::lock_guard<std::mutex> lock(mutex);
     if (team && owner != getpid()) team.release();  // its threads belong to the parent; there is nothing to join
-    if (!team || team->size() != size) {
-        team = std::make_unique<Team>(size);
+    if (!team || team->all_ != members) {
+        team = std::make_unique<Team>(members);
         owner = getpid();
     }
     return *team;
 }
 
-Team::Team(int size) : size_(size) {
-    for (int member = 1; member < size; ++member) threads_.emplace_back([this, member] { work(member); });
+Team::Team(int members) : all_(members), size_(members), rest_(kShortestRest) {
+    for (int member = 1; member < members; ++member) {
+        others_.push_back(std::make_unique<Member>());
+        others_.back()->thread = std::thread([this, member] { work(member); });
+    }
 }
 
 Team::~Team() {
-    {
-        std::lock_guard<std::mutex> lock(mutex_);
-        stopping_ = true;
-        round_.fetch_add(1);
-    }
-    wake_.notify_all();
-    for (auto& thread : threads_) thread.join();
+    body_ = nullptr;
+    start(all_);
+    for (auto& other : others_) other->thread.join();
 }
 
 void Team::run(const std::function<void(int, int)>& body) {
-    if (size_ == 1) {
-        body(0, 1);
-        return;
-    }
+    if (all_ == 1) return body(0, 1);
+    const auto started = Clock::now();
+    choose_size(started);
+    if (size_ == 1) return body(0, 1);
     body_ = &body;
     finished_.store(0);
-    round_.fetch_add(1);
-    if (asleep_.load() > 0) {
-        std::lock_guard<std::mutex> lock(mutex_);
-        wake_.notify_all();
-    }
+    waited_.store(0);
+    start(size_);
     body(0, size_);
-    spin([this] { return finished_.load(std::memory_order_acquire) == size_ - 1; });
+    wait_until([this] { return finished_.load(std::memory_order_acquire) == size_ - 1; });
+    const std::chrono::nanoseconds waited(waited_.load());
+    if (waited == 0ns) return;
+    const auto now = Clock::now();
+    if (waited >= kLate && waited * kLateShare >= now - started) note_late(waited, now);
+}
+
+// One late member is chance: any machine has its moments. If it goes on, the team gets smaller; next time for longer.
+void Team::note_late(Clock::duration waited, Clock::time_point now) {
+    if (now - lost_since_ > kWindow) {
+        lost_since_ = now;
+        lost_ = {};
+    }
+    lost_ += waited;
+    if (lost_ < kMostLost) return;
+    lost_ = {};
+    --size_;
+    grows_ = now + rest_;
+    rest_ = std::min<Clock::duration>(4 * rest_, kLongestRest);
+}
+
+// A small team grows when its rest is over. Rests grow shorter again while nobody is late.
+void Team::choose_size(Clock::time_point now) {
+    if (now < grows_) return;
+    if (size_ < all_) {
+        ++size_;
+        grows_ = now + rest_;
+    } else if (rest_ > kShortestRest) {
+        rest_ = std::max<Clock::duration>(rest_ / 2, kShortestRest);
+        grows_ = now + rest_;
+    }
+}
+
+void Team::start(int size) {
+    const int64_t calls = call_.load() / kMostMembers + 1;
+    call_.store(calls * kMostMembers + size);
+    for (int member = 1; member < size; ++member) {
+        Member& other = *others_[member - 1];
+        if (!other.asleep.load()) continue;
+        std::lock_guard<std::mutex> lock(mutex_);
+        other.wake.notify_one();
+    }
 }
 
 void Team::work(int member) {
-    int seen = 0;
+    Member& self = *others_[member - 1];
+    int64_t seen = 0;
+    const auto called = [&] {  // one look at the call's number and size: those of different calls don't mix
+        const int64_t call = call_.load();
+        if (call == seen || call % kMostMembers <= member) return false;
+        seen = call;
+        return true;
+    };
     while (true) {
-        for (int i = 0; round_.load(std::memory_order_acquire) == seen && i < kSpins; ++i) pause();
-        if (round_.load(std::memory_order_acquire) == seen) {
+        bool found = false;
+        for (int i = 0; i < kSpins && !(found = called()); ++i) pause();
+        if (!found) {
             std::unique_lock<std::mutex> lock(mutex_);
-            asleep_.fetch_add(1);
-            wake_.wait(lock, [&] { return round_.load() != seen; });
-            asleep_.fetch_sub(1);
+            self.asleep.store(true);
+            self.wake.wait(lock, called);
+            self.asleep.store(false);
         }
-        seen = round_.load();
-        if (stopping_) return;
-        (*body_)(member, size_);
+        if (body_ == nullptr) return;
+        (*body_)(member, static_cast<int>(seen % kMostMembers));
         finished_.fetch_add(1, std::memory_order_release);
     }
 }
@@ -100,7 +145,28 @@ void Team::barrier() {
         phase_.store(phase + 1, std::memory_order_release);
         return;
     }
-    spin([&] { return phase_.load(std::memory_order_acquire) != phase; });
+    wait_until([&] { return phase_.load(std::memory_order_acquire) != phase; });
+}
+
+template <typename Condition>
+void Team::wait_until(Condition done) {
+    for (int i = 0; i < kPolite; ++i) {
+        if (done()) return;
+        pause();
+    }
+    const auto started = Clock::now();
+    while (!done()) {
+        pause();
+        std::this_thread::yield();
+    }
+    note_waiting(started);
+}
+
+void Team::note_waiting(Clock::time_point started) {
+    const int64_t waited = std::chrono::nanoseconds(Clock::now() - started).count();
+    int64_t longest = waited_.load();
+    while (waited > longest && !waited_.compare_exchange_weak(longest, waited)) {
+    }
 }
 
 }  // namespace layerskip

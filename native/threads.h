@@ -1,13 +1,16 @@
-// A team of threads that runs one function on all of its members, with a barrier between its steps.
+// A team of threads that runs one function on its members, with a barrier between the function's steps.
 //
 // A forward pass has several steps a layer, of microseconds each: members wait for each other by spinning, and go to
-// sleep only when no work comes for a while.
+// sleep only when no work comes for a while. Where other processes want the cores too, a member that isn't running is
+// waited for by all others, for milliseconds: the team then makes do with fewer members for a while.
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -16,24 +19,25 @@ namespace layerskip {
 
 class Team {
   public:
-    // The process's team; grown to `size` members where it has fewer, and made anew in a forked child.
-    static Team& of(int size);
+    // The process's team; made anew where it has another number of members, and in a forked child.
+    static Team& of(int members);
 
-    explicit Team(int size);
+    explicit Team(int members);
     ~Team();
 
+    // Members of the current call.
     int size() const { return size_; }
 
-    // Call body(member, size) on every member, the caller being member 0; returns when all have.
+    // Call body(member, size) on the members of this call, the caller being member 0; returns when all have.
     void run(const std::function<void(int, int)>& body);
 
-    // Wait until every member is here.
+    // Wait until every member of the call is here.
     void barrier();
 
     // Held by whoever uses a team: one call at a time.
     static std::mutex& in_use();
 
-    // Call body(row) for every row, on `threads` members; a single row on the caller alone.
+    // Call body(row) for every row, on up to `threads` members; a single row on the caller alone.
     template <typename Body>
     static void share_rows(int threads, int64_t rows, const Body& body) {
         if (rows == 1) return body(0);
@@ -44,19 +48,36 @@ class Team {
     }
 
   private:
-    void work(int member);
+    using Clock = std::chrono::steady_clock;
 
-    const int size_;
-    std::vector<std::thread> threads_;
+    struct Member {
+        std::thread thread;
+        std::condition_variable wake;
+        std::atomic<bool> asleep{false};
+    };
+
+    void work(int member);
+    void start(int size);
+    void choose_size(Clock::time_point now);
+    void note_late(Clock::duration waited, Clock::time_point now);
+    void note_waiting(Clock::time_point started);
+    template <typename Condition>
+    void wait_until(Condition done);
+
+    const int all_;
+    std::vector<std::unique_ptr<Member>> others_;  // member i + 1
+    std::mutex mutex_;
     const std::function<void(int, int)>* body_ = nullptr;
-    std::atomic<int> round_{0};     // counts calls of run
-    std::atomic<int> finished_{0};  // members that have finished the current one
+    std::atomic<int64_t> call_{0};   // calls of run times kMostMembers, plus the members of the latest one
+    std::atomic<int> finished_{0};   // members that have finished the current call
     std::atomic<int> arrived_{0};
     std::atomic<int> phase_{0};
-    std::atomic<bool> stopping_{false};
-    std::atomic<int> asleep_{0};
-    std::mutex mutex_;
-    std::condition_variable wake_;
+    std::atomic<int64_t> waited_{0};  // nanoseconds of the current call's longest wait
+    int size_;
+    Clock::time_point lost_since_{};
+    Clock::duration lost_{};          // waited for late members since
+    Clock::duration rest_;            // how long the team stays small, the next time that a member is late
+    Clock::time_point grows_{};       // when a small team takes in another member
 };
 
 }  // namespace layerskip

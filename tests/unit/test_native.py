@@ -1,9 +1,13 @@
 """The compiled kernels against torch, and what they promise beyond: a row's result doesn't depend on its neighbours."""
 
 import os
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -144,6 +148,23 @@ def test_threads_of_the_caller_take_turns(tiny_checkpoint: Callable[..., Path]) 
         worker.join()
     assert len(found) == 80
     assert all(torch.equal(logits, wanted) for logits in found)
+
+
+@needs_library
+def test_a_team_beside_busy_processes_computes_the_same(tiny_checkpoint: Callable[..., Path], threads: int) -> None:
+    lm = layerskip.load(str(tiny_checkpoint()), kernels="native")
+    options: dict[str, Any] = {"max_new_tokens": 16, "do_sample": False, "ignore_eos": True, "exit_layer": 1}
+    wanted = lm.generate([[1, 2, 3]], **options)[0].token_ids
+    neighbours = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+    try:
+        end = time.monotonic() + 1.5  # long enough for the team to get smaller, to grow and to get smaller again
+        while time.monotonic() < end:
+            assert lm.generate([[1, 2, 3]], **options)[0].token_ids == wanted
+    finally:
+        for neighbour in neighbours:
+            neighbour.kill()
+            neighbour.wait()
+    assert lm.generate([[1, 2, 3]], **options)[0].token_ids == wanted
 
 
 @needs_library

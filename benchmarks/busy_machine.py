@@ -1,10 +1,10 @@
 """What decoding is worth while other processes use the same cores.
 
-    python benchmarks/busy_machine.py                       # the embedded model; quiet, then beside 1 and 2 busy processes
+    python benchmarks/busy_machine.py                       # the embedded model, beside 0, 1 and 2 busy processes
     python benchmarks/busy_machine.py --neighbours 0 4 8    # more cores, more neighbours
 
-The neighbours compute without end and without memory, so that what is lost is lost to their time on the cores. Ratios are
-to the quiet phase of the same round.
+The neighbours compute without end and without memory, so that what is lost is lost to their time on the cores. Ratios
+are to the quiet phase of the same round.
 """
 
 import json

@@ -19,7 +19,8 @@ from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from layerskip.evaluation.sweep import Setting, SweepReport
+    from layerskip.evaluation.prediction import Setting
+    from layerskip.evaluation.sweep import SweepReport
 
 SHOWN = 10
 """Settings in the table."""
@@ -75,7 +76,8 @@ def run(argv: Sequence[str]) -> int:
 
     from layerskip.checkpoint import open_checkpoint
     from layerskip.evaluation.report import write_report
-    from layerskip.evaluation.sweep import TOP, SweepWork, sweep
+    from layerskip.evaluation.sweep import planned_units, sweep
+    from layerskip.evaluation.sweep_worker import SweepWork
 
     checkpoint = open_checkpoint(arguments.model.model, revision=arguments.model.revision)
     grid = grid_of(arguments, checkpoint.config.num_layers)
@@ -85,9 +87,9 @@ def run(argv: Sequence[str]) -> int:
         arguments.output_dir, "sweep", arguments.model, arguments.data, settings | {"ignore_eos": arguments.ignore_eos}
     )
     exits = sorted({exit_layer for exit_layer, _ in grid})
-    runs = 1 + (len(grid) if arguments.exhaustive else min(TOP, len(grid)))
+    units = planned_units(len(examples), grid, exhaustive=arguments.exhaustive)
     with make_progress(arguments.output) as bar, keep_output_clean(arguments.where):
-        task = bar.add_task("sweep", total=len(examples) * (1 + runs))
+        task = bar.add_task("sweep", total=units)
         report = sweep(
             SweepWork(load=model_loader(arguments.model), exits=exits, config=config),
             examples,

@@ -1,37 +1,49 @@
 """Which exit layer and draft length are fastest on given prompts: predicted for a grid from one pass, then measured.
 
-The pass writes every prompt's text once and notes what each exit would have drafted (`trajectories.py`); rounds are
-replayed, and each takes what its parts cost on this machine (`decoding/costs.py`). The best settings are then run for
-real, or with `exhaustive` all of them.
+The pass writes every prompt's text once and notes what each exit would have drafted (`trajectories.py`). Rounds are
+replayed, and take what their calls cost on this machine (`decoding/costs.py`) and what a few real runs show beyond that
+(`prediction.py`). The best settings are then run for real, or with `exhaustive` all of them.
 """
 
-import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
-from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.costs import MEASURED_QUERIES, Costs, measure_costs
+from layerskip.decoding.costs import Costs
 from layerskip.errors import InvalidArgumentError
-from layerskip.evaluation.datasets import Example, encode_examples
+from layerskip.evaluation.datasets import Example
 from layerskip.evaluation.fan_out import Mapper, in_process
+from layerskip.evaluation.prediction import (
+    MOST_TRIED_SETTINGS,
+    RoundTime,
+    Setting,
+    fit_round_time,
+    predict,
+    settings_to_try,
+    timed_run,
+)
 from layerskip.evaluation.run_folder import RunFolder
 from layerskip.evaluation.sweep_files import SweepRow, write_csv
-from layerskip.evaluation.trajectories import Trajectory, record_trajectory, replay
-from layerskip.language_model import LanguageModel
+from layerskip.evaluation.sweep_worker import (
+    AUTOREGRESSIVE,
+    COSTS,
+    RUN,
+    TEXT,
+    TRIAL,
+    SweepWork,
+    from_sample,
+    run_key,
+    text_key,
+)
+from layerskip.evaluation.trajectories import Trajectory
 
 TOP = 3
 """Predicted settings that are run for real."""
-TEXT, COSTS, RUN = "text", "costs", "run"
-"""Kinds of samples: a prompt's text with the exits' agreement; seconds of calls; a prompt decoded with a setting."""
+MOST_TRIED_PROMPTS = 4
+"""Prompts decoded for real before anything is predicted."""
 
-Setting = tuple[int, int]
-"""Exit layer and draft length."""
-AUTOREGRESSIVE: Setting = (0, 0)
-"""Stands for decoding without drafts, which is measured in turn with the settings."""
 Progress = Callable[[str, int], None]
-"""Told what is done, and how many units of work were finished."""
+"""Told what is done, and how many units of work were finished: prompts decoded once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +59,7 @@ class SweepReport:
     agreement: dict[int, float]
     """By exit: share of tokens that it would have drafted right."""
     seconds: dict[str, float]
-    """What the pass (with the costs) and the measurements took, as far as they weren't finished before."""
+    """What the pass (with costs and trials) and the measurements took, as far as they weren't finished before."""
 
 
 def make_grid(exits: Iterable[int], lengths: Iterable[int], num_layers: int) -> list[Setting]:
@@ -67,55 +79,14 @@ def make_grid(exits: Iterable[int], lengths: Iterable[int], num_layers: int) -> 
     return [(exit_layer, length) for exit_layer in exits for length in lengths]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SweepWork:
-    """What a worker is told; pickles."""
-
-    load: Callable[[], LanguageModel]
-    """Makes the model."""
-    exits: Sequence[int]
-    config: GenerationConfig
-
-    def start(self) -> "SweepWorker":
-        """A worker, with its model loaded."""
-        return SweepWorker(self)
+def planned_units(num_examples: int, grid: Sequence[Setting], *, exhaustive: bool) -> int:
+    """Units of work that `sweep` reports in all."""
+    measured = len(grid) if exhaustive else min(TOP, len(grid))
+    return num_examples * (2 + measured) + _planned_trials(num_examples)
 
 
-class SweepWorker:
-    """Follows exits along texts, times calls, and decodes with settings."""
-
-    def __init__(self, work: SweepWork) -> None:
-        """Load the model."""
-        self._work, self._lm = work, work.load()
-        self._warm = False
-
-    def __call__(self, item: tuple[Any, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Keys and samples of an item: (TEXT, example), (COSTS, context, most drafts), (RUN, example, settings)."""
-        match item:
-            case ("costs", int(context), int(most)):
-                queries = [*(n for n in MEASURED_QUERIES if n <= most), most + 1]
-                yield COSTS, asdict(measure_costs(self._lm.decoder, 1, context=context, queries=queries))
-            case ("text", Example() as example):
-                yield f"{TEXT}/{example.index}", self._follow(example)
-            case ("run", Example() as example, list(settings)):
-                yield from self._measure(example, settings)
-
-    def _follow(self, example: Example) -> dict[str, Any]:
-        lm, work = self._lm, self._work
-        (prompt,) = encode_examples(lm, [example], work.config)
-        if not self._warm:
-            record_trajectory(lm, prompt, work.exits, work.config)
-            self._warm = True
-        return {"index": example.index, **_to_sample(record_trajectory(lm, prompt, work.exits, work.config))}
-
-    def _measure(self, example: Example, settings: Sequence[Setting]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Run settings in turn, for every prompt in another order: a machine's speed drifts."""
-        (prompt,) = encode_examples(self._lm, [example], self._work.config)
-        order = random.Random(example.index).sample(list(settings), len(settings))
-        _decode(self._lm, prompt, order[0], self._work.config)  # warms up
-        for setting in order:
-            sample = _decode(self._lm, prompt, setting, self._work.config)
-            yield _run_key(example, setting), {"index": example.index, **sample}
+def _planned_trials(num_examples: int) -> int:
+    return min(MOST_TRIED_PROMPTS, num_examples) * MOST_TRIED_SETTINGS
 
 
 def sweep(
@@ -137,7 +108,7 @@ def sweep(
         run: Keeps every finished sample; `sweep.csv` is written there as results come.
         exhaustive: Run the whole grid.
         mapper: Where the work is done.
-        on_progress: A unit is a prompt decoded once.
+        on_progress: Told of every finished unit.
 
     Raises:
         InvalidArgumentError: The config samples: guesses along a sampled text depend on noise.
@@ -145,147 +116,108 @@ def sweep(
     """
     if work.config.samples:
         raise InvalidArgumentError("a sweep decodes greedily: leave temperature, top-k, top-p and min-p out")
+    steps = _Steps(work=work, examples=examples, grid=grid, run=run, mapper=mapper, on_progress=on_progress)
     started = time.perf_counter()
-    trajectories = _record(work, examples, run, mapper, on_progress)
-    predicted = predict(trajectories, grid, _costs(work, trajectories, max(length for _, length in grid), run, mapper))
+    trajectories = steps.follow()
+    costs = steps.time_calls(trajectories)
+    predicted = predict(trajectories, grid, costs, steps.try_rounds(trajectories, costs))
     write_csv(run.path, predicted)
     middle = time.perf_counter()
     ranked = sorted(predicted, key=lambda row: row.predicted_tokens_per_second or 0.0, reverse=True)
-    chosen = list(grid) if exhaustive else [(row.exit_layer, row.num_speculations) for row in ranked[:TOP]]
-    rows = _measure(work, examples, chosen, predicted, run, mapper, on_progress)
-    plain = _total(run, AUTOREGRESSIVE, examples)
+    rows = steps.measure(list(grid) if exhaustive else [row.setting for row in ranked[:TOP]], predicted)
     seconds = {"pass": middle - started, "measurements": time.perf_counter() - middle}
+    plain = steps.total(AUTOREGRESSIVE, examples)
     return _report(trajectories, rows, plain["tokens"] / plain["seconds"], seconds)
 
 
-def predict(trajectories: Sequence[Trajectory], grid: Iterable[Setting], costs: Costs) -> list[SweepRow]:
-    """Replay every setting.
+@dataclass(frozen=True, kw_only=True)
+class _Steps:
+    """The parts of a sweep; each leaves out what the run's folder has."""
 
-    What a step takes beyond its calls (the loop around them) is known from the texts, and is added to each round.
-    """
-    steps = sum(len(t.token_ids) - 1 for t in trajectories)
-    decoding = sum(t.seconds - t.prompt_seconds for t in trajectories)
-    around = max(0.0, decoding / steps - costs.step()) if steps else 0.0
-    reading = sum(t.prompt_seconds for t in trajectories)
-    tokens = sum(len(t.token_ids) for t in trajectories)
-    rows = []
-    for exit_layer, length in grid:
-        replays = [replay(trajectory, exit_layer, length) for trajectory in trajectories]
-        rounds = [item for found in replays for item in found.rounds.items()]
-        seconds = reading + sum(count * (around + costs.round(exit_layer, drafts)) for drafts, count in rounds)
-        drafted = sum(found.drafted for found in replays)
-        rows.append(
-            SweepRow(
-                exit_layer=exit_layer,
-                num_speculations=length,
-                acceptance_rate=sum(found.accepted for found in replays) / max(1, drafted),
-                predicted_tokens_per_second=tokens / seconds,
-            )
-        )
-    return rows
+    work: SweepWork
+    examples: Sequence[Example]
+    grid: Sequence[Setting]
+    run: RunFolder
+    mapper: Mapper
+    on_progress: Progress
 
+    def follow(self) -> list[Trajectory]:
+        """The pass: every prompt's text, and the exits' agreement with it."""
+        missing = [(TEXT, example) for example in self.examples if text_key(example) not in self.run.samples]
+        self.on_progress("one pass", len(self.examples) - len(missing))
+        for key, sample in self.mapper(missing, self.work.start):
+            self.run.add(key, sample)
+            self.on_progress("one pass", 1)
+        return [from_sample(self.run.samples[text_key(example)]) for example in self.examples]
 
-def _costs(
-    work: SweepWork, trajectories: Sequence[Trajectory], most_drafts: int, run: RunFolder, mapper: Mapper
-) -> Costs:
-    """Costs in the middle of the texts, for as many drafts as the grid has; those of an interrupted run stay."""
-    if COSTS not in run.samples:
-        lengths = [t.prompt_tokens + len(t.token_ids) // 2 for t in trajectories]
-        for key, sample in mapper([(COSTS, sum(lengths) // len(lengths), most_drafts)], work.start):
-            run.add(key, sample)
-    return Costs.from_json({name: value for name, value in run.samples[COSTS].items() if name != "key"})
+    def time_calls(self, trajectories: Sequence[Trajectory]) -> Costs:
+        """Costs in the middle of the texts, for as many drafts as the grid has."""
+        if COSTS not in self.run.samples:
+            lengths = [t.prompt_tokens + len(t.token_ids) // 2 for t in trajectories]
+            most_drafts = max(length for _, length in self.grid)
+            for key, sample in self.mapper([(COSTS, sum(lengths) // len(lengths), most_drafts)], self.work.start):
+                self.run.add(key, sample)
+        return Costs.from_json({name: value for name, value in self.run.samples[COSTS].items() if name != "key"})
 
+    def try_rounds(self, trajectories: Sequence[Trajectory], costs: Costs) -> RoundTime:
+        """Decode some prompts for real with a few settings, to learn what a round takes beyond its calls."""
+        settings = settings_to_try(trajectories, self.grid, costs)
+        count = min(MOST_TRIED_PROMPTS, len(self.examples))
+        places = [i * len(self.examples) // count for i in range(count)]
+        tried = [self.examples[place] for place in places]
+        self._decode(TRIAL, tried, settings, "trying rounds", _planned_trials(len(self.examples)))
+        runs = []
+        for example, place in zip(tried, places, strict=True):
+            for setting in settings:
+                sample = self.run.samples[run_key(TRIAL, example, setting)]
+                seconds = sample["seconds"] - sample["prompt_seconds"]
+                runs.append(timed_run(trajectories[place], setting, costs, seconds))
+        return fit_round_time(runs)
 
-def _record(
-    work: SweepWork, examples: Sequence[Example], run: RunFolder, mapper: Mapper, on_progress: Progress
-) -> list[Trajectory]:
-    """The pass; texts of an interrupted run are taken from its folder."""
-    missing = [(TEXT, example) for example in examples if f"{TEXT}/{example.index}" not in run.samples]
-    on_progress("one pass", len(examples) - len(missing))
-    for key, sample in mapper(missing, work.start):
-        run.add(key, sample)
-        on_progress("one pass", 1)
-    return [_from_sample(run.samples[f"{TEXT}/{example.index}"]) for example in examples]
+    def measure(self, settings: Sequence[Setting], predicted: Sequence[SweepRow]) -> list[SweepRow]:
+        """Run settings on all prompts; returns the rows with what was measured."""
+        turn = [AUTOREGRESSIVE, *settings]
 
+        def write(done: Sequence[Example]) -> None:
+            write_csv(self.run.path, self._with_measured(predicted, settings, done))
 
-def _to_sample(trajectory: Trajectory) -> dict[str, Any]:
-    bits = {str(exit_): "".join("01"[agrees] for agrees in found) for exit_, found in trajectory.agreement.items()}
-    return {**vars(trajectory), "token_ids": list(trajectory.token_ids), "agreement": bits}
+        self._decode(RUN, self.examples, turn, "measuring", len(self.examples) * len(turn), write)
+        return self._with_measured(predicted, settings, self.examples)
 
+    def total(self, setting: Setting, examples: Sequence[Example]) -> dict[str, float]:
+        """Sums of a setting's figures."""
+        samples = [self.run.samples[run_key(RUN, example, setting)] for example in examples]
+        return {name: sum(sample[name] for sample in samples) for name in ("tokens", "seconds", "drafted", "accepted")}
 
-def _from_sample(sample: dict[str, Any]) -> Trajectory:
-    return Trajectory(
-        prompt_tokens=sample["prompt_tokens"],
-        token_ids=tuple(sample["token_ids"]),
-        max_new_tokens=sample["max_new_tokens"],
-        prompt_seconds=sample["prompt_seconds"],
-        seconds=sample["seconds"],
-        agreement={int(exit_): tuple(bit == "1" for bit in bits) for exit_, bits in sample["agreement"].items()},
-    )
+    def _decode(
+        self,
+        kind: str,
+        examples: Sequence[Example],
+        settings: Sequence[Setting],
+        what: str,
+        planned: int,
+        on_prompt: Callable[[Sequence[Example]], None] = lambda done: None,
+    ) -> None:
+        """All settings on all prompts, as far as they are missing; calls back whenever a prompt has all of them."""
+        samples = self.run.samples
+        left = {e.index: [s for s in settings if run_key(kind, e, s) not in samples] for e in examples}
+        missing = [(kind, example, left[example.index]) for example in examples if left[example.index]]
+        waiting = {index: len(settings_left) for index, settings_left in left.items()}
+        self.on_progress(what, planned - sum(waiting.values()))
+        for key, sample in self.mapper(missing, self.work.start):
+            self.run.add(key, sample)
+            self.on_progress(what, 1)
+            waiting[sample["index"]] -= 1
+            if waiting[sample["index"]] == 0:
+                on_prompt([example for example in examples if waiting[example.index] == 0])
 
-
-def _measure(
-    work: SweepWork,
-    examples: Sequence[Example],
-    settings: list[Setting],
-    predicted: list[SweepRow],
-    run: RunFolder,
-    mapper: Mapper,
-    on_progress: Progress,
-) -> list[SweepRow]:
-    """Run settings on all prompts; returns the rows with what was measured."""
-    left = {e.index: [s for s in (AUTOREGRESSIVE, *settings) if _run_key(e, s) not in run.samples] for e in examples}
-    on_progress("measuring", sum(1 + len(settings) - len(open_) for open_ in left.values()))
-    missing = [(RUN, example, left[example.index]) for example in examples if left[example.index]]
-    waiting = {index: len(open_) for index, open_ in left.items()}
-    for key, sample in mapper(missing, work.start):
-        run.add(key, sample)
-        on_progress("measuring", 1)
-        waiting[sample["index"]] -= 1
-        if waiting[sample["index"]] == 0:
-            done = [example for example in examples if waiting[example.index] == 0]
-            write_csv(run.path, _with_measured(predicted, settings, run, done))
-    return _with_measured(predicted, settings, run, examples)
-
-
-def _with_measured(
-    predicted: Sequence[SweepRow], settings: Sequence[Setting], run: RunFolder, examples: Sequence[Example]
-) -> list[SweepRow]:
-    totals = {setting: _total(run, setting, examples) for setting in settings}
-    return [_measured_row(row, totals.get((row.exit_layer, row.num_speculations))) for row in predicted]
-
-
-def _run_key(example: Example, setting: Setting) -> str:
-    return f"{RUN}/{example.index}/{setting[0]}/{setting[1]}"
-
-
-def _decode(lm: LanguageModel, prompt: Sequence[int], setting: Setting, config: GenerationConfig) -> dict[str, Any]:
-    """Run a setting on a prompt; returns it with its figures."""
-    named = {"exit_layer": setting[0], "num_speculations": setting[1]}
-    options: dict[str, Any] = {"generation_strategy": "self_speculative", **named}
-    if setting == AUTOREGRESSIVE:
-        options = {"generation_strategy": "autoregressive"}
-    stats = lm.generate([list(prompt)], config, **options)[0].stats
-    return {**named, **{name: getattr(stats, name) for name in ("tokens", "seconds", "drafted", "accepted")}}
-
-
-def _total(run: RunFolder, setting: Setting, examples: Sequence[Example]) -> dict[str, float]:
-    samples = [run.samples[_run_key(example, setting)] for example in examples]
-    return {name: sum(sample[name] for sample in samples) for name in ("tokens", "seconds", "drafted", "accepted")}
-
-
-def _measured_row(row: SweepRow, total: dict[str, float] | None) -> SweepRow:
-    if total is None:
-        return row
-    return SweepRow(
-        exit_layer=row.exit_layer,
-        num_speculations=row.num_speculations,
-        acceptance_rate=total["accepted"] / max(1.0, total["drafted"]),
-        predicted_tokens_per_second=row.predicted_tokens_per_second,
-        total_time=total["seconds"],
-        time_per_token=total["seconds"] / total["tokens"],
-        tokens_per_second=total["tokens"] / total["seconds"],
-    )
+    def _with_measured(
+        self, predicted: Sequence[SweepRow], settings: Sequence[Setting], examples: Sequence[Example]
+    ) -> list[SweepRow]:
+        chosen = set(settings)
+        return [
+            row.with_measured(self.total(row.setting, examples)) if row.setting in chosen else row for row in predicted
+        ]
 
 
 def _report(

@@ -2,8 +2,8 @@
 
 import csv
 import io
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from layerskip.files import write_atomically
@@ -25,6 +25,21 @@ class SweepRow:
     """Seconds."""
     tokens_per_second: float | None = None
     predicted_tokens_per_second: float | None = None
+
+    @property
+    def setting(self) -> tuple[int, int]:
+        """Exit layer and draft length."""
+        return self.exit_layer, self.num_speculations
+
+    def with_measured(self, total: Mapping[str, float]) -> "SweepRow":
+        """The row with what all prompts took: sums of `tokens`, `seconds`, `drafted` and `accepted`."""
+        return replace(
+            self,
+            acceptance_rate=total["accepted"] / max(1.0, total["drafted"]),
+            total_time=total["seconds"],
+            time_per_token=total["seconds"] / total["tokens"],
+            tokens_per_second=total["tokens"] / total["seconds"],
+        )
 
 
 def write_csv(folder: Path, rows: Sequence[SweepRow]) -> Path:

@@ -11,8 +11,18 @@ from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.costs import Costs
 from layerskip.errors import InvalidArgumentError
 from layerskip.evaluation.datasets import Example
+from layerskip.evaluation.prediction import (
+    MOST_TRIED_SETTINGS,
+    RoundTime,
+    TimedRun,
+    fit_round_time,
+    predict,
+    settings_to_try,
+    timed_run,
+)
 from layerskip.evaluation.run_folder import RunFolder
-from layerskip.evaluation.sweep import TOP, SweepWork, make_grid, predict, sweep
+from layerskip.evaluation.sweep import TOP, make_grid, planned_units, sweep
+from layerskip.evaluation.sweep_worker import SweepWork
 from layerskip.evaluation.trajectories import Trajectory, replay
 from layerskip.language_model import LanguageModel
 
@@ -46,15 +56,41 @@ def test_rounds_of_a_text() -> None:
     assert (ended.drafted, ended.accepted) == (8, 4)
 
 
-def test_predicted_speed_is_what_the_rounds_cost() -> None:
-    costs = Costs(
-        num_layers=4, layer=(0.25, 0.3, 0.35, 0.4), fixed=(0.5,) * 4, draft_layer=0.25, draft_head=0.25, draft_fixed=0.1
-    )
-    (row,) = predict([make_trajectory("0110111111")], [(2, 3)], costs)
-    around = 2.0 - costs.step()  # a step took 2 seconds, of which its calls explain 1.5
-    seconds = 1.0 + 3 * around + 2 * costs.round(2, 3) + costs.round(2, 1)
-    assert row.predicted_tokens_per_second == pytest.approx(10 / seconds)
+COSTS = Costs(
+    num_layers=4, layer=(0.25, 0.3, 0.35, 0.4), fixed=(0.5,) * 4, draft_layer=0.25, draft_head=0.25, draft_fixed=0.1
+)
+
+
+def test_predicted_speed_is_what_the_rounds_take() -> None:
+    trajectory = make_trajectory("0110111111")
+    (row,) = predict([trajectory], [(2, 3)], COSTS, RoundTime(factor=1.5, around=0.25))
+    calls = 2 * COSTS.round(2, 3) + COSTS.round(2, 1)
+    assert row.predicted_tokens_per_second == pytest.approx(10 / (1.0 + 1.5 * calls + 3 * 0.25))
     assert row.acceptance_rate == pytest.approx(6 / 7)
+    assert timed_run(trajectory, (2, 3), COSTS, 5.0) == TimedRun(calls=calls, rounds=3, seconds=5.0)
+
+
+@pytest.mark.parametrize(("factor", "around"), [(1.5, 0.25), (1.0, 0.0), (0.0, 2.0)])
+def test_round_times_are_found_again(factor: float, around: float) -> None:
+    sizes = [(1.0, 4), (8.0, 5), (3.0, 9)]
+    runs = [TimedRun(calls=calls, rounds=n, seconds=factor * calls + around * n) for calls, n in sizes]
+    found = fit_round_time(runs)
+    assert (found.factor, found.around) == pytest.approx((factor, around), abs=1e-9)
+
+
+def test_round_times_that_cannot_be_told_apart() -> None:
+    same = [TimedRun(calls=2.0 * n, rounds=n, seconds=3.0 * n) for n in (1, 4)]  # all rounds cost the same
+    found = fit_round_time(same)
+    assert 2.0 * found.factor + found.around == pytest.approx(3.0)
+    falling = [TimedRun(calls=1.0, rounds=1, seconds=4.0), TimedRun(calls=4.0, rounds=1, seconds=3.0)]
+    assert min(fit_round_time(falling).factor, fit_round_time(falling).around) >= 0  # dearer calls, less time: noise
+    assert fit_round_time([]) == RoundTime(factor=1.0, around=0.0)  # no text has a round
+
+
+def test_what_is_tried() -> None:
+    grid = [(2, length) for length in range(1, 4)]
+    assert settings_to_try([make_trajectory("0110111111")], grid, COSTS)[:2] == [(2, 1), (2, 3)]
+    assert settings_to_try([make_trajectory("01")], [(2, 1)], COSTS) == [(2, 1)]
 
 
 def test_grids() -> None:
@@ -83,7 +119,8 @@ def test_predictions_and_measurements(text_lm: LanguageModel, tmp_path: Path, ex
     assert len(report.rows) == len(GRID)
     assert len(measured) == (len(GRID) if exhaustive else TOP)
     assert report.best.tokens_per_second == max(row.tokens_per_second or 0 for row in measured)
-    assert done == len(EXAMPLES) * (2 + len(measured))
+    assert done == planned_units(len(EXAMPLES), GRID, exhaustive=exhaustive)
+    assert done == len(EXAMPLES) * (2 + len(measured) + MOST_TRIED_SETTINGS)
     assert 0 <= min(report.agreement.values()) <= max(report.agreement.values()) <= 1
     for row in measured:  # replayed acceptance is the real one
         setting = {"exit_layer": row.exit_layer, "num_speculations": row.num_speculations}
@@ -124,12 +161,14 @@ def test_an_interrupted_sweep_goes_on(text_lm: LanguageModel, tmp_path: Path, mo
             on_progress=stop_after_five,
         )
     run = RunFolder(tmp_path, "sweep", {})
-    assert len(run.samples) == 6  # three texts, the costs, and two settings on the first prompt
-    texts = {key: sample for key, sample in run.samples.items() if key.startswith("text/")}
+    before = dict(run.samples)
+    assert [key.split("/")[0] for key in before] == ["text"] * 3 + ["costs"] + ["trial"] * 2
     calls.clear()
     report = sweep(work(text_lm), EXAMPLES, GRID, run, exhaustive=True)
-    assert len(calls) == 3 * (len(GRID) + 1) - 2 + len(EXAMPLES)  # what was missing, and a warm-up for each prompt
-    assert {key: run.samples[key] for key in texts} == texts
+    assert {key: run.samples[key] for key in before} == before
+    added = [key.split("/") for key in run.samples if key not in before]
+    warm_ups = {(kind, *setting) for kind, _, *setting in added}  # the first of each setting, whenever work starts
+    assert len(calls) == len(added) + len(warm_ups)
     calls.clear()
     again = sweep(work(text_lm), EXAMPLES, GRID, RunFolder(tmp_path, "sweep", {}), exhaustive=True)
     assert not calls

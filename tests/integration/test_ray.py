@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -169,6 +170,46 @@ def test_a_cluster_that_does_not_answer_is_an_error(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(InvalidArgumentError, match=r"RAY_ADDRESS '127.0.0.1:1' can't be joined: .*refused"):
         list(ray_map([1], lambda: abs))
+
+
+@pytest.mark.slow
+def test_a_cluster_that_others_started() -> None:
+    """`ray start`, a process that joins by RAY_ADDRESS, and a cluster that goes on without it."""
+    pytest.importorskip("ray")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ADDRESS": f"127.0.0.1:{port}",
+        "PYTHONPATH": str(Path(__file__).parents[2] / "src"),
+    }
+    here = Path(sys.executable).parent / "ray"
+    start = [here, "start", "--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false", "--block"]
+    starting = {name: value for name, value in environment.items() if name != "RAY_ADDRESS"}
+    script = (
+        "from layerskip.interop.ray_map import ray_map\n"
+        "print(sorted(ray_map([-1, -2, -3], lambda: abs, num_workers=2)))"
+    )
+    head = subprocess.Popen(start, env=starting, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 60
+        while time.monotonic() < end and socket.socket().connect_ex(("127.0.0.1", port)):
+            time.sleep(0.2)
+        for _ in range(2):
+            done = subprocess.run(
+                [sys.executable, "-c", script],
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=120,
+                check=False,
+            )
+            assert done.stdout == "[(0, 1), (1, 2), (2, 3)]\n", done.stderr
+    finally:
+        head.terminate()
+        head.wait(timeout=60)
 
 
 def test_too_many_workers_are_refused(cluster: Any) -> None:

@@ -167,8 +167,8 @@ def _join_cluster(ray: Any, num_workers: int | None) -> bool:
         )
     except (OSError, ValueError) as error:
         raise InvalidArgumentError(
-            f"the Ray cluster at RAY_ADDRESS {address!r} can't be joined: {error}; correct the variable, or unset it "
-            "to work on this machine"
+            f"the Ray cluster at RAY_ADDRESS {address!r} can't be joined: {error}; correct the variable, set "
+            "RAY_AUTH_MODE=token if it is a cluster that wants a token, or unset RAY_ADDRESS to work on this machine"
         ) from error
     return True
 

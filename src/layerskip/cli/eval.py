@@ -101,14 +101,13 @@ def run(argv: Sequence[str]) -> int:
             work = EvalWork(
                 load=model_loader(arguments.model),
                 tasks=tuple(names),
+                exit_layers=tuple(chosen or [lm.decoder.num_layers]),
                 include_path=None if arguments.include_path is None else arguments.include_path.resolve(),
                 options=options,
                 config=config,
             )
             mapper = make_mapper(arguments.where, arguments.model)
-            answer_elsewhere(
-                work, chosen or [lm.decoder.num_layers], folder, mapper, num_workers=arguments.where.num_workers
-            )
+            answer_elsewhere(work, folder, mapper, num_workers=arguments.where.num_workers)
         report = evaluate(
             lm,
             tasks,

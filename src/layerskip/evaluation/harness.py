@@ -4,8 +4,8 @@
     harness_scoring.py   log-likelihoods; harness_options.py, how tasks want their texts
     harness_answers.py   finished requests, on disk as they come
 
-Every exit is evaluated as if the model ended there. Log-likelihoods take one pass, which speculation can't make faster;
-texts of the whole network are the same with any strategy, up to rounding.
+Every exit is evaluated as if the model ended there. Log-likelihoods of all exits take one pass, which speculation can't
+make faster; texts of the whole network are the same with any strategy, up to rounding.
 """
 
 import logging
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import InvalidArgumentError, LayerSkipError, TokenizerError
-from layerskip.evaluation.harness_answers import AnswerStore
+from layerskip.evaluation.harness_answers import AnswerStore, MemoryAnswers
 from layerskip.evaluation.harness_model import Progress, make_model, require_harness
 from layerskip.evaluation.harness_options import writing_config
 from layerskip.evaluation.run_folder import RunFolder
@@ -154,10 +154,17 @@ def evaluate(
     asked = {"limit": limit, "num_fewshot": num_fewshot, "apply_chat_template": apply_chat_template}
     with _quiet(), _machine_described_once():
         loaded = _load(found)
+        answers = output or store or MemoryAnswers()
         scores = []
         for exit_layer in exits:
             model = make_model(
-                lm, exit_layer, config=config, batch_size=batch_size, output=output or store, on_progress=on_progress
+                lm,
+                exit_layer,
+                config=config,
+                batch_size=batch_size,
+                output=answers,
+                scored_exits=exits,
+                on_progress=on_progress,
             )
             results = _run(lm, model, loaded, found.manager, asked, output)
             scores.append(ExitScores(exit_layer=exit_layer, tasks=_metrics(results), speed=model.answers.speed()))

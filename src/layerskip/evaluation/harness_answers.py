@@ -30,30 +30,44 @@ class AnswersByKey(Protocol):
 
 
 @dataclass(kw_only=True)
+class MemoryAnswers:
+    """Answers that nobody wants on disk."""
+
+    samples: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def add(self, key: str, sample: Mapping[str, Any]) -> None:
+        """Keep one."""
+        self.samples[key] = dict(sample)
+
+
+@dataclass(kw_only=True)
 class Answers:
-    """Finished requests of one exit: on disk as they come, if there is a folder."""
+    """Finished requests of one exit, kept in a store as they come."""
 
     exit_layer: int
-    output: AnswerStore | None = None
+    output: AnswerStore
     asked: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What this run asked for, by key."""
 
     def key(self, kind: str, *parts: object) -> str:
         """A request's key: the same for the same request, whatever task it is from."""
         content = json.dumps([kind, *parts], sort_keys=True, default=str)
-        return f"{self.exit_layer}/{kind}/{hashlib.sha256(content.encode()).hexdigest()[:32]}"
+        return self.here(f"{kind}/{hashlib.sha256(content.encode()).hexdigest()[:32]}")
+
+    def here(self, key: str) -> str:
+        """The key of the same request at this exit."""
+        return f"{self.exit_layer}/{'/'.join(key.split('/')[-2:])}"
 
     def find(self, key: str) -> bool:
         """Whether a request is finished."""
-        if key not in self.asked and self.output is not None and key in self.output.samples:
+        if key not in self.asked and key in self.output.samples:
             self.asked[key] = self.output.samples[key]
         return key in self.asked
 
     def add(self, key: str, answer: Mapping[str, Any]) -> None:
         """Keep the answer of a request that has just finished."""
         record = {"kind": key.split("/")[1], "exit_layer": self.exit_layer, **answer}
-        if self.output is not None:
-            self.output.add(key, record)
+        self.output.add(key, record)
         self.asked[key] = record
 
     def speed(self) -> dict[str, float]:

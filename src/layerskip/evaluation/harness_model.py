@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import InvalidArgumentError, PromptError, TokenizerError
-from layerskip.evaluation.harness_answers import Answers, AnswerStore
+from layerskip.evaluation.harness_answers import Answers, AnswerStore, MemoryAnswers
 from layerskip.evaluation.harness_options import MAX_NEW_TOKENS, TaskOptions, writing_config
-from layerskip.evaluation.harness_scoring import score_continuations
+from layerskip.evaluation.harness_scoring import Likelihood, score_continuations
 from layerskip.language_model import LanguageModel
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ class EngineMethods:
         *,
         config: GenerationConfig,
         batch_size: int = 1,
-        output: AnswerStore | None = None,
+        output: AnswerStore,
+        scored_exits: Sequence[int],
         on_progress: Progress = lambda what, done, total: None,
     ) -> None:
         super().__init__()
@@ -61,6 +62,10 @@ class EngineMethods:
         self._options = TaskOptions(lm, config)
         self.exit_layer = lm.config.check_exit_layer(exit_layer)
         self.answers = Answers(exit_layer=exit_layer, output=output)
+        self._scored = [
+            self.answers if other == exit_layer else Answers(exit_layer=other, output=output)
+            for other in sorted({exit_layer, *scored_exits})
+        ]
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -157,14 +162,25 @@ class EngineMethods:
             if not todo:
                 continue
             started = time.perf_counter()
-            scores = score_continuations(self._lm.decoder, context_ids, list(todo.values()), self.exit_layer)
+            scores = self._score(context_ids, list(todo.values()))
             seconds = (time.perf_counter() - started) / len(todo)
-            for (key, after), (logprob, greedy) in zip(todo.items(), scores, strict=True):
-                self.answers.add(
-                    key, {"logprob": logprob, "is_greedy": greedy, "tokens_scored": len(after), "seconds": seconds}
-                )
+            for i, (key, after) in enumerate(todo.items()):
+                likelihoods = [{"logprob": found[i][0], "is_greedy": found[i][1]} for found in scores]
+                self._add_scored(key, likelihoods, len(after), seconds)
                 tell()
         return [(self.answers.asked[key]["logprob"], self.answers.asked[key]["is_greedy"]) for key in keys]
+
+    def _score(self, context: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[list[Likelihood]]:
+        """By exit that is scored in the same pass, by continuation."""
+        exits = [answers.exit_layer for answers in self._scored]
+        return score_continuations(self._lm.decoder, context, continuations, exits)
+
+    def _add_scored(self, key: str, by_exit: Sequence[dict[str, Any]], tokens: int, seconds: float) -> None:
+        """Keep a request's answers at all exits of the pass; they share its time."""
+        shared = {"tokens_scored": tokens, "seconds": seconds / len(self._scored)}
+        for answers, answer in zip(self._scored, by_exit, strict=True):
+            if not answers.find(answers.here(key)):
+                answers.add(answers.here(key), {**answer, **shared})
 
     def _fit(self, context: list[int], continuation: list[int], texts: tuple[str, str]) -> tuple[list[int], list[int]]:
         """Cut a context from the left, so that it and the continuation fit."""
@@ -189,12 +205,12 @@ class EngineMethods:
                 continue
             started = time.perf_counter()
             windows = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
-            total, tokens = 0.0, 0
+            totals, tokens = [0.0] * len(self._scored), 0
             for context, continuation in map(make_disjoint_window, windows):
-                ((logprob, _),) = score_continuations(self._lm.decoder, context, [continuation], self.exit_layer)
-                total, tokens = total + logprob, tokens + len(continuation)
-            seconds = time.perf_counter() - started
-            self.answers.add(key, {"logprob": total, "tokens_scored": tokens, "seconds": seconds})
+                scores = self._score(context, [continuation])
+                totals = [total + logprob for total, ((logprob, _),) in zip(totals, scores, strict=True)]
+                tokens += len(continuation)
+            self._add_scored(key, [{"logprob": total} for total in totals], tokens, time.perf_counter() - started)
             tell()
         keys = (self.answers.key("loglikelihood_rolling", request.args[0]) for request in requests)
         return [self.answers.asked[key]["logprob"] for key in keys]
@@ -284,6 +300,7 @@ def make_model(
     config: GenerationConfig | None = None,
     batch_size: int = 1,
     output: AnswerStore | None = None,
+    scored_exits: Sequence[int] = (),
     on_progress: Progress = lambda what, done, total: None,
 ) -> "TemplateLM":
     """A model for `lm_eval.simple_evaluate`.
@@ -293,7 +310,9 @@ def make_model(
         exit_layer: Layers that score and write (1..L).
         config: How texts are written with all layers; tasks say how long, until what, and whether they are sampled.
         batch_size: Texts to write together.
-        output: Keeps every finished request, and knows those of an earlier run.
+        output: Keeps every finished request, and knows those of an earlier run; memory if not given.
+        scored_exits: Exits whose log-likelihoods are computed in the same pass, for models of these exits with the same
+            `output`.
         on_progress: Told after each request.
 
     Raises:
@@ -306,7 +325,15 @@ def make_model(
     from lm_eval.api.model import TemplateLM
 
     kind: Any = type("LayerSkipLM", (EngineMethods, TemplateLM), {})
-    return kind(lm, exit_layer, config=chosen, batch_size=batch_size, output=output, on_progress=on_progress)
+    return kind(
+        lm,
+        exit_layer,
+        config=chosen,
+        batch_size=batch_size,
+        output=MemoryAnswers() if output is None else output,
+        scored_exits=scored_exits,
+        on_progress=on_progress,
+    )
 
 
 def require_harness() -> None:

@@ -4,7 +4,7 @@ A worker runs the tasks with answers of nothing for all others, and its scores a
 has all answers, the tasks are run with those, which takes no model.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,8 @@ USUAL_WORKERS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """Which requests of one exit a worker answers."""
+    """Which requests a worker answers, at all exits."""
 
-    exit_layer: int
     number: int
     of: int
     finished: frozenset[str]
@@ -70,6 +69,7 @@ class EvalWork:
     load: Callable[[], LanguageModel]
     """Makes the model."""
     tasks: tuple[str, ...]
+    exit_layers: tuple[int, ...]
     include_path: Path | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of `harness.evaluate`."""
@@ -83,30 +83,23 @@ class EvalWork:
 
         def answer(shard: Shard) -> Iterator[tuple[str, dict[str, Any]]]:
             store = ShardAnswers(shard)
-            evaluate(lm, tasks, exit_layers=[shard.exit_layer], config=self.config, store=store, **self.options)
+            evaluate(lm, tasks, exit_layers=self.exit_layers, config=self.config, store=store, **self.options)
             yield from store.new.items()
 
         return answer
 
 
-def answer_elsewhere(
-    work: EvalWork, exit_layers: Sequence[int], run: RunFolder, mapper: Mapper, *, num_workers: int | None = None
-) -> None:
+def answer_elsewhere(work: EvalWork, run: RunFolder, mapper: Mapper, *, num_workers: int | None = None) -> None:
     """Have all open requests answered by a mapper's workers, into the run's folder.
 
     Args:
         work: How.
-        exit_layers: Exits to evaluate.
         run: Keeps the answers.
         mapper: Where the work is done.
         num_workers: Workers that it has; some if not known.
     """
     finished = frozenset(run.samples)
-    count = max(1, SHARDS_A_WORKER * (num_workers or USUAL_WORKERS) // len(exit_layers))
-    shards = [
-        Shard(exit_layer=exit_layer, number=number, of=count, finished=finished)
-        for exit_layer in exit_layers
-        for number in range(count)
-    ]
+    count = SHARDS_A_WORKER * (num_workers or USUAL_WORKERS)
+    shards = [Shard(number=number, of=count, finished=finished) for number in range(count)]
     for key, answer in mapper(shards, work.start):
         run.add(key, answer)

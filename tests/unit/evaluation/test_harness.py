@@ -14,6 +14,7 @@ from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import InvalidArgumentError, PromptError, TokenizerError
 from layerskip.evaluation import harness_model
 from layerskip.evaluation.harness import EvalReport, evaluate, find_tasks
+from layerskip.evaluation.harness_answers import MemoryAnswers
 from layerskip.evaluation.harness_model import make_model
 from layerskip.evaluation.harness_options import TaskOptions
 from layerskip.evaluation.harness_shards import EvalWork, answer_elsewhere
@@ -157,6 +158,19 @@ def test_log_likelihoods_are_those_of_the_harness(
     assert found == pytest.approx(expected, abs=1e-4, rel=1e-6)
 
 
+def test_exits_that_share_a_pass_score_as_they_do_alone(tiny: layerskip.LanguageModel) -> None:
+    store, exits = MemoryAnswers(), (1, 2, 4)
+    pairs, texts = instances("loglikelihood", PAIRS), instances("loglikelihood_rolling", [(text,) for text in TEXTS])
+    for exit_layer in (2, 4, 1):
+        shared = make_model(tiny, exit_layer, output=store, scored_exits=exits)
+        before = tiny.decoder.layer_calls
+        found = shared.loglikelihood(pairs), shared.loglikelihood_rolling(texts)
+        assert (tiny.decoder.layer_calls > before) == (exit_layer == 2)  # the first model does the work of all
+        alone = make_model(tiny, exit_layer)
+        assert found == (alone.loglikelihood(pairs), alone.loglikelihood_rolling(texts))
+    assert len(store.samples) == len(exits) * (len(PAIRS) + len(TEXTS))
+
+
 @pytest.mark.parametrize("name", ["demo", "tiny"])
 def test_texts_are_those_of_the_harness_with_every_strategy(
     name: str, request: pytest.FixtureRequest, make_hf: Callable[[Path], Any]
@@ -237,9 +251,9 @@ def test_finished_requests_are_not_run_again(
     scored, written = [], []
     score, write = harness_model.score_continuations, layerskip.LanguageModel.generate
 
-    def counting_score(decoder: Any, context: Any, continuations: Any, num_layers: int) -> Any:
-        scored.extend((tuple(context), tuple(c), num_layers) for c in continuations)
-        return score(decoder, context, continuations, num_layers)
+    def counting_score(decoder: Any, context: Any, continuations: Any, exit_layers: Any) -> Any:
+        scored.extend((tuple(context), tuple(c), tuple(exit_layers)) for c in continuations)
+        return score(decoder, context, continuations, exit_layers)
 
     def counting_write(lm: Any, prompts: Any, config: Any = None, **options: Any) -> Any:
         written.extend(map(tuple, prompts))
@@ -261,6 +275,7 @@ def test_finished_requests_are_not_run_again(
         return evaluate_tiny(demo, task_folder, exit_layers=[4, 16], batch_size=3, output=output, on_progress=progress)
 
     expected = run(tmp_path / "whole")
+    assert len(set(scored)) == len(scored)  # one pass for both exits
     whole = sorted(scored), sorted(written)
     scored.clear()
     written.clear()
@@ -404,24 +419,30 @@ def test_a_missing_harness_is_told(demo: layerskip.LanguageModel, monkeypatch: p
 def test_requests_that_are_shared_out(demo: layerskip.LanguageModel, task_folder: Path, tmp_path: Path) -> None:
     """Every request is answered once, by one of the shards, and the scores are those of an evaluation in one piece."""
     run = RunFolder(tmp_path / "shared", "eval", {})
-    work = EvalWork(load=lambda: demo, tasks=tuple(TASKS), include_path=task_folder, options={"batch_size": 2})
-    added: list[tuple[int, int]] = []
+    work = EvalWork(
+        load=lambda: demo,
+        tasks=tuple(TASKS),
+        exit_layers=(4, 16),
+        include_path=task_folder,
+        options={"batch_size": 2},
+    )
+    added: list[int] = []
 
     def mapper(shards: Any, make_worker: Any) -> Any:
         worker = make_worker()
         for shard in shards:
             answers = list(worker(shard))
-            added.append((shard.exit_layer, len(answers)))
+            added.append(len(answers))
             yield from answers
 
-    answer_elsewhere(work, [4, 16], run, mapper, num_workers=1)
+    answer_elsewhere(work, run, mapper, num_workers=1)
     assert len(added) == 4
-    assert all(0 < number < len(run.samples) / 2 for _, number in added)
-    assert sum(number for _, number in added) == len(run.samples)
+    assert all(0 < number < len(run.samples) / 2 for number in added)
+    assert sum(added) == len(run.samples)
     answered = dict(run.samples)
     shared = evaluate(demo, TASKS, include_path=task_folder, exit_layers=[4, 16], output=run)
     assert run.samples == answered  # nothing was left to do
     whole = evaluate(demo, TASKS, include_path=task_folder, exit_layers=[4, 16])
     assert [scores.tasks for scores in shared.exits] == [scores.tasks for scores in whole.exits]
-    answer_elsewhere(work, [4, 16], run, mapper, num_workers=1)
-    assert [number for _, number in added[4:]] == [0] * 4
+    answer_elsewhere(work, run, mapper, num_workers=1)
+    assert added[4:] == [0] * 4

@@ -91,6 +91,8 @@ def print_report(arguments: BenchmarkArguments, results: dict[str, Any]) -> None
     """A table of strategies, for people."""
     from rich.table import Table
 
+    from layerskip.evaluation.benchmark_summary import empty_note
+
     console, rows = make_console(arguments.output), results["strategies"]
     speed = Table(title=f"{arguments.data.dataset}, {rows[0]['samples']} prompts: speed")
     speed.add_column("strategy", no_wrap=True)
@@ -108,6 +110,8 @@ def print_report(arguments: BenchmarkArguments, results: dict[str, Any]) -> None
             shown = (row["metrics"].get(name) for name in metrics)
             quality.add_row(row["name"], *("" if value is None else f"{value:.3f}" for value in shown))
         console.print(quality)
+    if (note := empty_note(rows)) is not None:
+        console.print(note)
     console.print(f"Report: {arguments.output_dir / 'report.html'}", style="dim")
 
 

@@ -1,7 +1,7 @@
 """From samples to the figures of each strategy: speed with intervals, acceptance, quality."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median, quantiles
 from typing import Any
 
@@ -36,6 +36,18 @@ def summarize(dataset: str, samples: dict[str, list[Sample]]) -> dict[str, Any]:
     return {"strategies": strategies}
 
 
+def empty_note(strategies: Sequence[Mapping[str, Any]]) -> str | None:
+    """What to say of rows of `summarize` with texts that end at once: their speed is that of reading prompts."""
+    found = [row for row in strategies if row.get("empty_texts")]
+    if not found:
+        return None
+    most = max(found, key=lambda row: int(row["empty_texts"]))
+    return (
+        f"{most['empty_texts']} of {most['samples']} texts of {most['name']} are empty: the model ends them at once, "
+        "and their speed is that of reading prompts. Use prompts that want an answer, or write on (ignore_eos)."
+    )
+
+
 def speedup_interval(ours: Sequence[Sample], baseline: Sequence[Sample]) -> tuple[float, float, float]:
     """Ratio of tokens/s, with the 95 % interval that resampling the prompts gives: lower end, ratio, upper end."""
     pick, indices = random.Random(0), range(len(ours))
@@ -65,6 +77,7 @@ def _figures(samples: Sequence[Sample]) -> dict[str, Any]:
     drafted, rounds = _total(samples, "drafted"), _total(samples, "rounds")
     return {
         "samples": len(samples),
+        "empty_texts": sum(not sample["text"].strip() for sample in samples),
         "tokens": int(_total(samples, "tokens")),
         "seconds": _total(samples, "seconds"),
         "tokens_per_second": _speed(samples),

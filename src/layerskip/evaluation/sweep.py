@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from layerskip.decoding.costs import Costs
-from layerskip.errors import InvalidArgumentError
+from layerskip.errors import InvalidArgumentError, PromptError
 from layerskip.evaluation.datasets import Example
 from layerskip.evaluation.fan_out import Mapper, in_process
 from layerskip.evaluation.prediction import (
@@ -112,7 +112,7 @@ def sweep(
 
     Raises:
         InvalidArgumentError: The config samples: guesses along a sampled text depend on noise.
-        PromptError: A prompt that leaves no room.
+        PromptError: A prompt that leaves no room, or texts that all end with their first token.
     """
     if work.config.samples:
         raise InvalidArgumentError("a sweep decodes greedily: leave temperature, top-k, top-p and min-p out")
@@ -148,7 +148,13 @@ class _Steps:
         for key, sample in self.mapper(missing, self.work.start):
             self.run.add(key, sample)
             self.on_progress("one pass", 1)
-        return [from_sample(self.run.samples[text_key(example)]) for example in self.examples]
+        found = [from_sample(self.run.samples[text_key(example)]) for example in self.examples]
+        if all(len(trajectory.token_ids) < 2 for trajectory in found):
+            raise PromptError(
+                "every text ends with its first token, so that there is nothing to draft; use other prompts, more than "
+                "one new token (max_new_tokens), or write on after an end-of-sequence token (ignore_eos)"
+            )
+        return found
 
     def time_calls(self, trajectories: Sequence[Trajectory]) -> Costs:
         """Costs in the middle of the texts, for as many drafts as the grid has."""

@@ -29,6 +29,7 @@ STRATEGY = {
     "properties": {
         "name": {"type": "string"},
         "samples": {"type": "integer", "minimum": 1},
+        "empty_texts": {"type": "integer", "minimum": 0},
         "tokens": {"type": "integer", "minimum": 1},
         "tokens_per_second": {"type": "number", "exclusiveMinimum": 0},
         "time_to_first_token_s": SPREAD,

@@ -8,7 +8,7 @@ import pytest
 from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import InvalidArgumentError
 from layerskip.evaluation.benchmark import STRATEGIES, BenchmarkWork, benchmark, make_runners
-from layerskip.evaluation.benchmark_summary import speedup_interval, summarize
+from layerskip.evaluation.benchmark_summary import empty_note, speedup_interval, summarize
 from layerskip.evaluation.datasets import Example
 from layerskip.evaluation.run_folder import RunFolder
 from layerskip.language_model import LanguageModel
@@ -95,6 +95,15 @@ def test_figures_of_samples() -> None:
     assert row["mean_accepted_length"] == pytest.approx(30 / 12)
     assert row["drafted_by_position"] == [12, 4]
     assert row["accepted_by_position"] == [6, 2]
+
+
+def test_texts_that_end_at_once() -> None:
+    written = [{**sample(4, 1.0), "text": "abc"}, {**sample(4, 1.0), "text": "x"}]
+    ended = [{**sample(1, 0.5), "text": " \n"}, {**sample(4, 1.0), "text": "x"}]
+    rows = summarize("custom_jsonl", {"autoregressive": written, "adaptive": ended})["strategies"]
+    assert [row["empty_texts"] for row in rows] == [0, 1]
+    assert (empty_note(rows) or "").startswith("1 of 2 texts of adaptive are empty")
+    assert empty_note(rows[:1]) is None
 
 
 def test_intervals_of_speedups() -> None:

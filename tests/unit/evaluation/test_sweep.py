@@ -9,7 +9,7 @@ import pytest
 
 from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.costs import Costs
-from layerskip.errors import InvalidArgumentError
+from layerskip.errors import InvalidArgumentError, PromptError
 from layerskip.evaluation.datasets import Example
 from layerskip.evaluation.prediction import (
     MOST_TRIED_SETTINGS,
@@ -178,6 +178,12 @@ def test_an_interrupted_sweep_goes_on(text_lm: LanguageModel, tmp_path: Path, mo
 def test_sampled_texts_cannot_be_replayed(text_lm: LanguageModel, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="decodes greedily"):
         sweep(work(text_lm, GenerationConfig(temperature=0.5)), EXAMPLES, GRID, RunFolder(tmp_path, "sweep", {}))
+
+
+def test_texts_that_end_at_once(text_lm: LanguageModel, tmp_path: Path) -> None:
+    config = GenerationConfig(max_new_tokens=24, do_sample=False, eos_token_ids=tuple(range(text_lm.config.vocab_size)))
+    with pytest.raises(PromptError, match=r"every text ends with its first token.*ignore_eos"):
+        sweep(work(text_lm, config), EXAMPLES, GRID, RunFolder(tmp_path, "sweep", {}))
 
 
 def test_the_table_grows_with_every_prompt(text_lm: LanguageModel, tmp_path: Path) -> None:

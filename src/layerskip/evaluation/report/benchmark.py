@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from layerskip.evaluation.benchmark_summary import empty_note
 from layerskip.evaluation.report import numbers as show
 from layerskip.evaluation.report.numbers import number
 from layerskip.evaluation.report.page import Content, Html, Report, Row, figure, section, small, table, tag
@@ -30,7 +31,7 @@ def benchmark_report(content: Mapping[str, Any], samples: Sequence[Mapping[str, 
         title=f"{headline} – layerskip benchmark",
         kind=" · ".join(filter(None, ("layerskip benchmark", about))),
         headline=headline,
-        lead=lead,
+        lead=[*lead, *filter(None, [empty_note(strategies)])],
         keys=_keys(best, strategies),
         sections=[
             _speed(strategies, best),

@@ -1,7 +1,7 @@
 """`layerskip eval`: tasks of EleutherAI's lm-evaluation-harness at one exit after another."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from dataclasses import field as default
 from pathlib import Path
@@ -19,6 +19,8 @@ from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from layerskip.evaluation.harness import EvalReport
     from layerskip.evaluation.run_folder import RunFolder
 
@@ -28,6 +30,8 @@ NO_SPEEDUP = (
 )
 ERROR = "_stderr"
 """What the harness adds to the name of a metric whose standard error it gives."""
+MOST_COLUMNS = 6
+"""Exits that stand across; more of them stand down."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,31 +175,45 @@ def open_folder(arguments: EvalArguments, tasks: list[str], exits: list[int] | N
 
 
 def print_report(arguments: EvalArguments, report: "EvalReport", note: str | None) -> None:
-    """Tables of tasks and of speed, a column for each exit."""
-    from rich.table import Table
-
+    """Tables of tasks and of speed by exit."""
     console = make_console(arguments.output)
-    table = Table("task", "metric", title="quality by exit layer")
-    for exit_ in report.exits:
-        table.add_column(str(exit_.exit_layer), justify="right", no_wrap=True)
-    rows = dict.fromkeys(
-        (task, metric) for exit_ in report.exits for task, found in exit_.tasks.items() for metric in found
+    metrics = dict.fromkeys(
+        (task, metric)
+        for exit_ in report.exits
+        for task, found in exit_.tasks.items()
+        for metric in found
+        if ERROR not in metric
     )
-    for task, metric in rows:
-        if ERROR not in metric:
-            cells = (_cell(exit_.tasks.get(task, {}), metric) for exit_ in report.exits)
-            table.add_row(task, metric.removesuffix(",none"), *cells)
-    console.print(table)
-    speed = Table("", title="speed by exit layer")
-    for exit_ in report.exits:
-        speed.add_column(str(exit_.exit_layer), justify="right", no_wrap=True)
-    for name in dict.fromkeys(name for exit_ in report.exits for name in exit_.speed):
-        values = (exit_.speed.get(name) for exit_ in report.exits)
-        speed.add_row(name.replace("_", " "), *("" if value is None else f"{value:.4g}" for value in values))
-    console.print(speed)
+    quality = {
+        f"{task} {metric.removesuffix(',none')}": [_cell(e.tasks.get(task, {}), metric) for e in report.exits]
+        for task, metric in metrics
+    }
+    names = dict.fromkeys(name for exit_ in report.exits for name in exit_.speed)
+    speed = {
+        name.replace("_", " "): [f"{e.speed[name]:.4g}" if name in e.speed else "" for e in report.exits]
+        for name in names
+    }
+    exits = [str(exit_.exit_layer) for exit_ in report.exits]
+    console.print(_table("quality by exit layer", exits, quality))
+    console.print(_table("speed by exit layer", exits, speed))
+    if len(exits) > 1 and report.scores:
+        console.print("Log-likelihoods of all exits take one pass; each exit has its share of the time.")
     if note is not None:
         console.print(note)
     console.print(f"Report: {arguments.output_dir / 'report.html'}", style="dim")
+
+
+def _table(title: str, exits: Sequence[str], rows: Mapping[str, Sequence[str]]) -> "Table":
+    """Figures by exit: across or down, whichever is narrower."""
+    from rich.table import Table
+
+    across = len(exits) <= max(MOST_COLUMNS, len(rows))
+    table = Table("" if across else "exit", title=title)
+    for name in exits if across else rows:
+        table.add_column(name, justify="right", no_wrap=across)
+    for name, cells in rows.items() if across else zip(exits, zip(*rows.values(), strict=True), strict=True):
+        table.add_row(name, *cells)
+    return table
 
 
 def _cell(metrics: dict[str, Any], metric: str) -> str:

@@ -91,6 +91,16 @@ def test_tables_and_the_note_where_it_belongs(flags: list[str], capfd: pytest.Ca
     assert "tokens per second" in out
 
 
+def test_many_exits_stand_down(flags: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    """A table of sixteen columns can't be read on a terminal."""
+    assert command.run(["--tasks", "eval_choice", "--exit-layers", "all", *flags]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    numbered = [line for line in lines if line.startswith("│") and line.split()[1].isdigit()]
+    assert [int(line.split()[1]) for line in numbered] == [*range(1, 17)] * 2
+    assert "…" not in "".join(lines)
+
+
 def test_early_exit_names_the_exit(flags: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     early = ["--generation-strategy", "early_exit", "--exit-layer", "5"]
     (scores,) = report_of(["--tasks", "eval_write", "--limit", "1", *early, *flags], capfd)["results"]["exits"]

@@ -11,6 +11,8 @@ from layerskip.evaluation.report.plots import Axes, Series, legend, lines
 
 Scores = dict[tuple[str, str], dict[int, Any]]
 """By task and metric: by exit layer, the value."""
+MOST_COLUMNS = 6
+"""Exits that stand across in a table; more of them stand down."""
 
 
 def eval_report(content: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> Report:
@@ -84,16 +86,24 @@ def _quality(exits: Sequence[int], scores: Scores) -> Html | None:
     if not plain:
         return None
     plots = [_plot(metric, plain) for metric in dict.fromkeys(metric for _, metric in plain)]
-    rows = [
-        Row(
-            head=f"{task}, {metric_name(metric)}",
-            cells=[_cell(values.get(layer), _error(scores, task, metric, layer)) for layer in exits],
-        )
+    cells = {
+        f"{task}, {metric_name(metric)}": [
+            _cell(values.get(layer), _error(scores, task, metric, layer)) for layer in exits
+        ]
         for (task, metric), values in plain.items()
-    ]
-    body = table(["task and metric", *(f"exit {layer}" for layer in exits)], rows)
+    }
+    body = _table("task and metric", exits, cells)
     note = "A plot for each metric, a line for each task; ± is a standard error."
     return section("Quality by exit layer", note, *plots, body)
+
+
+def _table(what: str, exits: Sequence[int], figures: Mapping[str, Sequence[Content]]) -> Html:
+    """Figures by exit: across or down, whichever is narrower."""
+    names = [f"exit {layer}" for layer in exits]
+    if len(exits) <= max(MOST_COLUMNS, len(figures)):
+        return table([what, *names], [Row(head=name, cells=list(cells)) for name, cells in figures.items()])
+    down = zip(*figures.values(), strict=True)
+    return table(["", *figures], [Row(head=name, cells=list(cells)) for name, cells in zip(names, down, strict=True)])
 
 
 def _error(scores: Scores, task: str, metric: str, layer: int) -> Any:
@@ -140,13 +150,13 @@ def _speed(results: Mapping[str, Any]) -> Html | None:
     exits = exits_of(results)
     points = _points(speeds.get("tokens_per_second", {}))
     plot = by_exit([Series(name="", points=points)], "tokens per second")
-    rows = [
-        Row(head=name.replace("_", " "), cells=[_figure(name, values.get(layer)) for layer in exits])
-        for name, values in speeds.items()
-    ]
-    return section(
-        "Speed by exit layer", "Of the same runs.", plot, table(["", *(f"exit {layer}" for layer in exits)], rows)
-    )
+    cells: dict[str, list[Content]] = {
+        name.replace("_", " "): [_figure(name, values.get(layer)) for layer in exits] for name, values in speeds.items()
+    }
+    note = "Of the same runs."
+    if len(exits) > 1 and "tokens_scored" in speeds:
+        note += " Log-likelihoods of all exits take one pass, and each exit has its share of the time."
+    return section("Speed by exit layer", note, plot, _table("", exits, cells))
 
 
 def _figure(name: str, value: Any) -> str:

@@ -143,12 +143,12 @@ def test_an_interrupted_sweep_goes_on(text_lm: LanguageModel, tmp_path: Path, mo
         return generate(self, prompts, config, **options)
 
     monkeypatch.setattr(LanguageModel, "generate", count)
-    done = 0
+    trials = 0
 
-    def stop_after_five(what: str, units: int) -> None:
-        nonlocal done
-        done += units
-        if done == 5:
+    def stop_after_two_trials(what: str, units: int) -> None:
+        nonlocal trials
+        trials += (what, units) == ("trying rounds", 1)
+        if trials == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -158,7 +158,7 @@ def test_an_interrupted_sweep_goes_on(text_lm: LanguageModel, tmp_path: Path, mo
             GRID,
             RunFolder(tmp_path, "sweep", {}),
             exhaustive=True,
-            on_progress=stop_after_five,
+            on_progress=stop_after_two_trials,
         )
     run = RunFolder(tmp_path, "sweep", {})
     before = dict(run.samples)

@@ -18,7 +18,7 @@ from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import InvalidArgumentError, LayerSkipError, PromptError
 from layerskip.evaluation.batch import Line, LineDecoder, load_decoder, map_here, read_lines, run_batch
 from layerskip.evaluation.batch_results import PartialResults
-from layerskip.interop.ray_map import MAX_RETRIES, ray_map, share_out
+from layerskip.interop.ray_map import MAX_RETRIES, RayWorkers, ray_map, share_out
 from layerskip.language_model import load
 
 CONFIG = GenerationConfig(max_new_tokens=24, temperature=0.8, seed=5, ignore_eos=True)
@@ -110,6 +110,24 @@ def test_a_killed_worker_loses_nothing(cluster: Any, model: Path, prompts: Path,
     runs = [path.name.split("-")[1] for path in pids.iterdir()]
     assert len(workers) == 3  # the killed one, its successor, and the other one
     assert len(runs) == 13  # the item that it was at was run twice
+
+
+def test_workers_that_stay(cluster: Any, tmp_path: Path) -> None:
+    def make_worker() -> Callable[[int], tuple[int, int]]:
+        (tmp_path / str(os.getpid())).touch()
+        return lambda item: (os.getpid(), item)
+
+    with RayWorkers(make_worker, num_workers=2, most_items=9) as workers:
+        first = dict(workers.map([10, 11, 12, 13]))
+        early = workers.map([20, 21, 22])
+        next(early)
+        early.close()  # what was under way is nobody's any more
+        second = dict(workers.map([30, 31]))
+    assert [first[place][1] for place in range(4)] == [10, 11, 12, 13]
+    assert [second[place][1] for place in range(2)] == [30, 31]
+    made = {int(path.name) for path in tmp_path.iterdir()}
+    assert len(made) == 2
+    assert {process for process, _ in [*first.values(), *second.values()]} <= made
 
 
 def test_results_come_as_they_are_done(cluster: Any) -> None:

@@ -69,13 +69,17 @@ def run(argv: Sequence[str]) -> int:
         dataset=arguments.data.dataset,
         execute_code=arguments.execute_code,
     )
-    with make_progress(arguments.output) as bar, keep_output_clean(arguments.where):
+    with (
+        make_progress(arguments.output) as bar,
+        keep_output_clean(arguments.where),
+        make_mapper(arguments.where, arguments.model, len(examples)) as mapper,
+    ):
         task = bar.add_task("benchmark", total=len(examples) * len(strategies))
         results = benchmark(
             work,
             examples,
             folder,
-            mapper=make_mapper(arguments.where, arguments.model),
+            mapper=mapper,
             on_progress=lambda what, done: bar.update(task, description=what, advance=done),
         )
     content = folder.finish(results)

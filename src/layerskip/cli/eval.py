@@ -83,7 +83,7 @@ def run(argv: Sequence[str]) -> int:
     exits = named_exits(arguments)
 
     from layerskip.evaluation.harness import evaluate, find_tasks
-    from layerskip.evaluation.harness_shards import EvalWork, answer_elsewhere
+    from layerskip.evaluation.harness_shards import EvalWork, answer_elsewhere, number_of_shards
     from layerskip.evaluation.report import write_report
     from layerskip.evaluation.run_folder import read_results
 
@@ -110,8 +110,15 @@ def run(argv: Sequence[str]) -> int:
                 options=options,
                 config=config,
             )
-            mapper = make_mapper(arguments.where, arguments.model)
-            answer_elsewhere(work, folder, mapper, num_workers=arguments.where.num_workers)
+            shards = number_of_shards(arguments.where.num_workers)
+            with make_mapper(arguments.where, arguments.model, shards) as mapper:
+                answer_elsewhere(
+                    work,
+                    folder,
+                    mapper,
+                    shards,
+                    on_progress=lambda done: bar.update(task, description="answering", completed=done),
+                )
         report = evaluate(
             lm,
             tasks,

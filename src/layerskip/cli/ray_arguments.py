@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -67,13 +67,13 @@ def model_loader(model: ModelArguments) -> Callable[[], Any]:
     return LoadOnce(partial(load_model, anywhere(model), OutputArguments(json=True)))
 
 
-def make_mapper(arguments: RayArguments, model: ModelArguments) -> "Mapper":
-    """This process, or workers on a Ray cluster."""
+def make_mapper(arguments: RayArguments, model: ModelArguments, most_items: int) -> AbstractContextManager["Mapper"]:
+    """This process, or workers on a Ray cluster, no more than items; they stay until the context ends."""
     from layerskip.evaluation.fan_out import in_process
 
     if not arguments.ray:
-        return in_process
-    return partial(_on_cluster, num_workers=arguments.num_workers, use_gpus=model.device != "cpu")
+        return nullcontext(in_process)
+    return _on_cluster(arguments.num_workers, model.device != "cpu", most_items)
 
 
 def keep_output_clean(arguments: RayArguments) -> AbstractContextManager[object]:
@@ -81,14 +81,26 @@ def keep_output_clean(arguments: RayArguments) -> AbstractContextManager[object]
     return redirect_stdout(sys.stderr) if arguments.ray else nullcontext()
 
 
-def _on_cluster(
-    items: Sequence[Any], make_worker: "Callable[[], Worker]", *, num_workers: int | None, use_gpus: bool
-) -> Iterator[Any]:
-    from layerskip.interop.ray_map import ray_map
+@contextmanager
+def _on_cluster(num_workers: int | None, use_gpus: bool, most_items: int) -> "Iterator[Mapper]":
+    """A mapper whose workers load their model once, however often it is called for the same work."""
+    from layerskip.interop.ray_map import RayWorkers
 
-    made = partial(_gathering, make_worker)
-    for _, results in ray_map(items, made, num_workers=num_workers, use_gpus=use_gpus):
-        yield from results
+    with ExitStack() as stack:
+        kept: dict[str, Any] = {}
+
+        def map_items(items: Sequence[Any], make_worker: "Callable[[], Worker]") -> Iterator[Any]:
+            if not items:
+                return
+            if kept.get("make_worker") != make_worker:
+                stack.close()
+                made = partial(_gathering, make_worker)
+                workers = RayWorkers(made, num_workers=num_workers, use_gpus=use_gpus, most_items=most_items)
+                kept.update(make_worker=make_worker, workers=stack.enter_context(workers))
+            for _, results in kept["workers"].map(items):
+                yield from results
+
+        yield map_items
 
 
 def _gathering(make_worker: "Callable[[], Worker]") -> Callable[[Any], list[Any]]:

@@ -88,7 +88,11 @@ def run(argv: Sequence[str]) -> int:
     )
     exits = sorted({exit_layer for exit_layer, _ in grid})
     units = planned_units(len(examples), grid, exhaustive=arguments.exhaustive)
-    with make_progress(arguments.output) as bar, keep_output_clean(arguments.where):
+    with (
+        make_progress(arguments.output) as bar,
+        keep_output_clean(arguments.where),
+        make_mapper(arguments.where, arguments.model, len(examples)) as mapper,
+    ):
         task = bar.add_task("sweep", total=units)
         report = sweep(
             SweepWork(load=model_loader(arguments.model), exits=exits, config=config),
@@ -96,7 +100,7 @@ def run(argv: Sequence[str]) -> int:
             grid,
             folder,
             exhaustive=arguments.exhaustive,
-            mapper=make_mapper(arguments.where, arguments.model),
+            mapper=mapper,
             on_progress=lambda what, done: bar.update(task, description=what, advance=done),
         )
     content = folder.finish(to_json(arguments, report))

@@ -89,17 +89,30 @@ class EvalWork:
         return answer
 
 
-def answer_elsewhere(work: EvalWork, run: RunFolder, mapper: Mapper, *, num_workers: int | None = None) -> None:
+def number_of_shards(num_workers: int | None) -> int:
+    """Parts that requests are shared out in, for some workers if their number isn't known."""
+    return SHARDS_A_WORKER * (num_workers or USUAL_WORKERS)
+
+
+def answer_elsewhere(
+    work: EvalWork,
+    run: RunFolder,
+    mapper: Mapper,
+    num_shards: int,
+    *,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> None:
     """Have all open requests answered by a mapper's workers, into the run's folder.
 
     Args:
         work: How.
         run: Keeps the answers.
         mapper: Where the work is done.
-        num_workers: Workers that it has; some if not known.
+        num_shards: From `number_of_shards`.
+        on_progress: Told how many answers there are.
     """
     finished = frozenset(run.samples)
-    count = SHARDS_A_WORKER * (num_workers or USUAL_WORKERS)
-    shards = [Shard(number=number, of=count, finished=finished) for number in range(count)]
+    shards = [Shard(number=number, of=num_shards, finished=finished) for number in range(num_shards)]
     for key, answer in mapper(shards, work.start):
         run.add(key, answer)
+        on_progress(len(run.samples))

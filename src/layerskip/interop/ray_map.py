@@ -60,6 +60,71 @@ def ray_map(
     return _map(items, make_worker, num_workers, use_gpus) if items else iter(())
 
 
+def _map(
+    items: Sequence[Any], make_worker: Callable[[], Worker], num_workers: int | None, use_gpus: bool
+) -> Iterator[tuple[int, Any]]:
+    workers = RayWorkers(make_worker, num_workers=num_workers, use_gpus=use_gpus, most_items=len(items))
+    with workers:
+        yield from workers.map(items)
+
+
+class RayWorkers:
+    """Workers on a Ray cluster, which stay for one list of items after the other; a context that ends them."""
+
+    def __init__(
+        self,
+        make_worker: Callable[[], Worker],
+        *,
+        num_workers: int | None = None,
+        use_gpus: bool = True,
+        most_items: int,
+    ) -> None:
+        """Join or start a cluster, and start workers; no more than `most_items`. The rest is as in `ray_map`."""
+        self._ray = import_ray()
+        self._actors: list[Any] = []
+        self._started = _join_cluster(self._ray, num_workers)
+        try:
+            self._actors += _start_actors(self._ray, make_worker, num_workers, most_items, use_gpus)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "RayWorkers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers, and the cluster if it was started for them."""
+        for actor in self._actors:
+            self._ray.kill(actor)
+        self._actors.clear()
+        if self._started:
+            self._ray.shutdown()
+        self._started = False
+
+    def map(self, items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        """Pairs of an item's place and its result, in the order in which they are done."""
+        running: dict[Any, tuple[int, Any]] = {}  # by a result's reference: the item's place, and the actor
+        waiting = iter(range(len(items)))
+
+        def give_next(actor: Any) -> None:
+            for place in islice(waiting, 1):
+                running[actor.work.remote(items[place])] = place, actor
+
+        for actor in self._actors * IN_FLIGHT:
+            give_next(actor)
+        while running:
+            (reference,), _ = self._ray.wait(list(running), num_returns=1)
+            place, actor = running.pop(reference)
+            result, failure = _fetch(self._ray, reference, place)
+            if failure is not None:
+                raise failure
+            give_next(actor)
+            yield place, result
+
+
 def import_ray() -> Any:
     """Ray, which tells nobody that it is used.
 
@@ -103,38 +168,6 @@ def _portable(error: Exception) -> Exception:
     if isinstance(error, LayerSkipError):
         return error
     return RuntimeError("a worker failed:\n" + "".join(traceback.format_exception(error)))
-
-
-def _map(
-    items: Sequence[Any], make_worker: Callable[[], Worker], num_workers: int | None, use_gpus: bool
-) -> Iterator[tuple[int, Any]]:
-    ray = import_ray()
-    started = _join_cluster(ray, num_workers)
-    actors: list[Any] = []
-    running: dict[Any, tuple[int, Any]] = {}  # by a result's reference: the item's place, and the actor
-    waiting = iter(range(len(items)))
-
-    def give_next(actor: Any) -> None:
-        for place in islice(waiting, 1):
-            running[actor.work.remote(items[place])] = place, actor
-
-    try:
-        actors += _start_actors(ray, make_worker, num_workers, len(items), use_gpus)
-        for actor in actors * IN_FLIGHT:
-            give_next(actor)
-        while running:
-            (reference,), _ = ray.wait(list(running), num_returns=1)
-            place, actor = running.pop(reference)
-            result, failure = _fetch(ray, reference, place)
-            if failure is not None:
-                raise failure
-            give_next(actor)
-            yield place, result
-    finally:
-        for actor in actors:
-            ray.kill(actor)
-        if started:
-            ray.shutdown()
 
 
 def _fetch(ray: Any, reference: Any, place: int) -> tuple[Any, Exception | None]:

@@ -17,7 +17,7 @@ from layerskip.evaluation.harness import EvalReport, evaluate, find_tasks
 from layerskip.evaluation.harness_answers import MemoryAnswers
 from layerskip.evaluation.harness_model import make_model
 from layerskip.evaluation.harness_options import TaskOptions
-from layerskip.evaluation.harness_shards import EvalWork, answer_elsewhere
+from layerskip.evaluation.harness_shards import EvalWork, answer_elsewhere, number_of_shards
 from layerskip.evaluation.run_folder import RunFolder, read_results
 
 pytest.importorskip("lm_eval")
@@ -435,7 +435,7 @@ def test_requests_that_are_shared_out(demo: layerskip.LanguageModel, task_folder
             added.append(len(answers))
             yield from answers
 
-    answer_elsewhere(work, run, mapper, num_workers=1)
+    answer_elsewhere(work, run, mapper, number_of_shards(1))
     assert len(added) == 4
     assert all(0 < number < len(run.samples) / 2 for number in added)
     assert sum(added) == len(run.samples)
@@ -444,5 +444,5 @@ def test_requests_that_are_shared_out(demo: layerskip.LanguageModel, task_folder
     assert run.samples == answered  # nothing was left to do
     whole = evaluate(demo, TASKS, include_path=task_folder, exit_layers=[4, 16])
     assert [scores.tasks for scores in shared.exits] == [scores.tasks for scores in whole.exits]
-    answer_elsewhere(work, run, mapper, num_workers=1)
+    answer_elsewhere(work, run, mapper, number_of_shards(1))
     assert added[4:] == [0] * 4

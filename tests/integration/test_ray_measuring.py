@@ -74,5 +74,7 @@ def test_an_evaluation_on_two_workers(tmp_path: Path, tiny_checkpoint: Callable[
     ]
     assert main([*flags, "--output-dir", str(tmp_path / "here")]) == 0
     assert main([*flags, "--output-dir", str(tmp_path / "there"), "--ray", "--num-workers", "2"]) == 0
+    # all came from the workers, for both exits
+    assert len((tmp_path / "there" / "samples.jsonl").read_text().splitlines()) == 2 * 2 * len(documents)
     here, there = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("here", "there"))
     assert [e["tasks"] for e in there["results"]["exits"]] == [e["tasks"] for e in here["results"]["exits"]]

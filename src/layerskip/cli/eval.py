@@ -82,48 +82,33 @@ def run(argv: Sequence[str]) -> int:
     names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
     exits = named_exits(arguments)
 
+    from layerskip.checkpoint import open_checkpoint
     from layerskip.evaluation.harness import evaluate, find_tasks
-    from layerskip.evaluation.harness_shards import EvalWork, answer_elsewhere, number_of_shards
     from layerskip.evaluation.report import write_report
     from layerskip.evaluation.run_folder import read_results
 
     tasks = find_tasks(names, arguments.include_path)
-    lm = load_model(arguments.model, arguments.output)
-    chosen = list(range(1, lm.decoder.num_layers + 1)) if exits == "all" else exits
-    for exit_layer in chosen or []:
-        lm.config.check_exit_layer(exit_layer)
+    model = open_checkpoint(arguments.model.model, revision=arguments.model.revision).config
+    chosen = list(range(1, model.num_layers + 1)) if exits == "all" else exits or [model.num_layers]
+    for exit_layer in chosen:
+        model.check_exit_layer(exit_layer)
     folder = open_folder(arguments, names, chosen)
     options: dict[str, Any] = {
         "limit": arguments.limit,
         "num_fewshot": arguments.num_fewshot,
         "batch_size": arguments.batch_size,
         "apply_chat_template": arguments.apply_chat_template,
+        "exit_layers": chosen,
+        "config": config,
     }
-    with make_progress(arguments.output) as bar, keep_output_clean(arguments.where):
+    if arguments.where.ray:
+        answer_on_cluster(arguments, names, options, folder)
+    lm = load_model(arguments.model, arguments.output)
+    with make_progress(arguments.output) as bar:
         task = bar.add_task("reading tasks", total=None)
-        if arguments.where.ray:
-            work = EvalWork(
-                load=model_loader(arguments.model),
-                tasks=tuple(names),
-                exit_layers=tuple(chosen or [lm.decoder.num_layers]),
-                include_path=None if arguments.include_path is None else arguments.include_path.resolve(),
-                options=options,
-                config=config,
-            )
-            shards = number_of_shards(arguments.where.num_workers)
-            with make_mapper(arguments.where, arguments.model, shards) as mapper:
-                answer_elsewhere(
-                    work,
-                    folder,
-                    mapper,
-                    shards,
-                    on_progress=lambda done: bar.update(task, description="answering", completed=done),
-                )
         report = evaluate(
             lm,
             tasks,
-            exit_layers=chosen,
-            config=config,
             output=folder,
             on_progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
             **options,
@@ -136,6 +121,34 @@ def run(argv: Sequence[str]) -> int:
     else:
         print_report(arguments, report, note)
     return ExitCode.DONE
+
+
+def answer_on_cluster(
+    arguments: EvalArguments, tasks: Sequence[str], options: Mapping[str, Any], folder: "RunFolder"
+) -> None:
+    """Have the requests answered by workers, before this process loads the model: a worker may need its GPU."""
+    from layerskip.evaluation.harness_shards import EvalWork, answer_elsewhere, number_of_shards
+
+    work = EvalWork(
+        load=model_loader(arguments.model),
+        tasks=tuple(str(Path(task).resolve()) if Path(task).is_file() else task for task in tasks),
+        include_path=None if arguments.include_path is None else arguments.include_path.resolve(),
+        options=options,
+    )
+    shards = number_of_shards(arguments.where.num_workers)
+    with (
+        make_progress(arguments.output) as bar,
+        keep_output_clean(arguments.where),
+        make_mapper(arguments.where, arguments.model, shards) as mapper,
+    ):
+        task = bar.add_task("starting workers", total=None)
+        answer_elsewhere(
+            work,
+            folder,
+            mapper,
+            shards,
+            on_progress=lambda done: bar.update(task, description="answering", completed=done),
+        )
 
 
 def make_config(arguments: EvalArguments) -> GenerationConfig:
@@ -171,7 +184,7 @@ def speculates(arguments: EvalArguments) -> bool:
     return arguments.generation_strategy not in ("autoregressive", "early_exit")
 
 
-def open_folder(arguments: EvalArguments, tasks: list[str], exits: list[int] | None) -> "RunFolder":
+def open_folder(arguments: EvalArguments, tasks: list[str], exits: list[int]) -> "RunFolder":
     """The folder of a run with these flags."""
     from layerskip.evaluation.run_folder import RunFolder
 

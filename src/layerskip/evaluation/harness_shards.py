@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from layerskip.decoding.config import GenerationConfig
 from layerskip.evaluation.fan_out import Mapper
 from layerskip.evaluation.run_folder import RunFolder
 from layerskip.language_model import LanguageModel
@@ -69,11 +68,9 @@ class EvalWork:
     load: Callable[[], LanguageModel]
     """Makes the model."""
     tasks: tuple[str, ...]
-    exit_layers: tuple[int, ...]
     include_path: Path | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of `harness.evaluate`."""
-    config: GenerationConfig | None = None
 
     def start(self) -> Callable[[Shard], Iterator[tuple[str, dict[str, Any]]]]:
         """A worker, with its model loaded: from a shard to keys and answers."""
@@ -83,7 +80,7 @@ class EvalWork:
 
         def answer(shard: Shard) -> Iterator[tuple[str, dict[str, Any]]]:
             store = ShardAnswers(shard)
-            evaluate(lm, tasks, exit_layers=self.exit_layers, config=self.config, store=store, **self.options)
+            evaluate(lm, tasks, store=store, **self.options)
             yield from store.new.items()
 
         return answer

@@ -422,9 +422,8 @@ def test_requests_that_are_shared_out(demo: layerskip.LanguageModel, task_folder
     work = EvalWork(
         load=lambda: demo,
         tasks=tuple(TASKS),
-        exit_layers=(4, 16),
         include_path=task_folder,
-        options={"batch_size": 2},
+        options={"batch_size": 2, "exit_layers": [4, 16]},
     )
     added: list[int] = []
 

@@ -1,5 +1,6 @@
 """The terminal: whether there is one, its colours, progress, and a prompt line with history."""
 
+import logging
 import os
 import sys
 import warnings
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from layerskip.language_model import LanguageModel
 
 HISTORY_LENGTH = 1000
+NOISY = ("torchao", "torch.utils._pytree")
+"""Loggers that tell what they couldn't use, or whom they don't like, when transformers loads a model."""
 
 
 def is_terminal(stream: IO[str]) -> bool:
@@ -75,10 +78,12 @@ def load_model(arguments: ModelArguments, output: OutputArguments) -> "LanguageM
 def silence_libraries(*, bars: bool) -> None:
     """Keep other libraries' remarks and progress bars off the terminal, but for downloads if `bars`."""
     from huggingface_hub.utils.tqdm import disable_progress_bars
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     if not bars:
         disable_progress_bars()
     if not sys.warnoptions:

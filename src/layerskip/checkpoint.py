@@ -18,6 +18,7 @@ from layerskip.errors import (
     WeightsError,
 )
 from layerskip.hub import download
+from layerskip.loading import LoadingConfig
 from layerskip.model.cache import free_memory
 from layerskip.model.compiled_rounds import RoundMode, why_not_compile
 from layerskip.model.config import ModelConfig, read_eos
@@ -101,32 +102,11 @@ class Checkpoint:
             raise TokenizerError(f"the tokenizer in {self.folder} can't be read: {error}") from error
         return tokenizer
 
-    def load_decoder(
-        self,
-        *,
-        dtype: str = "auto",
-        device: str = "auto",
-        max_context: int | None = None,
-        kernels: str = "auto",
-        quantize: str | None = None,
-        quantize_draft: str | None = None,
-        draft_vocabulary: int | None = None,
-        draft_text: str | Path | None = None,
-        compile: str = "auto",
-    ) -> Decoder:
+    def load_decoder(self, loading: LoadingConfig | None = None) -> Decoder:
         """Load the network.
 
         Args:
-            dtype: `float32`, `bfloat16`, `float16`, or `auto`: float32 on a CPU, the checkpoint's own elsewhere.
-            device: `cpu`, `cuda`, `cuda:1`, ..., or `auto`: a CUDA GPU if there is one.
-            max_context: Longest sequence in tokens; the model's own context if not given. For a model with LongRoPE
-                that is the context before scaling, and a larger value selects the long factors, for all lengths.
-            kernels: `native` (compiled, float32 on a CPU), `torch`, or `auto`: native where it can run the model.
-            quantize: Keep weights in `int8`, `int4` or `fp8`.
-            quantize_draft: The same for a copy that drafts only; verification keeps the weights as they are.
-            draft_vocabulary: Draft among so many of the most frequent tokens only.
-            draft_text: A text file that says which tokens are frequent; the tokenizer's order if not given.
-            compile: `auto`, `off` or `max`, as in `language_model.load`.
+            loading: How; as the defaults say if not given.
 
         Raises:
             InvalidArgumentError: Unknown dtype or device, a context beyond the model's, kernels that can't run it, or
@@ -134,40 +114,45 @@ class Checkpoint:
             OutOfMemoryError: The weights don't fit.
             CheckpointError: Anything wrong with the files.
         """
-        config = self.config
-        on = choose_device(device)
-        kind = choose_dtype(dtype, on, self.raw_config)
-        context = choose_context(config, max_context)
-        rounds = choose_rounds(compile, kernels, on)
-        native = choose_kernels(kernels, config, on, kind) and rounds == "off"
-        for name, value in (("quantize", quantize), ("quantize_draft", quantize_draft)):
+        how, config = loading or LoadingConfig(), self.config
+        device = choose_device(how.device)
+        dtype = choose_dtype(how.dtype, device, self.raw_config)
+        context = choose_context(config, how.max_context)
+        rounds = choose_rounds(how.compile, how.kernels, device)
+        native = choose_kernels(how.kernels, config, device, dtype) and rounds == "off"
+        for name, value in (("quantize", how.quantize), ("quantize_draft", how.quantize_draft)):
             if value is not None:
-                check_quantization(name, value, native=native, device=on, dtype=kind)
-        tokens = None
-        if draft_vocabulary is not None:
-            tokens = self._frequent_tokens(draft_vocabulary, draft_text)
-        elif draft_text is not None:
-            raise InvalidArgumentError("draft_text ranks tokens for draft_vocabulary; give that as well")
-        draft = DraftWeights(quantize=quantize_draft, tokens=tokens) if quantize_draft or tokens else None
-        needed = self.num_parameters * (kind.itemsize if quantize is None else 1)
-        free = free_memory(on)
+                check_quantization(name, value, native=native, device=device, dtype=dtype)
+        draft = self._draft_weights(how)
         weights = self.weights
-        if free is not None and needed > free:
-            raise OutOfMemoryError(
-                f"{self.name} needs {needed / 2**30:.2f} GiB in {kind} and {free / 2**30:.2f} GiB are free on {on}; "
-                "use a 16-bit dtype, a smaller model or another device"
-            )
+        self._check_memory(dtype.itemsize if how.quantize is None else 1, dtype, device)
         return load_decoder(
             config,
             weights,
-            dtype=kind,
-            device=on,
+            dtype=dtype,
+            device=device,
             max_context=context,
             native=native,
-            quantize=quantize,
+            quantize=how.quantize,
             draft=draft,
             rounds=rounds,
         )
+
+    def _draft_weights(self, how: LoadingConfig) -> DraftWeights | None:
+        tokens = None
+        if how.draft_vocabulary is not None:
+            tokens = self._frequent_tokens(how.draft_vocabulary, how.draft_text)
+        elif how.draft_text is not None:
+            raise InvalidArgumentError("draft_text ranks tokens for draft_vocabulary; give that as well")
+        return DraftWeights(quantize=how.quantize_draft, tokens=tokens) if how.quantize_draft or tokens else None
+
+    def _check_memory(self, bytes_each: int, dtype: torch.dtype, device: torch.device) -> None:
+        needed, free = self.num_parameters * bytes_each, free_memory(device)
+        if free is not None and needed > free:
+            raise OutOfMemoryError(
+                f"{self.name} needs {needed / 2**30:.2f} GiB in {dtype} and {free / 2**30:.2f} GiB are free on "
+                f"{device}; use a 16-bit dtype, a smaller model or another device"
+            )
 
     def _frequent_tokens(self, count: int, text: str | Path | None) -> tuple[int, ...]:
         """The tokens that drafts may be: end-of-sequence tokens, then the most frequent ones."""

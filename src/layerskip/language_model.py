@@ -16,6 +16,7 @@ from layerskip.decoding.loop import check_prompt, choose_exit_layer, make_batch
 from layerskip.decoding.scoring import Score, all_logits, score_tokens
 from layerskip.decoding.stream import GenerationResult, GenerationStream
 from layerskip.errors import InvalidArgumentError, PromptError, TokenizerError
+from layerskip.loading import Compile, DType, Kernels, LoadingConfig, Quantization
 from layerskip.model.cache import KVCache
 from layerskip.model.config import ModelConfig
 from layerskip.model.decoder import Decoder
@@ -32,16 +33,16 @@ Prompts = Sequence[str] | Sequence[Sequence[int]]
 def load(
     name: str,
     *,
-    dtype: str = "auto",
+    dtype: DType = "auto",
     device: str = "auto",
     revision: str | None = None,
     max_context: int | None = None,
-    kernels: str = "auto",
-    quantize: str | None = None,
-    quantize_draft: str | None = None,
+    kernels: Kernels = "auto",
+    quantize: Quantization | None = None,
+    quantize_draft: Quantization | None = None,
     draft_vocabulary: int | None = None,
     draft_text: str | Path | None = None,
-    compile: str = "auto",
+    compile: Compile = "auto",
 ) -> "LanguageModel":
     """Load a checkpoint.
 
@@ -72,7 +73,7 @@ def load(
         >>> lm.generate(["def add(a, b):"], max_new_tokens=20)[0].text
     """
     checkpoint = open_checkpoint(name, revision=revision)
-    decoder = checkpoint.load_decoder(
+    loading = LoadingConfig(
         dtype=dtype,
         device=device,
         max_context=max_context,
@@ -83,7 +84,7 @@ def load(
         draft_text=draft_text,
         compile=compile,
     )
-    return LanguageModel(checkpoint, decoder)
+    return LanguageModel(checkpoint, checkpoint.load_decoder(loading))
 
 
 @dataclass(eq=False)

@@ -27,8 +27,10 @@ from pathlib import Path
 import torch
 
 from layerskip.checkpoint import open_checkpoint
+from layerskip.loading import LoadingConfig
 
 torch.set_num_threads(1)
+how = LoadingConfig(dtype=sys.argv[3], device="cpu", max_context=16, kernels=sys.argv[4])
 
 
 def megabytes(key):
@@ -37,7 +39,7 @@ def megabytes(key):
 
 
 def load(folder):
-    decoder = open_checkpoint(folder).load_decoder(dtype=sys.argv[3], device="cpu", max_context=16, kernels=sys.argv[4])
+    decoder = open_checkpoint(folder).load_decoder(how)
     cache = decoder.new_cache(1, 4)
     tokens = torch.tensor([[1, 2, 3]])
     decoder.unembed(decoder.run_layers(decoder.embed(tokens), decoder.place(cache, [0], 3), cache, 0, 2))

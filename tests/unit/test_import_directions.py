@@ -17,7 +17,7 @@ PACKAGE = SRC / "layerskip"
 LAYERS = [
     {"errors", "files", "machine"},
     {"model"},
-    {"hub", "tuned", "checkpoint"},
+    {"hub", "loading", "tuned", "checkpoint"},
     {"decoding"},
     {"language_model"},
     {"evaluation", "training", "serving", "interop"},

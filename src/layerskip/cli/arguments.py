@@ -24,13 +24,14 @@ from io import StringIO
 from pathlib import Path
 from shutil import get_terminal_size
 from textwrap import fill
-from typing import Annotated, Literal, TextIO, TypeVar
+from typing import Annotated, TextIO, TypeVar
 
 import tyro
 from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes, UseAppendAction, arg
 
 from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import InvalidArgumentError
+from layerskip.loading import LoadingConfig
 
 Arguments = TypeVar("Arguments")
 Switch = FlagCreatePairsOff[bool]
@@ -40,31 +41,22 @@ File = Annotated[Path | None, arg(metavar="FILE")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelArguments:
-    """Which model, and how to load it."""
+class NamedModel:
+    """Which model."""
 
     model: Annotated[str, arg(metavar="MODEL")] = "demo"
     """demo (the embedded model), a folder, or a hub id (owner/name)."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the weights; auto: float32 on a CPU, the checkpoint's own elsewhere."""
-    device: Annotated[str, arg(metavar="DEVICE")] = "auto"
-    """cpu, cuda, cuda:1, ...; auto: a CUDA GPU if there is one."""
     revision: Annotated[str | None, arg(metavar="NAME")] = None
     """Branch, tag or commit of a hub repository."""
-    max_context: int | None = None
-    """Longest text in tokens, prompt included; the model's own context if not given."""
-    kernels: Literal["auto", "native", "torch"] = "auto"
-    """native: compiled, for float32 on a CPU; torch: all else; auto: native where it can run the model."""
-    quantize: Literal["int8", "int4", "fp8"] | None = None
-    """Keep weights in fewer bits: less memory, more tokens/s, and another model."""
-    quantize_draft: Literal["int8", "int4", "fp8"] | None = None
-    """The same for a copy that drafts only; the text stays that of the weights as they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArguments(LoadingConfig, NamedModel):
+    """Which model, and how to load it."""
+
+    device: Annotated[str, arg(metavar="DEVICE")] = "auto"
     draft_vocabulary: Annotated[int | None, arg(metavar="N")] = None
-    """Draft among the N most frequent tokens only; the text stays the same."""
     draft_text: Annotated[Path | None, arg(metavar="FILE")] = None
-    """A text that says which tokens are frequent; the tokenizer's order if not given."""
-    compile: Literal["auto", "off", "max"] = "auto"
-    """Whole greedy rounds: auto: CUDA graphs on CUDA; max: torch.compile as well, also on a CPU; off: neither."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,17 +58,7 @@ def load_model(arguments: ModelArguments, output: OutputArguments) -> "LanguageM
         silence_libraries(bars=not output.json and is_terminal(sys.stderr))
     checkpoint = open_checkpoint(arguments.model, revision=arguments.revision)  # downloads show their own bars
     with progress(output, f"loading {arguments.model}"):
-        decoder = checkpoint.load_decoder(
-            dtype=arguments.dtype,
-            device=arguments.device,
-            max_context=arguments.max_context,
-            kernels=arguments.kernels,
-            quantize=arguments.quantize,
-            quantize_draft=arguments.quantize_draft,
-            draft_vocabulary=arguments.draft_vocabulary,
-            draft_text=arguments.draft_text,
-            compile=arguments.compile,
-        )
+        decoder = checkpoint.load_decoder(arguments)
         model = LanguageModel(checkpoint, decoder)
         with suppress(TokenizerError):
             _ = model.tokenizer

@@ -66,7 +66,7 @@ def facts(folder: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     found = {line["key"]: {name: value for name, value in line.items() if name not in timed} for line in lines}
     assert len(found) == len(lines)  # nothing was done twice
-    return {key: sample for key, sample in found.items() if key.partition("/")[0] not in ("costs", "trial")}
+    return {key: sample for key, sample in found.items() if key.partition("/")[0] not in ("costs", "trial", "final")}
 
 
 def results(folder: Path) -> Any:

@@ -55,7 +55,7 @@ class SweepArguments:
     ignore_eos: Switch = False
     """Write on after an end-of-sequence token, so that all texts are as long."""
     exhaustive: Switch = False
-    """Run the whole grid for real, not only the three best."""
+    """Run the whole grid for real, not only the three best, and the best of it once more."""
     save: Switch = False
     """Write the best setting beside the checkpoint (layerskip.json), where later calls find it."""
     output_dir: Annotated[Path, arg(metavar="DIR")] = Path("sweep")

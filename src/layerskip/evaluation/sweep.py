@@ -2,7 +2,8 @@
 
 The pass writes every prompt's text once and notes what each exit would have drafted (`trajectories.py`). Rounds are
 replayed, and take what their calls cost on this machine (`decoding/costs.py`) and what a few real runs show beyond that
-(`prediction.py`). The best settings are then run for real, or with `exhaustive` all of them.
+(`prediction.py`). The best settings are then run for real, or with `exhaustive` all of them; then the best of all once
+more, since the fastest of so many noisy figures is partly the luckiest.
 """
 
 import time
@@ -27,6 +28,7 @@ from layerskip.evaluation.sweep_files import SweepRow, write_csv
 from layerskip.evaluation.sweep_worker import (
     AUTOREGRESSIVE,
     COSTS,
+    FINAL,
     RUN,
     TEXT,
     TRIAL,
@@ -38,7 +40,7 @@ from layerskip.evaluation.sweep_worker import (
 from layerskip.evaluation.trajectories import Trajectory
 
 TOP = 3
-"""Predicted settings that are run for real."""
+"""Predicted settings that are run for real, and measured ones of a whole grid that are run once more."""
 MOST_TRIED_PROMPTS = 4
 """Prompts decoded for real before anything is predicted."""
 
@@ -52,7 +54,7 @@ class SweepReport:
 
     rows: list[SweepRow]
     best: SweepRow
-    """The fastest of those that were measured."""
+    """The fastest of those that were measured; of a whole grid, when the best of it were run once more."""
     autoregressive_tokens_per_second: float
     prediction_error: float
     """Mean of |predicted / measured - 1| over the settings that were measured."""
@@ -81,7 +83,8 @@ def make_grid(exits: Iterable[int], lengths: Iterable[int], num_layers: int) -> 
 
 def planned_units(num_examples: int, grid: Sequence[Setting], *, exhaustive: bool) -> int:
     """Units of work that `sweep` reports in all."""
-    measured = len(grid) if exhaustive else min(TOP, len(grid))
+    best = min(TOP, len(grid))
+    measured = len(grid) + 1 + best if exhaustive else best  # and decoding without drafts, whenever settings are run
     return num_examples * (2 + measured) + _planned_trials(num_examples)
 
 
@@ -123,11 +126,20 @@ def sweep(
     predicted = predict(trajectories, grid, costs, steps.try_rounds(trajectories, costs))
     write_csv(run.path, predicted)
     middle = time.perf_counter()
-    ranked = sorted(predicted, key=lambda row: row.predicted_tokens_per_second or 0.0, reverse=True)
-    rows = steps.measure(list(grid) if exhaustive else [row.setting for row in ranked[:TOP]], predicted)
+    rows = steps.measure(
+        RUN, list(grid) if exhaustive else _fastest(predicted, "predicted_tokens_per_second"), predicted
+    )
+    kind, best = RUN, rows
+    if exhaustive:
+        kind, best = FINAL, steps.measure(FINAL, _fastest(rows, "tokens_per_second"), predicted)
     seconds = {"pass": middle - started, "measurements": time.perf_counter() - middle}
-    plain = steps.total(AUTOREGRESSIVE, examples)
-    return _report(trajectories, rows, plain["tokens"] / plain["seconds"], seconds)
+    plain = steps.total(kind, AUTOREGRESSIVE, examples)
+    return _report(trajectories, rows, best, plain["tokens"] / plain["seconds"], seconds)
+
+
+def _fastest(rows: Sequence[SweepRow], by: str) -> list[Setting]:
+    """The `TOP` settings by a column of tokens/s."""
+    return [row.setting for row in sorted(rows, key=lambda row: getattr(row, by) or 0.0, reverse=True)[:TOP]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,19 +192,21 @@ class _Steps:
                 runs.append(timed_run(trajectories[place], setting, costs, seconds))
         return fit_round_time(runs)
 
-    def measure(self, settings: Sequence[Setting], predicted: Sequence[SweepRow]) -> list[SweepRow]:
+    def measure(self, kind: str, settings: Sequence[Setting], predicted: Sequence[SweepRow]) -> list[SweepRow]:
         """Run settings on all prompts; returns the rows with what was measured."""
         turn = [AUTOREGRESSIVE, *settings]
 
         def write(done: Sequence[Example]) -> None:
-            write_csv(self.run.path, self._with_measured(predicted, settings, done))
+            if kind == RUN:
+                write_csv(self.run.path, self._with_measured(kind, predicted, settings, done))
 
-        self._decode(RUN, self.examples, turn, "measuring", len(self.examples) * len(turn), write)
-        return self._with_measured(predicted, settings, self.examples)
+        what = "measuring" if kind == RUN else "the best once more"
+        self._decode(kind, self.examples, turn, what, len(self.examples) * len(turn), write)
+        return self._with_measured(kind, predicted, settings, self.examples)
 
-    def total(self, setting: Setting, examples: Sequence[Example]) -> dict[str, float]:
+    def total(self, kind: str, setting: Setting, examples: Sequence[Example]) -> dict[str, float]:
         """Sums of a setting's figures."""
-        samples = [self.run.samples[run_key(RUN, example, setting)] for example in examples]
+        samples = [self.run.samples[run_key(kind, example, setting)] for example in examples]
         return {name: sum(sample[name] for sample in samples) for name in ("tokens", "seconds", "drafted", "accepted")}
 
     def _decode(
@@ -218,16 +232,21 @@ class _Steps:
                 on_prompt([example for example in examples if waiting[example.index] == 0])
 
     def _with_measured(
-        self, predicted: Sequence[SweepRow], settings: Sequence[Setting], examples: Sequence[Example]
+        self, kind: str, predicted: Sequence[SweepRow], settings: Sequence[Setting], examples: Sequence[Example]
     ) -> list[SweepRow]:
         chosen = set(settings)
         return [
-            row.with_measured(self.total(row.setting, examples)) if row.setting in chosen else row for row in predicted
+            row.with_measured(self.total(kind, row.setting, examples)) if row.setting in chosen else row
+            for row in predicted
         ]
 
 
 def _report(
-    trajectories: Sequence[Trajectory], rows: list[SweepRow], plain: float, seconds: dict[str, float]
+    trajectories: Sequence[Trajectory],
+    rows: list[SweepRow],
+    best: Sequence[SweepRow],
+    plain: float,
+    seconds: dict[str, float],
 ) -> SweepReport:
     measured = [row for row in rows if row.tokens_per_second is not None]
     errors = [
@@ -239,7 +258,7 @@ def _report(
     exits = trajectories[0].agreement
     return SweepReport(
         rows=rows,
-        best=max(measured, key=lambda row: row.tokens_per_second or 0.0),
+        best=max(best, key=lambda row: row.tokens_per_second or 0.0),
         autoregressive_tokens_per_second=plain,
         prediction_error=sum(errors) / len(errors),
         agreement={exit_: sum(sum(t.agreement[exit_]) for t in trajectories) / written for exit_ in exits},

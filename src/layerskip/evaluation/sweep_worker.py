@@ -15,9 +15,9 @@ from layerskip.evaluation.prediction import Setting
 from layerskip.evaluation.trajectories import Trajectory, record_trajectory
 from layerskip.language_model import LanguageModel
 
-TEXT, COSTS, TRIAL, RUN = "text", "costs", "trial", "run"
+TEXT, COSTS, TRIAL, RUN, FINAL = "text", "costs", "trial", "run", "final"
 """Kinds of samples: a prompt's text and who agrees with it; seconds of calls; a prompt decoded with a setting to learn
-what rounds take; the same to measure the setting."""
+what rounds take; the same to measure the setting; the same once more, for the best of a whole grid."""
 AUTOREGRESSIVE: Setting = (0, 0)
 """Stands for decoding without drafts, which is measured in turn with the settings."""
 
@@ -45,14 +45,14 @@ class SweepWorker:
         self._warm: set[Setting | str] = set()
 
     def __call__(self, item: tuple[Any, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Keys and samples of an item: (TEXT, example), (COSTS, context, drafts), (TRIAL | RUN, example, settings)."""
+        """Keys and samples of (TEXT, example), (COSTS, context, drafts) or (TRIAL | RUN | FINAL, example, settings)."""
         match item:
             case ("costs", int(context), int(most)):
                 queries = [*(n for n in MEASURED_QUERIES if n <= most), most + 1]
                 yield COSTS, asdict(measure_costs(self._lm.decoder, 1, context=context, queries=queries))
             case ("text", Example() as example):
                 yield text_key(example), {"index": example.index, **to_sample(self._follow(example))}
-            case ("trial" | "run" as kind, Example() as example, list(settings)):
+            case ("trial" | "run" | "final" as kind, Example() as example, list(settings)):
                 # for every prompt in another order: a machine's speed drifts
                 for setting in random.Random(example.index).sample(settings, len(settings)):
                     yield run_key(kind, example, setting), {"index": example.index, **self._decode(example, setting)}

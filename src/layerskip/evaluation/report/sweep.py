@@ -13,7 +13,10 @@ from layerskip.evaluation.report.plots import Axes, Series, legend, lines, scatt
 
 Setting = tuple[int, int]
 """Exit layer and draft length."""
-METHODS = {"one_pass": "one pass over each text for all settings", "exhaustive": "every setting decoded for itself"}
+METHODS = {
+    "one_pass": "one pass over each text for all settings",
+    "exhaustive": "decoding with each, and with the best once more",
+}
 
 
 def sweep_report(content: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> Report:

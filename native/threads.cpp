@@ -48,7 +48,7 @@ Team& Team::of(int members) {
 
 Team::Team(int members) : all_(members), size_(members), rest_(kShortestRest) {
     for (int member = 1; member < members; ++member) others_.push_back(std::make_unique<Member>());
-    // Members look at one another only through others_, which is complete before the first of them starts.
+    // A member finds itself in others_, which is complete before the first of them starts.
     for (int member = 1; member < members; ++member)
         others_[member - 1]->thread = std::thread([this, member] { work(member); });
 }

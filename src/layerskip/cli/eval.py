@@ -30,8 +30,6 @@ NO_SPEEDUP = (
 )
 ERROR = "_stderr"
 """What the harness adds to the name of a metric whose standard error it gives."""
-MOST_COLUMNS = 6
-"""Exits that stand across; more of them stand down."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +194,8 @@ def open_folder(arguments: EvalArguments, tasks: list[str], exits: list[int]) ->
 
 def print_report(arguments: EvalArguments, report: "EvalReport", note: str | None) -> None:
     """Tables of tasks and of speed by exit."""
+    from layerskip.evaluation.report.eval import SHARED_PASS
+
     console = make_console(arguments.output)
     metrics = dict.fromkeys(
         (task, metric)
@@ -217,7 +217,7 @@ def print_report(arguments: EvalArguments, report: "EvalReport", note: str | Non
     console.print(_table("quality by exit layer", exits, quality))
     console.print(_table("speed by exit layer", exits, speed))
     if len(exits) > 1 and report.scores:
-        console.print("Log-likelihoods of all exits take one pass; each exit has its share of the time.")
+        console.print(SHARED_PASS)
     if note is not None:
         console.print(note)
     console.print(f"Report: {arguments.output_dir / 'report.html'}", style="dim")
@@ -227,7 +227,9 @@ def _table(title: str, exits: Sequence[str], rows: Mapping[str, Sequence[str]]) 
     """Figures by exit: across or down, whichever is narrower."""
     from rich.table import Table
 
-    across = len(exits) <= max(MOST_COLUMNS, len(rows))
+    from layerskip.evaluation.report.eval import stand_across
+
+    across = stand_across(exits, rows)
     table = Table("" if across else "exit", title=title)
     for name in exits if across else rows:
         table.add_column(name, justify="right", no_wrap=across)

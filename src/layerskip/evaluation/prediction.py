@@ -49,9 +49,10 @@ def settings_to_try(trajectories: Sequence[Trajectory], grid: Sequence[Setting],
         calls = sum(calls_of(found, setting[0], costs) for found in replays)
         return calls / max(1, sum(found.rounds.total() for found in replays))
 
+    dear = {setting: calls_per_round(setting) for setting in grid}
     rows = predict(trajectories, grid, costs, RoundTime(factor=1.0, around=costs.step()))
     fastest = max(rows, key=lambda row: row.predicted_tokens_per_second or 0.0)
-    found = (min(grid, key=calls_per_round), max(grid, key=calls_per_round), fastest.setting)
+    found = (min(grid, key=dear.__getitem__), max(grid, key=dear.__getitem__), fastest.setting)
     return list(dict.fromkeys(found))
 
 

@@ -13,6 +13,7 @@ Scores = dict[tuple[str, str], dict[int, Any]]
 """By task and metric: by exit layer, the value."""
 MOST_COLUMNS = 6
 """Exits that stand across in a table; more of them stand down."""
+SHARED_PASS = "Log-likelihoods of all exits take one pass, and each exit has its share of the time."
 
 
 def eval_report(content: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> Report:
@@ -97,10 +98,15 @@ def _quality(exits: Sequence[int], scores: Scores) -> Html | None:
     return section("Quality by exit layer", note, *plots, body)
 
 
+def stand_across(exits: Sequence[object], figures: Mapping[str, object]) -> bool:
+    """Whether a table has its exits across, and not down."""
+    return len(exits) <= max(MOST_COLUMNS, len(figures))
+
+
 def _table(what: str, exits: Sequence[int], figures: Mapping[str, Sequence[Content]]) -> Html:
     """Figures by exit: across or down, whichever is narrower."""
     names = [f"exit {layer}" for layer in exits]
-    if len(exits) <= max(MOST_COLUMNS, len(figures)):
+    if stand_across(exits, figures):
         return table([what, *names], [Row(head=name, cells=list(cells)) for name, cells in figures.items()])
     down = zip(*figures.values(), strict=True)
     return table(["", *figures], [Row(head=name, cells=list(cells)) for name, cells in zip(names, down, strict=True)])
@@ -155,7 +161,7 @@ def _speed(results: Mapping[str, Any]) -> Html | None:
     }
     note = "Of the same runs."
     if len(exits) > 1 and "tokens_scored" in speeds:
-        note += " Log-likelihoods of all exits take one pass, and each exit has its share of the time."
+        note += f" {SHARED_PASS}"
     return section("Speed by exit layer", note, plot, _table("", exits, cells))
 
 

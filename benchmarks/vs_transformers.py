@@ -70,7 +70,7 @@ def measure(arguments: Arguments, model: str) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     lm = layerskip.load(model, dtype="float32", device="cpu")
-    reference = AutoModelForCausalLM.from_pretrained(lm.checkpoint.folder, dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(lm.checkpoint.hugging_face_folder(), dtype=torch.float32)
     prompts = load_prompts(arguments, lm)
     run = make_runners(arguments, lm, reference)
     outputs = {name: [run[name](prompt) for prompt in prompts] for name in DECODERS}  # warms up, and is compared

@@ -106,7 +106,8 @@ def load_static() -> Callable[[Path], Any]:
     def load(folder: Path) -> Any:
         import torch
 
-        from layerskip.checkpoint import choose_context, open_checkpoint
+        from layerskip.checkpoint.checkpoint import open_checkpoint
+        from layerskip.checkpoint.placement import choose_context
         from layerskip.language_model import LanguageModel
         from layerskip.model.weights import load_decoder
 

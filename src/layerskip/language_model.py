@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from layerskip.checkpoint import Checkpoint, open_checkpoint
+from layerskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from layerskip.checkpoint.loading import Compile, DType, Kernels, LoadingConfig, Quantization
 from layerskip.decoding.config import GenerationConfig, make_config
 from layerskip.decoding.experience import Experience
 from layerskip.decoding.loop import check_prompt, choose_exit_layer, make_batch
 from layerskip.decoding.scoring import Score, all_logits, score_tokens
 from layerskip.decoding.stream import GenerationResult, GenerationStream
 from layerskip.errors import InvalidArgumentError, PromptError, TokenizerError
-from layerskip.loading import Compile, DType, Kernels, LoadingConfig, Quantization
 from layerskip.model.cache import KVCache
 from layerskip.model.config import ModelConfig
 from layerskip.model.decoder import Decoder

@@ -18,7 +18,7 @@ SUPERFLUOUS = ("consolidated.safetensors", "pytorch_model.bin", "README.md", "on
 DOWNLOAD = """
 import json, sys
 from layerskip.errors import LayerSkipError
-from layerskip.hub import download
+from layerskip.checkpoint.hub import download
 results = []
 for name, revision in json.loads(sys.argv[1]):
     try:

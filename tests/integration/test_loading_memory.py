@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from layerskip.checkpoint import Checkpoint
+from layerskip.checkpoint.checkpoint import Checkpoint
 from layerskip.model.linear import WIDE
 from layerskip.model.native_library import load_library
 from layerskip.model.weights import tensor_shapes
@@ -26,8 +26,8 @@ from pathlib import Path
 
 import torch
 
-from layerskip.checkpoint import open_checkpoint
-from layerskip.loading import LoadingConfig
+from layerskip.checkpoint.checkpoint import open_checkpoint
+from layerskip.checkpoint.loading import LoadingConfig
 
 torch.set_num_threads(1)
 how = LoadingConfig(dtype=sys.argv[3], device="cpu", max_context=16, kernels=sys.argv[4])
@@ -69,7 +69,7 @@ def write_checkpoint(folder: Path, *, tied: bool, width: int, num_files: int, dt
     }
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    shapes = tensor_shapes(Checkpoint(folder, "").config)
+    shapes = tensor_shapes(Checkpoint.in_folder(folder, "").config)
     files = {f"model-{i + 1:05}-of-{num_files:05}.safetensors": list(shapes)[i::num_files] for i in range(num_files)}
     for file, names in files.items():
         save_file({name: torch.full(shapes[name], 0.01, dtype=dtype) for name in names}, folder / file)
@@ -78,7 +78,7 @@ def write_checkpoint(folder: Path, *, tied: bool, width: int, num_files: int, dt
     else:
         weight_map = {name: file for file, names in files.items() for name in names}
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return Checkpoint(folder, "").num_parameters * 4 / 2**20
+    return Checkpoint.in_folder(folder, "").num_parameters * 4 / 2**20
 
 
 @pytest.mark.parametrize(

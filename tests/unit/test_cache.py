@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from layerskip.checkpoint import Checkpoint
+from layerskip.checkpoint.checkpoint import Checkpoint
+from layerskip.checkpoint.loading import LoadingConfig
 from layerskip.errors import InvalidArgumentError, OutOfMemoryError
-from layerskip.loading import LoadingConfig
 from layerskip.model import cache as cache_module
 from layerskip.model.cache import KVCache, free_memory
 from layerskip.model.decoder import Decoder
@@ -136,7 +136,7 @@ def test_free_memory() -> None:
 
 @pytest.fixture(scope="module")
 def decoder(tiny_checkpoint: Callable[..., Path]) -> Decoder:
-    return Checkpoint(tiny_checkpoint(), "").load_decoder(LoadingConfig(device="cpu"))
+    return Checkpoint.in_folder(tiny_checkpoint(), "").load_decoder(LoadingConfig(device="cpu"))
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ PACKAGE = SRC / "layerskip"
 LAYERS = [
     {"errors", "files", "machine"},
     {"model"},
-    {"hub", "loading", "tuned", "checkpoint"},
+    {"checkpoint"},
     {"decoding"},
     {"language_model"},
     {"evaluation", "training", "serving", "interop"},
@@ -96,7 +96,7 @@ def test_imports_point_to_the_same_or_a_lower_layer() -> None:
     ("source", "module"),
     [
         ("import layerskip.decoding.policy", "layerskip.model.cache"),
-        ("from layerskip.checkpoint import load", "layerskip.model.cache"),
+        ("from layerskip.checkpoint.checkpoint import open_checkpoint", "layerskip.model.cache"),
         ("from layerskip import cli", "layerskip.evaluation.report"),
         ("from layerskip import load", "layerskip.evaluation.report"),
         ("from ..decoding import policy", "layerskip.model.cache"),

@@ -29,9 +29,9 @@ from typing import Annotated, TextIO, TypeVar
 import tyro
 from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes, UseAppendAction, arg
 
+from layerskip.checkpoint.loading import LoadingConfig
 from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import InvalidArgumentError
-from layerskip.loading import LoadingConfig
 
 Arguments = TypeVar("Arguments")
 Switch = FlagCreatePairsOff[bool]

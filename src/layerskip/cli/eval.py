@@ -80,7 +80,7 @@ def run(argv: Sequence[str]) -> int:
     names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
     exits = named_exits(arguments)
 
-    from layerskip.checkpoint import open_checkpoint
+    from layerskip.checkpoint.checkpoint import open_checkpoint
     from layerskip.evaluation.harness import evaluate, find_tasks
     from layerskip.evaluation.report import write_report
     from layerskip.evaluation.run_folder import read_results

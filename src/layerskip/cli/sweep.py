@@ -74,7 +74,7 @@ def run(argv: Sequence[str]) -> int:
     check_ray(arguments.where, arguments.model)
     config = GenerationConfig(max_new_tokens=arguments.max_new_tokens, ignore_eos=arguments.ignore_eos, do_sample=False)
 
-    from layerskip.checkpoint import open_checkpoint
+    from layerskip.checkpoint.checkpoint import open_checkpoint
     from layerskip.evaluation.report import write_report
     from layerskip.evaluation.sweep import planned_units, sweep
     from layerskip.evaluation.sweep_worker import SweepWork
@@ -150,7 +150,7 @@ def speedup(report: "SweepReport") -> float:
 
 def save_best(arguments: SweepArguments, folder: Path, report: "SweepReport", machine: dict[str, Any]) -> Path:
     """Write the best setting beside the checkpoint."""
-    from layerskip.tuned import TunedSettings, write_tuned
+    from layerskip.checkpoint.tuned import TunedSettings, write_tuned
 
     tuned: TunedSettings = TunedSettings(
         exit_layer=report.best.exit_layer,

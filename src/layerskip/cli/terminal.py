@@ -52,7 +52,7 @@ def load_model(arguments: ModelArguments, output: OutputArguments) -> "LanguageM
         LayerSkipError: As `layerskip.load`; a tokenizer that is missing is reported when it is first used.
     """
     with progress(output, "starting"):
-        from layerskip.checkpoint import open_checkpoint
+        from layerskip.checkpoint.checkpoint import open_checkpoint
         from layerskip.language_model import LanguageModel
 
         silence_libraries(bars=not output.json and is_terminal(sys.stderr))

@@ -1,6 +1,5 @@
 """How lm-evaluation-harness's tasks want their texts, as a `GenerationConfig`."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -105,9 +104,5 @@ def writing_config(lm: LanguageModel, exit_layer: int, config: GenerationConfig 
 
 def _generation_defaults(lm: LanguageModel) -> dict[str, Any]:
     """What generation_config.json says of how this model writes; transformers, and with it the harness, heeds it."""
-    try:
-        content = json.loads((lm.checkpoint.folder / "generation_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    found = content if isinstance(content, dict) else {}
+    found = lm.checkpoint.generation_config
     return {name: found[name] for name in (*SAMPLING, *PENALTIES) if found.get(name) is not None}

@@ -19,7 +19,7 @@ class TransformersRunner:
         from transformers import AutoModelForCausalLM
 
         self._lm, self._config = lm, config
-        model: Any = AutoModelForCausalLM.from_pretrained(lm.checkpoint.folder, dtype=lm.decoder.dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(lm.checkpoint.hugging_face_folder(), dtype=lm.decoder.dtype)
         self._model = model.to(lm.decoder.device)
         self.options: dict[str, Any] = {}
         if early_exit:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from layerskip.checkpoint import DTYPES
+from layerskip.checkpoint.placement import DTYPES
 from layerskip.errors import CheckpointError, InvalidArgumentError
 from layerskip.files import write_atomically
 from layerskip.training.callbacks import LOG_FILE

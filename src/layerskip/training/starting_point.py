@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from layerskip.checkpoint import DTYPES, Checkpoint, open_checkpoint
+from layerskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from layerskip.checkpoint.placement import DTYPES
 from layerskip.errors import CheckpointError, InvalidArgumentError, TokenizerError, UnsupportedModelError
 from layerskip.training.config import StartConfig, TrainingConfig
 from layerskip.training.data.corpus import corpus_texts
@@ -63,7 +64,9 @@ def _load_model(checkpoint: Checkpoint) -> Any:
 
     _ = checkpoint.weights  # its errors name what is missing; transformers would start with random weights
     try:
-        return AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, local_files_only=True)
+        return AutoModelForCausalLM.from_pretrained(
+            checkpoint.hugging_face_folder(), dtype=torch.float32, local_files_only=True
+        )
     except Exception as error:  # transformers raises nearly anything here
         raise UnsupportedModelError(
             f"transformers can't load {checkpoint.name} as a causal language model: {error}"
@@ -78,7 +81,7 @@ def _from_scratch(config: TrainingConfig, tokenizer_folder: Path) -> StartingPoi
     if start.tokenizer is not None:
         tokenizer = open_checkpoint(start.tokenizer).tokenizer
     elif (tokenizer_folder / "tokenizer.json").is_file():
-        tokenizer = Checkpoint(tokenizer_folder, str(tokenizer_folder)).tokenizer
+        tokenizer = Checkpoint.in_folder(tokenizer_folder).tokenizer
     else:
         tokenizer = train_tokenizer(corpus_texts(config.data), start.vocab_size or shape.vocab_size)
     if start.vocab_size is not None or start.config in SIZES:

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 import layerskip
+from layerskip.checkpoint.tuned import TUNED_FILE, TunedSettings, read_tuned, write_tuned
 from layerskip.decoding.adaptive import AdaptivePolicy
 from layerskip.decoding.experience import Experience
 from layerskip.errors import CheckpointError, InvalidArgumentError
 from layerskip.language_model import LanguageModel
-from layerskip.tuned import TUNED_FILE, TunedSettings, read_tuned, write_tuned
 
 TUNED = TunedSettings(
     exit_layer=3, num_speculations=2, tokens_per_second=100.0, speedup=1.5, agreement={1: 0.25, 3: 0.75}

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import layerskip
-from layerskip.checkpoint import Checkpoint, choose_context, choose_device, choose_dtype, open_checkpoint
+from layerskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from layerskip.checkpoint.placement import choose_context, choose_device, choose_dtype
 from layerskip.errors import InvalidArgumentError
 from layerskip.model.families import parse_config
 
@@ -85,7 +86,7 @@ def test_end_of_sequence(tmp_path: Path, generation: object, own: object, wanted
     if generation is not None:
         content = {} if generation == "silent" else {"eos_token_id": generation}
         (tmp_path / "generation_config.json").write_text(json.dumps(content))
-    assert Checkpoint(tmp_path, "").eos_token_ids == wanted
+    assert Checkpoint.in_folder(tmp_path, "").eos_token_ids == wanted
 
 
 def test_devices() -> None:

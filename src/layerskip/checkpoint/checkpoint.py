@@ -1,0 +1,217 @@
+"""Checkpoints: a hub id, a folder or `demo` -> configuration, memory-mapped weights, tokenizer, network."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from layerskip.checkpoint.folder import HuggingFaceFolder
+from layerskip.checkpoint.hub import download
+from layerskip.checkpoint.loading import LoadingConfig
+from layerskip.checkpoint.placement import choose_context, choose_device, choose_dtype, choose_kernels, choose_rounds
+from layerskip.checkpoint.tuned import TunedSettings, read_tuned
+from layerskip.errors import CheckpointError, CheckpointNotFoundError, InvalidArgumentError, OutOfMemoryError
+from layerskip.model.cache import free_memory
+from layerskip.model.config import ModelConfig, read_eos
+from layerskip.model.decoder import Decoder
+from layerskip.model.drafts import DraftWeights, frequent_tokens
+from layerskip.model.families import parse_config
+from layerskip.model.quantization import check_quantization
+from layerskip.model.weights import TensorSource, load_decoder, tensor_shapes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEMO_NAME = "demo"
+DEMO_FOLDER = Path(__file__).parents[1] / "assets" / "demo"
+
+
+class CheckpointFiles(Protocol):
+    """What a checkpoint consists of, in whatever format; each part is read when it is first asked for."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it is, and where what belongs to it is kept (`tuned.py`)."""
+        ...
+
+    @property
+    def raw_config(self) -> dict[str, Any]:
+        """config.json in Hugging Face's terms."""
+        ...
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """generation_config.json in Hugging Face's terms; empty where the checkpoint says nothing."""
+        ...
+
+    @property
+    def weights(self) -> TensorSource:
+        """Tensors under Hugging Face's names."""
+        ...
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer; raises `TokenizerError` if there is none."""
+        ...
+
+    def hugging_face_folder(self) -> Path:
+        """A folder with the same model that transformers can load."""
+        ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained model on disk."""
+
+    files: CheckpointFiles
+    name: str
+    """What the user called it."""
+
+    @classmethod
+    def in_folder(cls, folder: Path, name: str | None = None) -> "Checkpoint":
+        """The checkpoint in a folder of Hugging Face's format, by default called as the folder is."""
+        return cls(HuggingFaceFolder(folder), str(folder) if name is None else name)
+
+    @property
+    def folder(self) -> Path:
+        """Where it is."""
+        return self.files.folder
+
+    @property
+    def raw_config(self) -> dict[str, Any]:
+        """config.json in Hugging Face's terms."""
+        return self.files.raw_config
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """generation_config.json in Hugging Face's terms; empty where the checkpoint says nothing."""
+        return self.files.generation_config
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        """The model's sizes and switches."""
+        return parse_config(self.raw_config)
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end a text: generation_config.json's, or else config.json's."""
+        return read_eos(self.generation_config) or self.config.eos_token_ids
+
+    @cached_property
+    def tuned(self) -> TunedSettings | None:
+        """What a sweep found best for this checkpoint, if there was one."""
+        return read_tuned(self.folder, self.config.num_layers)
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the network; a tied head counts once."""
+        return sum(torch.Size(shape).numel() for shape in tensor_shapes(self.config).values())
+
+    @property
+    def weights(self) -> TensorSource:
+        """The checkpoint's tensors."""
+        return self.files.weights
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The checkpoint's tokenizer; raises `TokenizerError` if there is none, or it can't be read."""
+        return self.files.tokenizer
+
+    def hugging_face_folder(self) -> Path:
+        """A folder with the same model that transformers can load."""
+        return self.files.hugging_face_folder()
+
+    def load_decoder(self, loading: LoadingConfig | None = None) -> Decoder:
+        """Load the network.
+
+        Args:
+            loading: How; as the defaults say if not given.
+
+        Raises:
+            InvalidArgumentError: Unknown dtype or device, a context beyond the model's, kernels that can't run it, or
+                rounds that can't be compiled.
+            OutOfMemoryError: The weights don't fit.
+            CheckpointError: Anything wrong with the files.
+        """
+        how, config = loading or LoadingConfig(), self.config
+        device = choose_device(how.device)
+        dtype = choose_dtype(how.dtype, device, self.raw_config)
+        context = choose_context(config, how.max_context)
+        rounds = choose_rounds(how.compile, how.kernels, device)
+        native = choose_kernels(how.kernels, config, device, dtype) and rounds == "off"
+        for name, value in (("quantize", how.quantize), ("quantize_draft", how.quantize_draft)):
+            if value is not None:
+                check_quantization(name, value, native=native, device=device, dtype=dtype)
+        draft = self._draft_weights(how)
+        weights = self.weights
+        self._check_memory(dtype.itemsize if how.quantize is None else 1, dtype, device)
+        return load_decoder(
+            config,
+            weights,
+            dtype=dtype,
+            device=device,
+            max_context=context,
+            native=native,
+            quantize=how.quantize,
+            draft=draft,
+            rounds=rounds,
+        )
+
+    def _draft_weights(self, how: LoadingConfig) -> DraftWeights | None:
+        tokens = None
+        if how.draft_vocabulary is not None:
+            tokens = self._frequent_tokens(how.draft_vocabulary, how.draft_text)
+        elif how.draft_text is not None:
+            raise InvalidArgumentError("draft_text ranks tokens for draft_vocabulary; give that as well")
+        return DraftWeights(quantize=how.quantize_draft, tokens=tokens) if how.quantize_draft or tokens else None
+
+    def _check_memory(self, bytes_each: int, dtype: torch.dtype, device: torch.device) -> None:
+        needed, free = self.num_parameters * bytes_each, free_memory(device)
+        if free is not None and needed > free:
+            raise OutOfMemoryError(
+                f"{self.name} needs {needed / 2**30:.2f} GiB in {dtype} and {free / 2**30:.2f} GiB are free on "
+                f"{device}; use a 16-bit dtype, a smaller model or another device"
+            )
+
+    def _frequent_tokens(self, count: int, text: str | Path | None) -> tuple[int, ...]:
+        """The tokens that drafts may be: end-of-sequence tokens, then the most frequent ones."""
+        size = self.config.vocab_size
+        if not 1 <= count <= size:
+            raise InvalidArgumentError(f"draft_vocabulary must be from 1 to the vocabulary's {size}, got {count}")
+        found: list[int] = []
+        if text is not None:
+            try:
+                content = Path(text).read_text("utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise InvalidArgumentError(f"draft_text {str(text)!r} can't be read: {error}") from error
+            found = self.tokenizer(content, add_special_tokens=False)["input_ids"]
+        return frequent_tokens(found, count, size, self.eos_token_ids)
+
+
+def open_checkpoint(name: str, *, revision: str | None = None) -> Checkpoint:
+    """Find a checkpoint by name, downloading it if it is a hub id.
+
+    Args:
+        name: `demo` (the embedded model), a folder, or a hub id (`owner/name`).
+        revision: Branch, tag or commit of a hub repository.
+
+    Raises:
+        CheckpointNotFoundError: There is no such thing.
+        GatedRepositoryError: Access has to be requested first.
+    """
+    if not name:
+        raise CheckpointNotFoundError("no model was named; give 'demo', a folder, or a hub id such as 'owner/name'")
+    if name == DEMO_NAME:
+        return Checkpoint.in_folder(DEMO_FOLDER, name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return Checkpoint.in_folder(folder, name)
+    if folder.exists():
+        raise CheckpointError(f"{name} is a file; give the folder that holds config.json and the weights")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointNotFoundError(
+            f"there is no folder {name!r}, and it isn't a hub id ('owner/name') or 'demo' either"
+        )
+    return Checkpoint.in_folder(download(name, revision), name)

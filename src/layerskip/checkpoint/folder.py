@@ -1,0 +1,65 @@
+"""A checkpoint in Hugging Face's format: a folder with config.json, safetensors and a tokenizer."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerskip.checkpoint.json_file import read_json
+from layerskip.checkpoint.safetensors import SafetensorsFiles, find_weight_files
+from layerskip.errors import CheckpointError, TokenizerError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class HuggingFaceFolder:
+    """The folder's files, each read when it is first asked for (`checkpoint.CheckpointFiles`)."""
+
+    folder: Path
+
+    @cached_property
+    def raw_config(self) -> dict[str, Any]:
+        """Contents of config.json."""
+        path = self.folder / "config.json"
+        if not path.is_file():
+            raise CheckpointError(f"{self.folder} is not a checkpoint: it has no config.json")
+        return read_json(path)
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        """Contents of generation_config.json; empty where there is none."""
+        path = self.folder / "generation_config.json"
+        return read_json(path) if path.is_file() else {}
+
+    @cached_property
+    def weights(self) -> SafetensorsFiles:
+        """The tensors."""
+        return SafetensorsFiles(find_weight_files(self.folder))
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer.
+
+        Raises:
+            TokenizerError: There is none, or it can't be read.
+        """
+        from transformers import AutoTokenizer
+
+        if not any((self.folder / file).is_file() for file in TOKENIZER_FILES):
+            raise TokenizerError(
+                f"{self.folder} has no tokenizer (tokenizer.json); copy the one that the model was trained with there, "
+                "or pass token ids in place of text"
+            )
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        except Exception as error:  # transformers raises nearly anything here, from KeyError to bare Exception
+            raise TokenizerError(f"the tokenizer in {self.folder} can't be read: {error}") from error
+        return tokenizer
+
+    def hugging_face_folder(self) -> Path:
+        """The folder itself, which transformers can load."""
+        return self.folder

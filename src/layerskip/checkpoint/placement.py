@@ -1,0 +1,82 @@
+"""Where a network runs and in what form: the options of loading, held against the model and the machine."""
+
+from typing import Any
+
+import torch
+
+from layerskip.errors import InvalidArgumentError
+from layerskip.model.compiled_rounds import RoundMode, why_not_compile
+from layerskip.model.config import ModelConfig
+from layerskip.model.native_network import why_not_native
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(device: str) -> torch.device:
+    """The named device, or for `auto` a CUDA GPU if there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise InvalidArgumentError(f"device {device!r} is not known; use auto, cpu, cuda or cuda:N") from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise InvalidArgumentError(f"device {device!r}: this machine has {torch.cuda.device_count()} usable CUDA GPUs")
+    if chosen.type not in ("cpu", "cuda"):
+        raise InvalidArgumentError(f"device {device!r} is not supported; use auto, cpu, cuda or cuda:N")
+    return chosen
+
+
+def choose_dtype(dtype: str, device: torch.device, raw_config: dict[str, Any]) -> torch.dtype:
+    """The named dtype, or for `auto` float32 on a CPU and the checkpoint's own elsewhere."""
+    if dtype == "auto":
+        own = raw_config.get("dtype") or raw_config.get("torch_dtype") or "float32"
+        return torch.float32 if device.type == "cpu" else DTYPES.get(own, torch.float32)
+    if dtype not in DTYPES:
+        raise InvalidArgumentError(f"dtype {dtype!r} is not supported; use auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def choose_kernels(kernels: str, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether compiled kernels run the network: `native` insists on them, `auto` takes them where they can."""
+    if kernels not in ("auto", "native", "torch"):
+        raise InvalidArgumentError(f"kernels {kernels!r} are not known; use auto, native or torch")
+    obstacle = why_not_native(config, device, dtype)
+    if kernels == "native" and obstacle is not None:
+        raise InvalidArgumentError(f"kernels 'native' can't run this model: {obstacle}; use auto or torch")
+    return kernels != "torch" and obstacle is None
+
+
+def choose_rounds(compile: str, kernels: str, device: torch.device) -> RoundMode:
+    """How whole greedy rounds run.
+
+    Args:
+        compile: `auto`: CUDA graphs on CUDA, nothing on a CPU, where native kernels are faster than what
+            `torch.compile` makes; `off`; `max`: `torch.compile`, whose result is captured on CUDA.
+        kernels: The kernels that were asked for.
+        device: Where the network runs.
+
+    Raises:
+        InvalidArgumentError: An unknown value, or `max` where that isn't possible.
+    """
+    if compile not in ("auto", "off", "max"):
+        raise InvalidArgumentError(f"compile {compile!r} is not known; use auto, off or max")
+    if compile != "max":
+        return "graphs" if compile == "auto" and device.type == "cuda" else "off"
+    if kernels == "native":
+        raise InvalidArgumentError("compile 'max' compiles torch's operators, and kernels 'native' has none; drop one")
+    obstacle = why_not_compile(device)
+    if obstacle is not None:
+        raise InvalidArgumentError(f"compile 'max' can't be used here: {obstacle}; use auto or off")
+    return "max"
+
+
+def choose_context(config: ModelConfig, max_context: int | None) -> int:
+    """Longest sequence in tokens to prepare for."""
+    limit = config.max_position_embeddings
+    if max_context is None:
+        originals = [r.original_max_position_embeddings for r in config.ropes.values() if r.rope_type == "longrope"]
+        return min([limit, *originals])
+    if not 1 <= max_context <= limit:
+        raise InvalidArgumentError(f"max_context {max_context} is outside 1..{limit}, the model's context in tokens")
+    return max_context

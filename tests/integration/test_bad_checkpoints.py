@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import layerskip
-from layerskip import checkpoint as checkpoint_module
+from layerskip.checkpoint import checkpoint as checkpoint_module
 from layerskip.errors import (
     CheckpointError,
     CheckpointNotFoundError,

@@ -24,6 +24,7 @@ from rich.table import Table
 from synthetic import SHAPES, encode_prompts, make_synthetic, random_prompts
 
 import layerskip
+from layerskip.checkpoint.transformers_model import load_transformers_model
 
 DECODERS = (
     "transformers, autoregressive",
@@ -64,13 +65,12 @@ def main(arguments: Arguments) -> None:
 
 def measure(arguments: Arguments, model: str) -> None:
     """Run all decoders in turn and report."""
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     lm = layerskip.load(model, dtype="float32", device="cpu")
-    reference = AutoModelForCausalLM.from_pretrained(lm.checkpoint.hugging_face_folder(), dtype=torch.float32)
+    reference = load_transformers_model(lm.checkpoint, torch.float32)
     prompts = load_prompts(arguments, lm)
     run = make_runners(arguments, lm, reference)
     outputs = {name: [run[name](prompt) for prompt in prompts] for name in DECODERS}  # warms up, and is compared

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from layerskip.checkpoint.contents import Contents
 from layerskip.checkpoint.folder import HuggingFaceFolder
+from layerskip.checkpoint.gguf.file import GGUFFile, find_gguf
 from layerskip.checkpoint.hub import download
 from layerskip.checkpoint.loading import LoadingConfig
 from layerskip.checkpoint.placement import choose_context, choose_device, choose_dtype, choose_kernels, choose_rounds
@@ -33,7 +35,17 @@ class CheckpointFiles(Protocol):
 
     @property
     def folder(self) -> Path:
-        """Where it is, and where what belongs to it is kept (`tuned.py`)."""
+        """Where it is."""
+        ...
+
+    @property
+    def tuned_file(self) -> Path:
+        """Where a sweep keeps the best setting (`tuned.py`)."""
+        ...
+
+    @property
+    def contents(self) -> Contents:
+        """Format, bytes and types of the weights on disk."""
         ...
 
     @property
@@ -54,10 +66,6 @@ class CheckpointFiles(Protocol):
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer; raises `TokenizerError` if there is none."""
-        ...
-
-    def hugging_face_folder(self) -> Path:
-        """A folder with the same model that transformers can load."""
         ...
 
 
@@ -102,7 +110,7 @@ class Checkpoint:
     @cached_property
     def tuned(self) -> TunedSettings | None:
         """What a sweep found best for this checkpoint, if there was one."""
-        return read_tuned(self.folder, self.config.num_layers)
+        return read_tuned(self.files.tuned_file, self.config.num_layers)
 
     @property
     def num_parameters(self) -> int:
@@ -119,9 +127,10 @@ class Checkpoint:
         """The checkpoint's tokenizer; raises `TokenizerError` if there is none, or it can't be read."""
         return self.files.tokenizer
 
-    def hugging_face_folder(self) -> Path:
-        """A folder with the same model that transformers can load."""
-        return self.files.hugging_face_folder()
+    @property
+    def contents(self) -> Contents:
+        """Format, bytes and types of the weights on disk."""
+        return self.files.contents
 
     def load_decoder(self, loading: LoadingConfig | None = None) -> Decoder:
         """Load the network.
@@ -205,13 +214,26 @@ def open_checkpoint(name: str, *, revision: str | None = None) -> Checkpoint:
         raise CheckpointNotFoundError("no model was named; give 'demo', a folder, or a hub id such as 'owner/name'")
     if name == DEMO_NAME:
         return Checkpoint.in_folder(DEMO_FOLDER, name)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return Checkpoint.in_folder(folder, name)
-    if folder.exists():
-        raise CheckpointError(f"{name} is a file; give the folder that holds config.json and the weights")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _open_folder(path, name)
+    if path.is_file() and path.suffix == ".gguf":
+        return Checkpoint(GGUFFile(path), name)
+    if path.exists():
+        raise CheckpointError(
+            f"{name} is a file, and no GGUF file; give the folder that holds config.json and the weights"
+        )
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointNotFoundError(
             f"there is no folder {name!r}, and it isn't a hub id ('owner/name') or 'demo' either"
         )
     return Checkpoint.in_folder(download(name, revision), name)
+
+
+def _open_folder(folder: Path, name: str) -> Checkpoint:
+    """A folder in Hugging Face's format, or else the GGUF file in it."""
+    if not any(folder.glob("*.safetensors*")):
+        file = find_gguf(folder)
+        if file is not None:
+            return Checkpoint(GGUFFile(file), name)
+    return Checkpoint.in_folder(folder, name)

@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layerskip.checkpoint.contents import Contents
 from layerskip.checkpoint.json_file import read_json
 from layerskip.checkpoint.safetensors import SafetensorsFiles, find_weight_files
 from layerskip.errors import CheckpointError, TokenizerError
@@ -12,6 +13,7 @@ from layerskip.errors import CheckpointError, TokenizerError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TUNED_FILE = "layerskip.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -60,6 +62,12 @@ class HuggingFaceFolder:
             raise TokenizerError(f"the tokenizer in {self.folder} can't be read: {error}") from error
         return tokenizer
 
-    def hugging_face_folder(self) -> Path:
-        """The folder itself, which transformers can load."""
-        return self.folder
+    @property
+    def tuned_file(self) -> Path:
+        """Where a sweep keeps the best setting."""
+        return self.folder / TUNED_FILE
+
+    @property
+    def contents(self) -> Contents:
+        """Bytes and types of the tensors."""
+        return self.weights.contents()

@@ -1,9 +1,11 @@
 """Tensors of safetensors files, one or many, each read through a mapping of its own."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
 
+from layerskip.checkpoint.contents import Contents, share_of_types
 from layerskip.checkpoint.json_file import read_json
 from layerskip.errors import WeightsError
 
@@ -49,6 +51,24 @@ class SafetensorsFiles:
         with safe_open(self._file_of[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
+
+    def contents(self) -> Contents:
+        """Bytes of the files, and of the tensors by type."""
+        paths = sorted(set(self._file_of.values()))
+        return Contents(
+            format="safetensors",
+            num_bytes=sum(path.stat().st_size for path in paths),
+            types=share_of_types(pair for path in paths for pair in self._types(path)),
+        )
+
+    def _types(self, path: Path) -> Iterator[tuple[str, int]]:
+        """Type and bytes of each tensor of a file."""
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - a handle isn't a dict
+                tensor = file.get_tensor(name)
+                yield str(tensor.dtype).removeprefix("torch."), tensor.nbytes
 
 
 def find_weight_files(folder: Path) -> dict[str, Path | None]:

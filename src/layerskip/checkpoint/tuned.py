@@ -1,4 +1,4 @@
-"""The setting that a sweep found best for a checkpoint, kept beside it in `layerskip.json`."""
+"""The setting that a sweep found best for a checkpoint, kept in a file beside it."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -7,8 +7,6 @@ from typing import Any
 
 from layerskip.errors import CheckpointError, InvalidArgumentError
 from layerskip.files import write_atomically
-
-TUNED_FILE = "layerskip.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,17 +25,16 @@ class TunedSettings:
     """Data set, machine and date of the sweep."""
 
 
-def read_tuned(folder: Path, num_layers: int) -> TunedSettings | None:
+def read_tuned(file: Path, num_layers: int) -> TunedSettings | None:
     """Settings of a checkpoint; None if nobody tuned it.
 
     Args:
-        folder: The checkpoint.
+        file: The checkpoint's own (`CheckpointFiles.tuned_file`).
         num_layers: L.
 
     Raises:
         CheckpointError: The file can't be understood, or is another model's.
     """
-    file = folder / TUNED_FILE
     if not file.is_file():
         return None
     try:
@@ -55,16 +52,15 @@ def read_tuned(folder: Path, num_layers: int) -> TunedSettings | None:
     return tuned
 
 
-def write_tuned(folder: Path, settings: TunedSettings) -> Path:
-    """Write `layerskip.json`.
+def write_tuned(file: Path, settings: TunedSettings) -> None:
+    """Write the file.
 
     Raises:
         InvalidArgumentError: The folder can't be written.
     """
     try:
-        write_atomically(folder / TUNED_FILE, json.dumps(asdict(settings), indent=2) + "\n")
+        write_atomically(file, json.dumps(asdict(settings), indent=2) + "\n")
     except OSError as error:
         raise InvalidArgumentError(
-            f"{folder} can't be written ({error.strerror}); copy the checkpoint to a folder of yours first"
+            f"{file} can't be written ({error.strerror}); copy the checkpoint to a folder of yours first"
         ) from error
-    return folder / TUNED_FILE

@@ -16,6 +16,7 @@ from layerskip.cli.terminal import load_model, make_console
 from layerskip.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
+    from layerskip.checkpoint.contents import Contents
     from layerskip.evaluation.exits import ExitReport
     from layerskip.language_model import LanguageModel
 
@@ -112,7 +113,16 @@ def describe(lm: "LanguageModel") -> dict[str, Any]:
         "dtype": str(lm.decoder.dtype).removeprefix("torch."),
         "device": str(lm.decoder.device),
         "kernels": lm.decoder.kernels,
+        "files": asdict(lm.checkpoint.contents),
     }
+
+
+def describe_files(contents: "Contents") -> str:
+    """The files' format, bytes and types in a sentence."""
+    types = ", ".join(
+        f"{share.num_tensors} {name} ({share.num_bytes / 1e6:.1f} MB)" for name, share in contents.types.items()
+    )
+    return f"{contents.format}, {contents.num_bytes / 1e6:.1f} MB; tensors: {types}"
 
 
 def print_report(arguments: InspectArguments, lm: "LanguageModel", report: "ExitReport") -> None:
@@ -126,6 +136,7 @@ def print_report(arguments: InspectArguments, lm: "LanguageModel", report: "Exit
         f"{shape['num_layers']} layers, width {shape['hidden_size']}, vocabulary {shape['vocab_size']}, "
         f"context {shape['max_context']}, {shape['dtype']} on {shape['device']}, {shape['kernels']} kernels"
     )
+    console.print(describe_files(lm.checkpoint.contents), style="dim")
     table = Table(title=f"exits, over {report.num_tokens} tokens")
     table.add_column("exit layer", justify="right")
     table.add_column("loss (nats)", justify="right")

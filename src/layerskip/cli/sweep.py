@@ -105,7 +105,7 @@ def run(argv: Sequence[str]) -> int:
         )
     content = folder.finish(to_json(arguments, report))
     write_report(folder.path)
-    saved = save_best(arguments, checkpoint.folder, report, content["machine"]) if arguments.save else None
+    saved = save_best(arguments, checkpoint.files.tuned_file, report, content["machine"]) if arguments.save else None
     if arguments.output.json:
         print(json.dumps({**content, "saved": None if saved is None else str(saved)}))
     else:
@@ -148,7 +148,7 @@ def speedup(report: "SweepReport") -> float:
     return (report.best.tokens_per_second or 0.0) / report.autoregressive_tokens_per_second
 
 
-def save_best(arguments: SweepArguments, folder: Path, report: "SweepReport", machine: dict[str, Any]) -> Path:
+def save_best(arguments: SweepArguments, file: Path, report: "SweepReport", machine: dict[str, Any]) -> Path:
     """Write the best setting beside the checkpoint."""
     from layerskip.checkpoint.tuned import TunedSettings, write_tuned
 
@@ -163,7 +163,8 @@ def save_best(arguments: SweepArguments, folder: Path, report: "SweepReport", ma
             **{name: machine[name] for name in ("cpu", "gpu", "threads", "date")},
         },
     )
-    return write_tuned(folder, tuned)
+    write_tuned(file, tuned)
+    return file
 
 
 def print_report(arguments: SweepArguments, report: "SweepReport", saved: Path | None) -> None:

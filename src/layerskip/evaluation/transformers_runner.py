@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from layerskip.checkpoint.transformers_model import load_transformers_model
 from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.loop import choose_exit_layer
 from layerskip.evaluation.benchmark import Decoded
@@ -16,11 +17,8 @@ class TransformersRunner:
 
     def __init__(self, lm: LanguageModel, config: GenerationConfig, *, early_exit: bool) -> None:
         """Load the checkpoint a second time, in the same type on the same device."""
-        from transformers import AutoModelForCausalLM
-
         self._lm, self._config = lm, config
-        model: Any = AutoModelForCausalLM.from_pretrained(lm.checkpoint.hugging_face_folder(), dtype=lm.decoder.dtype)
-        self._model = model.to(lm.decoder.device)
+        self._model = load_transformers_model(lm.checkpoint, lm.decoder.dtype).to(lm.decoder.device)
         self.options: dict[str, Any] = {}
         if early_exit:
             tuned = lm.configure(config, generation_strategy="self_speculative")

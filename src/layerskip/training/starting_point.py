@@ -8,6 +8,7 @@ import torch
 
 from layerskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from layerskip.checkpoint.placement import DTYPES
+from layerskip.checkpoint.transformers_model import load_transformers_model
 from layerskip.errors import CheckpointError, InvalidArgumentError, TokenizerError, UnsupportedModelError
 from layerskip.training.config import StartConfig, TrainingConfig
 from layerskip.training.data.corpus import corpus_texts
@@ -46,7 +47,9 @@ def make_starting_point(config: TrainingConfig, *, tokenizer_folder: Path) -> St
         checkpoint = open_checkpoint(start.model, revision=start.revision)
         own = checkpoint.raw_config.get("dtype") or checkpoint.raw_config.get("torch_dtype")
         point = StartingPoint(
-            model=_load_model(checkpoint), tokenizer=checkpoint.tokenizer, dtype=DTYPES.get(str(own), torch.float32)
+            model=load_transformers_model(checkpoint, torch.float32),
+            tokenizer=checkpoint.tokenizer,
+            dtype=DTYPES.get(str(own), torch.float32),
         )
     elif start.config is not None:
         point = _from_scratch(config, tokenizer_folder)
@@ -57,20 +60,6 @@ def make_starting_point(config: TrainingConfig, *, tokenizer_folder: Path) -> St
         )
     _check_fit(point, config)
     return _with_adapters(point, start) if start.lora_rank is not None else point
-
-
-def _load_model(checkpoint: Checkpoint) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    _ = checkpoint.weights  # its errors name what is missing; transformers would start with random weights
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            checkpoint.hugging_face_folder(), dtype=torch.float32, local_files_only=True
-        )
-    except Exception as error:  # transformers raises nearly anything here
-        raise UnsupportedModelError(
-            f"transformers can't load {checkpoint.name} as a causal language model: {error}"
-        ) from error
 
 
 def _from_scratch(config: TrainingConfig, tokenizer_folder: Path) -> StartingPoint:

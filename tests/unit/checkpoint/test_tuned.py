@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import layerskip
-from layerskip.checkpoint.tuned import TUNED_FILE, TunedSettings, read_tuned, write_tuned
+from layerskip.checkpoint.folder import TUNED_FILE
+from layerskip.checkpoint.tuned import TunedSettings, read_tuned, write_tuned
 from layerskip.decoding.adaptive import AdaptivePolicy
 from layerskip.decoding.experience import Experience
 from layerskip.errors import CheckpointError, InvalidArgumentError
@@ -28,15 +29,15 @@ def load(folder: Path) -> LanguageModel:
 
 
 def test_settings_come_back(folder: Path) -> None:
-    assert read_tuned(folder, 4) is None
-    write_tuned(folder, TUNED)
-    assert read_tuned(folder, 4) == TUNED
+    assert read_tuned(folder / TUNED_FILE, 4) is None
+    write_tuned(folder / TUNED_FILE, TUNED)
+    assert read_tuned(folder / TUNED_FILE, 4) == TUNED
 
 
 def test_self_speculation_takes_what_is_open(folder: Path) -> None:
     untuned = load(folder)
     assert untuned.configure(generation_strategy="self_speculative").exit_layer is None
-    write_tuned(folder, TUNED)
+    write_tuned(folder / TUNED_FILE, TUNED)
     lm = load(folder)
     open_ = lm.configure(generation_strategy="self_speculative")
     assert (open_.exit_layer, open_.num_speculations) == (3, 2)
@@ -77,4 +78,4 @@ def test_files_of_something_else(folder: Path, content: str, message: str) -> No
 
 def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="copy the checkpoint"):
-        write_tuned(tmp_path / "missing", TUNED)
+        write_tuned(tmp_path / "missing" / TUNED_FILE, TUNED)

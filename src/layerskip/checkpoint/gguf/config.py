@@ -1,0 +1,338 @@
+"""A GGUF file's metadata in Hugging Face's terms: config.json and generation_config.json."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from layerskip.checkpoint.gguf.container import Container
+from layerskip.checkpoint.gguf.tensors import check_type, read_tensor
+from layerskip.errors import CheckpointError, UnsupportedModelError
+from layerskip.model.config import FULL, SLIDING
+from layerskip.model.rope import RopeConfig, inverse_frequencies
+
+LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""Of every Llama 3.1, 3.2 and 3.3; a file holds the factors on frequencies that come of it and not these numbers."""
+GEMMA3_GLOBAL_EVERY = 6
+"""One layer in six of Gemma 3 sees the whole text; files don't say so."""
+GEMMA3_27B_LAYERS = 62
+"""Gemma 3 27B scales attention by width over heads, smaller ones by channels of a head; files don't say so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What a `general.architecture` is in Hugging Face's terms."""
+
+    model_type: str
+    class_name: str
+    extra: Callable[["Metadata", dict[str, Any]], dict[str, Any]]
+    """Keys of config.json of this family, given those that all families share."""
+    hidden_act: str = "silu"
+
+
+class Metadata:
+    """A container's keys, each checked to be what it should be."""
+
+    def __init__(self, container: Container) -> None:
+        self.container = container
+        self.architecture = str(self._get("general.architecture", str, "a text"))
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A positive whole number of this architecture, such as `block_count`.
+
+        Raises:
+            CheckpointError: It is missing and there is no default, or isn't one.
+        """
+        name = f"{self.architecture}.{key}"
+        value = self.container.metadata.get(name, default)
+        if isinstance(value, np.ndarray) and len(value) and np.all(value == value[0]):  # one for each layer, all alike
+            value = value[0].item()
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self._wrong(name, "a positive whole number", value)
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive number of this architecture, such as `rope.freq_base`.
+
+        Raises:
+            CheckpointError: It is missing and there is no default, or isn't one.
+        """
+        name = f"{self.architecture}.{key}"
+        value = self.container.metadata.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise self._wrong(name, "a positive number", value)
+        single = np.float32(value)  # 1e-5 is kept as 9.99999974e-06: take back the number that was meant
+        return float(str(single)) if single == value else float(value)
+
+    def text(self, key: str, default: str) -> str:
+        """A text of this architecture, such as `rope.scaling.type`."""
+        return str(self._get(f"{self.architecture}.{key}", str, "a text", default))
+
+    def has(self, key: str) -> bool:
+        """Whether the architecture has this key, with a value other than 0 (which stands for absent in some files)."""
+        value = self.container.metadata.get(f"{self.architecture}.{key}")
+        return value is not None and not (isinstance(value, int | float) and value == 0)
+
+    def token_id(self, key: str) -> int | None:
+        """A token's id of the tokenizer, such as `eos_token_id`; None where the file has none."""
+        value = self._get(f"tokenizer.ggml.{key}", int, "a token id", -1)
+        return None if value in (-1, 2**32 - 1) else int(value)
+
+    def _get(self, name: str, kind: type, wanted: str, default: Any = None) -> Any:
+        value = self.container.metadata.get(name, default)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise self._wrong(name, wanted, value)
+        return value
+
+    def _wrong(self, name: str, wanted: str, value: Any) -> CheckpointError:
+        given = "it is missing" if value is None else f"got {str(value)[:80]!r}"
+        return CheckpointError(f"{self.container.path}: the key {name!r} must be {wanted}; {given}")
+
+
+def read_raw_config(container: Container) -> dict[str, Any]:
+    """The file's model as a config.json.
+
+    Raises:
+        UnsupportedModelError: An architecture, or a feature of it, that isn't supported.
+        CheckpointError: A key is missing or makes no sense.
+    """
+    metadata = Metadata(container)
+    known = ARCHITECTURES.get(metadata.architecture)
+    if known is None:
+        raise UnsupportedModelError(
+            f"{container.path} holds a model of architecture {metadata.architecture[:80]!r}, which is not supported; "
+            f"supported: {', '.join(sorted(ARCHITECTURES))}"
+        )
+    for key in ("expert_count", "attn_logit_softcapping", "attention.clamp_kqv", "logit_scale", "embedding_scale"):
+        if metadata.has(key):
+            raise UnsupportedModelError(
+                f"{container.path} sets {metadata.architecture}.{key}, which is not supported for "
+                f"{known.model_type!r} models"
+            )
+    hidden_size, heads = metadata.count("embedding_length"), metadata.count("attention.head_count")
+    head_dim = metadata.count("attention.key_length", hidden_size // heads)
+    if metadata.count("attention.value_length", head_dim) != head_dim:
+        raise UnsupportedModelError(f"{container.path} has values of another size than its keys; both must be alike")
+    num_layers = metadata.count("block_count")
+    if num_layers > len(container.tensors):
+        raise CheckpointError(
+            f"{container.path} has {num_layers} layers by its metadata, and {len(container.tensors)} tensors; it is "
+            "damaged: download it again"
+        )
+    config: dict[str, Any] = {
+        "model_type": known.model_type,
+        "architectures": [known.class_name],
+        "vocab_size": _vocabulary(container),
+        "hidden_size": hidden_size,
+        "intermediate_size": metadata.count("feed_forward_length"),
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": metadata.count("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "hidden_act": known.hidden_act,
+        "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": metadata.count("context_length"),
+        "tie_word_embeddings": "output.weight" not in container.tensors,
+        "bos_token_id": metadata.token_id("bos_token_id"),
+        "eos_token_id": metadata.token_id("eos_token_id"),
+        "pad_token_id": metadata.token_id("padding_token_id"),
+        "torch_dtype": "float32",
+    }
+    if "blk.0.attn_q.bias" in container.tensors and known.model_type in ("llama", "mistral", "qwen3"):
+        config["attention_bias"] = True
+    config["rope_parameters"] = _rope(metadata, head_dim, config["max_position_embeddings"])
+    return config | known.extra(metadata, config)
+
+
+def read_generation_config(container: Container) -> dict[str, Any]:
+    """The file's end tokens as a generation_config.json: of texts, of turns and of messages."""
+    metadata = Metadata(container)
+    names = ("eos_token_id", "eot_token_id", "eom_token_id")
+    ends = dict.fromkeys(end for end in map(metadata.token_id, names) if end is not None)
+    return {"eos_token_id": list(ends), "bos_token_id": metadata.token_id("bos_token_id")}
+
+
+def _vocabulary(container: Container) -> int:
+    """Rows of the embedding table, which the tokenizer's tokens have to fit.
+
+    Raises:
+        CheckpointError: There is no table, or they don't fit.
+    """
+    table = container.tensors.get("token_embd.weight")
+    if table is None or len(table.shape) != 2:
+        raise CheckpointError(f"{container.path} has no embedding table (token_embd.weight); it is not a whole model")
+    tokens = container.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list) and len(tokens) != table.shape[0]:
+        raise CheckpointError(
+            f"{container.path} has a vocabulary of {len(tokens)} tokens and an embedding table of {table.shape[0]} "
+            "rows; they don't belong together: convert the model again"
+        )
+    return table.shape[0]
+
+
+def _rope(metadata: Metadata, head_dim: int, context: int) -> dict[str, Any]:
+    """The rotary embedding as `rope_parameters`."""
+    parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": metadata.number("rope.freq_base", 10000.0)}
+    rotated = metadata.count("rope.dimension_count", head_dim)
+    if rotated != head_dim:
+        parameters["partial_rotary_factor"] = rotated / head_dim
+    divisors = read_factors(metadata.container, "rope_freqs.weight", rotated // 2)
+    if divisors is not None:
+        return parameters | _frequency_divisors(divisors, parameters["rope_theta"], rotated, context)
+    kind = metadata.text("rope.scaling.type", "none")
+    if kind == "linear":
+        return parameters | {"rope_type": "linear", "factor": metadata.number("rope.scaling.factor")}
+    if kind == "yarn":
+        return parameters | _yarn(metadata, context)
+    if kind not in ("none", "longrope", "su"):
+        raise UnsupportedModelError(
+            f"{metadata.container.path} scales its context by {kind[:80]!r}, which is not supported; supported: none, "
+            "linear, yarn, longrope"
+        )
+    return parameters
+
+
+def _yarn(metadata: Metadata, context: int) -> dict[str, Any]:
+    for key in ("yarn_log_multiplier", "yarn_ext_factor"):
+        if metadata.has(f"rope.scaling.{key}"):
+            raise UnsupportedModelError(f"{metadata.container.path} sets rope.scaling.{key}, which is not supported")
+    factor = metadata.number("rope.scaling.factor")
+    original = metadata.count("rope.scaling.original_context_length", max(1, int(context / factor)))
+    optional = {"attention_factor": "yarn_attn_factor", "beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
+    given = {ours: f"rope.scaling.{theirs}" for ours, theirs in optional.items()}
+    return {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": original,
+        **{ours: metadata.number(key) for ours, key in given.items() if metadata.has(key)},
+    }
+
+
+def read_factors(container: Container, name: str, count: int) -> list[float] | None:
+    """A tensor of factors on frequencies, one for each pair of channels; None where the file has none.
+
+    Raises:
+        CheckpointError: Not so many, or not positive numbers.
+    """
+    entry = container.tensors.get(name)
+    if entry is None:
+        return None
+    check_type(entry)
+    values = read_tensor(entry).float().flatten().tolist()
+    if len(values) != count or not all(0 < value < math.inf for value in values):
+        raise CheckpointError(f"{container.path}: tensor {name!r} must be {count} positive numbers")
+    return values
+
+
+def _frequency_divisors(divisors: list[float], theta: float, rotated: int, context: int) -> dict[str, Any]:
+    """Frequencies divided by given factors: by Llama 3's rule where these are its factors, else as they are.
+
+    The rule gives exactly the frequencies of the checkpoint that the file was made from. Other factors become a
+    LongRoPE whose short and long factors are the same.
+    """
+    llama3 = {"factor": max(divisors), **LLAMA3_SCALING}
+    plain = RopeConfig(rope_theta=theta, rotary_dim=rotated, original_max_position_embeddings=8192)
+    scaled = RopeConfig(
+        rope_type="llama3",
+        rope_theta=theta,
+        rotary_dim=rotated,
+        original_max_position_embeddings=8192,
+        scaling={key: value for key, value in llama3.items() if key != "original_max_position_embeddings"},
+    )
+    rule = (inverse_frequencies(plain, context)[0] / inverse_frequencies(scaled, context)[0]).tolist()
+    if all(math.isclose(ours, theirs, rel_tol=1e-5) for ours, theirs in zip(rule, divisors, strict=True)):
+        return {"rope_type": "llama3", **llama3}
+    return {
+        "rope_type": "longrope",
+        "short_factor": divisors,
+        "long_factor": divisors,
+        "attention_factor": 1.0,
+        "factor": 1.0,
+        "original_max_position_embeddings": context,
+    }
+
+
+def _llama(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
+    """Llama, and Mistral, which converters write as Llama."""
+    if not metadata.has("attention.sliding_window"):
+        return {}
+    return {
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "sliding_window": metadata.count("attention.sliding_window"),
+    }
+
+
+def _gemma3(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
+    num_layers, scalar = config["num_hidden_layers"], config["head_dim"]
+    if num_layers == GEMMA3_27B_LAYERS:
+        scalar = config["hidden_size"] // config["num_attention_heads"]
+    local = {"rope_type": "default", "rope_theta": metadata.number("rope.freq_base_swa", 10000.0)}
+    extra = {
+        "query_pre_attn_scalar": scalar,
+        "layer_types": _gemma3_layers(metadata, num_layers),
+        "rope_parameters": {FULL: config["rope_parameters"], SLIDING: local},
+        "hidden_activation": "gelu_pytorch_tanh",
+    }
+    if metadata.has("attention.sliding_window"):
+        extra["sliding_window"] = metadata.count("attention.sliding_window")
+    if metadata.has("final_logit_softcapping"):
+        extra["final_logit_softcapping"] = metadata.number("final_logit_softcapping")
+    return extra
+
+
+def _gemma3_layers(metadata: Metadata, num_layers: int) -> list[str]:
+    """Which layers see a window only: by a list of truth values, by every how many-th doesn't, or as all Gemma 3 do."""
+    name = "attention.sliding_window_pattern"
+    if not metadata.has("attention.sliding_window"):
+        return [FULL] * num_layers
+    pattern = metadata.container.metadata.get(f"{metadata.architecture}.{name}")
+    if isinstance(pattern, np.ndarray):
+        return [SLIDING if slides else FULL for slides in pattern.tolist()]
+    every = metadata.count(name, GEMMA3_GLOBAL_EVERY)
+    return [FULL if (layer + 1) % every == 0 else SLIDING for layer in range(num_layers)]
+
+
+def _phi3(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
+    window, context = "attention.sliding_window", config["max_position_embeddings"]
+    original = metadata.count("rope.scaling.original_context_length", context)
+    extra: dict[str, Any] = {
+        "sliding_window": metadata.count(window) if metadata.has(window) else None,
+        "original_max_position_embeddings": original,
+    }
+    pairs = metadata.count("rope.dimension_count", config["head_dim"]) // 2
+    short = read_factors(metadata.container, "rope_factors_short.weight", pairs)
+    long = read_factors(metadata.container, "rope_factors_long.weight", pairs)
+    if short is None or long is None:
+        return extra
+    parameters = {
+        **config["rope_parameters"],
+        "rope_type": "longrope",
+        "short_factor": short,
+        "long_factor": long,
+        "original_max_position_embeddings": original,
+    }
+    scale = context / original
+    usual = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 and original > 1 else 1.0
+    attention_factor = metadata.number("rope.scaling.attn_factor", usual)
+    if not math.isclose(attention_factor, usual, rel_tol=1e-6):  # else as config.json's silence has it, to the last bit
+        parameters["attention_factor"] = attention_factor
+    return {**extra, "rope_parameters": parameters}
+
+
+def _qwen2(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
+    return {"use_sliding_window": False}
+
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": Architecture(model_type="llama", class_name="LlamaForCausalLM", extra=_llama),
+    "qwen2": Architecture(model_type="qwen2", class_name="Qwen2ForCausalLM", extra=_qwen2),
+    "qwen3": Architecture(model_type="qwen3", class_name="Qwen3ForCausalLM", extra=_qwen2),
+    "gemma3": Architecture(
+        model_type="gemma3_text", class_name="Gemma3ForCausalLM", hidden_act="gelu_pytorch_tanh", extra=_gemma3
+    ),
+    "phi3": Architecture(model_type="phi3", class_name="Phi3ForCausalLM", extra=_phi3),
+}
+"""By `general.architecture`."""

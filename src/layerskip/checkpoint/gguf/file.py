@@ -1,0 +1,125 @@
+"""A GGUF file as a checkpoint: configuration, weights and tokenizer, all from the file itself."""
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerskip.checkpoint.contents import Contents, share_of_types
+from layerskip.errors import CheckpointError, CheckpointNotFoundError, TokenizerError
+
+if TYPE_CHECKING:  # the rest loads the gguf package, which other checkpoints don't need
+    from transformers import PreTrainedTokenizerBase
+
+    from layerskip.checkpoint.gguf.container import Container
+    from layerskip.checkpoint.gguf.tensors import GGUFTensors
+
+SUFFIX = ".gguf"
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_PROJECTOR = "mmproj"
+"""How files with the image part of a model begin; they stand beside the model that is meant."""
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """A model in one file, or in numbered parts (`checkpoint.CheckpointFiles`)."""
+
+    path: Path
+    """The file, or its first part."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the file is."""
+        return self.path.parent
+
+    @property
+    def tuned_file(self) -> Path:
+        """Where a sweep keeps the best setting: each file has its own."""
+        return self.path.with_suffix(".layerskip.json")
+
+    @cached_property
+    def container(self) -> "Container":
+        """The file, or all its parts as one."""
+        from layerskip.checkpoint.gguf.container import join, read_container
+
+        first = read_container(self.path)
+        count = first.metadata.get("split.count", 1)
+        if not isinstance(count, int) or count <= 1:
+            return first
+        if first.metadata.get("split.no", 0) != 0:
+            raise CheckpointError(f"{self.path} is a later part of a model of {count} files; name the first one")
+        return join([first, *(read_container(part) for part in _later_parts(self.path, count))])
+
+    @cached_property
+    def raw_config(self) -> dict[str, Any]:
+        """The metadata as a config.json."""
+        from layerskip.checkpoint.gguf.config import read_raw_config
+
+        return read_raw_config(self.container)
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        """The metadata's end tokens as a generation_config.json."""
+        from layerskip.checkpoint.gguf.config import read_generation_config
+
+        return read_generation_config(self.container)
+
+    @cached_property
+    def weights(self) -> "GGUFTensors":
+        """The tensors."""
+        from layerskip.checkpoint.gguf.tensors import GGUFTensors
+
+        return GGUFTensors(self.container, self.raw_config)
+
+    @property
+    def contents(self) -> Contents:
+        """Bytes and types of the tensors."""
+        container = self.container
+        return Contents(
+            format=f"GGUF version {container.version} ({container.metadata.get('general.architecture')})",
+            num_bytes=container.num_bytes,
+            types=share_of_types((tensor.type.name, tensor.num_bytes) for tensor in container.tensors.values()),
+        )
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer that the metadata describes.
+
+        Raises:
+            TokenizerError: There is none, or it can't be made.
+        """
+        raise TokenizerError(f"the tokenizer in {self.path} can't be read yet; pass token ids in place of text")
+
+
+def find_gguf(folder: Path) -> Path | None:
+    """The GGUF file in a folder, or its first part; None where there is none.
+
+    Raises:
+        CheckpointError: There are several.
+    """
+    files = sorted(file for file in folder.glob(f"*{SUFFIX}") if not file.name.startswith(_PROJECTOR))
+    models = [file for file in files if (part := _PART.fullmatch(file.name)) is None or int(part["number"]) == 1]
+    if len(models) > 1:
+        raise CheckpointError(
+            f"{folder} has {len(models)} GGUF files ({', '.join(file.name for file in models[:4])}"
+            f"{', ...' if len(models) > 4 else ''}); name the one that you want, such as {models[0]}"
+        )
+    return models[0] if models else None
+
+
+def _later_parts(path: Path, count: int) -> list[Path]:
+    """Files of the other parts.
+
+    Raises:
+        CheckpointNotFoundError: One is missing.
+        CheckpointError: The file isn't named as a part.
+    """
+    part = _PART.fullmatch(path.name)
+    if part is None or int(part["count"]) != count:
+        raise CheckpointError(f"{path} is the first of {count} parts; it must be named NAME-00001-of-{count:05}.gguf")
+    parts = [path.with_name(f"{part['stem']}-{number:05}-of-{count:05}.gguf") for number in range(2, count + 1)]
+    for file in parts:
+        if not file.is_file():
+            raise CheckpointNotFoundError(f"{path} is the first of {count} parts, and {file.name} is missing beside it")
+    return parts

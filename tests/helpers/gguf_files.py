@@ -1,0 +1,191 @@
+"""GGUF files made of checkpoints in Hugging Face's format, as converters make them; for tests."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
+from gguf.quants import quantize
+from safetensors.torch import load_file
+
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma3_text": "gemma3",
+    "phi3": "phi3",
+}
+PARTS = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.gate_up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+GEMMA_PARTS = {
+    **PARTS,
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def convert(
+    folder: Path,
+    path: Path,
+    *,
+    type_: GGMLQuantizationType = GGMLQuantizationType.F32,
+    embedding_type: GGMLQuantizationType | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a checkpoint as a GGUF file.
+
+    Args:
+        folder: config.json and model.safetensors.
+        path: The file to write.
+        type_: Of matrices whose rows are long enough; the others and vectors are float32.
+        embedding_type: Of the embedding table, if it has another one.
+        metadata: More keys (texts, numbers, lists of texts), such as a tokenizer's.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    writer = GGUFWriter(path, ARCHITECTURES[config["model_type"]])
+    add_config(writer, config)
+    add_rope(writer, config)
+    for key, value in (metadata or {}).items():
+        add_value(writer, key, value)
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        add_tensor(writer, config, name, tensor, type_, embedding_type or type_)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def add_value(writer: GGUFWriter, key: str, value: Any) -> None:
+    """A key of whatever type the value has."""
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
+
+
+def add_config(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
+    """Sizes."""
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if config.get("head_dim") is not None:
+        writer.add_key_length(config["head_dim"])
+        writer.add_value_length(config["head_dim"])
+    window = config.get("sliding_window")
+    if config["model_type"] == "phi3" or (window and config["model_type"] in ("mistral", "gemma3_text")):
+        writer.add_sliding_window(window or 0)
+    if config["model_type"] == "gemma3_text":
+        kinds = config["layer_types"]
+        writer.add_sliding_window_pattern(kinds.index("full_attention") + 1)
+    if config.get("final_logit_softcapping"):
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+
+
+def add_rope(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
+    """Rotary embedding, with the tensors of factors that some scalings have."""
+    nested = config["rope_parameters"]
+    parameters = nested.get("full_attention", nested)
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    rotated = int(head_dim * (parameters.get("partial_rotary_factor") or 1.0))
+    writer.add_rope_freq_base(parameters["rope_theta"])
+    writer.add_rope_dimension_count(rotated)
+    match parameters["rope_type"]:
+        case "linear":
+            writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(parameters["factor"])
+        case "yarn":
+            writer.add_rope_scaling_type(RopeScalingType.YARN)
+            writer.add_rope_scaling_factor(parameters["factor"])
+            writer.add_rope_scaling_orig_ctx_len(parameters["original_max_position_embeddings"])
+        case "llama3":
+            writer.add_tensor("rope_freqs.weight", llama3_factors(parameters, rotated))
+        case "longrope":
+            original = parameters["original_max_position_embeddings"]
+            writer.add_rope_scaling_orig_ctx_len(original)
+            scale = config["max_position_embeddings"] / original
+            writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(scale) / math.log(original)))
+            for kind in ("long", "short"):
+                factors = np.array(parameters[f"{kind}_factor"], dtype=np.float32)
+                writer.add_tensor(f"rope_factors_{kind}.weight", factors)
+
+
+def llama3_factors(parameters: Mapping[str, Any], rotated: int) -> np.ndarray:
+    """What Llama 3's scaling divides each frequency by, written down from its definition one frequency at a time."""
+    original = parameters["original_max_position_embeddings"]
+    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+    factors = []
+    for channel in range(0, rotated, 2):
+        wavelength = 2 * math.pi * parameters["rope_theta"] ** (channel / rotated)
+        if wavelength < original / high:
+            factors.append(1.0)
+        elif wavelength > original / low:
+            factors.append(parameters["factor"])
+        else:
+            smooth = (original / wavelength - low) / (high - low)
+            factors.append(1 / ((1 - smooth) / parameters["factor"] + smooth))
+    return np.array(factors, dtype=np.float32)
+
+
+def add_tensor(
+    writer: GGUFWriter,
+    config: Mapping[str, Any],
+    name: str,
+    tensor: torch.Tensor,
+    type_: GGMLQuantizationType,
+    embedding_type: GGMLQuantizationType,
+) -> None:
+    """One tensor under the file's name, in the file's order of rows."""
+    stem, kind = name.rsplit(".", 1)
+    if stem in TOP:
+        theirs = f"{TOP[stem]}.{kind}"
+    else:
+        _, _, layer, part = stem.split(".", 3)
+        parts = GEMMA_PARTS if config["model_type"] == "gemma3_text" else PARTS
+        theirs = f"blk.{layer}.{parts[part]}.{kind}"
+    array = tensor.float().numpy()
+    if config["model_type"] in ("llama", "mistral") and ".q_proj." in name:
+        array = in_pairs(array, config["num_attention_heads"])
+    if config["model_type"] in ("llama", "mistral") and ".k_proj." in name:
+        array = in_pairs(array, config["num_key_value_heads"])
+    if config["model_type"] == "gemma3_text" and stem.endswith("norm"):
+        array = array + np.float32(1)
+    chosen = embedding_type if theirs == "token_embd.weight" else type_
+    if array.ndim == 1 or array.shape[-1] % 32:
+        chosen = GGMLQuantizationType.F32
+    writer.add_tensor(theirs, quantize(array, chosen), raw_dtype=chosen)
+
+
+def in_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of each head so that the two channels of a rotary pair follow one another."""
+    return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)

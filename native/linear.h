@@ -9,13 +9,23 @@
 namespace layerskip {
 
 constexpr int kPanel = 2 * kLanes;  // outputs of a panel
-constexpr int kGroup = 32;          // inputs that share a scale in int4
+constexpr int kGroup = 32;          // inputs that share a scale in int4 and in blocks
 
-enum Format : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kInt4 = 3 };
+enum Format : int32_t {
+    kFloat32 = 0,
+    kBFloat16 = 1,
+    kInt8 = 2,
+    kInt4 = 3,
+    kFloat16 = 4,
+    kQ8_0 = 5,  // blocks of GGUF files: the same numbers in panels
+    kQ4_0 = 6,
+    kQ4_1 = 7,
+};
 
 struct Linear {
     const void* panels;   // [O / 16, I, ...], laid out by pack()
-    const void* scales;   // int8: float [O]; int4: pairs of bfloat16 [O / 16, I / 32, 8]
+    const void* scales;   // int8: float [O]; int4: pairs of bfloat16 [O / 16, I / 32, 8]; blocks: float16
+                          // [O / 16, I / 32, 16], for q4_1 [O / 16, I / 32, 2, 16]
     const float* bias;    // [O] or null
     int32_t inputs;
     int32_t outputs;      // a multiple of 16: the last panel is filled up with zeros
@@ -29,6 +39,19 @@ int64_t packed_bytes(int32_t inputs, int32_t outputs, int32_t format);
 // Lay out one panel from weight [rows, I] (row-major float32, up to 16 rows; those that are missing are zeros); scales are
 // written where the format has some.
 void pack(const float* weight, int64_t inputs, int rows, int32_t format, void* panels, void* scales, int64_t panel);
+
+// Lay out one panel from weight [rows, I / 32] blocks of a GGUF file (q8_0, q4_0 or q4_1).
+void pack_blocks(const uint8_t* weight, int64_t inputs, int rows, int32_t format, void* panels, void* scales,
+                 int64_t panel);
+
+// The 32 numbers that a block stands for.
+void unpack_block(const uint8_t* block, int32_t format, float* to);
+
+// Bytes of a block.
+int64_t block_bytes(int32_t format);
+
+// Whether float16 holds all of these numbers exactly.
+bool fits_float16(const float* numbers, int64_t count);
 
 // Panels first..last-1 of y = x W^T + b, or y += where `add`. x: [rows, ldx], y: [rows, ldy].
 void multiply(const Linear& w, const float* x, int64_t ldx, int rows, float* y, int64_t ldy, int first, int last,

@@ -233,17 +233,23 @@ void unembed(const Network& network, const float* hidden, int32_t rows, float* l
 }
 
 void embed(const Embedding& embedding, int64_t token, int64_t width, float* to) {
-    for (int64_t i = 0; i < width; ++i) {
-        float value;
-        if (embedding.is_bfloat16) {
-            const uint16_t half = static_cast<const uint16_t*>(embedding.table)[token * width + i];
-            const uint32_t bits = static_cast<uint32_t>(half) << 16;
-            std::memcpy(&value, &bits, sizeof value);
-        } else {
-            value = static_cast<const float*>(embedding.table)[token * width + i];
-        }
-        to[i] = value * embedding.multiplier;
+    switch (embedding.format) {
+        case kFloat32:
+            std::memcpy(to, static_cast<const float*>(embedding.table) + token * width, width * sizeof(float));
+            break;
+        case kBFloat16:
+            for (int64_t i = 0; i < width; ++i) {
+                const uint16_t half = static_cast<const uint16_t*>(embedding.table)[token * width + i];
+                const uint32_t bits = static_cast<uint32_t>(half) << 16;
+                std::memcpy(to + i, &bits, sizeof bits);
+            }
+            break;
+        default:
+            const int64_t blocks = width / kGroup, bytes = block_bytes(embedding.format);
+            const uint8_t* row = static_cast<const uint8_t*>(embedding.table) + token * blocks * bytes;
+            for (int64_t i = 0; i < blocks; ++i) unpack_block(row + i * bytes, embedding.format, to + i * kGroup);
     }
+    for (int64_t i = 0; i < width; ++i) to[i] *= embedding.multiplier;
 }
 
 // The token of each row: drawn with its key, or the likeliest without `sampling`. `logits` is room for [rows, V padded].
@@ -352,6 +358,21 @@ void layerskip_pack(const float* weight, int32_t inputs, int32_t rows, int32_t f
     });
 }
 
+void layerskip_pack_blocks(const uint8_t* weight, int32_t inputs, int32_t rows, int32_t format, void* panels,
+                           void* scales, int32_t first, int32_t step, int32_t threads) {
+    std::lock_guard<std::mutex> lock(Team::in_use());
+    const int64_t row_bytes = inputs / kGroup * block_bytes(format);
+    Team::of(threads).run([&](int member, int size) {
+        int from, to;
+        share((rows + kPanel - 1) / kPanel, member, size, from, to);
+        for (int panel = from; panel < to; ++panel)
+            pack_blocks(weight + panel * kPanel * row_bytes, inputs, std::min(kPanel, rows - panel * kPanel), format,
+                        panels, scales, first + panel * step);
+    });
+}
+
+int32_t layerskip_fits_float16(const float* numbers, int64_t count) { return fits_float16(numbers, count); }
+
 int32_t layerskip_fits_bfloat16(const float* numbers, int64_t count) {
     uint32_t lost = 0;
     for (int64_t i = 0; i < count; ++i) {
@@ -372,11 +393,17 @@ void layerskip_multiply(const Linear* w, const float* x, int32_t rows, float* y,
     });
 }
 
-int32_t layerskip_interface() { return 2; }
+int32_t layerskip_interface() { return 3; }
+
+int32_t layerskip_size_of(int32_t structure) {
+    constexpr size_t sizes[] = {sizeof(Linear), sizeof(Layer),     sizeof(Network), sizeof(Cache),
+                                sizeof(Embedding), sizeof(DraftStop), sizeof(Sampling)};
+    return static_cast<int32_t>(sizes[structure]);
+}
 
 int32_t layerskip_runs_here() {
 #if defined(__x86_64__) && defined(__AVX2__)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #else
     return 1;
 #endif

@@ -57,8 +57,8 @@ struct Cache {
 };
 
 struct Embedding {
-    const void* table;  // [V, D]
-    int32_t is_bfloat16;  // or float32
+    const void* table;  // [V, D], or [V, D / 32] blocks as they are in a GGUF file
+    int32_t format;     // float32, bfloat16, q8_0, q4_0 or q4_1
     float multiplier;
 };
 
@@ -103,6 +103,13 @@ int64_t layerskip_packed_bytes(int32_t inputs, int32_t outputs, int32_t format);
 void layerskip_pack(const float* weight, int32_t inputs, int32_t rows, int32_t format, void* panels, void* scales,
                     int32_t first, int32_t step, int32_t threads);
 
+// The same from a weight [rows, inputs / 32] in blocks of a GGUF file.
+void layerskip_pack_blocks(const uint8_t* weight, int32_t inputs, int32_t rows, int32_t format, void* panels,
+                           void* scales, int32_t first, int32_t step, int32_t threads);
+
+// Whether float16 holds all of these numbers exactly.
+int32_t layerskip_fits_float16(const float* numbers, int64_t count);
+
 // Whether bfloat16 holds all of these numbers exactly.
 int32_t layerskip_fits_bfloat16(const float* numbers, int64_t count);
 
@@ -111,6 +118,9 @@ void layerskip_multiply(const Linear* w, const float* x, int32_t rows, float* y,
 
 // Version of these structures and functions; the caller refuses another.
 int32_t layerskip_interface();
+
+// Bytes of a structure: Linear, Layer, Network, Cache, Embedding, DraftStop, Sampling in this order.
+int32_t layerskip_size_of(int32_t structure);
 
 // Whether this processor has the instructions that the library was compiled for.
 int32_t layerskip_runs_here();

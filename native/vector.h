@@ -26,7 +26,7 @@ inline void store(float* to, Vector value) { std::memcpy(to, &value, sizeof valu
 
 inline Vector broadcast(float value) { return Vector{value, value, value, value, value, value, value, value}; }
 
-// Eight signed bytes as numbers. Compilers make a detour through 64-bit halves of the generic form on x86.
+// Eight bytes as numbers. Compilers make a detour through 64-bit halves of the generic form on x86.
 inline IntVector widen(const int8_t* from) {
 #if defined(__AVX2__)
     return (IntVector)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
@@ -35,6 +35,33 @@ inline IntVector widen(const int8_t* from) {
     Bytes bytes;
     std::memcpy(&bytes, from, sizeof bytes);
     return __builtin_convertvector(bytes, IntVector);
+#endif
+}
+
+inline IntVector widen(const uint8_t* from) {
+#if defined(__AVX2__)
+    return (IntVector)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#else
+    typedef uint8_t Bytes __attribute__((vector_size(8)));
+    Bytes bytes;
+    std::memcpy(&bytes, from, sizeof bytes);
+    return __builtin_convertvector(bytes, IntVector);
+#endif
+}
+
+// Eight numbers of float16. Without an instruction for it: the bits moved to where float32 has them make a number that is
+// too small by a power of two, also where it is subnormal.
+inline Vector load_halves(const uint16_t* from) {
+#if defined(__F16C__)
+    return (Vector)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+    typedef uint16_t Halves __attribute__((vector_size(16)));
+    Halves halves;
+    std::memcpy(&halves, from, sizeof halves);
+    const WordVector words = __builtin_convertvector(halves, WordVector);
+    const WordVector infinite = (WordVector)((words & 0x7c00u) == 0x7c00u) & 0x7f800000u;
+    const WordVector size = (WordVector)((Vector)((words & 0x7fffu) << 13) * 0x1p112f);
+    return (Vector)(size | infinite | (words & 0x8000u) << 16);
 #endif
 }
 

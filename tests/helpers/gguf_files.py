@@ -49,7 +49,7 @@ def convert(
     path: Path,
     *,
     type_: GGMLQuantizationType = GGMLQuantizationType.F32,
-    embedding_type: GGMLQuantizationType | None = None,
+    types: Mapping[str, GGMLQuantizationType] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a checkpoint as a GGUF file.
@@ -58,7 +58,7 @@ def convert(
         folder: config.json and model.safetensors.
         path: The file to write.
         type_: Of matrices whose rows are long enough; the others and vectors are float32.
-        embedding_type: Of the embedding table, if it has another one.
+        types: Other ones, by the file's name of a part, such as `attn_v` or `token_embd`.
         metadata: More keys (texts, numbers, lists of texts), such as a tokenizer's.
     """
     config = json.loads((folder / "config.json").read_text())
@@ -68,7 +68,7 @@ def convert(
     for key, value in (metadata or {}).items():
         add_value(writer, key, value)
     for name, tensor in load_file(folder / "model.safetensors").items():
-        add_tensor(writer, config, name, tensor, type_, embedding_type or type_)
+        add_tensor(writer, config, name, tensor, type_, types or {})
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -163,7 +163,7 @@ def add_tensor(
     name: str,
     tensor: torch.Tensor,
     type_: GGMLQuantizationType,
-    embedding_type: GGMLQuantizationType,
+    types: Mapping[str, GGMLQuantizationType],
 ) -> None:
     """One tensor under the file's name, in the file's order of rows."""
     stem, kind = name.rsplit(".", 1)
@@ -180,7 +180,7 @@ def add_tensor(
         array = in_pairs(array, config["num_key_value_heads"])
     if config["model_type"] == "gemma3_text" and stem.endswith("norm"):
         array = array + np.float32(1)
-    chosen = embedding_type if theirs == "token_embd.weight" else type_
+    chosen = types.get(theirs.split(".")[-2], type_)
     if array.ndim == 1 or array.shape[-1] % 32:
         chosen = GGMLQuantizationType.F32
     writer.add_tensor(theirs, quantize(array, chosen), raw_dtype=chosen)

@@ -1,6 +1,6 @@
 """From named tensors to a network: which names and shapes are asked for, and how they are stacked."""
 
-from typing import Any
+from typing import Any, Never
 
 import pytest
 import torch
@@ -43,6 +43,12 @@ class Tensors:
     def get(self, name: str) -> Tensor:
         self.read.append(name)
         return self.tensors[name]
+
+    def block_format(self, name: str) -> None:
+        """None has blocks."""
+
+    def blocks(self, name: str) -> Never:
+        raise AssertionError(name)
 
 
 def make(model_type: str = "llama", **changes: Any) -> tuple[ModelConfig, Tensors]:

@@ -21,7 +21,7 @@ from layerskip.model.decoder import Decoder
 from layerskip.model.drafts import DraftWeights, frequent_tokens
 from layerskip.model.families import parse_config
 from layerskip.model.quantization import check_quantization
-from layerskip.model.weights import TensorSource, load_decoder, tensor_shapes
+from layerskip.model.weights import TensorSource, load_decoder, tensor_shapes, weight_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -155,7 +155,11 @@ class Checkpoint:
                 check_quantization(name, value, native=native, device=device, dtype=dtype)
         draft = self._draft_weights(how)
         weights = self.weights
-        self._check_memory(dtype.itemsize if how.quantize is None else 1, dtype, device)
+        if how.quantize is None:
+            needed = weight_bytes(config, weights, dtype, keeps_blocks=native)
+        else:
+            needed = self.num_parameters
+        self._check_memory(needed, dtype, device)
         return load_decoder(
             config,
             weights,
@@ -176,8 +180,8 @@ class Checkpoint:
             raise InvalidArgumentError("draft_text ranks tokens for draft_vocabulary; give that as well")
         return DraftWeights(quantize=how.quantize_draft, tokens=tokens) if how.quantize_draft or tokens else None
 
-    def _check_memory(self, bytes_each: int, dtype: torch.dtype, device: torch.device) -> None:
-        needed, free = self.num_parameters * bytes_each, free_memory(device)
+    def _check_memory(self, needed: int, dtype: torch.dtype, device: torch.device) -> None:
+        free = free_memory(device)
         if free is not None and needed > free:
             raise OutOfMemoryError(
                 f"{self.name} needs {needed / 2**30:.2f} GiB in {dtype} and {free / 2**30:.2f} GiB are free on "

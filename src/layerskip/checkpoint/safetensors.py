@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Never
 
 from torch import Tensor
 
@@ -51,6 +52,13 @@ class SafetensorsFiles:
         with safe_open(self._file_of[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
+
+    def block_format(self, name: str) -> None:
+        """None: this format has no blocks."""
+
+    def blocks(self, name: str) -> Never:
+        """Nothing has blocks."""
+        raise AssertionError(name)
 
     def contents(self) -> Contents:
         """Bytes of the files, and of the tensors by type."""

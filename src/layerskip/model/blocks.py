@@ -3,6 +3,7 @@
 Shapes: O output width, I input width, G = I / 32 blocks in a row.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +17,7 @@ BLOCK_BYTES: dict[BlockFormat, int] = {"q8_0": 34, "q4_0": 18, "q4_1": 20}
 """Bytes of a block: a float16 scale (and for q4_1 a float16 minimum), then the numbers."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BlockWeight:
     """A weight [O, I] in the blocks of a file.
 
@@ -38,6 +39,16 @@ class BlockWeight:
         """Some outputs, in the order of `indices` [N]."""
         return BlockWeight(self.format, self.data[indices])
 
+    def widened(self) -> "BlockWeight":
+        """The same numbers as q8_0; of formats without minima only."""
+        if self.format == "q8_0":
+            return self
+        assert self.format == "q4_0", self.format
+        blocks = self.data.reshape(len(self.data), -1, BLOCK_BYTES["q4_0"])
+        packed = blocks[..., 2:]
+        numbers = torch.cat([packed & 0xF, packed >> 4], dim=-1).to(torch.int8) - 8
+        return BlockWeight("q8_0", torch.cat([blocks[..., :2], numbers.view(torch.uint8)], -1).flatten(1))
+
     def dequantize(self) -> Tensor:
         """[O, I], float32: exactly the numbers that the blocks stand for, each product and sum rounded once."""
         outputs, inputs = self.shape
@@ -52,3 +63,8 @@ class BlockWeight:
             return (scale * (numbers - 8)).reshape(outputs, inputs)
         minimum = blocks[..., 2:4].contiguous().view(torch.float16).float()
         return (scale * numbers + minimum).reshape(outputs, inputs)
+
+
+def stacked(parts: Sequence[BlockWeight]) -> BlockWeight:
+    """Weights of one format, one below the other."""
+    return parts[0] if len(parts) == 1 else BlockWeight(parts[0].format, torch.cat([part.data for part in parts]))

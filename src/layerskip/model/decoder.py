@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerskip.model.attention import Positions
+from layerskip.model.blocks import BlockWeight
 from layerskip.model.cache import KVCache
 from layerskip.model.compiled_rounds import CompiledRound, CompiledRounds, RoundMode
 from layerskip.model.config import ModelConfig
@@ -87,7 +88,7 @@ class Decoder:
         self,
         config: ModelConfig,
         *,
-        embedding: Tensor,
+        embedding: Tensor | BlockWeight,
         network: Network,
         ropes: Mapping[str, RopeTable],
         dtype: torch.dtype,
@@ -100,7 +101,7 @@ class Decoder:
 
         Args:
             config: Sizes and switches.
-            embedding: [V, D], in any floating dtype.
+            embedding: [V, D], in any floating dtype or in blocks.
             network: Layers and head.
             ropes: Rotary table of each kind of layer.
             dtype: Dtype of hidden states and cache.
@@ -190,7 +191,10 @@ class Decoder:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[B, Q] token ids -> [B, Q, D]."""
-        hidden = F.embedding(tokens, self._embedding).to(self.dtype)
+        if isinstance(self._embedding, BlockWeight):
+            hidden = self._embedding.rows(tokens.flatten()).dequantize().view(*tokens.shape, -1).to(self.dtype)
+        else:
+            hidden = F.embedding(tokens, self._embedding).to(self.dtype)
         return hidden if self._multiplier == 1.0 else hidden * self._multiplier
 
     def run_layers(self, hidden: Tensor, positions: Positions, cache: KVCache, start: int, stop: int) -> Tensor:

@@ -11,14 +11,16 @@ from pathlib import Path
 
 from layerskip.model.drafts import CONFIDENCE_CLASSES
 
-INTERFACE = 2
+INTERFACE = 3
 """Version of structures and functions; `layerskip_interface` must return it."""
 LIBRARY = Path(__file__).parents[1] / "_native.so"
 PANEL = 16
 """Outputs that lie side by side; widths are filled up to a multiple of it."""
 GROUP = 32
-"""Inputs that share a scale in int4."""
-FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
+"""Inputs that share a scale in int4 and in blocks."""
+FORMATS = {
+    "float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "float16": 4, "q8_0": 5, "q4_0": 6, "q4_1": 7,
+}  # fmt: skip
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu": 2}
 
 
@@ -93,7 +95,7 @@ class CacheView(Structure):
 class EmbeddingView(Structure):
     """`Embedding` of native/network.h."""
 
-    _fields_ = (("table", c_void_p), ("is_bfloat16", c_int32), ("multiplier", c_float))
+    _fields_ = (("table", c_void_p), ("format", c_int32), ("multiplier", c_float))
 
 
 class DraftStopView(Structure):
@@ -147,9 +149,13 @@ def load_library(path: Path = LIBRARY) -> ctypes.CDLL | None:
     library.layerskip_pack.argtypes = [
         c_void_p, c_int32, c_int32, c_int32, c_void_p, c_void_p, c_int32, c_int32, c_int32,
     ]  # fmt: skip
-    library.layerskip_fits_bfloat16.argtypes = [c_void_p, c_int64]
-    library.layerskip_fits_bfloat16.restype = c_int32
+    library.layerskip_pack_blocks.argtypes = library.layerskip_pack.argtypes
+    for name in ("fits_bfloat16", "fits_float16"):
+        getattr(library, f"layerskip_{name}").argtypes = [c_void_p, c_int64]
+        getattr(library, f"layerskip_{name}").restype = c_int32
+    library.layerskip_size_of.argtypes = [c_int32]
+    library.layerskip_size_of.restype = c_int32
     library.layerskip_multiply.argtypes = [POINTER(LinearView), c_void_p, c_int32, c_void_p, c_int32]
-    for name in ("run_layers", "unembed", "choose", "filter", "gumbel", "pack", "multiply"):
+    for name in ("run_layers", "unembed", "choose", "filter", "gumbel", "pack", "pack_blocks", "multiply"):
         getattr(library, f"layerskip_{name}").restype = None
     return library

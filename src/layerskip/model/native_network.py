@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerskip.model.attention import Positions
+from layerskip.model.blocks import BlockWeight
 from layerskip.model.cache import KVCache
 from layerskip.model.config import SLIDING, ModelConfig
 from layerskip.model.drafts import DraftRequest, Drafts, Draw
@@ -40,6 +41,8 @@ from layerskip.model.torch_network import LayerWeights
 
 LANES = 8
 """Channels that kernels take at once."""
+EMBEDDING_FORMATS = ("float32", "bfloat16", "q8_0", "q4_0", "q4_1")
+"""Formats of embedding tables that kernels read."""
 
 
 def why_not_native(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -59,7 +62,7 @@ class NativeLinear:
 
     def __init__(
         self,
-        *weights: Tensor,
+        *weights: Tensor | BlockWeight,
         bias: Tensor | None = None,
         storage: str | None = None,
         memory: WeightMemory | None = None,
@@ -67,27 +70,29 @@ class NativeLinear:
         """Lay out a weight.
 
         Args:
-            weights: [O, I], float32; of several, panels alternate. Not kept.
+            weights: [O, I], float32 or all in blocks of one format, which they keep; of several, panels alternate.
             bias: For all of them, in the order of the outputs (`interleave`), float32, or None.
-            storage: A key of `FORMATS`; if not given, bfloat16 where that loses nothing, else float32.
+            storage: A key of `FORMATS`; if not given, the smallest that holds the numbers exactly. Not for blocks.
             memory: Where panels are kept; memory of its own if not given.
         """
         library = load_library()
         assert library is not None
         memory = memory or WeightMemory()
-        weights = tuple(weight.contiguous() for weight in weights)
         rows, inputs = weights[0].shape
         panels, step = -(-rows // PANEL), len(weights)
         self.outputs, padded = rows * step, panels * PANEL * step
-        self.storage = storage or _exact_storage(library, weights)
+        pack, data = library.layerskip_pack, [_numbers(weight) for weight in weights]
+        if isinstance(weights[0], BlockWeight):
+            pack, self.storage = library.layerskip_pack_blocks, str(weights[0].format)
+        else:
+            self.storage = storage or _exact_storage(library, data)
         number = FORMATS[self.storage]
         self._panels = memory.empty(library.layerskip_packed_bytes(inputs, padded, number))
         self._scales = memory.empty(_scale_bytes(inputs, padded, self.storage))
         self._bias = None if bias is None else F.pad(bias.float(), (0, padded - len(bias))).contiguous()
         places = self._panels.data_ptr(), self._scales.data_ptr()
-        for first, weight in enumerate(weights):
-            threads = torch.get_num_threads()
-            library.layerskip_pack(weight.data_ptr(), inputs, rows, number, *places, first, step, threads)
+        for first, part in enumerate(data):
+            pack(part.data_ptr(), inputs, rows, number, *places, first, step, torch.get_num_threads())
         self.view = LinearView(
             panels=self._panels.data_ptr(),
             scales=self._scales.data_ptr(),
@@ -110,18 +115,27 @@ class NativeLinear:
         return out[:, : self.outputs].reshape(*x.shape[:-1], self.outputs)
 
 
+def _numbers(weight: Tensor | BlockWeight) -> Tensor:
+    """What a weight is read from, in one piece of memory."""
+    return (weight.data if isinstance(weight, BlockWeight) else weight).contiguous()
+
+
 def _exact_storage(library: ctypes.CDLL, weights: Sequence[Tensor]) -> str:
     """The smallest format that holds these numbers exactly."""
-    exact = all(library.layerskip_fits_bfloat16(weight.data_ptr(), weight.numel()) for weight in weights)
-    return "bfloat16" if exact else "float32"
+    for name, fits in (("bfloat16", library.layerskip_fits_bfloat16), ("float16", library.layerskip_fits_float16)):
+        if all(fits(weight.data_ptr(), weight.numel()) for weight in weights):
+            return name
+    return "float32"
 
 
 def _scale_bytes(inputs: int, outputs: int, storage: str) -> int:
     match storage:
         case "int8":
             return 4 * outputs
-        case "int4":
+        case "int4" | "q8_0" | "q4_0":
             return 2 * outputs * (inputs // GROUP)
+        case "q4_1":
+            return 4 * outputs * (inputs // GROUP)
         case _:
             return 0
 
@@ -144,7 +158,7 @@ class NativeNetwork:
         layers: Sequence[LayerWeights],
         final_norm: Tensor,
         head: NativeLinear,
-        embedding: Tensor,
+        embedding: Tensor | BlockWeight,
         ropes: Mapping[str, RopeTable],
         tokens: Tensor | None = None,
     ) -> None:
@@ -294,9 +308,11 @@ class NativeNetwork:
         return LayerView(**linears, **norms, cosines=rope.cos.data_ptr(), sines=rope.sin.data_ptr(), window=window or 0)
 
 
-def _embedding_view(table: Tensor, config: ModelConfig) -> EmbeddingView | None:
-    """The structure for an embedding table, or None where it is of another dtype."""
-    if table.dtype not in (torch.float32, torch.bfloat16) or not table.is_contiguous():
+def _embedding_view(table: Tensor | BlockWeight, config: ModelConfig) -> EmbeddingView | None:
+    """The structure for an embedding table, or None where kernels can't read it."""
+    data = table.data if isinstance(table, BlockWeight) else table
+    name = table.format if isinstance(table, BlockWeight) else str(table.dtype).removeprefix("torch.")
+    if name not in EMBEDDING_FORMATS or not data.is_contiguous():
         return None
     multiplier = torch.tensor(config.embedding_multiplier, dtype=torch.float32).item()
-    return EmbeddingView(table=table.data_ptr(), is_bfloat16=table.dtype == torch.bfloat16, multiplier=multiplier)
+    return EmbeddingView(table=data.data_ptr(), format=FORMATS[name], multiplier=multiplier)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerskip.errors import WeightsError
+from layerskip.model.blocks import BLOCK, BLOCK_BYTES, BlockFormat, BlockWeight, stacked
 from layerskip.model.compiled_rounds import RoundMode
 from layerskip.model.config import ModelConfig
 from layerskip.model.decoder import Decoder, Network
@@ -38,6 +39,14 @@ class TensorSource(Protocol):
 
     def get(self, name: str) -> Tensor:
         """One tensor. If it is memory-mapped, then by a mapping of its own, so that its pages go when it does."""
+        ...
+
+    def block_format(self, name: str) -> BlockFormat | None:
+        """The blocks that hold the tensor's numbers exactly, where the file has it in such; None elsewhere."""
+        ...
+
+    def blocks(self, name: str) -> BlockWeight:
+        """A tensor that has a `block_format`, in these blocks."""
         ...
 
 
@@ -116,6 +125,23 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def weight_bytes(config: ModelConfig, source: TensorSource, dtype: torch.dtype, *, keeps_blocks: bool) -> int:
+    """Bytes of the network's weights in memory.
+
+    Args:
+        config: Sizes and switches.
+        source: The checkpoint's tensors.
+        dtype: Of weights that aren't kept in blocks.
+        keeps_blocks: Whether weights stay in the blocks of the file.
+    """
+    total = 0
+    for name, shape in tensor_shapes(config).items():
+        kept = source.block_format(name) if keeps_blocks and name in source.names() else None
+        count = torch.Size(shape).numel()
+        total += count * dtype.itemsize if kept is None else count // BLOCK * BLOCK_BYTES[kept]
+    return total
+
+
 def check_names(config: ModelConfig, names: Iterable[str]) -> None:
     """Raise `WeightsError` unless the checkpoint has exactly the tensors that the network uses."""
     present, expected = set(names), set(tensor_shapes(config))
@@ -175,6 +201,19 @@ class _Target:
             return True
         return not self.plain and packs(self.device, self.dtype, shape[1])
 
+    @property
+    def keeps_blocks(self) -> bool:
+        """Whether weights stay in the blocks that a file has them in."""
+        return self.native and self.quantize is None
+
+    def block_linear(self, ours: str, parts: Sequence[BlockWeight], bias: Tensor | None = None) -> Linear:
+        """`linear` for the tensors of a weight in blocks of one format."""
+        if ours != "gate_up":
+            return NativeLinear(stacked(parts), bias=bias, memory=self.memory)
+        if len(parts) == 1:
+            parts = [BlockWeight(parts[0].format, half) for half in parts[0].data.chunk(2)]
+        return NativeLinear(*parts, bias=None if bias is None else interleave(bias), memory=self.memory)
+
     def linear(self, ours: str, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """The layer's part or the head (`ours`) as the network multiplies by it."""
         if not self.native and self.quantize is not None:
@@ -208,7 +247,7 @@ class _Shared:
     """What all decoders of a checkpoint have in common."""
 
     config: ModelConfig
-    embedding: Tensor
+    embedding: Tensor | BlockWeight
     final_norm: Tensor
     ropes: dict[str, RopeTable]
     target: _Target
@@ -247,14 +286,20 @@ class _Shared:
         )
 
 
-def _load_tables(config: ModelConfig, source: TensorSource, target: _Target) -> tuple[Tensor, Linear]:
+def _load_tables(config: ModelConfig, source: TensorSource, target: _Target) -> tuple[Tensor | BlockWeight, Linear]:
     """Embedding table and head, before the layers: their copies are the largest and exist while little else does."""
     shapes = [(config.vocab_size, config.hidden_size)]
+    head_name = EMBEDDING if config.tie_word_embeddings else HEAD
+    blocks = _blocks(source, [head_name], shapes, target)
+    if blocks is not None:
+        table = _blocks(source, [EMBEDDING], shapes, target)
+        embedding = _checked(source, EMBEDDING, shapes[0]) if table is None else table[0]
+        return embedding, target.block_linear("head", blocks)
     packed = target.packs(shapes[0])
     if config.tie_word_embeddings and not packed:
         embedding = _stack(source, [EMBEDDING], shapes, target)
         return embedding, target.linear("head", embedding)
-    head = target.linear("head", _stack(source, [EMBEDDING if config.tie_word_embeddings else HEAD], shapes, target))
+    head = target.linear("head", _stack(source, [head_name], shapes, target))
     if packed and target.device.type == "cpu":  # mapped anew, without the pages that the head was copied from
         return _checked(source, EMBEDDING, shapes[0]), head
     return _stack(source, [EMBEDDING], shapes, target), head
@@ -280,8 +325,28 @@ def _load_layer(config: ModelConfig, index: int, source: TensorSource, target: _
         if _has_bias(config, ours):
             parts = [_checked(source, name + ".bias", shape[:1]) for name, shape in zip(names, shapes, strict=True)]
             bias = torch.cat(parts).to(target.device, target.dtype)
-        weights[ours] = target.linear(ours, _stack(source, [name + ".weight" for name in names], shapes, target), bias)
+        tensors = [name + ".weight" for name in names]
+        blocks = _blocks(source, tensors, shapes, target)
+        if blocks is not None:
+            weights[ours] = target.block_linear(ours, blocks, bias)
+        else:
+            weights[ours] = target.linear(ours, _stack(source, tensors, shapes, target), bias)
     return LayerWeights(**weights)  # type: ignore[arg-type]
+
+
+def _blocks(
+    source: TensorSource, names: Sequence[str], shapes: Sequence[tuple[int, ...]], target: _Target
+) -> tuple[BlockWeight, ...] | None:
+    """A weight's tensors in blocks of one format that holds them all; None where they aren't, or aren't kept so."""
+    formats = [source.block_format(name) for name in names]
+    if not target.keeps_blocks or None in formats or (len(set(formats)) > 1 and "q4_1" in formats):
+        return None
+    parts = []
+    for name, shape in zip(names, shapes, strict=True):
+        part = source.blocks(name)
+        check_shape(name, part.shape, shape)
+        parts.append(part if len(set(formats)) == 1 else part.widened())
+    return tuple(parts)
 
 
 def _stack(source: TensorSource, names: Sequence[str], shapes: Sequence[tuple[int, ...]], target: _Target) -> Tensor:
@@ -302,10 +367,15 @@ def _norm_weight(config: ModelConfig, weight: Tensor, device: torch.device) -> T
     return (weight.float() + config.norm_weight_offset).to(device)
 
 
+def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    """Raise `WeightsError` unless a tensor has the shape that the configuration asks for."""
+    if found != wanted:
+        raise WeightsError(f"tensor {name!r} has shape {found}; config.json asks for {wanted}")
+
+
 def _checked(source: TensorSource, name: str, shape: tuple[int, ...]) -> Tensor:
     tensor = source.get(name)
-    if tuple(tensor.shape) != shape:
-        raise WeightsError(f"tensor {name!r} has shape {tuple(tensor.shape)}; config.json asks for {shape}")
+    check_shape(name, tuple(tensor.shape), shape)
     if not tensor.is_floating_point():
         raise WeightsError(f"tensor {name!r} has dtype {tensor.dtype}; weights must be floating point")
     return tensor

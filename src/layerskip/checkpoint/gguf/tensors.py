@@ -129,12 +129,15 @@ class GGUFTensors:
             tensor = tensor.float() - self._conventions.norm_offset
         return tensor
 
-    def blocks(self, name: str) -> BlockWeight | None:
-        """The tensor in blocks that kernels keep, where the file's numbers fit these exactly; else None."""
+    def block_format(self, name: str) -> BlockFormat | None:
+        """The blocks that hold the tensor's numbers exactly, its own or wider ones; None where there are none."""
+        return block_format(self._entries[name])
+
+    def blocks(self, name: str) -> BlockWeight:
+        """A tensor that has a `block_format`, in these blocks."""
         entry = self._entries[name]
-        weight = read_blocks(entry)
-        order = self._order(entry)
-        return weight if weight is None or order is None else weight.rows(order)
+        weight, order = read_blocks(entry), self._order(entry)
+        return weight if order is None else weight.rows(order)
 
     def _order(self, entry: TensorEntry) -> Tensor | None:
         """Rows in Hugging Face's order, where the file has another one."""
@@ -170,25 +173,27 @@ def read_tensor(entry: TensorEntry) -> Tensor:
     data = _map(entry)
     if entry.type in _PLAIN:
         return data.view(_PLAIN[entry.type]).reshape(entry.shape)
-    kept = read_blocks(entry)
-    if kept is not None:
-        return kept.dequantize().reshape(entry.shape)
+    if block_format(entry) is not None:
+        return read_blocks(entry).dequantize()
     from gguf.quants import dequantize
 
     rows = data.view(-1, entry.num_bytes * entry.shape[-1] // _count(entry)).numpy()
     return torch.from_numpy(dequantize(rows, entry.type)).reshape(entry.shape)
 
 
-def read_blocks(entry: TensorEntry) -> BlockWeight | None:
-    """A matrix of a file in blocks that kernels keep: its own, or those that hold its numbers exactly; else None."""
+def block_format(entry: TensorEntry) -> BlockFormat | None:
+    """The blocks that hold a matrix's numbers exactly: its own, or wider ones; None where there are none."""
     if len(entry.shape) != 2:
         return None
-    rows = _map(entry).view(entry.shape[0], -1) if entry.type in _KEPT or entry.type in _WIDENED else None
-    if rows is None:
-        return None
-    if entry.type in _KEPT:
-        return BlockWeight(_KEPT[entry.type], rows)
-    return BlockWeight("q8_0", _WIDENED[entry.type](rows))
+    return "q8_0" if entry.type in _WIDENED else _KEPT.get(entry.type)
+
+
+def read_blocks(entry: TensorEntry) -> BlockWeight:
+    """A matrix that has a `block_format`, in these blocks."""
+    rows = _map(entry).view(entry.shape[0], -1)
+    if entry.type in _WIDENED:
+        return BlockWeight("q8_0", _WIDENED[entry.type](rows))
+    return BlockWeight(_KEPT[entry.type], rows)
 
 
 def _five_bits(rows: Tensor) -> Tensor:

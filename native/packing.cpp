@@ -1,0 +1,176 @@
+// Weights into panels, and blocks of GGUF files into numbers.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "formats.h"
+#include "linear.h"
+
+namespace layerskip {
+namespace {
+
+uint16_t to_bfloat16(float value) {  // to the nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// Of a number that float16 holds exactly.
+uint16_t to_float16(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
+    const float size = std::fabs(value);
+    if (size < 0x1p-14f) return sign | static_cast<uint16_t>(size * 0x1p24f);  // a multiple of the smallest number
+    return sign | static_cast<uint16_t>((bits >> 13 & 0x3ffff) - (112 << 10));
+}
+
+float from_bfloat16(uint16_t value) {
+    const uint32_t bits = static_cast<uint32_t>(value) << 16;
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+// Largest magnitude of weight[first..last) over `limit`: the step between neighbouring integers.
+float step_of(const float* weight, int64_t first, int64_t last, float limit) {
+    float largest = 0;
+    for (int64_t i = first; i < last; ++i) largest = std::max(largest, std::fabs(weight[i]));
+    return largest / limit;
+}
+
+int8_t quantize(float value, float step, int limit) {
+    const float scaled = step > 0 ? std::nearbyint(value / step) : 0;
+    return static_cast<int8_t>(std::min<float>(limit, std::max<float>(-limit - 1, scaled)));
+}
+
+void pack_int4(const float* const* rows, int64_t inputs, void* panels, void* scales, int64_t panel) {
+    const int64_t groups = inputs / kGroup;
+    for (int64_t group = 0; group < groups; ++group) {
+        const int64_t from = group * kGroup, to = from + kGroup;
+        auto& words = static_cast<BFloat16::Unit*>(scales)[panel * groups + group];
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+            const float *low = rows[lane], *high = rows[lane + kLanes];
+            const uint16_t steps[2] = {to_bfloat16(step_of(low, from, to, 7)), to_bfloat16(step_of(high, from, to, 7))};
+            words.values[lane] = steps[0] | static_cast<uint32_t>(steps[1]) << 16;
+            for (int64_t i = from; i < to; ++i)
+                static_cast<Int4::Unit*>(panels)[panel * inputs + i].values[lane] =
+                    static_cast<int8_t>((quantize(low[i], from_bfloat16(steps[0]), 7) & 0xf) |
+                                        (quantize(high[i], from_bfloat16(steps[1]), 7) & 0xf) << 4);
+        }
+    }
+}
+
+}  // namespace
+
+int64_t packed_bytes(int32_t inputs, int32_t outputs, int32_t format) {
+    const int64_t count = static_cast<int64_t>(inputs) * outputs;
+    switch (format) {
+        case kFloat32: return 4 * count;
+        case kBFloat16: return 2 * count;
+        case kFloat16: return 2 * count;
+        case kInt8:
+        case kQ8_0: return count;
+        default: return count / 2;
+    }
+}
+
+void pack(const float* weight, int64_t inputs, int count, int32_t format, void* panels, void* scales, int64_t panel) {
+    const std::vector<float> zeros(count < kPanel ? inputs : 0);
+    const float* rows[kPanel];
+    for (int64_t j = 0; j < kPanel; ++j) rows[j] = j < count ? weight + j * inputs : zeros.data();
+    if (format == kInt4) return pack_int4(rows, inputs, panels, scales, panel);
+    float steps[kPanel];
+    for (int64_t j = 0; format == kInt8 && j < kPanel; ++j)
+        static_cast<float*>(scales)[panel * kPanel + j] = steps[j] = step_of(rows[j], 0, inputs, 127);
+    for (int64_t i = 0; i < inputs; ++i) {
+        const int64_t unit = panel * inputs + i;
+        for (int64_t j = 0; j < kPanel; ++j) {
+            const float value = rows[j][i];
+            switch (format) {
+                case kFloat32: static_cast<Float32::Unit*>(panels)[unit].values[j] = value; break;
+                case kBFloat16: {
+                    auto* halves = reinterpret_cast<uint16_t*>(static_cast<BFloat16::Unit*>(panels) + unit);
+                    halves[j % kLanes * 2 + j / kLanes] = to_bfloat16(value);
+                    break;
+                }
+                case kFloat16: static_cast<Float16::Unit*>(panels)[unit].values[j] = to_float16(value); break;
+                default: static_cast<Int8::Unit*>(panels)[unit].values[j] = quantize(value, steps[j], 127); break;
+            }
+        }
+    }
+}
+
+bool fits_float16(const float* numbers, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, numbers + i, sizeof bits);
+        const float size = std::fabs(numbers[i]);
+        const bool fits = size < 0x1p-14f ? size * 0x1p24f == std::floor(size * 0x1p24f)
+                                          : size <= 65504.0f && (bits & 0x1fff) == 0;
+        if (!fits) return false;
+    }
+    return true;
+}
+
+int64_t block_bytes(int32_t format) {
+    switch (format) {
+        case kQ8_0: return 34;
+        case kQ4_0: return 18;
+        default: return 20;
+    }
+}
+
+namespace {
+
+// Number i of a block of 32, whose numbers begin at `from`.
+uint8_t number_of(const uint8_t* from, int i, int32_t format) {
+    if (format == kQ8_0) return from[i];
+    return i < kGroup / 2 ? from[i] & 0xf : from[i - kGroup / 2] >> 4;
+}
+
+}  // namespace
+
+void pack_blocks(const uint8_t* weight, int64_t inputs, int count, int32_t format, void* panels, void* scales,
+                 int64_t panel) {
+    const int64_t groups = inputs / kGroup, bytes = block_bytes(format);
+    const int halves = format == kQ4_1 ? 2 : 1;  // scale, and minimum
+    for (int64_t group = 0; group < groups; ++group) {
+        uint16_t* to = static_cast<uint16_t*>(scales) + (panel * groups + group) * halves * kPanel;
+        for (int j = 0; j < kPanel; ++j) {
+            const uint8_t* block = j < count ? weight + (j * groups + group) * bytes : nullptr;
+            for (int half = 0; half < halves; ++half) {
+                uint16_t value = 0;
+                if (block != nullptr) std::memcpy(&value, block + 2 * half, sizeof value);
+                to[half * kPanel + j] = value;
+            }
+            for (int i = 0; i < kGroup; ++i) {
+                const int64_t unit = panel * inputs + group * kGroup + i;
+                const uint8_t number = block == nullptr ? 0 : number_of(block + 2 * halves, i, format);
+                if (format == kQ8_0) {
+                    static_cast<Q8_0::Unit*>(panels)[unit].values[j] = static_cast<int8_t>(number);
+                } else {
+                    uint8_t& pair = static_cast<Q4_0::Unit*>(panels)[unit].values[j % kLanes];
+                    pair = j < kLanes ? number : static_cast<uint8_t>(pair | number << 4);
+                }
+            }
+        }
+    }
+}
+
+void unpack_block(const uint8_t* block, int32_t format, float* to) {
+    const int halves = format == kQ4_1 ? 2 : 1;
+    uint16_t parts[kLanes] = {};
+    std::memcpy(parts, block, halves * sizeof(uint16_t));
+    const Vector values = load_halves(parts);
+    for (int i = 0; i < kGroup; ++i) {
+        const uint8_t number = number_of(block + 2 * halves, i, format);
+        switch (format) {
+            case kQ8_0: to[i] = values[0] * static_cast<int8_t>(number); break;
+            case kQ4_0: to[i] = values[0] * (number - 8); break;
+            default: to[i] = values[0] * number + values[1]; break;
+        }
+    }
+}
+
+}  // namespace layerskip

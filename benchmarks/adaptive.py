@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 import tyro
+from models import ModelName, load_prompts, prepare
 from record import environment, write_record
 from rich.console import Console
 from rich.progress import track
-from synthetic import encode_prompts, make_untrained, random_prompts
 
 import layerskip
 
@@ -55,8 +55,6 @@ CLASS = """class Item:
     def __repr__(self):
         return self.name
 """
-UNTRAINED = {"untrained": "", "untrained-240m": "240m"}
-"""Random weights, by the name of the shape; empty for the embedded model's."""
 CONTEXT_TOKENS = 600
 """Most tokens of a prompt."""
 
@@ -65,14 +63,13 @@ CONTEXT_TOKENS = 600
 class Arguments:
     """Options of the benchmark."""
 
-    model: str = "demo"
-    """demo, untrained (random weights in its shape), untrained-240m, a folder or a hub id."""
+    model: ModelName = "demo"
     exits: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
     lengths: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8)
     ngram_lengths: tuple[int, ...] = (4, 8, 12)
     max_new_tokens: int = 128
     prompts: Path = Path(__file__).parent / "prompts.jsonl"
-    """JSON lines with a field `prompt`; the untrained model gets random tokens instead."""
+    """JSON lines with a field `prompt`; a model without a tokenizer gets random tokens instead."""
     num_prompts: int = 6
     copy: bool = False
     """One prompt instead: sixty lines of code that repeats itself."""
@@ -86,22 +83,17 @@ def main(arguments: Arguments) -> None:
     """Measure, print and record."""
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as scratch:
-        untrained = arguments.model in UNTRAINED
-        if untrained:
-            make_untrained(Path(scratch), UNTRAINED[arguments.model] or layerskip.load("demo").checkpoint.folder)
-        lm = layerskip.load(scratch if untrained else arguments.model, dtype="float32")
-        prompts = load_prompts(arguments, lm)
+        lm = layerskip.load(prepare(arguments.model, Path(scratch)), dtype="float32")
+        prompts = choose_prompts(arguments, lm)
         speeds = measure(arguments, lm, prompts)
     report(arguments, speeds)
 
 
-def load_prompts(arguments: Arguments, lm: layerskip.LanguageModel) -> list[list[int]]:
+def choose_prompts(arguments: Arguments, lm: layerskip.LanguageModel) -> list[list[int]]:
     """Token ids."""
     if arguments.copy:
         return [repeating_prompt(lm)]
-    if arguments.model in UNTRAINED:
-        return random_prompts(lm.config.vocab_size, arguments.num_prompts)
-    return [prompt[-CONTEXT_TOKENS:] for prompt in encode_prompts(arguments.prompts, arguments.num_prompts, lm.encode)]
+    return [prompt[-CONTEXT_TOKENS:] for prompt in load_prompts(lm, arguments.prompts, arguments.num_prompts)]
 
 
 def repeating_prompt(lm: layerskip.LanguageModel) -> list[int]:

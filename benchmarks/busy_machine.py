@@ -11,6 +11,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -21,10 +22,10 @@ from typing import Any
 
 import torch
 import tyro
+from models import ModelName, load_prompts, prepare
 from record import environment, write_record
 from rich.console import Console
 from rich.progress import track
-from synthetic import encode_prompts
 
 import layerskip
 
@@ -35,8 +36,7 @@ WAYS = ("autoregressive", "self_speculative")
 class Arguments:
     """Options of the benchmark."""
 
-    model: str = "demo"
-    """demo, a folder or a hub id."""
+    model: ModelName = "demo"
     neighbours: tuple[int, ...] = (0, 1, 2)
     """Numbers of busy processes, the first of which others are compared with."""
     exit_layer: int = 4
@@ -52,8 +52,9 @@ class Arguments:
 def main(arguments: Arguments) -> None:
     """Measure, print and record."""
     torch.set_num_threads(arguments.threads)
-    lm = layerskip.load(arguments.model, dtype="float32")
-    prompt = encode_prompts(arguments.prompts, 1, lm.encode)[0]
+    with tempfile.TemporaryDirectory() as scratch:
+        lm = layerskip.load(prepare(arguments.model, Path(scratch)), dtype="float32")
+    (prompt,) = load_prompts(lm, arguments.prompts, 1)
     lm.generate([prompt], max_new_tokens=arguments.max_new_tokens)  # warms up
     speeds: dict[str, dict[int, list[float]]] = {way: defaultdict(list) for way in WAYS}
     for _ in track(range(arguments.repetitions), "repetitions"):

@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 import tyro
+from models import ModelName, load_prompts, prepare
 from record import environment, write_record
 from rich.console import Console
 from rich.table import Table
 from roofline import Roofline
-from synthetic import SHAPES, encode_prompts, make_synthetic, random_prompts
 
 import layerskip
 from layerskip.decoding.costs import CallTimer
@@ -37,8 +37,7 @@ from layerskip.decoding.costs import CallTimer
 class Arguments:
     """Options of the benchmark."""
 
-    model: str = "demo"
-    """demo, a shape (tiny, 240m, 1b, 8b), a folder or a hub id."""
+    model: ModelName = "demo"
     exit_layer: int | None = None
     """A quarter of the layers if not given."""
     num_speculations: tuple[int, ...] = (2, 4, 6)
@@ -49,7 +48,7 @@ class Arguments:
     kernels: str = "auto"
     max_new_tokens: int = 64
     prompts: Path = Path(__file__).parent / "prompts.jsonl"
-    """JSON lines with a field `prompt`; synthetic models get random tokens instead."""
+    """JSON lines with a field `prompt`; a model without a tokenizer gets random tokens instead."""
     num_prompts: int = 4
     repetitions: int = 5
     threads: int = 2
@@ -78,35 +77,23 @@ def main(arguments: Arguments) -> None:
     torch.set_num_threads(arguments.threads)
     console = Console(width=110)
     with tempfile.TemporaryDirectory() as scratch:
-        lm, exit_layer = load(arguments, Path(scratch), console)
-        measurements = measure(arguments, lm, exit_layer, load_prompts(arguments, lm))
+        lm, exit_layer = load(arguments, Path(scratch))
+        measurements = measure(arguments, lm, exit_layer, load_prompts(lm, arguments.prompts, arguments.num_prompts))
     report(arguments, lm, exit_layer, console, measurements)
 
 
-def load(arguments: Arguments, scratch: Path, console: Console) -> tuple[layerskip.LanguageModel, int]:
+def load(arguments: Arguments, scratch: Path) -> tuple[layerskip.LanguageModel, int]:
     """The model, and the exit that drafts."""
-    model = arguments.model
-    if model in SHAPES:
-        layers = SHAPES[model]["num_hidden_layers"]
-        reached = make_synthetic(
-            scratch,
-            model,
-            exit_layer=arguments.exit_layer or layers // 4,
-            agreement=arguments.agreement,
-            dtype=getattr(torch, arguments.dtype),
-            device=arguments.device,
-        )
-        console.print(f"{model}: random weights, the exit agrees on {reached:.2f} of random tokens")
-        model = str(scratch)
+    model = prepare(
+        arguments.model,
+        scratch,
+        exit_layer=arguments.exit_layer,
+        agreement=arguments.agreement,
+        dtype=getattr(torch, arguments.dtype),
+        device=arguments.device,
+    )
     lm = layerskip.load(model, dtype=arguments.dtype, device=arguments.device, kernels=arguments.kernels)  # type: ignore[arg-type]
     return lm, arguments.exit_layer or max(1, lm.config.num_layers // 4)
-
-
-def load_prompts(arguments: Arguments, lm: layerskip.LanguageModel) -> list[list[int]]:
-    """Token ids."""
-    if arguments.model in SHAPES:
-        return random_prompts(lm.config.vocab_size, arguments.num_prompts)
-    return encode_prompts(arguments.prompts, arguments.num_prompts, lm.encode)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,13 +20,14 @@ from typing import Annotated, Any
 
 import torch
 import tyro
+from models import ModelName, load_prompts, prepare
 from record import environment, write_record
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from synthetic import SHAPES, encode_prompts, make_synthetic, random_prompts
 
 import layerskip
+from layerskip.checkpoint.checkpoint import open_checkpoint
 
 WAYS: dict[str, dict[str, Any]] = {
     "as they are": {},
@@ -43,15 +44,14 @@ WAYS: dict[str, dict[str, Any]] = {
 class Arguments:
     """Options of the benchmark."""
 
-    model: str = "demo"
-    """demo, a shape of `synthetic.py` (made on the spot), a folder or a hub id."""
+    model: ModelName = "demo"
     exit_layer: int = 4
     num_speculations: int = 4
     agreement: float = 0.9
     """Share of random tokens on which a synthetic model's exit agrees with its last layer."""
     max_new_tokens: int = 64
     prompts: Path = Path(__file__).parent / "prompts.jsonl"
-    """JSON lines with a field `prompt`; synthetic models get random tokens instead."""
+    """JSON lines with a field `prompt`; a model without a tokenizer gets random tokens instead."""
     num_prompts: int = 3
     repetitions: int = 3
     threads: int = 2
@@ -66,10 +66,7 @@ def main(arguments: Arguments) -> None:
         print(json.dumps(work(arguments, WAYS[arguments.worker])))
         return
     with tempfile.TemporaryDirectory() as scratch:
-        model = arguments.model
-        if model in SHAPES:
-            make_synthetic(Path(scratch), model, exit_layer=arguments.exit_layer, agreement=arguments.agreement)
-            model = scratch
+        model = prepare(arguments.model, Path(scratch), exit_layer=arguments.exit_layer, agreement=arguments.agreement)
         turns = [
             {name: start(arguments, model, name) for name in WAYS} for _ in track(range(arguments.repetitions), "turns")
         ]
@@ -94,13 +91,11 @@ def work(arguments: Arguments, way: dict[str, Any]) -> dict[str, float]:
     before = resident_bytes()
     options = dict(way)
     if "draft_vocabulary" in options:
-        options["draft_vocabulary"] = int(options["draft_vocabulary"] * vocabulary_of(arguments.model))
+        options["draft_vocabulary"] = int(
+            options["draft_vocabulary"] * open_checkpoint(arguments.model).config.vocab_size
+        )
     lm = layerskip.load(arguments.model, dtype="float32", device="cpu", **options)
-    prompts = (
-        encode_prompts(arguments.prompts, arguments.num_prompts, lm.encode)
-        if (lm.checkpoint.folder / "tokenizer.json").exists()
-        else random_prompts(lm.config.vocab_size, arguments.num_prompts)
-    )
+    prompts = load_prompts(lm, arguments.prompts, arguments.num_prompts)
     drafting = {"exit_layer": arguments.exit_layer, "num_speculations": arguments.num_speculations}
     result: dict[str, float] = {}
     for name, strategy in (
@@ -119,16 +114,6 @@ def work(arguments: Arguments, way: dict[str, Any]) -> dict[str, float]:
     time.sleep(0.2)
     result["bytes"] = resident_bytes() - before
     return result
-
-
-def vocabulary_of(model: str) -> int:
-    """V."""
-    return layerskip.load(model).config.vocab_size if model == "demo" else _config(model)["vocab_size"]
-
-
-def _config(folder: str) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((Path(folder) / "config.json").read_text())
-    return config
 
 
 def resident_bytes() -> int:

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 import tyro
+from models import load_prompts
 from record import environment, write_record
 from rich.console import Console
-from synthetic import encode_prompts
 
 import layerskip
 from layerskip.checkpoint.transformers_model import load_transformers_model
@@ -54,7 +54,7 @@ def main(arguments: Arguments) -> None:
     console, results = Console(), {}
     for name in arguments.models:
         lm = layerskip.load(name, dtype="float32", device="cpu")
-        prompts = encode_prompts(arguments.prompts, arguments.num_prompts, lm.encode)
+        prompts = load_prompts(lm, arguments.prompts, arguments.num_prompts)
         parity = compare_with_transformers(lm, prompts, arguments.max_new_tokens)
         num_layers = lm.decoder.num_layers
         exits = (max(1, num_layers // 4), num_layers // 2, num_layers - 1)

@@ -42,7 +42,7 @@ class Arguments:
     data_path: Path
     """Prompts of HumanEval."""
     model: str = "demo"
-    """demo, a folder or a hub id."""
+    """demo, smollm2, gemma3-270m, a folder, a GGUF file or a hub id: a model that reads texts."""
     last_exit: int = 12
     last_length: int = 12
     num_samples: int = 12

@@ -5,7 +5,6 @@ shuffled copy of the embedding, so that a model doesn't repeat itself; the layer
 until the exit agrees as often as it should.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,12 +86,6 @@ def random_prompts(vocab_size: int, count: int, length: int = 64) -> list[list[i
     """Prompts of random tokens."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(2, vocab_size, (count, length), generator=generator).tolist()
-
-
-def encode_prompts(file: Path, count: int, tokenizer: Any) -> list[list[int]]:
-    """The first prompts of a file of JSON lines with a field `prompt`, as token ids."""
-    lines = file.read_text().splitlines()[:count]
-    return [tokenizer([json.loads(line)["prompt"]])[0] for line in lines]
 
 
 def _calibrate(model: nn.Module, exit_layer: int, agreement: float) -> float:

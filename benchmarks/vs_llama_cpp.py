@@ -1,11 +1,13 @@
-"""Speed against llama.cpp on the same weights: greedy, float32, batch 1, CPU, everything interleaved in one process.
+"""Speed against llama.cpp on the same weights: greedy, batch 1, CPU, everything interleaved in one process.
 
     pip install llama-cpp-python gguf
     python benchmarks/vs_llama_cpp.py --model demo
     python benchmarks/vs_llama_cpp.py --model 240m --num-speculations 4
+    python benchmarks/vs_llama_cpp.py --model smollm2 --dtype bfloat16
 
-The checkpoint (a Llama) is written as a float32 GGUF file; llama.cpp gets tokens one by one through its C interface.
-Tokens of the prompt are not counted. Both write the same text, up to near-ties.
+llama.cpp runs a GGUF file as it is; another checkpoint (a Llama) is written as a float32 GGUF file first. It gets
+tokens one by one through its C interface. Tokens of the prompt are not counted. With the same numbers as weights, both
+write the same text, up to near-ties.
 """
 
 import ctypes
@@ -21,10 +23,10 @@ import numpy as np
 import torch
 import tyro
 from gguf import GGUFWriter
+from models import ModelName, gguf_file, load_prompts, prepare
 from record import environment, write_record
 from rich.console import Console
 from rich.table import Table
-from synthetic import SHAPES, encode_prompts, make_synthetic, random_prompts
 
 import layerskip
 from layerskip.model.config import ModelConfig
@@ -48,15 +50,16 @@ NAMES = {
 class Arguments:
     """Options of the benchmark."""
 
-    model: str = "demo"
-    """demo, a shape of `synthetic.py` (made on the spot), or a folder with a Llama."""
+    model: ModelName = "demo"
+    dtype: str = "float32"
+    """Of our weights; llama.cpp reads a GGUF file as it is, and other models, which must be Llamas, in float32."""
     exit_layer: int = 4
     num_speculations: int = 4
     agreement: float = 0.9
     """Share of random tokens on which a synthetic model's exit agrees with its last layer."""
     max_new_tokens: int = 64
     prompts: Path = Path(__file__).parent / "prompts.jsonl"
-    """JSON lines with a field `prompt`; synthetic models get random tokens instead."""
+    """JSON lines with a field `prompt`; a model without a tokenizer gets random tokens instead."""
     num_prompts: int = 4
     repetitions: int = 5
     threads: int = 2
@@ -99,23 +102,13 @@ def main(arguments: Arguments) -> None:
     """Measure, print and record."""
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as scratch:
-        model = arguments.model
-        if model in SHAPES:
-            make_synthetic(Path(scratch), model, exit_layer=arguments.exit_layer, agreement=arguments.agreement)
-            model = scratch
-        lm = layerskip.load(model, dtype="float32", device="cpu")
-        write_gguf(lm.config, lm.checkpoint.weights, Path(scratch) / "model.gguf")
-        prompts = load_prompts(arguments, lm)
+        model = prepare(arguments.model, Path(scratch), exit_layer=arguments.exit_layer, agreement=arguments.agreement)
+        lm = layerskip.load(model, dtype=arguments.dtype, device="cpu")  # type: ignore[arg-type]
+        file = gguf_file(model) or write_gguf(lm.config, lm.checkpoint.weights, Path(scratch) / "model.gguf")
+        prompts = load_prompts(lm, arguments.prompts, arguments.num_prompts)
         context = max(map(len, prompts)) + arguments.max_new_tokens + 8
-        theirs = LlamaCpp(Path(scratch) / "model.gguf", context, arguments.threads)
+        theirs = LlamaCpp(file, context, arguments.threads)
         measure(arguments, lm, theirs, prompts)
-
-
-def load_prompts(arguments: Arguments, lm: layerskip.LanguageModel) -> list[list[int]]:
-    """Token ids."""
-    if arguments.model in SHAPES:
-        return random_prompts(lm.config.vocab_size, arguments.num_prompts)
-    return encode_prompts(arguments.prompts, arguments.num_prompts, lm.encode)
 
 
 def measure(arguments: Arguments, lm: layerskip.LanguageModel, theirs: LlamaCpp, prompts: list[list[int]]) -> None:
@@ -175,8 +168,8 @@ def report(arguments: Arguments, speeds: dict[str, list[float]], same: dict[str,
     console.print(f"{environment()['cpu']}, {arguments.threads} threads; record: {path}")
 
 
-def write_gguf(config: ModelConfig, source: TensorSource, file: Path) -> None:
-    """Write a Llama's weights in float32, without its tokenizer."""
+def write_gguf(config: ModelConfig, source: TensorSource, file: Path) -> Path:
+    """Write a Llama's weights in float32, without its tokenizer, and return the file."""
     writer = GGUFWriter(file, "llama")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -208,6 +201,7 @@ def write_gguf(config: ModelConfig, source: TensorSource, file: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return file
 
 
 def _float32(tensor: torch.Tensor) -> np.ndarray:

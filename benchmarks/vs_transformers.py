@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 import tyro
+from models import ModelName, load_prompts, prepare
 from record import environment, write_record
 from rich.console import Console
 from rich.table import Table
-from synthetic import SHAPES, encode_prompts, make_synthetic, random_prompts
 
 import layerskip
 from layerskip.checkpoint.transformers_model import load_transformers_model
@@ -38,15 +38,14 @@ DECODERS = (
 class Arguments:
     """Options of the benchmark."""
 
-    model: str = "demo"
-    """demo, a shape of `synthetic.py` (made on the spot), a folder or a hub id."""
+    model: ModelName = "demo"
     exit_layer: int = 4
     num_speculations: int = 4
     agreement: float = 0.9
     """Share of random tokens on which a synthetic model's exit agrees with its last layer."""
     max_new_tokens: int = 64
     prompts: Path = Path(__file__).parent / "prompts.jsonl"
-    """JSON lines with a field `prompt`; the synthetic model gets random tokens instead."""
+    """JSON lines with a field `prompt`; a model without a tokenizer gets random tokens instead."""
     num_prompts: int = 6
     repetitions: int = 5
     threads: int = 2
@@ -56,11 +55,8 @@ def main(arguments: Arguments) -> None:
     """Measure, print and record."""
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as scratch:
-        if arguments.model in SHAPES:
-            make_synthetic(
-                Path(scratch), arguments.model, exit_layer=arguments.exit_layer, agreement=arguments.agreement
-            )
-        measure(arguments, scratch if arguments.model in SHAPES else arguments.model)
+        model = prepare(arguments.model, Path(scratch), exit_layer=arguments.exit_layer, agreement=arguments.agreement)
+        measure(arguments, model)
 
 
 def measure(arguments: Arguments, model: str) -> None:
@@ -71,7 +67,7 @@ def measure(arguments: Arguments, model: str) -> None:
     logging.disable_progress_bar()
     lm = layerskip.load(model, dtype="float32", device="cpu")
     reference = load_transformers_model(lm.checkpoint, torch.float32)
-    prompts = load_prompts(arguments, lm)
+    prompts = load_prompts(lm, arguments.prompts, arguments.num_prompts)
     run = make_runners(arguments, lm, reference)
     outputs = {name: [run[name](prompt) for prompt in prompts] for name in DECODERS}  # warms up, and is compared
     same = {name: outputs[name] == outputs[DECODERS[0]] for name in DECODERS}
@@ -170,13 +166,6 @@ def report(arguments: Arguments, speeds: dict[str, list[float]], same: dict[str,
 def _ratio(speeds: dict[str, list[float]], one: int, other: int) -> float:
     pairs = zip(speeds[DECODERS[one]], speeds[DECODERS[other]], strict=True)
     return statistics.median(a / b for a, b in pairs)
-
-
-def load_prompts(arguments: Arguments, lm: "layerskip.LanguageModel") -> list[list[int]]:
-    """Token ids of the prompts."""
-    if arguments.model in SHAPES:
-        return random_prompts(lm.config.vocab_size, arguments.num_prompts)
-    return encode_prompts(arguments.prompts, arguments.num_prompts, lm.encode)
 
 
 if __name__ == "__main__":

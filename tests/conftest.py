@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
+from random_weights import randomize
 
 DEMO = Path(__file__).parents[1] / "src" / "layerskip" / "assets" / "demo"
 
@@ -153,20 +154,6 @@ def training_start(tmp_path_factory: pytest.TempPathFactory) -> TrainingStart:
         return folder / "config.json", folder / "texts"
 
     return write
-
-
-def randomize(model: Any, seed: int) -> None:
-    """Give every weight a random value that matters: transformers starts norms at 1, biases at 0, the rest near 0."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in model.parameters():
-            noise = torch.randn(weight.shape, generator=generator)
-            if weight.dim() == 1:  # norms and biases: keep their centre, 1 or 0
-                weight.add_(0.3 * noise)
-            else:
-                weight.copy_(1.5 * noise / weight.shape[-1] ** 0.5)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -47,7 +47,8 @@ def load(
     """Load a checkpoint.
 
     Args:
-        name: `demo` (the embedded model), a folder, or a hub id (`owner/name`).
+        name: `demo` (the embedded model), `smollm2` or `gemma3-270m` (from packages of the Python registry where these
+            are installed, else from the hub), a folder, a GGUF file, or a hub id (`owner/name`).
         dtype: `float32`, `bfloat16`, `float16`, or `auto`: float32 on a CPU, the checkpoint's own elsewhere.
         device: `cpu`, `cuda`, `cuda:1`, ..., or `auto`: a CUDA GPU if there is one.
         revision: Branch, tag or commit of a hub repository.

@@ -83,7 +83,7 @@ def test_no_name() -> None:
 
 @pytest.mark.parametrize("name", ["no-such-folder", "./a/b", "/no/such/folder", "~/nothing", "a/b/c", "../x"])
 def test_no_such_folder(name: str) -> None:
-    refusal(CheckpointNotFoundError, name, f"there is no folder {name!r}", "hub id", "demo")
+    refusal(CheckpointNotFoundError, name, f"there is no folder or file {name!r}", "hub id", "demo", "smollm2")
 
 
 @pytest.mark.parametrize("name", ["owner/na me", "owner/x--y", "-owner/name", "owner/"])

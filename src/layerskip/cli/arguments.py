@@ -45,7 +45,7 @@ class NamedModel:
     """Which model."""
 
     model: Annotated[str, arg(metavar="MODEL")] = "demo"
-    """demo (the embedded model), a folder, or a hub id (owner/name)."""
+    """demo (the embedded model), smollm2, gemma3-270m, a folder, a GGUF file, or a hub id (owner/name)."""
     revision: Annotated[str | None, arg(metavar="NAME")] = None
     """Branch, tag or commit of a hub repository."""
 

@@ -13,7 +13,7 @@ from layerskip.cli.arguments import ModelArguments, OutputArguments, Switch, par
 from layerskip.cli.exit_code import ExitCode
 from layerskip.cli.progress import make_progress
 from layerskip.cli.ray_arguments import RayArguments, check_ray, keep_output_clean, make_mapper, model_loader
-from layerskip.cli.terminal import load_model, make_console
+from layerskip.cli.terminal import load_model, make_console, open_model
 from layerskip.cli.verify import parse_numbers
 from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import InvalidArgumentError
@@ -80,13 +80,12 @@ def run(argv: Sequence[str]) -> int:
     names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
     exits = named_exits(arguments)
 
-    from layerskip.checkpoint.checkpoint import open_checkpoint
     from layerskip.evaluation.harness import evaluate, find_tasks
     from layerskip.evaluation.report import write_report
     from layerskip.evaluation.run_folder import read_results
 
     tasks = find_tasks(names, arguments.include_path)
-    model = open_checkpoint(arguments.model.model, revision=arguments.model.revision).config
+    model = open_model(arguments.model, arguments.output).config
     chosen = list(range(1, model.num_layers + 1)) if exits == "all" else exits or [model.num_layers]
     for exit_layer in chosen:
         model.check_exit_layer(exit_layer)

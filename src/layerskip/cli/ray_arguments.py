@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
+from layerskip.checkpoint.names import MODELS
 from layerskip.cli.arguments import ModelArguments, OutputArguments, Switch
 from layerskip.cli.terminal import load_model
 from layerskip.errors import InvalidArgumentError
@@ -55,8 +56,8 @@ def check_ray(arguments: RayArguments, model: ModelArguments) -> None:
 
 def anywhere(model: ModelArguments) -> ModelArguments:
     """The same model, for a process that may work in another folder."""
-    folder = Path(model.model).expanduser()
-    name = str(folder.resolve()) if model.model != "demo" and folder.is_dir() else model.model
+    path = Path(model.model).expanduser()
+    name = str(path.resolve()) if model.model not in ("demo", *MODELS) and path.exists() else model.model
     return replace(model, model=name, draft_text=None if model.draft_text is None else model.draft_text.resolve())
 
 

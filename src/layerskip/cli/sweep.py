@@ -14,7 +14,7 @@ from layerskip.cli.dataset_arguments import DatasetArguments, load_examples, ope
 from layerskip.cli.exit_code import ExitCode
 from layerskip.cli.progress import make_progress
 from layerskip.cli.ray_arguments import RayArguments, check_ray, keep_output_clean, make_mapper, model_loader
-from layerskip.cli.terminal import make_console
+from layerskip.cli.terminal import make_console, open_model
 from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import InvalidArgumentError
 
@@ -74,12 +74,11 @@ def run(argv: Sequence[str]) -> int:
     check_ray(arguments.where, arguments.model)
     config = GenerationConfig(max_new_tokens=arguments.max_new_tokens, ignore_eos=arguments.ignore_eos, do_sample=False)
 
-    from layerskip.checkpoint.checkpoint import open_checkpoint
     from layerskip.evaluation.report import write_report
     from layerskip.evaluation.sweep import planned_units, sweep
     from layerskip.evaluation.sweep_worker import SweepWork
 
-    checkpoint = open_checkpoint(arguments.model.model, revision=arguments.model.revision)
+    checkpoint = open_model(arguments.model, arguments.output)
     grid = grid_of(arguments, checkpoint.config.num_layers)
     examples = load_examples(arguments.data)
     settings = {"grid": grid, "exhaustive": arguments.exhaustive, "max_new_tokens": arguments.max_new_tokens}

@@ -7,17 +7,23 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
+from time import monotonic
 from typing import IO, TYPE_CHECKING
 
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from layerskip.cli.arguments import ModelArguments, OutputArguments
+from layerskip.cli.arguments import ModelArguments, NamedModel, OutputArguments
 from layerskip.errors import TokenizerError
 
 if TYPE_CHECKING:
+    from layerskip.checkpoint.checkpoint import Checkpoint
+    from layerskip.checkpoint.known_file import Report
     from layerskip.language_model import LanguageModel
 
 HISTORY_LENGTH = 1000
+BAR_AFTER = 2.0
+"""Seconds of work on files before it gets a bar."""
 NOISY = ("torchao", "torch.utils._pytree")
 """Loggers that tell what they couldn't use, or whom they don't like, when transformers loads a model."""
 
@@ -45,6 +51,46 @@ def progress(output: OutputArguments, message: str) -> AbstractContextManager[ob
     return make_console(output, stderr=True).status(message)
 
 
+@contextmanager
+def late_bar(output: OutputArguments, message: str) -> Iterator["Report"]:
+    """What work on files tells its progress to; shown as a bar, like `progress`, if it takes more than a moment."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        console=make_console(output, stderr=True),
+        transient=True,
+    )
+    visible, began = not output.json and is_terminal(sys.stderr), monotonic()
+
+    def report(done: int, total: int) -> None:
+        if not visible or monotonic() - began < BAR_AFTER:
+            return
+        if not bar.task_ids:
+            bar.start()
+            bar.add_task(message, total=total)
+        bar.update(bar.task_ids[0], completed=done, total=total)
+
+    try:
+        yield report
+    finally:
+        if bar.task_ids:
+            bar.stop()
+
+
+def open_model(arguments: NamedModel, output: OutputArguments) -> "Checkpoint":
+    """Find the checkpoint that the arguments name.
+
+    Raises:
+        CheckpointError: As `open_checkpoint`.
+    """
+    from layerskip.checkpoint.checkpoint import open_checkpoint
+
+    with late_bar(output, f"preparing {arguments.model}") as report:  # downloads show their own bars
+        return open_checkpoint(arguments.model, revision=arguments.revision, report=report)
+
+
 def load_model(arguments: ModelArguments, output: OutputArguments) -> "LanguageModel":
     """Load the model that the arguments name, with its tokenizer.
 
@@ -52,11 +98,10 @@ def load_model(arguments: ModelArguments, output: OutputArguments) -> "LanguageM
         LayerSkipError: As `layerskip.load`; a tokenizer that is missing is reported when it is first used.
     """
     with progress(output, "starting"):
-        from layerskip.checkpoint.checkpoint import open_checkpoint
         from layerskip.language_model import LanguageModel
 
         silence_libraries(bars=not output.json and is_terminal(sys.stderr))
-    checkpoint = open_checkpoint(arguments.model, revision=arguments.revision)  # downloads show their own bars
+    checkpoint = open_model(arguments, output)
     with progress(output, f"loading {arguments.model}"):
         decoder = checkpoint.load_decoder(arguments)
         model = LanguageModel(checkpoint, decoder)

@@ -95,7 +95,7 @@ class StartConfig:
     """What training starts from: a trained model, or a shape with random weights."""
 
     model: str | None = None
-    """A trained model to go on with: demo, a folder, or a hub id (owner/name)."""
+    """A trained model to go on with: demo, smollm2, gemma3-270m, a folder, a GGUF file, or a hub id."""
     revision: str | None = None
     """Branch, tag or commit of a hub repository."""
     config: str | None = None

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from layerskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from layerskip.checkpoint.checkpoint import WAYS_TO_NAME, Checkpoint, open_checkpoint
 from layerskip.checkpoint.placement import DTYPES
 from layerskip.checkpoint.transformers_model import load_transformers_model
 from layerskip.errors import CheckpointError, InvalidArgumentError, TokenizerError, UnsupportedModelError
@@ -55,8 +55,8 @@ def make_starting_point(config: TrainingConfig, *, tokenizer_folder: Path) -> St
         point = _from_scratch(config, tokenizer_folder)
     else:
         raise InvalidArgumentError(
-            "nothing to train: name a model (demo, a folder, a hub id), or a shape to train from scratch with "
-            f"config ({', '.join(SIZES)}, or the config.json of a model)"
+            f"nothing to train: name a model ({WAYS_TO_NAME}), or a shape to train from scratch with config ("
+            f"{', '.join(SIZES)}, or the config.json of a model)"
         )
     _check_fit(point, config)
     return _with_adapters(point, start) if start.lora_rank is not None else point

@@ -5,12 +5,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import packages
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import layerskip
+from layerskip.checkpoint import checkpoint as checkpoint_module
 from layerskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from layerskip.checkpoint.placement import choose_context, choose_device, choose_dtype
 from layerskip.errors import InvalidArgumentError
@@ -74,6 +76,23 @@ def test_folders(
     monkeypatch.setenv("HOME", str(tmp_path))
     name = {"absolute": str(tmp_path / "mine" / "model"), "relative": "mine/model", "home": "~/mine/model"}[spelling]
     assert open_checkpoint(name).config.num_layers == 4
+
+
+def test_a_name_wins_over_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with `demo`; the folder is ./NAME."""
+    model, contents = packages.make_model(1)
+    site = tmp_path / "site"
+    shutil.copytree(open_checkpoint("demo").folder, tmp_path / "some")
+    packages.install_all(site, model, contents)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint_module, "MODELS", {"some": model})
+    with packages.named("some", model, site):
+        path = checkpoint_module.resolve("some")
+        opened: list[Path] = []
+        monkeypatch.setattr(checkpoint_module, "_open_path", lambda path, name: opened.append(path))
+        open_checkpoint("some")
+        open_checkpoint("./some")
+    assert opened == [path, Path("some")]
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,8 @@ def refusal(cli: Callable, tmp_path: Path) -> Callable[..., str]:
 
 def test_nothing_to_train(refusal: Callable, texts: str) -> None:
     message = refusal("--data", texts, *SHORT)
-    assert "name a model (demo, a folder, a hub id), or a shape to train from scratch with config (small" in message
+    assert "name a model ('demo', 'smollm2', 'gemma3-270m', a folder, a GGUF file, or a hub id" in message
+    assert "or a shape to train from scratch with config (small" in message
 
 
 def test_both_a_model_and_a_shape(refusal: Callable, texts: str) -> None:

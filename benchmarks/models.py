@@ -1,0 +1,86 @@
+"""The models that benchmarks measure, by name, and prompts that fit each."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from synthetic import SHAPES, make_synthetic, make_untrained, random_prompts
+
+import layerskip
+from layerskip.checkpoint.checkpoint import open_checkpoint
+from layerskip.checkpoint.names import MODELS, resolve
+from layerskip.errors import TokenizerError
+
+UNTRAINED = {"untrained": None, "untrained-240m": "240m"}
+"""Random weights that no recipe has touched, by the name of the shape; the embedded model's where there is none."""
+
+ModelName = Annotated[
+    str,
+    tyro.conf.arg(
+        help=f"demo, {', '.join(MODELS)}, a shape with random weights ({', '.join(SHAPES)}; {', '.join(UNTRAINED)}: "
+        "no exit agrees), a folder, a GGUF file or a hub id."
+    ),
+]
+REQUEST = "Complete this Python code:\n\n{prompt}"
+"""What a model for conversations is asked."""
+
+
+def prepare(
+    model: str,
+    scratch: Path,
+    *,
+    exit_layer: int | None = None,
+    agreement: float = 0.9,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> str:
+    """What `layerskip.load` takes for a model; those with random weights are written first.
+
+    Args:
+        model: A `ModelName`.
+        scratch: An empty folder.
+        exit_layer: The exit of a shape that agrees with the last layer; a quarter of the layers if not given.
+        agreement: Share of random tokens on which it does.
+        dtype: Of a shape's file.
+        device: Where a shape's agreement is set.
+    """
+    if model in SHAPES:
+        reached = make_synthetic(
+            scratch,
+            model,
+            exit_layer=exit_layer or max(1, SHAPES[model]["num_hidden_layers"] // 4),
+            agreement=agreement,
+            dtype=dtype,
+            device=device,
+        )
+        print(f"{model}: random weights, the exit agrees on {reached:.2f} of random tokens")
+        return str(scratch)
+    if model in UNTRAINED:
+        make_untrained(scratch, UNTRAINED[model] or open_checkpoint("demo").folder)
+        return str(scratch)
+    return model
+
+
+def load_prompts(lm: layerskip.LanguageModel, file: Path, count: int) -> list[list[int]]:
+    """Token ids of the first prompts of a file of JSON lines with a field `prompt`.
+
+    A model with a chat template is asked to complete them, one without a tokenizer gets random tokens instead.
+    """
+    try:
+        tokenizer = lm.tokenizer
+    except TokenizerError:
+        return random_prompts(lm.config.vocab_size, count)
+    prompts = [json.loads(line)["prompt"] for line in file.read_text("utf-8").splitlines()[:count]]
+    if not tokenizer.chat_template:
+        return lm.encode(prompts)
+    chats = [[{"role": "user", "content": REQUEST.format(prompt=prompt)}] for prompt in prompts]
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    return lm.encode(texts, special_tokens=False)
+
+
+def gguf_file(model: str) -> Path | None:
+    """The GGUF file that a model's name stands for; None where it stands for something else."""
+    found = resolve(model) if model in MODELS else Path(model).expanduser()
+    return found if isinstance(found, Path) and found.suffix == ".gguf" and found.is_file() else None

@@ -1,0 +1,63 @@
+"""What the terminal shows while files are prepared."""
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+
+from layerskip.cli import terminal
+from layerskip.cli.arguments import ModelArguments, OutputArguments
+from layerskip.cli.ray_arguments import anywhere
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("seconds", "output", "visible"),
+    [
+        (1.9, OutputArguments(), False),
+        (2.1, OutputArguments(), True),
+        (2.1, OutputArguments(json=True), False),
+    ],
+)
+def test_a_bar_for_long_work_only(
+    seconds: float, output: OutputArguments, visible: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen, clock = Screen(), iter([0.0, seconds, seconds])
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(terminal, "monotonic", lambda: next(clock))
+    monkeypatch.setenv("TERM", "xterm")
+    with terminal.late_bar(output, "preparing some") as report:
+        report(1_000_000, 4_000_000)
+        report(2_000_000, 4_000_000)
+    text = screen.getvalue()
+    assert ("preparing some" in text and "4.0 MB" in text) is visible
+    assert bool(text) is visible
+
+
+def test_no_bar_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = iter([0.0, 9.0])
+    monkeypatch.setattr(terminal, "monotonic", lambda: next(clock))
+    with terminal.late_bar(OutputArguments(), "preparing some") as report:
+        report(1, 4)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_a_worker_in_another_folder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths become absolute, of files too; names and hub ids stay."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("mine", "demo", "smollm2"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "model.gguf").touch()
+    told = {name: anywhere(ModelArguments(model=name)).model for name in ("mine", "model.gguf", "./smollm2")}
+    assert told == {
+        "mine": f"{tmp_path}/mine",
+        "model.gguf": f"{tmp_path}/model.gguf",
+        "./smollm2": f"{tmp_path}/smollm2",
+    }
+    for name in ("demo", "smollm2", "owner/name"):
+        assert anywhere(ModelArguments(model=name)).model == name

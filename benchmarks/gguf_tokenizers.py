@@ -35,6 +35,8 @@ FROZEN = Path(__file__).parents[1] / "tests" / "unit" / "data" / "gguf_tokenizer
 SPECIAL = ["<unk>", "<s>", "</s>"]
 CONTROL = ["<|im_start|>", "<|im_end|>", "<|end|>", "<|endoftext|>"]
 USER_DEFINED = ["<tool>", "\n\n\n"]
+UNMERGED = ["ĠPascalCase", "ĠDonaudampfschifffahrtsgesellschaftskapitÃ¤n"]
+"""Words that no merges make: tokens only where whole words are looked up first."""
 LLAMA_CPP_WORDS = (
     r"[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))*((?=[\p{L}])([^A-Z]))+",
     r"[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))+((?=[\p{L}])([^A-Z]))*",
@@ -46,9 +48,14 @@ LLAMA_CPP = {
     "gpt-4o": {"splits": ["|".join(w + CONTRACTION for w in LLAMA_CPP_WORDS) + r"|\p{N}{1,3}" + LLAMA_CPP_REST]},
     "qwen2": {"composes": False},
     "qwen35": {"composes": False},
+    **{
+        name: {"splits": [split.replace("]+", r"&&[^\s]]+") for split in PRE_TOKENIZERS[name].splits]}
+        for name in ("deepseek-llm", "deepseek-coder")
+    },
 }
 """Where llama.cpp parts from the models' own tokenizers, by the first name in our table: it knows no case and no marks
-beyond ASCII, and doesn't compose characters and their marks. With these settings ours does the same."""
+beyond ASCII, doesn't compose characters and their marks, and takes spaces beyond ASCII out of listed characters. With
+these settings ours does the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,8 +215,11 @@ def train_vocabularies(texts: list[str]) -> dict[str, Any]:
     hexadecimal = [f"<0x{byte:02X}>" for byte in range(256)]
     return {
         "byte_level": {
-            "tokens": byte_tokens + CONTROL + USER_DEFINED,
-            "token_type": [3] * 3 + [1] * (len(byte_tokens) - 3) + [3] * len(CONTROL) + [4] * len(USER_DEFINED),
+            "tokens": byte_tokens + UNMERGED + CONTROL + USER_DEFINED,
+            "token_type": [3] * 3
+            + [1] * (len(byte_tokens + UNMERGED) - 3)
+            + [3] * len(CONTROL)
+            + [4] * len(USER_DEFINED),
             "merges": [" ".join(merge) for merge in byte_merges],
         },
         "sentence_piece": {

@@ -135,16 +135,21 @@ PRE_TOKENIZERS = {name: entry for entry in _PRE_TOKENIZERS for name in entry.nam
 """By name."""
 
 
-def find_pre_tokenizer(name: str) -> PreTokenizer:
+def find_pre_tokenizer(name: str | None) -> PreTokenizer:
     """The pre-tokenizer that a file names.
 
     Raises:
-        TokenizerError: The name isn't known: a guess would give other tokens than the model was trained on.
+        TokenizerError: There is no name, or it isn't known. A guess would give other tokens than the model was trained
+            on, and worse text, without a word.
     """
-    try:
-        return PRE_TOKENIZERS[name]
-    except KeyError:
+    if name is None:
+        raise TokenizerError(
+            "the GGUF file doesn't say how its tokenizer splits text (tokenizer.ggml.pre), as files of old converters "
+            "don't; take a newer file, or the model's Hugging Face folder"
+        )
+    if name not in PRE_TOKENIZERS:
         raise TokenizerError(
             f"tokenizer.ggml.pre is {name[:100]!r}, and it isn't known how that splits text; "
             f"known are {', '.join(PRE_TOKENIZERS)}; use the model's Hugging Face folder instead"
-        ) from None
+        )
+    return PRE_TOKENIZERS[name]

@@ -60,7 +60,7 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> "PreTrainedTokenizerFast":
     if vocabulary.model == SENTENCE_PIECE:
         adds_bos, tokenizer = True, _sentence_piece(checked, vocabulary, names.get("unk_token"))
     else:
-        pre_tokenizer = find_pre_tokenizer(checked.text(f"{PREFIX}pre") or "default")
+        pre_tokenizer = find_pre_tokenizer(checked.text(f"{PREFIX}pre"))
         adds_bos, tokenizer = pre_tokenizer.adds_bos, _byte_level(checked, vocabulary, pre_tokenizer)
     _add_tokens(checked, vocabulary, tokenizer)
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]

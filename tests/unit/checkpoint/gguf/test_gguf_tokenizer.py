@@ -203,23 +203,16 @@ def test_ends_of_texts() -> None:
     assert end_of_text_ids(metadata("byte_level", token_type=normal, eos_token_id=None)) == ()
 
 
-def test_text_never_becomes_a_byte_or_a_control_token() -> None:
-    tokens = [
-        "<unk>",
-        "<s>",
-        "</s>",
-        *(f"<0x{byte:02X}>" for byte in range(256)),
-        *"<0x4AB>c|",
-        "<0x4",
-        "1>",
-        "<c",
-        "|>",
-    ]
-    tokens += ["<0x41>!", "41>"]
+def test_text_never_becomes_a_byte() -> None:
+    """Though there are pieces that would merge into its name."""
+    hexadecimal = [f"<0x{byte:02X}>" for byte in range(256)]
+    pieces = ["<0", "<0x", "<0x4", "1>"]
+    tokens = ["<unk>", "<s>", "</s>", *hexadecimal, *"<0x41>▁", *pieces]
     kinds = [2, 3, 3] + [6] * 256 + [1] * (len(tokens) - 259)
-    values = metadata("sentence_piece", tokens=tokens, token_type=kinds, scores=[0.0] * len(tokens))
-    ids = build_tokenizer(values)("<0x41>")["input_ids"]
-    assert tokens.index("<0x41>") not in ids
+    scores = [-float(rank) for rank in range(len(tokens))]
+    tokenizer = build_tokenizer(metadata("sentence_piece", tokens=tokens, token_type=kinds, scores=scores))
+    ids = tokenizer("<0x41>", add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["▁", "<0x4", "1>"]
 
 
 PIECES = st.lists(st.text("ab▁", min_size=2, max_size=5), min_size=1, max_size=12, unique=True)
@@ -257,6 +250,7 @@ DAMAGED = [
     ("byte_level", {"model": "plamo2"}, "isn't supported"),
     ("byte_level", {"model": "x" * 5000}, "isn't known"),
     ("byte_level", {"pre": "martian"}, "'martian', and it isn't known.*known are default, gpt-2.*qwen2"),
+    ("byte_level", {"pre": None}, "doesn't say how its tokenizer splits text"),
     ("byte_level", {"pre": 3}, "must be a string"),
     ("byte_level", {"tokens": None}, "has no tokenizer.ggml.tokens"),
     ("byte_level", {"tokens": []}, "is empty"),
@@ -293,7 +287,7 @@ def test_damaged_files(vocabulary: str, changes: dict[str, Any], message: str) -
     with pytest.raises(TokenizerError, match=message) as caught:
         build_tokenizer(metadata(vocabulary, **changes))
     assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 700
+    assert len(str(caught.value)) < 800
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), 10**400, "1", None, True])

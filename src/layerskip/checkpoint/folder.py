@@ -49,18 +49,32 @@ class HuggingFaceFolder:
         Raises:
             TokenizerError: There is none, or it can't be read.
         """
-        from transformers import AutoTokenizer
-
         if not any((self.folder / file).is_file() for file in TOKENIZER_FILES):
             raise TokenizerError(
                 f"{self.folder} has no tokenizer (tokenizer.json); copy the one that the model was trained with there, "
                 "or pass token ids in place of text"
             )
         try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+            tokenizer: PreTrainedTokenizerBase = self._tokenizer_class().from_pretrained(
+                self.folder, local_files_only=True
+            )
         except Exception as error:  # transformers raises nearly anything here, from KeyError to bare Exception
             raise TokenizerError(f"the tokenizer in {self.folder} can't be read: {error}") from error
         return tokenizer
+
+    def _tokenizer_class(self) -> Any:
+        """What reads the tokenizer.
+
+        Where tokenizer_config.json asks for tokenizer.json as it stands, that is what counts. transformers' own choice
+        would be the family's class for some families (qwen2), which splits text in Qwen's way whatever tokenizer.json
+        says: other tokens than the model was trained on, without a word.
+        """
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+        path = self.folder / "tokenizer_config.json"
+        config = read_json(path) if path.is_file() else {}
+        as_it_stands = config.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+        return PreTrainedTokenizerFast if as_it_stands and (self.folder / "tokenizer.json").is_file() else AutoTokenizer
 
     @property
     def tuned_file(self) -> Path:

@@ -9,6 +9,7 @@ import numpy as np
 
 from layerskip.checkpoint.gguf.container import Container
 from layerskip.checkpoint.gguf.tensors import check_type, read_tensor
+from layerskip.checkpoint.gguf.tokenizer import end_of_text_ids
 from layerskip.errors import CheckpointError, UnsupportedModelError
 from layerskip.model.config import FULL, SLIDING
 from layerskip.model.rope import RopeConfig, inverse_frequencies
@@ -27,12 +28,12 @@ class Architecture:
 
     model_type: str
     class_name: str
-    extra: Callable[["Metadata", dict[str, Any]], dict[str, Any]]
+    extra: Callable[["ModelKeys", dict[str, Any]], dict[str, Any]]
     """Keys of config.json of this family, given those that all families share."""
     hidden_act: str = "silu"
 
 
-class Metadata:
+class ModelKeys:
     """A container's keys, each checked to be what it should be."""
 
     def __init__(self, container: Container) -> None:
@@ -98,7 +99,7 @@ def read_raw_config(container: Container) -> dict[str, Any]:
         UnsupportedModelError: An architecture, or a feature of it, that isn't supported.
         CheckpointError: A key is missing or makes no sense.
     """
-    metadata = Metadata(container)
+    metadata = ModelKeys(container)
     known = ARCHITECTURES.get(metadata.architecture)
     if known is None:
         raise UnsupportedModelError(
@@ -147,11 +148,14 @@ def read_raw_config(container: Container) -> dict[str, Any]:
 
 
 def read_generation_config(container: Container) -> dict[str, Any]:
-    """The file's end tokens as a generation_config.json: of texts, of turns and of messages."""
-    metadata = Metadata(container)
-    names = ("eos_token_id", "eot_token_id", "eom_token_id")
-    ends = dict.fromkeys(end for end in map(metadata.token_id, names) if end is not None)
-    return {"eos_token_id": list(ends), "bos_token_id": metadata.token_id("bos_token_id")}
+    """The file's end tokens as a generation_config.json: of texts, of turns and of messages.
+
+    Raises:
+        TokenizerError: The tokenizer's vocabulary is damaged.
+    """
+    if "tokenizer.ggml.tokens" not in container.metadata:
+        return {}
+    return {"eos_token_id": list(end_of_text_ids(container.plain_metadata()))}
 
 
 def _vocabulary(container: Container) -> int:
@@ -172,7 +176,7 @@ def _vocabulary(container: Container) -> int:
     return table.shape[0]
 
 
-def _rope(metadata: Metadata, head_dim: int, context: int) -> dict[str, Any]:
+def _rope(metadata: ModelKeys, head_dim: int, context: int) -> dict[str, Any]:
     """The rotary embedding as `rope_parameters`."""
     parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": metadata.number("rope.freq_base", 10000.0)}
     rotated = metadata.count("rope.dimension_count", head_dim)
@@ -194,7 +198,7 @@ def _rope(metadata: Metadata, head_dim: int, context: int) -> dict[str, Any]:
     return parameters
 
 
-def _yarn(metadata: Metadata, context: int) -> dict[str, Any]:
+def _yarn(metadata: ModelKeys, context: int) -> dict[str, Any]:
     for key in ("yarn_log_multiplier", "yarn_ext_factor"):
         if metadata.has(f"rope.scaling.{key}"):
             raise UnsupportedModelError(f"{metadata.container.path} sets rope.scaling.{key}, which is not supported")
@@ -254,7 +258,7 @@ def _frequency_divisors(divisors: list[float], theta: float, rotated: int, conte
     }
 
 
-def _llama(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
+def _llama(metadata: ModelKeys, config: dict[str, Any]) -> dict[str, Any]:
     """Llama, and Mistral, which converters write as Llama."""
     if not metadata.has("attention.sliding_window"):
         return {}
@@ -265,7 +269,7 @@ def _llama(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _gemma3(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
+def _gemma3(metadata: ModelKeys, config: dict[str, Any]) -> dict[str, Any]:
     num_layers, scalar = config["num_hidden_layers"], config["head_dim"]
     if num_layers == GEMMA3_27B_LAYERS:
         scalar = config["hidden_size"] // config["num_attention_heads"]
@@ -283,7 +287,7 @@ def _gemma3(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
     return extra
 
 
-def _gemma3_layers(metadata: Metadata, num_layers: int) -> list[str]:
+def _gemma3_layers(metadata: ModelKeys, num_layers: int) -> list[str]:
     """Which layers see a window only: by a list of truth values, by every how many-th doesn't, or as all Gemma 3 do."""
     name = "attention.sliding_window_pattern"
     if not metadata.has("attention.sliding_window"):
@@ -295,7 +299,7 @@ def _gemma3_layers(metadata: Metadata, num_layers: int) -> list[str]:
     return [FULL if (layer + 1) % every == 0 else SLIDING for layer in range(num_layers)]
 
 
-def _phi3(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
+def _phi3(metadata: ModelKeys, config: dict[str, Any]) -> dict[str, Any]:
     window, context = "attention.sliding_window", config["max_position_embeddings"]
     original = metadata.count("rope.scaling.original_context_length", context)
     extra: dict[str, Any] = {
@@ -322,7 +326,7 @@ def _phi3(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
     return {**extra, "rope_parameters": parameters}
 
 
-def _qwen2(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
+def _qwen2(metadata: ModelKeys, config: dict[str, Any]) -> dict[str, Any]:
     return {"use_sliding_window": False}
 
 

@@ -77,6 +77,10 @@ class Container:
     """Numbers, truth values, texts, lists of texts, and numpy arrays of numbers."""
     tensors: Mapping[str, TensorEntry]
 
+    def plain_metadata(self) -> dict[str, Any]:
+        """The metadata with lists in place of arrays."""
+        return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in self.metadata.items()}
+
 
 def read_container(path: Path) -> Container:
     """Read a file's header.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerskip.checkpoint.contents import Contents, share_of_types
-from layerskip.errors import CheckpointError, CheckpointNotFoundError, TokenizerError
+from layerskip.errors import CheckpointError, CheckpointNotFoundError
 
 if TYPE_CHECKING:  # the rest loads the gguf package, which other checkpoints don't need
     from transformers import PreTrainedTokenizerBase
@@ -89,7 +89,9 @@ class GGUFFile:
         Raises:
             TokenizerError: There is none, or it can't be made.
         """
-        raise TokenizerError(f"the tokenizer in {self.path} can't be read yet; pass token ids in place of text")
+        from layerskip.checkpoint.gguf.tokenizer import build_tokenizer
+
+        return build_tokenizer(self.container.plain_metadata())
 
 
 def find_gguf(folder: Path) -> Path | None:

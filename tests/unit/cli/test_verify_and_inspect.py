@@ -294,7 +294,7 @@ def test_inspect_prints_a_table_and_a_verdict(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "nowhere"], "no folder 'nowhere'"),
+        (["--model", "nowhere"], "no folder or file 'nowhere'"),
         (["--text", "nowhere.txt"], "can't be read"),
         (["--prompt", "a", "--text", "b.txt"], "not both"),
         (["--prompt", ""], "empty"),

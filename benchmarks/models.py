@@ -70,7 +70,8 @@ def load_prompts(lm: layerskip.LanguageModel, file: Path, count: int) -> list[li
     """
     try:
         tokenizer = lm.tokenizer
-    except TokenizerError:
+    except TokenizerError as error:
+        print(f"the prompts are random tokens: {error}")
         return random_prompts(lm.config.vocab_size, count)
     prompts = [json.loads(line)["prompt"] for line in file.read_text("utf-8").splitlines()[:count]]
     if not tokenizer.chat_template:

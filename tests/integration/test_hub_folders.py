@@ -271,6 +271,19 @@ def test_both_forms_of_gemma_are_the_same(name: str, make: Callable[[str], Path]
     assert config.attention_scale == 1 / 16
 
 
+def test_a_template_in_a_file_of_its_own(make: Callable[[str], Path]) -> None:
+    """Where newer uploads have it."""
+    folder = make("smollm2-135m-instruct")
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    (folder / "chat_template.jinja").write_text(config.pop("chat_template"))
+    file.write_text(json.dumps(config))
+    lm = layerskip.load(str(folder), device="cpu")
+    conversation = Conversation(lm, system="Be brief.", template=None)
+    conversation.add("Who are you?", "A fox.")
+    assert lm.tokenizer.decode(conversation.prompt("And the dog?")) == CHATML
+
+
 def test_qwen_forgets_its_thoughts(make: Callable[[str], Path]) -> None:
     """Its template shows the thoughts of no earlier turn, so a conversation's text changes as it goes on."""
     lm = layerskip.load(str(make("qwen3-0.6b")), dtype="float32", device="cpu")

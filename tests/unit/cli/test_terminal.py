@@ -2,10 +2,13 @@
 
 import io
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import packages
 import pytest
 
+from layerskip.checkpoint import checkpoint
 from layerskip.cli import terminal
 from layerskip.cli.arguments import ModelArguments, OutputArguments
 from layerskip.cli.ray_arguments import anywhere
@@ -61,3 +64,28 @@ def test_what_a_worker_in_another_folder_is_told(tmp_path: Path, monkeypatch: py
     }
     for name in ("demo", "smollm2", "owner/name"):
         assert anywhere(ModelArguments(model=name)).model == name
+
+
+@pytest.mark.parametrize("command", ["inspect", "generate", "verify", "chat", "sweep", "train"])
+def test_a_named_model_that_is_half_there(
+    command: str, tmp_path: Path, cli: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, contents = packages.make_model(2)
+    first, second = packages.install_all(tmp_path, model, contents).values()
+    second.unlink()
+    monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(checkpoint, "MODELS", {"some": model})
+    texts = tmp_path / "texts.txt"
+    texts.write_text("a text\n" * 100)
+    more = {
+        "generate": ["--prompt", "x"],
+        "sweep": ["--dataset", "cnn_dm_lm", "--data-path", str(texts)],
+        "train": ["--data", str(texts), "--output", str(tmp_path / "out")],
+    }
+    with packages.named("some", model, tmp_path):
+        outcome = cli(command, "--model", "some", *more.get(command, []))
+    assert (outcome.code, outcome.out) == (2, "")
+    *before, last = outcome.err.splitlines()
+    assert set(before) <= {"preparing the model", "reading the data"}  # what `train` says
+    assert "some is installed only in part, without data/weights.part1 of some-model-part1 1.0.0" in last
+    assert first.exists()

@@ -252,12 +252,25 @@ void embed(const Embedding& embedding, int64_t token, int64_t width, float* to) 
     for (int64_t i = 0; i < width; ++i) to[i] *= embedding.multiplier;
 }
 
-// The token of each row: drawn with its key, or the likeliest without `sampling`. `logits` is room for [rows, V padded].
+// Whether all of these numbers are, `count` being a multiple of kLanes: infinite ones and those that are none make the sum
+// of their products with zero something else than zero.
+bool all_finite(const float* numbers, int64_t count) {
+    Vector total{};
+    for (int64_t i = 0; i < count; i += kLanes) total += load(numbers + i) * 0.0f;
+    return sum(total) == 0.0f;
+}
+
+// The token of each row: drawn with its key, or the likeliest without `sampling`; -1 where a logit isn't finite. `logits` is
+// room for [rows, V padded].
 void choose(const Network& network, const float* hidden, int32_t rows, float* logits, const Sampling* sampling,
             const uint64_t* keys, int64_t* out) {
     unembed(network, hidden, rows, logits);
     const auto choose_one = [&](int64_t row) {
         float* scores = logits + row * network.head.outputs;
+        if (!all_finite(scores, network.head.outputs)) {
+            out[row] = -1;
+            return;
+        }
         if (sampling == nullptr) {
             out[row] = std::max_element(scores, scores + network.vocabulary) - scores;
             return;
@@ -305,7 +318,8 @@ void layerskip_choose(const Network* network, const Embedding* embedding, const 
     for (int row = 0; sampling != nullptr && row < rows; ++row)
         keys[row] = noise_key(sampling->seeds[row / queries], starts[row / queries] + row % queries + 1);
     choose(*network, hidden, rows, logits.data(), sampling, keys.data(), out);
-    for (int row = 0; network->tokens != nullptr && row < rows; ++row) out[row] = network->tokens[out[row]];
+    for (int row = 0; network->tokens != nullptr && row < rows; ++row)
+        if (out[row] >= 0) out[row] = network->tokens[out[row]];
 }
 
 int32_t layerskip_draft(const Network* network, const Embedding* embedding, const int64_t* tokens, int32_t texts,
@@ -329,6 +343,7 @@ int32_t layerskip_draft(const Network* network, const Embedding* embedding, cons
             if (sampling != nullptr) keys[text] = noise_key(sampling->seeds[text], at[text]);
         }
         choose(*network, states, texts, logits.data(), sampling, keys.data(), chosen);
+        if (*std::min_element(chosen, chosen + texts) < 0) return -1;
         float total = 0;
         for (int text = 0; stop != nullptr && text < texts; ++text) {
             const float confidence = probability(logits.data() + text * outputs, network->vocabulary, chosen[text]);

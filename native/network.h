@@ -75,7 +75,7 @@ void layerskip_unembed(const Network* network, const float* hidden, int32_t rows
 // The token after each of the rows, drawn, or the likeliest without `sampling`: layers first..last-1, final norm, head.
 // A text's tokens are numbered from 0, so that the token after position p is number p + 1. Without `tokens`, hidden
 // [texts * queries, D] holds the input of layer `first`; with tokens [texts * queries], it is filled with their embeddings.
-// It is changed in place. out: [texts * queries].
+// It is changed in place. out: [texts * queries]; -1 where a logit is infinite or not a number.
 void layerskip_choose(const Network* network, const Embedding* embedding, const int64_t* tokens, float* hidden,
                       int32_t texts, int32_t queries, const int64_t* starts, const Cache* cache, int32_t first,
                       int32_t last, const Sampling* sampling, int64_t* out);
@@ -91,7 +91,8 @@ struct DraftStop {
 // Drafts with the first `layers` layers, chosen as by layerskip_choose: from tokens [texts] on, up to `drafts` tokens of
 // each text, the first of them at position starts[b] + 1. out, confidences: [drafts, texts], tokens and their probabilities; hidden:
 // [drafts + 1, texts, D], outputs of layer `layers` - 1 for the token given and for the drafts; the last draft runs through
-// the layers only if `complete`. Without `stop`, `drafts` are made and confidences aren't. Returns how many were made.
+// the layers only if `complete`. Without `stop`, `drafts` are made and confidences aren't. Returns how many were made;
+// -1 where a logit is infinite or not a number.
 int32_t layerskip_draft(const Network* network, const Embedding* embedding, const int64_t* tokens, int32_t texts,
                         const int64_t* starts, int32_t drafts, int32_t layers, const Cache* cache,
                         const DraftStop* stop, const Sampling* sampling, int32_t complete, float* hidden, int64_t* out,

@@ -41,5 +41,9 @@ class OutOfMemoryError(LayerSkipError, MemoryError):
     """There isn't enough free memory for the weights or the cache."""
 
 
+class NotFiniteError(LayerSkipError, ArithmeticError):
+    """The network's logits are infinite or not numbers."""
+
+
 class TrainingError(LayerSkipError, RuntimeError):
     """Training can't go on: the loss isn't a number any more, or the data ran out."""

@@ -22,7 +22,7 @@ def prefill(batch: Batch, num_layers: int) -> list[Round]:
     """
     hidden = read_prompts(batch, num_layers)
     tokens = _choose(batch, batch.decoder.unembed(hidden))
-    return [Round(token=token) for (token,) in tokens.tolist()]
+    return [batch.round(token) for (token,) in tokens.tolist()]
 
 
 @torch.inference_mode()
@@ -38,7 +38,7 @@ def step(batch: Batch, num_layers: int) -> list[Round]:
     tokens = None if whole is None else whole.targets
     if tokens is None:
         tokens = _next_tokens(batch, num_layers)
-    rounds = [Round(token=token) for (token,) in tokens.tolist()]
+    rounds = [batch.round(token) for (token,) in tokens.tolist()]
     for row in range(len(batch.rows)):
         cache.commit(row, 1)
     return rounds

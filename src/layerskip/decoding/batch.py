@@ -14,6 +14,7 @@ from layerskip.decoding.stats import StatsRecorder, Stopwatch
 from layerskip.model.cache import KVCache
 from layerskip.model.decoder import Decoder
 from layerskip.model.drafts import Draw
+from layerskip.model.finite import NO_TOKEN, not_finite
 
 FinishReason = Literal["stop", "length", "interrupted"]
 
@@ -119,6 +120,16 @@ class Batch:
             [row.tokens + draft[:i] for i in range(len(draft) + 1)]
             for row, draft in zip(self.rows, drafts, strict=True)
         ]
+
+    def round(self, token: int, drafts: tuple[int, ...] = (), num_accepted: int = 0) -> "Round":
+        """What a step gave a row.
+
+        Raises:
+            NotFiniteError: A token could not be chosen.
+        """
+        if token == NO_TOKEN or NO_TOKEN in drafts[:num_accepted]:
+            raise not_finite(self.decoder.dtype)
+        return Round(drafts=drafts, num_accepted=num_accepted, token=token)
 
     def drop_finished(self) -> None:
         """Free the cache rows of finished texts, while others go on."""

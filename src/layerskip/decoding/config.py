@@ -1,9 +1,10 @@
 """How to decode: one frozen dataclass, checked once, shared by the Python API and the command line."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
+from layerskip.checks import finite_number, whole_number
 from layerskip.errors import InvalidArgumentError
 
 Strategy = Literal["adaptive", "autoregressive", "self_speculative", "ngram"]
@@ -12,6 +13,9 @@ Acceptance = Literal["coupled", "rejection"]
 DEFAULT_DRAFT_LENGTH = 4
 MIN_TEMPERATURE = 1e-6
 """Below it, sampling is greedy: logits divided by less could overflow."""
+MAX_PENALTY = 1e6
+"""Largest repetition penalty, and one over the smallest: logits multiplied by more could overflow."""
+MAX_WHOLE = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,23 +72,32 @@ class GenerationConfig:
         if self.generation_strategy is not None:
             _choice("generation_strategy", self.generation_strategy, get_args(Strategy))
         _choice("acceptance", self.acceptance, get_args(Acceptance))
-        _whole("max_new_tokens", self.max_new_tokens, least=1)
-        if self.num_speculations is not None:
-            _whole("num_speculations", self.num_speculations, least=1)
-        _whole("top_k", self.top_k, least=0)
-        _whole("no_repeat_ngram_size", self.no_repeat_ngram_size, least=0)
-        if self.exit_layer is not None:
-            _whole("exit_layer", self.exit_layer, least=1)
-        if self.seed is not None:
-            _whole("seed", self.seed, least=0, most=2**63 - 1)
-        _real("temperature", self.temperature, "0 or more", lambda x: x >= 0)
-        _real("top_p", self.top_p, "above 0 and at most 1", lambda x: 0 < x <= 1)
-        _real("min_p", self.min_p, "from 0 to 1", lambda x: 0 <= x <= 1)
-        _real("repetition_penalty", self.repetition_penalty, "above 0", lambda x: x > 0)
+        for name, least in (("max_new_tokens", 1), ("top_k", 0), ("no_repeat_ngram_size", 0)):
+            self._set(name, whole_number(name, getattr(self, name), least=least, most=MAX_WHOLE))
+        for name, least in (("num_speculations", 1), ("exit_layer", 1), ("seed", 0)):
+            if getattr(self, name) is not None:
+                self._set(name, whole_number(name, getattr(self, name), least=least, most=MAX_WHOLE))
+        least_penalty = 1 / MAX_PENALTY
+        reals: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
+            ("temperature", "0 or more", lambda x: x >= 0),
+            ("top_p", "above 0 and at most 1", lambda x: 0 < x <= 1),
+            ("min_p", "from 0 to 1", lambda x: 0 <= x <= 1),
+            (
+                "repetition_penalty",
+                f"from {least_penalty} to {MAX_PENALTY}",
+                lambda x: least_penalty <= x <= MAX_PENALTY,
+            ),
+        )
+        for name, allowed, check in reals:
+            self._set(name, finite_number(name, getattr(self, name), allowed, check))
         for name in ("do_sample", "block_verification", "ignore_eos"):
             value = getattr(self, name)
             if not isinstance(value, bool) and not (name == "do_sample" and value is None):
                 raise InvalidArgumentError(f"{name} must be True or False, got {value!r}")
+
+    def _set(self, name: str, value: float) -> None:
+        """Keep a number as Python's own kind where it was given as numpy's."""
+        object.__setattr__(self, name, value)
 
     @property
     def samples(self) -> bool:
@@ -131,18 +144,6 @@ def make_config(config: GenerationConfig | None, options: dict[str, Any]) -> Gen
 def _choice(name: str, value: object, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise InvalidArgumentError(f"{name} {value!r} is not known; use {' or '.join(allowed)}")
-
-
-def _whole(name: str, value: object, *, least: int, most: int | None = None) -> None:
-    allowed = f"a whole number of at least {least}" + (f" and at most {most}" if most is not None else "")
-    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
-        raise InvalidArgumentError(f"{name} must be {allowed}, got {value!r}")
-
-
-def _real(name: str, value: object, allowed: str, check: Any) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not abs(value) < 1e300 or not check(value):  # type: ignore[arg-type]
-        raise InvalidArgumentError(f"{name} must be {allowed}, got {value!r}")
 
 
 def _strings(name: str, value: object) -> tuple[str, ...]:

@@ -169,7 +169,7 @@ class _EarlyExitDrafter:
         if batch.by_distribution:
             self._probs.append(scores.softmax(-1).squeeze(1))
         if self._stop is not None:
-            chosen = scores.softmax(-1).gather(-1, token.unsqueeze(-1)).flatten()
+            chosen = scores.softmax(-1).gather(-1, token.clamp(min=0).unsqueeze(-1)).flatten()
             for row, confidence in zip(self._confidences, chosen.tolist(), strict=True):
                 row.append(confidence)
         if sampler.needs_context:

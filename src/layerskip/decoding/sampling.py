@@ -16,6 +16,7 @@ from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.noise import Purpose, gumbel, make_key
 from layerskip.model import native_sampling
 from layerskip.model.drafts import Draw
+from layerskip.model.finite import best_tokens
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessor
@@ -88,11 +89,11 @@ class Sampler:
             counters: Tells repeated draws at the same position apart; 0 if not given.
 
         Returns:
-            [B, Q] token ids.
+            [B, Q] token ids; `NO_TOKEN` where no score is a finite number.
         """
         if not self.samples:
-            return scores.argmax(-1)
-        return (scores + self.noise(scores, seeds, first, purpose, counters)).argmax(-1)
+            return best_tokens(scores)
+        return best_tokens(scores + self.noise(scores, seeds, first, purpose, counters))
 
     def noise(
         self,

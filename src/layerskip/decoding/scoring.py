@@ -12,6 +12,7 @@ from torch import Tensor
 from layerskip.decoding.autoregressive import PREFILL_CHUNK
 from layerskip.errors import PromptError
 from layerskip.model.decoder import Decoder
+from layerskip.model.finite import check_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +70,10 @@ def logits_in_chunks(decoder: Decoder, tokens: Sequence[int], num_layers: int) -
 
     Raises:
         PromptError: No tokens, more than the context holds, or ids outside the vocabulary.
+        NotFiniteError: A logit is infinite or not a number.
     """
     for start, hidden in exit_states_in_chunks(decoder, tokens, (num_layers,)):
-        yield start, decoder.unembed(hidden[0])[0]
+        yield start, check_finite(decoder.unembed(hidden[0])[0], decoder.dtype)
 
 
 def exit_states_in_chunks(

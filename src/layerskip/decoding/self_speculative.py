@@ -147,7 +147,7 @@ def _commit(batch: Batch, draft: Draft, results: Sequence[tuple[int, int]]) -> l
     for row, (tokens, (num_accepted, token)) in enumerate(zip(draft.tokens.tolist(), results, strict=True)):
         batch.cache.commit(row, num_accepted + 1)
         drafts = tuple(tokens[: draft.num_drafts[row]])
-        rounds.append(Round(drafts=drafts, num_accepted=num_accepted, token=token))
+        rounds.append(batch.round(token, drafts, num_accepted))
     return rounds
 
 

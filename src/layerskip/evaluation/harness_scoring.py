@@ -11,6 +11,7 @@ from torch import Tensor
 from layerskip.decoding.autoregressive import PREFILL_CHUNK
 from layerskip.model.cache import KVCache
 from layerskip.model.decoder import Decoder
+from layerskip.model.finite import check_finite
 
 Likelihood = tuple[float, bool]
 """Logarithm of a continuation's probability, and whether greedy decoding would write exactly it."""
@@ -54,7 +55,7 @@ def score_continuations(
             chunk = inputs[start : start + PREFILL_CHUNK]
             wanted = {place: continuations[place][start : start + len(chunk)] for place in places}
             for found, states in zip(results, _run(decoder, chunk, cache, exit_layers), strict=True):
-                _add_scores(found, decoder.unembed(states)[0], wanted)
+                _add_scores(found, check_finite(decoder.unembed(states)[0], decoder.dtype), wanted)
         cache.rollback(0, read)
     return results
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from layerskip.checks import whole_number
 from layerskip.errors import CheckpointError, InvalidArgumentError, PromptError, UnsupportedModelError
 from layerskip.model.rope import RopeConfig, parse_rope
 
@@ -103,8 +104,7 @@ class ModelConfig:
 
     def check_exit_layer(self, exit_layer: int) -> int:
         """Return `exit_layer` (the number of layers run, 1..L) or raise `InvalidArgumentError`."""
-        if isinstance(exit_layer, bool) or not isinstance(exit_layer, int):
-            raise InvalidArgumentError(f"exit_layer must be a whole number, got {exit_layer!r}")
+        exit_layer = whole_number("exit_layer", exit_layer, least=-(2**63))
         if not 1 <= exit_layer <= self.num_layers:
             raise InvalidArgumentError(
                 f"exit_layer {exit_layer} is outside 1..{self.num_layers}; it is the number of layers run, "

@@ -190,7 +190,8 @@ class Decoder:
         return Positions(self.config, self._ropes, cache, first, num_queries, self.dtype)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """[B, Q] token ids -> [B, Q, D]."""
+        """[B, Q] token ids -> [B, Q, D]. What follows `NO_TOKEN` means nothing, but it must not stop a device."""
+        tokens = tokens.clamp(min=0)
         if isinstance(self._embedding, BlockWeight):
             hidden = self._embedding.rows(tokens.flatten()).dequantize().view(*tokens.shape, -1).to(self.dtype)
         else:

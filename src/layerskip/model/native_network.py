@@ -21,6 +21,7 @@ from layerskip.model.blocks import BlockWeight
 from layerskip.model.cache import KVCache
 from layerskip.model.config import SLIDING, ModelConfig
 from layerskip.model.drafts import DraftRequest, Drafts, Draw
+from layerskip.model.finite import not_finite
 from layerskip.model.native_library import (
     ACTIVATIONS,
     FORMATS,
@@ -278,6 +279,8 @@ class NativeNetwork:
             drafts.data_ptr(),
             confidences,
         )
+        if made < 0:
+            raise not_finite(torch.float32)
         return Drafts(
             tokens=drafts[:made].t(),
             hidden=hidden[: made + 1].transpose(0, 1),

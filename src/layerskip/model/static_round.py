@@ -15,6 +15,7 @@ from torch import Tensor
 from layerskip.model.attention import AttentionSpan, Slots, causal_mask
 from layerskip.model.cache import KVCache
 from layerskip.model.config import SLIDING, ModelConfig
+from layerskip.model.finite import best_tokens
 from layerskip.model.rope import RopeTable
 from layerskip.model.torch_network import TorchNetwork
 
@@ -131,10 +132,10 @@ class StaticRound:
             for i in range(shape.num_drafts + 1):
                 states.append(self._run(parts.embed(token), first + i, 0, shape.exit_layer))
                 if i < shape.num_drafts:
-                    token = parts.unembed(states[-1]).argmax(-1)
+                    token = best_tokens(parts.unembed(states[-1]))
                     drafts.append(token)
         hidden = self._run(torch.cat(states, 1), first, shape.exit_layer, shape.stop)
-        return torch.cat((*drafts, parts.unembed(hidden).argmax(-1)), 1)
+        return torch.cat((*drafts, best_tokens(parts.unembed(hidden))), 1)
 
     def _run(self, hidden: Tensor, first: Tensor, start: int, stop: int) -> Tensor:
         """Layers start..stop-1 over a block whose rows begin at `first` [B]."""

@@ -26,8 +26,8 @@ SPARE_TOKENS = 8
 class AnswerFrame:
     """What a template writes around an answer."""
 
-    opening: str = ""
-    """Text between a question and its answer, without white space at its ends."""
+    openings: tuple[str, ...] = ()
+    """Text after a question, where the answer is to come and where it stands, without white space at its ends."""
     end_tokens: tuple[int, ...] = ()
     """The token directly after an answer, if it is a single one that stands for the end of a turn."""
 
@@ -38,11 +38,11 @@ class AnswerFrame:
         """
         if not self.end_tokens or not set(self.end_tokens).isdisjoint(prompt):
             return self.end_tokens
-        if not self.opening:
+        if not self.openings:
             return ()
-        size = len(tokenizer(self.opening, add_special_tokens=False)["input_ids"]) + SPARE_TOKENS
-        tail = str(tokenizer.decode(list(prompt[-size:]), clean_up_tokenization_spaces=False))
-        return self.end_tokens if tail.rstrip().endswith(self.opening) else ()
+        size = max(len(tokenizer(opening, add_special_tokens=False)["input_ids"]) for opening in self.openings)
+        tail = str(tokenizer.decode(list(prompt[-size - SPARE_TOKENS :]), clean_up_tokenization_spaces=False))
+        return self.end_tokens if tail.rstrip().endswith(self.openings) else ()
 
 
 def require_template(
@@ -141,21 +141,17 @@ def answer_frame(tokenizer: "PreTrainedTokenizerBase", template: str | None = No
         template: A Jinja template in place of the tokenizer's.
     """
     question, answer = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}
-    opening = ""
+    asked = _rendered(tokenizer, [question], template, add_generation_prompt=True)
+    openings, end = [_after(asked, QUESTION).strip()], None
     for messages in ([question, answer], [question, answer, question]):
-        try:
-            text = render(tokenizer, messages, template=template, add_generation_prompt=False)
-        except (TokenizerError, PromptError):
-            continue
+        text = _rendered(tokenizer, messages, template, add_generation_prompt=False)
         before, found, after = text.partition(ANSWER)
-        if not found:
-            continue
-        asked, _, between = before.rpartition(QUESTION)
-        opening = opening or (between.strip() if asked else "")
-        end = _leading_token(tokenizer, after.lstrip())
+        if found:
+            openings.append(_after(before, QUESTION).strip())
+            end = _leading_token(tokenizer, after.lstrip())
         if end is not None:
-            return AnswerFrame(opening=opening, end_tokens=(end,))
-    return AnswerFrame(opening=opening)
+            break
+    return AnswerFrame(openings=tuple(dict.fromkeys(filter(None, openings))), end_tokens=() if end is None else (end,))
 
 
 def end_of_turn_tokens(tokenizer: "PreTrainedTokenizerBase", template: str | None = None) -> tuple[int, ...]:
@@ -169,6 +165,21 @@ def end_of_turn_tokens(tokenizer: "PreTrainedTokenizerBase", template: str | Non
         template: A Jinja template in place of the tokenizer's.
     """
     return answer_frame(tokenizer, template).end_tokens
+
+
+def _rendered(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], template: str | None, **options: Any
+) -> str:
+    """A conversation as the template writes it; nothing where it can't."""
+    try:
+        return render(tokenizer, messages, template=template, **options)
+    except (TokenizerError, PromptError):
+        return ""
+
+
+def _after(text: str, part: str) -> str:
+    """What follows a part of a text where it stands last; nothing where it doesn't."""
+    return text.rpartition(part)[2] if part in text else ""
 
 
 def _leading_token(tokenizer: "PreTrainedTokenizerBase", text: str) -> int | None:

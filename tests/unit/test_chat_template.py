@@ -78,7 +78,7 @@ class TestAnswerFrames:
         self, tokenizer: PreTrainedTokenizerFast, family: str, template: str, opening: str, end: str | None
     ) -> None:
         ends = () if end is None else (tokenizer.convert_tokens_to_ids(end),)
-        assert answer_frame(tokenizer, template) == AnswerFrame(opening=opening, end_tokens=ends)
+        assert answer_frame(tokenizer, template) == AnswerFrame(openings=(opening,), end_tokens=ends)
         assert end_of_turn_tokens(tokenizer) == ()  # no template of its own
         tokenizer.chat_template = template
         assert end_of_turn_tokens(tokenizer) == ends
@@ -93,6 +93,13 @@ class TestAnswerFrames:
             assert frame.ends_of(tokenizer, prompt) == frame.end_tokens
         for text in ("Hello there!", "<s>def add(a, b):", "the assistant", ""):
             assert frame.ends_of(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"]) == ()
+
+
+def test_an_answer_that_stands_may_begin_otherwise_than_one_to_come(tokenizer: PreTrainedTokenizerFast) -> None:
+    template = QWEN3.replace("assistant\n<think>\n\n</think>\n\n{% endif %}", "assistant\n{% endif %}")
+    assert template != QWEN3
+    start = "<|im_end|>\n<|im_start|>assistant"
+    assert answer_frame(tokenizer, template).openings == (start, f"{start}\n<think>\n\n</think>")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
+from layerskip.decoding.text import check_text
 from layerskip.errors import InvalidArgumentError
 
 Strategy = Literal["adaptive", "autoregressive", "self_speculative", "ngram"]
@@ -149,6 +150,8 @@ def _strings(name: str, value: object) -> tuple[str, ...]:
     texts = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else (None,)
     if not all(isinstance(text, str) and text for text in texts):
         raise InvalidArgumentError(f"{name} must be texts that aren't empty, got {value!r}")
+    for text in texts:
+        check_text(str(text), f"{name} {text!a}")
     return tuple(str(text) for text in texts)
 
 

@@ -11,9 +11,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from layerskip.chat_template import render
 from layerskip.decoding.config import GenerationConfig
+from layerskip.decoding.text import check_text
 from layerskip.errors import InvalidArgumentError, PromptError, TokenizerError
 from layerskip.evaluation.harness_answers import Answers, AnswerStore, MemoryAnswers
 from layerskip.evaluation.harness_options import MAX_NEW_TOKENS, TaskOptions, writing_config
@@ -117,6 +120,7 @@ class EngineMethods:
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids; special tokens come in front as the tokenizer does it, unless the text has them already."""
+        check_text(string, "a text of the task")
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         if add_special_tokens is None and self._begins_specially(string):
             options = {"add_special_tokens": False}
@@ -129,22 +133,19 @@ class EngineMethods:
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as one text; without its system message where the template knows none."""
-        import jinja2
-
-        def apply(messages: list[dict[str, str]]) -> str:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    continue_final_message=not add_generation_prompt,
-                )
-            )
-
+        apply = partial(
+            render,
+            self.tokenizer,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
         try:
             return apply(chat_history)
-        except jinja2.TemplateError:
-            return apply([message for message in chat_history if message["role"] != "system"])
+        except PromptError:
+            others = [message for message in chat_history if message["role"] != "system"]
+            if len(others) == len(chat_history):
+                raise
+            return apply(others)
 
     # Log-likelihoods. `loglikelihood` itself is the harness's: it splits texts into tokens and calls this.
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 REPLACEMENT = "\ufffd"
 """What a decoder writes for bytes that aren't a whole character."""
 CONTEXT = 4
-"""Tokens that are read again with the next ones: they say whether a space is one, and hold what began a character. That
-has at most four bytes, so that at most three tokens began it."""
+"""Tokens that are read again with the next ones. A character has at most four bytes: three tokens can have begun one,
+and one more says whether a leading space is part of the text."""
 WINDOW = 8
 """Tokens that are read again before those in front of the context are forgotten."""
 PROMPT_TAIL = 64

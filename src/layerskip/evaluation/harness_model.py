@@ -256,6 +256,8 @@ class EngineMethods:
         for text, result in zip(batch, results, strict=True):
             # The harness reads a text by itself; ours goes on from the prompt, and may begin with another space.
             written = str(self.tokenizer.decode(result.token_ids, skip_special_tokens=True))
+            if isinstance(result.stop_reason, str):  # one with special tokens isn't in the text, where it would be cut
+                written = _cut_like(written, result.text)
             stats = result.stats
             answer = {
                 "text": postprocess_generated_text(written, text.until, None),
@@ -351,6 +353,12 @@ def require_harness() -> None:
         ) from error
     if missing:
         raise InvalidArgumentError("lm-eval is too old: pip install --upgrade 'layerskip[eval]'")
+
+
+def _cut_like(written: str, text: str) -> str:
+    """A text without what follows another in it, which may differ in its leading spaces."""
+    start, core = len(written) - len(written.lstrip(" ")), text.lstrip(" ")
+    return written[: start + len(core)] if written.startswith(core, start) else written
 
 
 def _size(group: tuple[tuple[int, ...], dict[str, list[int]]]) -> int:

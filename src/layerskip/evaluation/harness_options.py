@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from layerskip.decoding.config import GenerationConfig
+from layerskip.decoding.text import special_tokens
 from layerskip.errors import InvalidArgumentError
 from layerskip.language_model import LanguageModel
 
@@ -52,8 +53,13 @@ class TaskOptions:
                     f"a task's generation_kwargs have {name}: {value!r}, which isn't supported; known: until, "
                     f"max_gen_toks, do_sample, temperature, {', '.join((*SAMPLING, *PENALTIES))}"
                 )
-        stops = tuple(stop for stop in until if stop)
-        return replace(self._config, stop=stops, **fields), until
+        return replace(self._config, stop=self._stops(until), **fields), until
+
+    def _stops(self, until: list[str]) -> tuple[str, ...]:
+        """Stop strings; a line break beside a special token, as YAML leaves one, isn't waited for."""
+        special = set(special_tokens(self._lm.tokenizer).values())
+        stops = (stop.strip() if stop.strip() in special else stop for stop in until)
+        return tuple(dict.fromkeys(stop for stop in stops if stop))
 
     def _until(self, until: list[str]) -> list[str]:
         from lm_eval.models.utils import handle_stop_sequences

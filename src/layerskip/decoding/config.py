@@ -51,7 +51,7 @@ class GenerationConfig:
     block_verification: bool = True
     """With rejection, accept drafts as a block, which keeps more of them than one by one."""
     stop: tuple[str, ...] = ()
-    """Texts that end the generation; they aren't part of the result."""
+    """Texts that end the generation, also names of special tokens; they aren't part of the result."""
     eos_token_ids: tuple[int, ...] | None = None
     """Token ids that end the generation; the checkpoint's if not given."""
     ignore_eos: bool = False

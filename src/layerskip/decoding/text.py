@@ -153,8 +153,8 @@ class Vocabulary:
     def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "Vocabulary":
         """Ask a tokenizer."""
         decode = _decoder(tokenizer)
-        named = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-        named |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+        special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special |= {index for index in tokenizer.all_special_ids if index is not None}
         names = [f"<0x{byte:02X}>" for byte in range(256)]
         indices: Any = tokenizer.convert_tokens_to_ids(names)
         found: Any = tokenizer.convert_ids_to_tokens([0 if index is None else index for index in indices])
@@ -162,7 +162,7 @@ class Vocabulary:
         letter = next((index for index, byte in byte_of.items() if byte == ord("A")), None)
         falls_back = letter is not None and decode([letter]) == "A"
         return cls(
-            special={index: name for index, name in named.items() if not decode([index])},
+            special={index: str(tokenizer.convert_ids_to_tokens(index)) for index in special if not decode([index])},
             byte_of=byte_of if falls_back else {},
         )
 

@@ -1,5 +1,6 @@
 """Where texts end, in every command and in Python: end tokens, ends of turns, special tokens as stop strings."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 from parrot import write_parrot
-from tiny_tokenizers import byte_level
+from tiny_tokenizers import byte_fallback, byte_level
 from transformers import AutoModelForCausalLM
 
 import layerskip
@@ -272,3 +273,21 @@ class TestSpecialTokensAsStopStrings:
         lm = load(write_parrot(tiny_checkpoint, byte_level(), follows))
         assert texts(lm, ["x"], stop="<|end>") == ["a"]
         assert texts(lm, ["x"], stop=["<|end>c", "never"]) == ["a"]
+
+
+@pytest.mark.parametrize("kind", ["llama2", "mistral", "gemma"])
+def test_emoji_and_stop_strings_with_byte_fallback(
+    tiny_checkpoint: Callable[..., Path], commands: Commands, kind: str
+) -> None:
+    """A prompt that ends with emoji, which a tail of its tokens cuts in the middle."""
+    emoji = ["<0xF0>", "<0x9F>", "<0x98>", "<0x80>"]
+    follows = {"<0x80>": "a", "a": emoji[0], **dict(itertools.pairwise(emoji))}
+    model = write_parrot(tiny_checkpoint, byte_fallback(kind), follows, generation_config={"eos_token_id": 2})
+    lm = load(model)
+    assert texts(lm, "hi 😀😀") == ["a😀a😀a"]
+    assert texts(lm, "hi 😀😀", stop="😀a😀") == ["a"]
+    assert commands.generate(model, prompt="hi 😀😀") == "a😀a😀a"
+    assert commands.generate(model, "--stop", "😀", prompt="hi 😀😀") == "a"
+    assert commands.batch(model, ["hi 😀😀"], "--stop", "a😀a") == [""]
+    shown = [event.text for event in lm.stream("hi 😀😀", max_new_tokens=LENGTH)]
+    assert [text for text in shown if text] == ["a", "😀", "a", "😀", "a"]

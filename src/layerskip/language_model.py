@@ -261,7 +261,8 @@ class LanguageModel:
             TokenizerError: No tokenizer, no chat template, or a broken one.
             PromptError: The template doesn't take the messages.
         """
-        require_template(self.tokenizer, self.checkpoint.name, template)
+        tools = None if tools is None else list(tools)
+        require_template(self.tokenizer, self.checkpoint.name, template, tools=tools)
         text = render(self.tokenizer, messages, template=template, tools=tools, name=name)
         check_text(text, name)
         (tokens,) = self.encode(text, special_tokens=False)

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from layerskip.chat_template import end_of_turn_tokens, render, require_template
@@ -89,9 +90,10 @@ class Conversation:
 
     def _check_system(self, system: str) -> None:
         """Raise `PromptError` where the template would leave the system's message out."""
-        messages = [*self._opening, {"role": "user", "content": "Hello!"}]
-        text = render(self.lm.tokenizer, messages, template=self._template, name="a system message (--system)")
-        if system.strip() not in text:
+        apply = partial(render, self.lm.tokenizer, template=self._template, name="a system message (--system)")
+        question = {"role": "user", "content": "Hello!"}
+        text = apply([*self._opening, question])
+        if system.strip() not in text and text == apply([question]):  # it may be there in another spelling
             raise PromptError(
                 "the chat template leaves the system message out; say it in the first message instead of --system, or "
                 "give a template that knows it: --chat-template FILE"

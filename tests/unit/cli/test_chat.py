@@ -113,6 +113,13 @@ def test_a_template_without_a_system_message(cli: Callable, tmp_path: Path, temp
     assert "--system" in outcome.err
 
 
+def test_a_template_may_spell_the_system_message_otherwise(cli: Callable, tmp_path: Path) -> None:
+    file = tmp_path / "template.jinja"
+    file.write_text("{% for m in messages %}{{ m | tojson }}\n{% endfor %}")
+    flags = ("--chat-template", str(file), "--max-new-tokens", "2")
+    assert cli("chat", *flags, "--system", 'Say "yes".', stdin=b"hello\n").code == 0
+
+
 def test_no_template_says_what_to_do(cli: Callable) -> None:
     outcome = cli("chat", stdin=b"hello\n")
     assert outcome.code == 2

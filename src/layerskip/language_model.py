@@ -1,22 +1,24 @@
 """The package's front: a checkpoint that generates, streams and scores text."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from layerskip.chat_template import AnswerFrame, Message, answer_frame, render, require_template
 from layerskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from layerskip.checkpoint.loading import Compile, DType, Kernels, LoadingConfig, Quantization
 from layerskip.decoding.config import GenerationConfig, make_config
 from layerskip.decoding.experience import Experience
 from layerskip.decoding.loop import check_prompt, choose_exit_layer, make_batch
+from layerskip.decoding.prompts import Prompt, Prompts, encode_prompts
 from layerskip.decoding.scoring import Score, all_logits, score_tokens
 from layerskip.decoding.stream import GenerationResult, GenerationStream
-from layerskip.errors import InvalidArgumentError, PromptError, TokenizerError
+from layerskip.decoding.text import check_text
+from layerskip.errors import InvalidArgumentError, TokenizerError
 from layerskip.model.cache import KVCache
 from layerskip.model.config import ModelConfig
 from layerskip.model.decoder import Decoder
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
 
 SESSION_TOKENS = 1024
 """Tokens for which a session has room at first."""
-
-Prompts = Sequence[str] | Sequence[Sequence[int]]
 
 
 def load(
@@ -105,6 +105,7 @@ class LanguageModel:
     def __init__(self, checkpoint: Checkpoint, decoder: Decoder) -> None:
         self.checkpoint = checkpoint
         self.decoder = decoder
+        self._frames: dict[str, AnswerFrame] = {}
         tuned = checkpoint.tuned
         self._experience = Experience() if tuned is None else Experience(tuned.agreement, tuned.exit_layer)
 
@@ -124,7 +125,7 @@ class LanguageModel:
         """Write after each prompt.
 
         Args:
-            prompts: Texts, or lists of token ids.
+            prompts: One or several: texts, token ids, or what a tokenizer returned (`encode` says more).
             config: How to decode.
             **options: Fields of `GenerationConfig`; they win over `config`.
 
@@ -141,7 +142,7 @@ class LanguageModel:
 
     def stream(
         self,
-        prompts: str | Prompts,
+        prompts: Prompts,
         config: GenerationConfig | None = None,
         *,
         show_drafts: bool = False,
@@ -151,7 +152,7 @@ class LanguageModel:
         """Write after one or more prompts, telling token by token what happens.
 
         Args:
-            prompts: A text, texts, or lists of token ids.
+            prompts: One or several: texts, token ids, or what a tokenizer returned (`encode` says more).
             config: How to decode.
             show_drafts: Also tell drafts before they are verified.
             session: Keys and values of an earlier call (`new_session`), for a single prompt that begins alike.
@@ -160,7 +161,6 @@ class LanguageModel:
         Returns:
             An iterator of events. Ctrl-C ends it with what was written so far.
         """
-        prompts = [prompts] if isinstance(prompts, str) else prompts
         return self._stream(prompts, self.configure(config, **options), show_drafts=show_drafts, session=session)
 
     def configure(self, config: GenerationConfig | None = None, **options: Any) -> GenerationConfig:
@@ -193,7 +193,7 @@ class LanguageModel:
         """Log-likelihoods of continuations after their prompts, or of the prompts themselves.
 
         Args:
-            prompts: Texts, or lists of token ids.
+            prompts: One or several: texts, token ids, or what a tokenizer returned (`encode` says more).
             continuations: One for each prompt, of the same kind; if not given, each prompt's own tokens after its
                 first are scored.
             exit_layer: Layers to run (1..L); all if not given. An early exit gives other scores.
@@ -211,37 +211,93 @@ class LanguageModel:
             raise InvalidArgumentError(f"{len(contexts)} prompts need as many continuations, got {len(targets)}")
         return score_tokens(self.decoder, contexts, targets, self._depth(exit_layer))
 
-    def logits(self, token_ids: Sequence[int], exit_layer: int | None = None) -> Tensor:
+    def logits(self, token_ids: Prompt, exit_layer: int | None = None) -> Tensor:
         """Logits after each token: [Q, V], float32.
 
         Args:
-            token_ids: Q token ids.
+            token_ids: Q token ids, in whatever form `encode` takes.
             exit_layer: Layers to run (1..L); all if not given.
 
         Raises:
             PromptError: No tokens, too many, or ids outside the vocabulary.
             InvalidArgumentError: A bad exit layer.
         """
-        (tokens,) = self.encode([token_ids])
+        texts = self.encode(token_ids)
+        if len(texts) > 1:
+            raise InvalidArgumentError(f"logits are those of one text; got {len(texts)}")
+        (tokens,) = texts or [[]]
         return all_logits(self.decoder, tokens, self._depth(exit_layer))
 
     def encode(self, prompts: Prompts, *, special_tokens: bool = True) -> list[list[int]]:
-        """Token ids of texts (ids pass through), with the tokenizer's own special tokens, such as a leading <s>."""
-        if isinstance(prompts, str):
-            raise InvalidArgumentError("prompts must be a list of texts or of token ids; got a single text")
-        encoded = []
-        given: Sequence[str | Sequence[int]] = prompts
-        for place, prompt in enumerate(given):
-            if not isinstance(prompt, str):
-                try:
-                    encoded.append([index(token) for token in prompt])
-                except TypeError as error:
-                    raise PromptError(f"prompt {place} must be a text or a list of token ids: {error}") from error
-            elif not prompt:
-                raise PromptError(f"prompt {place} is empty; give at least one character")
-            else:
-                encoded.append(list(self.tokenizer(prompt, add_special_tokens=special_tokens)["input_ids"]))
-        return encoded
+        """Token ids of prompts.
+
+        Args:
+            prompts: One or several: texts; token ids in lists, arrays or tensors; or what a tokenizer returned, of
+                which padding is dropped. Conversations: `encode_chat`.
+            special_tokens: Give texts the tokenizer's own special tokens, such as a leading <s>, but no second one.
+
+        Raises:
+            PromptError: Something that is neither text nor token ids, or a text with half a character.
+            TokenizerError: There is no tokenizer for a text.
+        """
+        return encode_prompts(prompts, lambda: self.tokenizer, special_tokens=special_tokens)
+
+    def encode_chat(
+        self,
+        messages: Iterable[Message],
+        *,
+        template: str | None = None,
+        tools: Sequence[Any] | None = None,
+        name: str = "the conversation",
+    ) -> list[int]:
+        """Token ids of a conversation by the tokenizer's chat template, up to where the answer begins.
+
+        Args:
+            messages: What was said, in order: `role` and `content`.
+            template: A Jinja template in place of the tokenizer's.
+            tools: Functions that the model may call, as JSON schemas.
+            name: What an error calls the conversation.
+
+        Raises:
+            TokenizerError: No tokenizer, no chat template, or a broken one.
+            PromptError: The template doesn't take the messages.
+        """
+        tools = None if tools is None else list(tools)
+        require_template(self.tokenizer, self.checkpoint.name, template, tools=tools)
+        text = render(self.tokenizer, messages, template=template, tools=tools, name=name)
+        check_text(text, name)
+        (tokens,) = self.encode(text, special_tokens=False)
+        return tokens
+
+    def end_tokens(self, prompt: Sequence[int], template: str | None = None) -> tuple[int, ...]:
+        """Tokens that end what is written after a prompt, if a config names none.
+
+        They are the checkpoint's (`Checkpoint.eos_token_ids`). After a conversation, the token that the chat template
+        puts after an answer is one too, however the conversation became a prompt: a prompt that holds this token, or
+        stops where the template begins an answer, is a conversation.
+
+        Args:
+            prompt: Token ids.
+            template: A Jinja template in place of the tokenizer's.
+        """
+        own = self.checkpoint.eos_token_ids
+        frame = self._answer_frame(template)
+        if frame is None or set(frame.end_tokens) <= set(own):
+            return own
+        return tuple(dict.fromkeys((*own, *frame.ends_of(self.tokenizer, prompt))))
+
+    def _answer_frame(self, template: str | None) -> AnswerFrame | None:
+        """What the template writes around an answer; None without a template."""
+        try:
+            wanted = template or self.tokenizer.chat_template
+        except TokenizerError:
+            return None
+        if not wanted:
+            return None
+        key = str(wanted)
+        if key not in self._frames:
+            self._frames[key] = answer_frame(self.tokenizer, template)
+        return self._frames[key]
 
     def _depth(self, exit_layer: int | None) -> int:
         return self.decoder.num_layers if exit_layer is None else self.config.check_exit_layer(exit_layer)
@@ -257,7 +313,7 @@ class LanguageModel:
             self.decoder,
             encoded,
             config,
-            eos_token_ids=self.checkpoint.eos_token_ids,
+            end_tokens=[self.end_tokens(prompt) for prompt in encoded],
             seed=seed,
             cache=cache,
             experience=self._experience,

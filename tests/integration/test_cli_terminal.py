@@ -158,6 +158,11 @@ def test_prompts_are_asked_for_and_remembered(terminal: Terminal, tmp_path: Path
     program.send("\x03")  # ends this text only
     program.wait_for("tokens/s")
     program.wait_for("> ")
+    program.send("/usr/bin\r")  # a prompt like any other
+    program.wait_for("\x1b[0K")
+    program.send("\x03")
+    program.wait_for("tokens/s")
+    program.wait_for("> ")
     program.send("/help\r")
     program.wait_for("Ctrl-C stops the text")
     program.wait_for("> ")
@@ -168,7 +173,7 @@ def test_prompts_are_asked_for_and_remembered(terminal: Terminal, tmp_path: Path
     program.send("\x04")
     assert program.end() == 0
     assert "Traceback" not in program.output
-    assert (tmp_path / "state/layerskip/generate_history").read_text().splitlines()[-2:] == ["class Stack:", "/help"]
+    assert (tmp_path / "state/layerskip/generate_history").read_text().splitlines()[-2:] == ["/usr/bin", "/help"]
 
 
 def test_history_that_cannot_be_written_is_no_error(terminal: Terminal, tmp_path: Path) -> None:
@@ -197,8 +202,16 @@ def test_chat(terminal: Terminal, tmp_path: Path) -> None:
         program.wait_for("> ")
     program.send("and again\r")
     assert "the context is full" in program.wait_for("> ")
-    program.send("/reset\r")
+    program.send(" /reset \r")
+    program.wait_for("forgotten")
     program.wait_for("> ")
+    for message in ("/etc/passwd", "//reset", "/what"):  # messages, whatever they begin with
+        program.send(f"{message}\r")
+        program.wait_for("tokens/s")
+        program.wait_for("> ")
+        program.send("/reset\r")
+        program.wait_for("forgotten")
+        program.wait_for("> ")
     program.send("hello\r")
     program.wait_for("\x1b[0K")
     program.send("\x03")

@@ -31,7 +31,10 @@ def byte_letters() -> dict[int, str]:
 
 @pytest.fixture(scope="session")
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE whose tokens cut through accents, CJK and emoji; ids are the places in `SPECIAL + PIECES`."""
+    """Byte-level BPE whose tokens cut through accents, CJK and emoji; ids are the places in `SPECIAL + PIECES`.
+
+    None of its special tokens is called the end of a text, so that a random network writes on.
+    """
     letters = byte_letters()
     vocab = {token: i for i, token in enumerate(SPECIAL)}
     for piece in PIECES:
@@ -39,7 +42,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", additional_special_tokens=["</s>"])
 
 
 @pytest.fixture(scope="session")

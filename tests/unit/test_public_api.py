@@ -13,6 +13,8 @@ SIGNATURES = {
     "LanguageModel.score": "self, prompts, continuations, *, exit_layer",
     "LanguageModel.logits": "self, token_ids, exit_layer",
     "LanguageModel.encode": "self, prompts, *, special_tokens",
+    "LanguageModel.encode_chat": "self, messages, *, template, tools, name",
+    "LanguageModel.end_tokens": "self, prompt, template",
     "LanguageModel.new_session": "self",
     "LayerSkipRecipe": "model, config, *, seed",
     "LayerSkipRecipe.begin_step": "self, step, num_steps, *, rank, world_size",

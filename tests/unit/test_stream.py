@@ -20,6 +20,11 @@ def text_of(events: list[Any], index: int) -> str:
     return "".join(event.text for event in events if event.index == index and not isinstance(event, DraftEvent))
 
 
+def settled(tokenizer: PreTrainedTokenizerFast, tokens: list[int]) -> str:
+    """Text of tokens, without what may be half a character at its end."""
+    return tokenizer.decode(tokens, skip_special_tokens=True).removesuffix(REPLACEMENT)
+
+
 def results_of(events: list[Any]) -> dict[int, GenerationResult]:
     return {event.index: event.result for event in events if isinstance(event, FinishEvent)}
 
@@ -46,7 +51,7 @@ def test_events_add_up_to_the_results(
         result = results[index]
         assert (result.text, result.token_ids, result.seed) == (expected.text, expected.token_ids, expected.seed)
         assert text_of(events, index) == result.text
-        assert result.text == byte_tokenizer.decode(result.token_ids, skip_special_tokens=True).rstrip(REPLACEMENT)
+        assert result.text == settled(byte_tokenizer, result.token_ids)
         assert [e.token_id for e in events if isinstance(e, TokenEvent) and e.index == index] == result.token_ids
         assert [r.token_ids for r in stream.results()][index] == result.token_ids
         own = [event for event in events if event.index == index]
@@ -104,8 +109,7 @@ def test_drafts_come_with_their_text(text_lm: LanguageModel, byte_tokenizer: Pre
         shown, tokens = "", []
         for event in text_lm.stream([prompt], show_drafts=True, **SPECULATIVE):
             if isinstance(event, DraftEvent):
-                whole = byte_tokenizer.decode([*tokens, *event.token_ids], skip_special_tokens=True)
-                assert shown + event.text == whole.rstrip(REPLACEMENT)
+                assert shown + event.text == settled(byte_tokenizer, [*tokens, *event.token_ids])
             elif isinstance(event, TokenEvent):
                 shown, tokens = shown + event.text, [*tokens, event.token_id]
 

@@ -16,7 +16,13 @@ from layerskip.checkpoint.loading import LoadingConfig
 from layerskip.checkpoint.names import MODELS, explain_absence, resolve
 from layerskip.checkpoint.placement import choose_context, choose_device, choose_dtype, choose_kernels, choose_rounds
 from layerskip.checkpoint.tuned import TunedSettings, read_tuned
-from layerskip.errors import CheckpointError, CheckpointNotFoundError, InvalidArgumentError, OutOfMemoryError
+from layerskip.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    InvalidArgumentError,
+    OutOfMemoryError,
+    TokenizerError,
+)
 from layerskip.model.cache import free_memory
 from layerskip.model.config import ModelConfig, read_eos
 from layerskip.model.decoder import Decoder
@@ -108,8 +114,13 @@ class Checkpoint:
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Ids that end a text: generation_config.json's, or else config.json's."""
-        return read_eos(self.generation_config) or self.config.eos_token_ids
+        """Ids that end a text: generation_config.json's; else config.json's; else the tokenizer's end token.
+
+        The configurations win where they name any, as in transformers: a base model's `</s>` isn't joined by another
+        token because the tokenizer calls that one its end (vLLM and llama.cpp join them). Texts that follow a
+        conversation also end with the token that ends its turns: `LanguageModel.end_tokens`.
+        """
+        return read_eos(self.generation_config) or self.config.eos_token_ids or self._tokenizer_eos()
 
     @cached_property
     def tuned(self) -> TunedSettings | None:
@@ -175,6 +186,13 @@ class Checkpoint:
             draft=draft,
             rounds=rounds,
         )
+
+    def _tokenizer_eos(self) -> tuple[int, ...]:
+        try:
+            end = self.tokenizer.eos_token_id
+        except TokenizerError:
+            return ()
+        return (int(end),) if end is not None and end < self.config.vocab_size else ()
 
     def _draft_weights(self, how: LoadingConfig) -> DraftWeights | None:
         tokens = None

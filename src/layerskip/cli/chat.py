@@ -5,13 +5,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
+from layerskip.chat_template import end_of_turn_tokens, render, require_template
 from layerskip.cli.arguments import DecodingArguments, File, ModelArguments, OutputArguments, Text, parse
 from layerskip.cli.exit_code import ExitCode
 from layerskip.cli.prompt_text import drop_line_break, read_text_file, to_text
-from layerskip.cli.terminal import draws, line_history, load_model, make_console, read_line
-from layerskip.errors import LayerSkipError, PromptError, TokenizerError
+from layerskip.cli.terminal import draws, line_history, load_model, make_console, read_line, take_command
+from layerskip.decoding.config import GenerationConfig
+from layerskip.errors import LayerSkipError, PromptError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,16 +22,18 @@ if TYPE_CHECKING:
     from layerskip.cli.terminal_stream import Run
     from layerskip.language_model import LanguageModel
 
+COMMANDS = ("/reset", "/stats", "/quit", "/help")
 HELP = """/reset  forget the conversation
 /stats  what the last answer cost
 /quit   end (so does Ctrl-D)
 /help   show this
+//...   a message that begins with a slash; only those that are commands need it
 Ctrl-C stops an answer; what was said of it stays."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatArguments:
-    r"""Talk with a model that has a chat template; without a terminal, standard input holds one message a line.
+    r"""Talk with a model that has a chat template; without a terminal, each line of standard input is a message.
 
     Keys and values stay between the turns: only what is new is read. With --json, each turn prints one JSON object.
 
@@ -70,16 +75,29 @@ class Conversation:
 
         Raises:
             TokenizerError: There is no chat template.
+            PromptError: The template leaves the system's message out, or refuses it.
         """
+        require_template(lm.tokenizer, lm.checkpoint.name, template)
         self.lm = lm
         self._template = template
         self._opening = [] if system is None else [{"role": "system", "content": system}]
-        if template is None and not lm.tokenizer.chat_template:
-            raise TokenizerError(
-                f"the tokenizer of {lm.checkpoint.name!r} has no chat template; give one with --chat-template FILE "
-                "(Jinja), or let the model continue a text with layerskip generate"
-            )
+        if system is not None:
+            self._check_system(system)
+        ends = (*lm.checkpoint.eos_token_ids, *end_of_turn_tokens(lm.tokenizer, template))
+        self.end_tokens = tuple(dict.fromkeys(ends))
+        """Tokens that end an answer."""
         self.reset()
+
+    def _check_system(self, system: str) -> None:
+        """Raise `PromptError` where the template would leave the system's message out."""
+        apply = partial(render, self.lm.tokenizer, template=self._template, name="a system message (--system)")
+        question = {"role": "user", "content": "Hello!"}
+        text = apply([*self._opening, question])
+        if system.strip() not in text and text == apply([question]):  # it may be there in another spelling
+            raise PromptError(
+                "the chat template leaves the system message out; say it in the first message instead of --system, or "
+                "give a template that knows it: --chat-template FILE"
+            )
 
     def reset(self) -> None:
         """Forget everything but the system's message."""
@@ -91,22 +109,16 @@ class Conversation:
         """Token ids of the conversation with a new message, up to where the answer begins.
 
         Raises:
-            PromptError: The context is full.
-            TokenizerError: The template refuses the messages.
+            PromptError: The context is full, or the template refuses the messages.
+            TokenizerError: The template is broken.
         """
         messages = [*self._messages, {"role": "user", "content": message}]
-        try:
-            text = self.lm.tokenizer.apply_chat_template(
-                messages, chat_template=self._template, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # templates are programs: Jinja's errors and nearly any other
-            raise TokenizerError(f"the chat template can't be applied: {error}") from error
-        (tokens,) = self.lm.encode([str(text)], special_tokens=False)
+        tokens = self.lm.encode_chat(messages, template=self._template)
         limit = self.lm.decoder.max_context
         if len(tokens) >= limit:
             raise PromptError(
                 f"the context is full: the conversation would have {len(tokens)} tokens, and {limit} with the answer "
-                "are possible; /reset starts a new one"
+                "are possible; start a new one (at a terminal: /reset)"
             )
         return tokens
 
@@ -123,6 +135,9 @@ class Chat:
         self._conversation = conversation
         self._lm = conversation.lm
         self._arguments = arguments
+        self._config: GenerationConfig = arguments.decoding
+        if self._config.eos_token_ids is None:
+            self._config = replace(self._config, eos_token_ids=conversation.end_tokens)
         self._draws = draws(arguments.output)
         self.asks = self._draws and sys.stdin.isatty()
         """Whether a user sits at a terminal; otherwise errors end the command."""
@@ -133,19 +148,16 @@ class Chat:
         if self.asks:
             self._console().print(HELP)
         for line in self._lines():
-            if line.strip() == "/quit":
+            # Where nobody sits at a terminal, all that comes is messages.
+            command, message = take_command(line, COMMANDS) if self.asks else (None, line)
+            if command == "/quit":
                 break
             with suppress(KeyboardInterrupt) if self.asks else nullcontext():  # ends what is done, not the command
-                if not self._take(line):
+                if command is not None:
+                    self._obey(command)
+                elif message.strip() and not self._answer(message):
                     return ExitCode.INTERRUPTED
         return ExitCode.DONE
-
-    def _take(self, line: str) -> bool:
-        """Obey a command or answer a message; False if the command is to end."""
-        command = line.strip()
-        if command.startswith("/"):
-            self._obey(command)
-        return not command or command.startswith("/") or self._answer(line)
 
     def _lines(self) -> Iterator[str]:
         if self.asks:
@@ -157,27 +169,26 @@ class Chat:
             if stripped:
                 yield to_text(stripped, "a message on standard input")
 
-    def _console(self, *, notes: bool = False) -> "Console":
-        """Where to print; notes go to standard error where standard output holds nothing but answers."""
-        return make_console(self._arguments.output, stderr=notes and not self._draws)
+    def _console(self) -> "Console":
+        return make_console(self._arguments.output)
 
     def _obey(self, command: str) -> None:
         from layerskip.cli.summary import describe, stats_table
 
-        notes = self._console(notes=True)
+        console = self._console()
         if command == "/reset":
             self._conversation.reset()
-            notes.print("The conversation is forgotten.", style="dim")
+            console.print("The conversation is forgotten.", style="dim")
         elif command == "/stats" and self._last is None:
-            notes.print("Nothing was said yet.", style="dim")
+            console.print("Nothing was said yet.", style="dim")
         elif command == "/stats" and self._last is not None:
             result = self._last.result
-            notes.print(describe(self._lm, self._arguments.decoding, result.seed), style="dim")
-            notes.print(stats_table(self._last))
+            console.print(describe(self._lm, self._config, result.seed), style="dim")
+            console.print(stats_table(self._last))
             stats = result.stats
-            notes.print(f"{stats.cached_tokens} of {stats.prompt_tokens} prompt tokens were cached.", style="dim")
+            console.print(f"{stats.cached_tokens} of {stats.prompt_tokens} prompt tokens were cached.", style="dim")
         else:
-            notes.print(HELP if command == "/help" else f"{command} is not a command\n{HELP}")
+            console.print(HELP)
 
     def _answer(self, message: str) -> bool:
         """Answer a message; False if the command is to end."""
@@ -198,9 +209,7 @@ class Chat:
         from layerskip.cli.terminal_stream import Painter, follow, ignore, write_plain
 
         prompt = self._conversation.prompt(message)
-        stream = self._lm.stream(
-            [prompt], self._arguments.decoding, session=self._conversation.session, show_drafts=self._draws
-        )
+        stream = self._lm.stream([prompt], self._config, session=self._conversation.session, show_drafts=self._draws)
         if self._arguments.output.json:
             return follow(stream, ignore)
         if not self._draws:
@@ -219,7 +228,7 @@ class Chat:
 
         result, stats = turn.result, turn.result.stats
         if self._arguments.output.json:
-            record = result_record(self._lm, self._arguments.decoding, result)
+            record = result_record(self._lm, self._config, result)
             print(json.dumps({"turn": self._conversation.turns, "message": message, **record}), flush=True)
         elif self._draws:
             line = f"{stats.tokens} tokens, {turn.tokens_per_second:.1f} tokens/s"
@@ -227,5 +236,6 @@ class Chat:
                 line += f", {stats.acceptance_rate:.0%} of drafts accepted"
             self._console().print(line, style="dim")
         if stats.prompt_tokens + stats.tokens >= self._lm.decoder.max_context and result.finish_reason == "length":
-            text = f"The context of {self._lm.decoder.max_context} tokens is full: /reset starts a new conversation."
-            self._console(notes=True).print(text, style="yellow")
+            text = f"The context of {self._lm.decoder.max_context} tokens is full"
+            text += ": /reset starts a new conversation." if self.asks else "; start a new conversation."
+            make_console(self._arguments.output, stderr=not self._draws).print(text, style="yellow")

@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, Any, cast
 from layerskip.cli.arguments import DecodingArguments, File, ModelArguments, OutputArguments, Switch, Text, parse
 from layerskip.cli.exit_code import ExitCode
 from layerskip.cli.prompt_text import drop_line_break, read_text_file, to_text
-from layerskip.cli.terminal import draws, line_history, load_model, make_console, progress, read_line
+from layerskip.cli.terminal import draws, line_history, load_model, make_console, progress, read_line, take_command
 from layerskip.errors import InvalidArgumentError, LayerSkipError
 
 if TYPE_CHECKING:
     from layerskip.cli.terminal_stream import Run
     from layerskip.language_model import LanguageModel
 
-HELP = "Type a prompt, and the model writes on. Ctrl-C stops the text; /quit or Ctrl-D ends; /help shows this."
+COMMANDS = ("/help", "/quit")
+HELP = (
+    "Type a prompt, and the model writes on. Ctrl-C stops the text; /quit or Ctrl-D ends; /help shows this. "
+    "A prompt that is called like a command begins with two slashes."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +106,7 @@ def _write_json(lm: "LanguageModel", prompt: str, arguments: GenerateArguments) 
     if arguments.compare:
         warm_up(lm, prompt, config)
     run = follow(lm.stream(prompt, config), ignore)
-    record: dict[str, Any] = {"prompt": prompt, **result_record(lm, config, run.result)}
+    record: dict[str, Any] = {"prompt": prompt, **result_record(lm, config, run.result, prompt)}
     if arguments.explain and run.explanation is not None:
         record["explanation"] = asdict(run.explanation)
     if arguments.compare and not run.interrupted:
@@ -190,21 +194,21 @@ def _ask_for_prompts(lm: "LanguageModel", arguments: GenerateArguments) -> int:
     console.print(HELP)
     Painter(console).legend()
     with line_history("generate"):
-        while (line := read_line("> ")) is not None and line.strip() != "/quit":
-            with suppress(KeyboardInterrupt):  # ends what is being done, not the command
-                _obey(lm, line, arguments)
+        while (line := read_line("> ")) is not None:
+            command, prompt = take_command(line, COMMANDS)
+            if command == "/quit":
+                break
+            if command == "/help":
+                console.print(HELP)
+            elif prompt:
+                with suppress(KeyboardInterrupt):  # ends what is being done, not the command
+                    _write_after(lm, prompt, arguments)
     return ExitCode.DONE
 
 
-def _obey(lm: "LanguageModel", line: str, arguments: GenerateArguments) -> None:
-    """Do what a line at the prompt says: a command, or a prompt to write after."""
-    console, command = make_console(arguments.output), line.strip()
-    if command == "/help":
-        console.print(HELP)
-    elif command.startswith("/") and " " not in command:
-        console.print(f"{command} is not a command. {HELP}")
-    elif line:
-        try:
-            _draw(lm, to_text(line, "the prompt"), arguments, show_prompt=False)
-        except LayerSkipError as error:
-            console.print(f"error: {error}", style="bold red")
+def _write_after(lm: "LanguageModel", prompt: str, arguments: GenerateArguments) -> None:
+    """Write after a prompt that was asked for; what is wrong with it doesn't end the command."""
+    try:
+        _draw(lm, to_text(prompt, "the prompt"), arguments, show_prompt=False)
+    except LayerSkipError as error:
+        make_console(arguments.output).print(f"error: {error}", style="bold red")

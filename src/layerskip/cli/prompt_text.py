@@ -34,12 +34,12 @@ def to_text(content: bytes | str, name: str) -> str:
     Raises:
         PromptError: It is empty, or isn't UTF-8.
     """
-    if isinstance(content, str):
-        content = content.encode("utf-8", "surrogateescape")
     try:
+        if isinstance(content, str):
+            content = content.encode("utf-8", "surrogateescape")
         text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{name} is not UTF-8: {error}") from error
+    except UnicodeError as error:
+        raise PromptError(f"{name} is not UTF-8: {error}; convert it, or correct it there") from error
     if not text:
         raise PromptError(f"{name} is empty; give at least one character")
     return text

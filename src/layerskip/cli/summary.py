@@ -45,9 +45,20 @@ def is_same_text(config: GenerationConfig, ours: Sequence[int], reference: Seque
     return list(ours) == list(reference)
 
 
-def result_record(lm: LanguageModel, config: GenerationConfig, result: GenerationResult) -> dict[str, Any]:
-    """A result with the settings that it came from, for JSON."""
-    eos = lm.checkpoint.eos_token_ids if config.eos_token_ids is None else config.eos_token_ids
+def result_record(
+    lm: LanguageModel, config: GenerationConfig, result: GenerationResult, prompt: str = ""
+) -> dict[str, Any]:
+    """A result with the settings that it came from, for JSON.
+
+    Args:
+        lm: The model.
+        config: How it was decoded.
+        result: The result.
+        prompt: What it was written after, which also says what ends it.
+    """
+    eos = config.eos_token_ids
+    if eos is None:
+        eos = lm.end_tokens(lm.encode(prompt)[0]) if prompt else lm.checkpoint.eos_token_ids
     adaptive = config.strategy == "adaptive"
     resolved = {
         "generation_strategy": config.strategy,

@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from time import monotonic
@@ -159,6 +159,24 @@ def read_line(prompt: str) -> str | None:
     except KeyboardInterrupt:
         print("  (/quit or Ctrl-D ends)")
         return ""
+
+
+def take_command(line: str, commands: Sequence[str]) -> tuple[str | None, str]:
+    """What a line at the prompt is: one of the commands, or a message.
+
+    A message may begin with a slash. If it is the name of a command, it is written with two, of which one stays.
+
+    Args:
+        line: What the user typed.
+        commands: Their names, with the slash.
+
+    Returns:
+        The command or None, and the message.
+    """
+    command = line.strip()
+    if command in commands:
+        return command, ""
+    return None, line[1:] if line.startswith("//") else line
 
 
 def _state_folder() -> Path:

@@ -30,6 +30,8 @@ class Row:
     prompt_length: int
     max_new_tokens: int
     seed: int
+    eos_token_ids: frozenset[int] = frozenset()
+    """Tokens that end it."""
     finish_reason: FinishReason | None = None
     round_start: int = 0
     """Length of `tokens` before the last step."""
@@ -72,7 +74,6 @@ class Batch:
     rows: list[Row]
     config: GenerationConfig
     sampler: Sampler
-    eos_token_ids: frozenset[int]
     stopwatch: Stopwatch
     policy: Policy
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from layerskip.checks import finite_number, whole_number
+from layerskip.decoding.text import check_text
 from layerskip.errors import InvalidArgumentError
 
 Strategy = Literal["adaptive", "autoregressive", "self_speculative", "ngram"]
@@ -54,7 +55,7 @@ class GenerationConfig:
     block_verification: bool = True
     """With rejection, accept drafts as a block, which keeps more of them than one by one."""
     stop: tuple[str, ...] = ()
-    """Texts that end the generation; they aren't part of the result."""
+    """Texts that end the generation, also names of special tokens; they aren't part of the result."""
     eos_token_ids: tuple[int, ...] | None = None
     """Token ids that end the generation; the checkpoint's if not given."""
     ignore_eos: bool = False
@@ -150,6 +151,8 @@ def _strings(name: str, value: object) -> tuple[str, ...]:
     texts = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else (None,)
     if not all(isinstance(text, str) and text for text in texts):
         raise InvalidArgumentError(f"{name} must be texts that aren't empty, got {value!r}")
+    for text in texts:
+        check_text(str(text), f"{name} {text!a}")
     return tuple(str(text) for text in texts)
 
 

@@ -101,7 +101,8 @@ def make_batch(
     prompts: Sequence[Sequence[int]],
     config: GenerationConfig,
     *,
-    eos_token_ids: Sequence[int],
+    eos_token_ids: Sequence[int] = (),
+    end_tokens: Sequence[Sequence[int]] | None = None,
     seed: int,
     cache: KVCache | None = None,
     policy: Policy | None = None,
@@ -113,7 +114,8 @@ def make_batch(
         decoder: The network.
         prompts: Token ids of each prompt.
         config: How to decode.
-        eos_token_ids: The checkpoint's, for a config that names none.
+        eos_token_ids: Tokens that end every text, for a config that names none.
+        end_tokens: The same, but for each prompt its own.
         seed: Seed of every row.
         cache: Holds the first `cache.lengths[b]` tokens of prompt b, at most all but one; a new one if not given.
         policy: Plans the rounds; that of the config if not given.
@@ -131,22 +133,34 @@ def make_batch(
     capacity = max(len(prompt) + new for prompt, new in zip(prompts, room, strict=True))
     cache = cache or decoder.new_cache(len(prompts), capacity)
     rows = [
-        Row(index=i, tokens=list(prompt), prompt_length=len(prompt), max_new_tokens=room[i], seed=seed)
+        Row(
+            index=i,
+            tokens=list(prompt),
+            prompt_length=len(prompt),
+            max_new_tokens=room[i],
+            seed=seed,
+            eos_token_ids=_ends(config, eos_token_ids if end_tokens is None else end_tokens[i]),
+        )
         for i, prompt in enumerate(prompts)
     ]
     for row, length in zip(rows, cache.lengths, strict=True):
         row.recorder.cached_tokens = length
-    eos = eos_token_ids if config.eos_token_ids is None else config.eos_token_ids
     return Batch(
         decoder=decoder,
         cache=cache,
         rows=rows,
         config=config,
         sampler=Sampler(config),
-        eos_token_ids=frozenset() if config.ignore_eos else frozenset(eos),
         stopwatch=Stopwatch(decoder.device),
         policy=policy or make_policy(config, decoder, len(prompts), experience),
     )
+
+
+def _ends(config: GenerationConfig, otherwise: Sequence[int]) -> frozenset[int]:
+    """Tokens that end a text: those of the config, if it names any."""
+    if config.ignore_eos:
+        return frozenset()
+    return frozenset(otherwise if config.eos_token_ids is None else config.eos_token_ids)
 
 
 def decode(batch: Batch, *, show_drafts: bool = False) -> Iterator[Drafted | Committed]:
@@ -283,7 +297,7 @@ def _commit(batch: Batch, rounds: list[Round], calls_before: int, *, first: bool
     calls = batch.decoder.layer_calls - calls_before
     for row, result in zip(list(batch.rows), rounds, strict=True):
         tokens = (*result.drafts[: result.num_accepted], result.token)
-        stop = next((i for i, token in enumerate(tokens) if token in batch.eos_token_ids), None)
+        stop = next((i for i, token in enumerate(tokens) if token in row.eos_token_ids), None)
         kept = tokens if stop is None else tokens[: stop + 1]
         num_accepted = min(result.num_accepted, len(kept))
         row.round_start = len(row.tokens)

@@ -17,6 +17,7 @@ from layerskip.decoding.drafting import Draft, draft_lengths, run_through
 from layerskip.decoding.noise import Purpose, make_key, uniforms
 from layerskip.decoding.sampling import Sampler
 from layerskip.decoding.verification import accept_block, accept_matching, accept_rejection
+from layerskip.model.finite import best_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,10 +125,10 @@ class _Judge:
     def _choose(self, scores: Tensor) -> Tensor:
         """The target's choice, or an exit's: both with the same noise, which is drawn once."""
         if not self._batch.sampler.samples:
-            return scores.argmax(-1)
+            return best_tokens(scores)
         if self._noise is None:
             self._noise = self._batch.sampler.noise(scores, self._batch.seeds, self._first)
-        return (scores + self._noise).argmax(-1)
+        return best_tokens(scores + self._noise)
 
 
 def _compared(draft: Draft, targets: Tensor) -> list[tuple[int, int]]:

@@ -8,7 +8,7 @@ from layerskip.decoding.batch import Batch, FinishReason, Row
 from layerskip.decoding.loop import Committed, Drafted, decode
 from layerskip.decoding.policy import Policy
 from layerskip.decoding.stats import GenerationStats
-from layerskip.decoding.text import Detokenizer, StopMatcher
+from layerskip.decoding.text import Detokenizer, StopMatcher, special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -145,7 +145,8 @@ class _RowWriter:
         self._row = row
         self._detokenizer = Detokenizer(tokenizer, row.tokens) if tokenizer is not None else None
         self.stops = tuple(stops)
-        self._stops = StopMatcher(stops)
+        named = special_tokens(tokenizer) if stops and tokenizer is not None else {}
+        self._stops = StopMatcher(stops, named)
         self._pieces: list[str] = []
         self._num_written = 0
         self.finished = False
@@ -158,7 +159,7 @@ class _RowWriter:
         for i, token in enumerate(event.tokens):
             piece, stop = "", None
             if self._detokenizer is not None:
-                piece, stop = self._stops.push(self._detokenizer.push(token))
+                piece, stop = self._stops.push(self._detokenizer.push(token) + self._stops.marks.get(token, ""))
             self._num_written += 1
             self._pieces.append(piece)
             if stop is not None:
@@ -179,9 +180,7 @@ class _RowWriter:
             self._row.finish("interrupted", length=self._num_written)
 
     def finish(self) -> FinishEvent:
-        # After a stop string nothing is held; otherwise what looked like the beginning of one wasn't.
-        rest = self._detokenizer.flush() if self._detokenizer is not None else ""
-        text = self._stops.push(rest)[0] + self._stops.flush()
+        text = self._stops.flush()  # after a stop string nothing; otherwise what looked like the beginning of one
         self._pieces.append(text)
         self.finished = True
         return FinishEvent(index=self._row.index, text=text, result=self.result())

@@ -1,23 +1,57 @@
-"""Text out of tokens, as they come: detokenisation that never shows half a character, and stop strings."""
+"""Text out of tokens, as they come: detokenisation that never shows half a character, and stop strings.
 
-from collections.abc import Callable, Sequence
+Also what a text is: whole characters.
+"""
+
+from codecs import utf_8_decode
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
 from functools import partial
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from layerskip.errors import PromptError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 REPLACEMENT = "\ufffd"
 """What a decoder writes for bytes that aren't a whole character."""
-PROMPT_TAIL = 6
-"""Tokens of the prompt that give the first new ones their context (a leading space, a started character)."""
+CONTEXT = 4
+"""Tokens that are read again with the next ones. A character has at most four bytes: three tokens can have begun one,
+and one more says whether a leading space is part of the text."""
+WINDOW = 8
+"""Tokens that are read again before those in front of the context are forgotten."""
+PROMPT_TAIL = 64
+"""Tokens at a prompt's end among which its context is looked for: special ones have no text to be context."""
+HALF = 3
+"""Most bytes of an incomplete character."""
+FIRST_MARK = 0xD800
+"""Code points from here on, surrogates, are in no text and can stand for special tokens in one."""
+MOST_SPELLINGS = 64
+"""A special token in a stop string may be written with ordinary tokens; so many combinations are looked for at most."""
+
+
+def check_text(text: str, name: str) -> None:
+    """Raise `PromptError` unless a text is one that tokenizers take: whole characters only."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"{name} has half a character, {text[error.start]!a}, at position {error.start}: a lone surrogate, which "
+            "no tokenizer takes; correct the text where it comes from (in JSON, \\ud83d needs its other half beside "
+            "it), or replace such halves: text.encode(errors='replace').decode()"
+        ) from error
 
 
 class Detokenizer:
     """Turns one row's tokens into text piece by piece.
 
-    A piece is the text that a token adds to what the tokens just before it read; while that ends in the middle of a
-    character, nothing is given.
+    Together the pieces are what the tokenizer's own decoding adds to the prompt's text. A character that isn't complete
+    yet waits. Bytes that can't become a character any more are given as the replacement character, as soon as that is
+    certain. Reading a token takes the same time whatever came before it.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[int]) -> None:
@@ -28,38 +62,126 @@ class Detokenizer:
             prompt: Token ids of the prompt; only its end is used.
         """
         self._decode_ids = _decoder(tokenizer)
-        self._tokens = list(prompt[-PROMPT_TAIL:])
-        self._context = 0  # tokens from here on are read together with the new ones
-        self._shown = len(self._tokens)  # tokens up to here have been given as text
+        vocabulary = _vocabulary(tokenizer)
+        self._special, self._byte_of = vocabulary.special.keys(), vocabulary.byte_of
+        tail = [token for token in prompt[-PROMPT_TAIL:] if token not in self._special]
+        self._half = self._begun(tail)
+        self._is_prompts = bool(self._half)
+        """Whether the prompt began that character: if it stays incomplete, it isn't the new text's."""
+        self._window = tail[-CONTEXT:]
+        self._known = self._decode(self._window)
+        """The part of the window's text that was given, or is the prompt's."""
 
     def push(self, *tokens: int) -> str:
         """The text that the next tokens complete, possibly none."""
-        self._tokens += tokens
-        text = self._pending(())
-        if not text or text.endswith(REPLACEMENT):
-            return ""
-        self._context, self._shown = self._shown, len(self._tokens)
-        return text
+        if not self._special.isdisjoint(tokens):
+            tokens = tuple(token for token in tokens if token not in self._special)
+        if not self._byte_of:
+            return self._read(tokens)
+        runs = groupby(tokens, key=self._byte_of.__contains__)
+        return "".join(self._read_bytes(list(run)) if single else self._read_others(tuple(run)) for single, run in runs)
 
     def peek(self, tokens: Sequence[int]) -> str:
         """The text that `tokens` would add, without adding them."""
-        return self._pending(tokens).rstrip(REPLACEMENT)
+        return copy(self).push(*tokens)  # attributes are replaced, never changed in place
 
-    def flush(self) -> str:
-        """At the end of the text: what was held back, without a character that stayed incomplete."""
-        text = self._pending(()).rstrip(REPLACEMENT)
-        self._context, self._shown = self._shown, len(self._tokens)
+    def _read(self, tokens: Sequence[int]) -> str:
+        if not tokens:
+            return ""
+        self._window = [*self._window, *tokens]
+        text = self._decode(self._window)
+        if not text.startswith(self._known):  # the prompt ended in the middle of a character, completed by now
+            self._known = self._known.removesuffix(REPLACEMENT)
+        certain = text if self._byte_of or text == self._known else text.removesuffix(REPLACEMENT)
+        piece = certain[len(self._known) :]
+        if piece:
+            self._known = certain
+        return piece + self._shorten(waits=text != certain) if len(self._window) > WINDOW else piece
+
+    def _shorten(self, *, waits: bool) -> str:
+        """Forget the window's beginning; give what waits in it if that can't become a character any more."""
+        recent = self._window[-CONTEXT:]
+        known = self._decode(recent)
+        if not known:  # tokens that give no text are no context
+            recent = [*self._window[: CONTEXT - HALF], *self._window[-HALF:]]
+            known = self._decode(recent)
+        still = waits and known.endswith(REPLACEMENT)
+        self._window, self._known = recent, known.removesuffix(REPLACEMENT) if still else known
+        return REPLACEMENT if waits and not still else ""
+
+    def _read_bytes(self, tokens: list[int]) -> str:
+        """Text of tokens that are single bytes; one broken byte makes a tokenizer's decoding give up all around it."""
+        given = self._half + bytes(self._byte_of[token] for token in tokens)
+        text, used = utf_8_decode(given, "replace", False)
+        self._half = given[used:]
+        if used and self._is_prompts:
+            text, self._is_prompts = text.removeprefix(REPLACEMENT), False
+        self._window = tokens[-1:]  # whatever byte it is, it says that a text's beginning is elsewhere
+        self._known = self._decode(self._window)
         return text
 
-    def _pending(self, extra: Sequence[int]) -> str:
-        known = self._decode(self._tokens[self._context : self._shown])
-        text = self._decode([*self._tokens[self._context :], *extra])
-        if not text.startswith(known):  # a prompt that ends in the middle of a character, completed by now
-            known = known.rstrip(REPLACEMENT)
-        return text[len(known) :]
+    def _read_others(self, tokens: Sequence[int]) -> str:
+        """Text of tokens that no byte before them belongs to."""
+        broken = REPLACEMENT if self._half and not self._is_prompts else ""
+        self._half, self._is_prompts = b"", False
+        return broken + self._read(tokens)
 
-    def _decode(self, tokens: Sequence[int]) -> str:
-        return self._decode_ids(list(tokens)) if tokens else ""
+    def _begun(self, tail: Sequence[int]) -> bytes:
+        """The bytes of a character in whose middle single-byte tokens end."""
+        run = []
+        for token in reversed(tail[-HALF:]):
+            if token not in self._byte_of:
+                break
+            run.append(self._byte_of[token])
+        given = bytes(reversed(run))
+        return given[utf_8_decode(given, "replace", False)[1] :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self._decode_ids(tokens) if tokens else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """What a tokenizer's tokens are to the reader of a text."""
+
+    special: Mapping[int, str]
+    """Tokens that give no text, and what they are called."""
+    byte_of: Mapping[int, int]
+    """Tokens that are single bytes of a character that has no token (Llama 2, Mistral, Gemma)."""
+
+    @classmethod
+    def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "Vocabulary":
+        """Ask a tokenizer."""
+        decode = _decoder(tokenizer)
+        special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special |= {index for index in tokenizer.all_special_ids if index is not None}
+        names = [f"<0x{byte:02X}>" for byte in range(256)]
+        indices: Any = tokenizer.convert_tokens_to_ids(names)
+        found: Any = tokenizer.convert_ids_to_tokens([0 if index is None else index for index in indices])
+        byte_of = {index: byte for byte, index in enumerate(indices) if found[byte] == names[byte]}
+        letter = next((index for index, byte in byte_of.items() if byte == ord("A")), None)
+        falls_back = letter is not None and decode([letter]) == "A"
+        return cls(
+            special={index: str(tokenizer.convert_ids_to_tokens(index)) for index in special if not decode([index])},
+            byte_of=byte_of if falls_back else {},
+        )
+
+
+_VOCABULARIES: "WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, Vocabulary]]" = WeakKeyDictionary()
+
+
+def _vocabulary(tokenizer: "PreTrainedTokenizerBase") -> Vocabulary:
+    """A tokenizer's vocabulary, kept for as long as no token is added."""
+    size, known = _VOCABULARIES.get(tokenizer, (None, None))
+    if known is None or size != len(tokenizer):
+        known = Vocabulary.of(tokenizer)
+        _VOCABULARIES[tokenizer] = len(tokenizer), known
+    return known
+
+
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> Mapping[int, str]:
+    """Tokens that give no text, and what they are called."""
+    return _vocabulary(tokenizer).special
 
 
 def _decoder(tokenizer: "PreTrainedTokenizerBase") -> Callable[[list[int]], str]:
@@ -77,31 +199,85 @@ def _decoder(tokenizer: "PreTrainedTokenizerBase") -> Callable[[list[int]], str]
 
 
 class StopMatcher:
-    """Finds stop strings in text that comes in pieces, and holds back what may be the beginning of one."""
+    """Finds stop strings in text that comes in pieces, and holds back what may be the beginning of one.
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    Special tokens give no text. Those that a stop string names are *marked* in the pieces, by characters that no text
+    has, so that the stop string is found whether it comes as the token or in ordinary letters.
+    """
+
+    def __init__(self, stops: Sequence[str], special: Mapping[int, str] | None = None) -> None:
+        """Prepare.
+
+        Args:
+            stops: The stop strings.
+            special: Special tokens, and what they are called.
+        """
         self._stops = tuple(stops)
         self._held = ""
+        named = {index: text for index, text in (special or {}).items() if any(text in stop for stop in stops if text)}
+        self.marks = {index: chr(FIRST_MARK + place) for place, index in enumerate(named)}
+        """What a piece has to have in place of a special token."""
+        self._unmark = str.maketrans(dict.fromkeys(self.marks.values()))
+        texts = {text: self.marks[index] for index, text in named.items()}
+        self._marked = [
+            (spelling, stop)
+            for stop in stops
+            for spelling in islice(_spellings(stop, texts), MOST_SPELLINGS)
+            if spelling != stop
+        ]
 
     def push(self, piece: str) -> tuple[str, str | None]:
         """Add a piece of text.
 
         Returns:
-            The text that is certain now, and the stop string that was found, if any; nothing follows it.
+            The text that is certain now, and the stop string that was found, if any; nothing follows it. No marks.
         """
         text = self._held + piece
-        found = min(((text.find(stop), stop) for stop in self._stops if stop in text), default=None)
-        if found is not None:
+        shown = self._visible(text)
+        places = [(shown.find(stop), stop) for stop in self._stops if stop in shown]
+        places += [(len(self._visible(text[: text.find(s)])), stop) for s, stop in self._marked if s in text]
+        if places:
             self._held = ""
-            return text[: found[0]], found[1]
-        held = max((_overlap(text, stop) for stop in self._stops), default=0)
+            place, stop = min(places)
+            return shown[:place], stop
+        held = max((_overlap(shown, stop) for stop in self._stops), default=0)
+        if self._marked:
+            held = _length_with(text, held, self._unmark)
+            held = max(held, *(_overlap(text, spelling) for spelling, _ in self._marked))
         self._held = text[len(text) - held :]
-        return text[: len(text) - held], None
+        return self._visible(text[: len(text) - held]), None
 
     def flush(self) -> str:
         """What was held back, at the end of a text in which no stop string was found."""
         text, self._held = self._held, ""
-        return text
+        return self._visible(text)
+
+    def _visible(self, text: str) -> str:
+        return text.translate(self._unmark) if self.marks else text
+
+
+def _spellings(stop: str, marks: Mapping[str, str]) -> Iterator[str]:
+    """A stop string with marks in place of special tokens that it names: first of all of them, then of fewer."""
+    places = ((place, text) for place in range(len(stop)) for text in marks if stop.startswith(text, place))
+    found = min(places, default=None, key=lambda item: (item[0], -len(item[1])))
+    if found is None:
+        yield stop
+        return
+    start = found[0]
+    for text in sorted((text for text in marks if stop.startswith(text, start)), key=len, reverse=True):
+        for rest in _spellings(stop[start + len(text) :], marks):
+            yield stop[:start] + marks[text] + rest
+    for rest in _spellings(stop[start + 1 :], marks):
+        yield stop[: start + 1] + rest
+
+
+def _length_with(text: str, number: int, unmark: Mapping[int, Any]) -> int:
+    """Length of the end of a text that holds so many characters that aren't marks."""
+    length = 0
+    while number:
+        length += 1
+        number -= ord(text[-length]) not in unmark
+    return length
 
 
 def _overlap(text: str, stop: str) -> int:

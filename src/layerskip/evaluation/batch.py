@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerskip.decoding.config import GenerationConfig
-from layerskip.errors import InvalidArgumentError, OutOfMemoryError, PromptError, TokenizerError
+from layerskip.errors import InvalidArgumentError, OutOfMemoryError, PromptError
 from layerskip.evaluation.batch_results import PartialResults, Record
 
 if TYPE_CHECKING:
@@ -177,23 +177,9 @@ class LineDecoder:
         if isinstance(prompt, str):
             (tokens,) = self._lm.encode([prompt])
         else:
-            (tokens,) = self._lm.encode([self._render(line.index, prompt)], special_tokens=False)
+            tokens = self._lm.encode_chat(prompt, name=f"prompt {line.index}")
         check_prompt(tokens, self._config, self._lm.decoder, line.index)
         return tokens
-
-    def _render(self, index: int, messages: list[dict[str, Any]]) -> str:
-        """Messages by the chat template, up to where the answer begins."""
-        if not self._tokenizer.chat_template:
-            raise TokenizerError(
-                f"{self._lm.checkpoint.name} has no chat template for the messages of prompt {index}; take a model for "
-                "conversations, or prompts that are texts"
-            )
-        try:
-            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except Exception as error:  # templates are programs: Jinja's errors and nearly any other
-            raise PromptError(
-                f"the chat template can't be applied to prompt {index}: {str(error) or error!r}"
-            ) from error
 
     def _decode(self, lines: Sequence[Line], prompts: Mapping[int, list[int]]) -> dict[int, Record]:
         """Records by index. Where the cache doesn't fit, the batch is halved."""
@@ -207,7 +193,7 @@ class LineDecoder:
                 self._lm.decoder,
                 [prompts[line.index] for line in lines],
                 self._config,
-                eos_token_ids=self._lm.checkpoint.eos_token_ids,
+                end_tokens=[self._lm.end_tokens(prompts[line.index]) for line in lines],
                 seed=self._seed,
                 experience=self._experience,
             )

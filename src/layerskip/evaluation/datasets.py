@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerskip.decoding.config import GenerationConfig
-from layerskip.errors import InvalidArgumentError, TokenizerError
+from layerskip.errors import InvalidArgumentError
 from layerskip.evaluation.dataset_templates import (
     DATASETS,
     SHOT_SEPARATOR,
@@ -106,8 +106,8 @@ def encode_examples(lm: "LanguageModel", examples: Sequence[Example], config: Ge
         config: How it will be decoded.
 
     Raises:
-        PromptError: A prompt leaves no room for an answer; names the example's index.
-        TokenizerError: There is no tokenizer, or no chat template that takes the messages.
+        PromptError: A prompt leaves no room for an answer, or the chat template refuses it; names the example's index.
+        TokenizerError: There is no tokenizer, or no chat template for messages.
     """
     from layerskip.decoding.loop import check_prompt  # needs torch, and reading data sets doesn't
 
@@ -116,16 +116,7 @@ def encode_examples(lm: "LanguageModel", examples: Sequence[Example], config: Ge
         if isinstance(example.prompt, str):
             (tokens,) = lm.encode([example.prompt])
         else:
-            try:
-                text = lm.tokenizer.apply_chat_template(example.prompt, tokenize=False, add_generation_prompt=True)
-            except TokenizerError:
-                raise
-            except Exception as error:  # templates are programs: Jinja's errors and nearly any other
-                raise TokenizerError(
-                    f"the chat template can't be applied to example {example.index}: {str(error) or error!r}; "
-                    "take a model for conversations, or a data set of texts"
-                ) from error
-            (tokens,) = lm.encode([str(text)], special_tokens=False)
+            tokens = lm.encode_chat(example.prompt, name=f"example {example.index}")
         check_prompt(tokens, config, lm.decoder, example.index)
         encoded.append(tokens)
     return encoded

@@ -21,8 +21,9 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layerskip.chat_template import require_template
 from layerskip.decoding.config import GenerationConfig
-from layerskip.errors import InvalidArgumentError, LayerSkipError, TokenizerError
+from layerskip.errors import InvalidArgumentError, LayerSkipError
 from layerskip.evaluation.harness_answers import AnswerStore, MemoryAnswers
 from layerskip.evaluation.harness_model import Progress, make_model, require_harness
 from layerskip.evaluation.harness_options import writing_config
@@ -190,8 +191,8 @@ def _check_arguments(
         raise InvalidArgumentError("no exit layers were given; give at least one, or none for all layers")
     for exit_layer in exits:
         writing_config(lm, exit_layer, config)
-    if apply_chat_template and not lm.tokenizer.chat_template:
-        raise TokenizerError("the tokenizer has no chat template; leave apply_chat_template out")
+    if apply_chat_template:
+        require_template(lm.tokenizer, lm.checkpoint.name)
 
 
 def _load(found: Tasks) -> list[Any]:

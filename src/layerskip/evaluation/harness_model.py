@@ -11,9 +11,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from layerskip.chat_template import render
 from layerskip.decoding.config import GenerationConfig
+from layerskip.decoding.text import check_text
 from layerskip.errors import InvalidArgumentError, PromptError, TokenizerError
 from layerskip.evaluation.harness_answers import Answers, AnswerStore, MemoryAnswers
 from layerskip.evaluation.harness_options import MAX_NEW_TOKENS, TaskOptions, writing_config
@@ -117,6 +120,7 @@ class EngineMethods:
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids; special tokens come in front as the tokenizer does it, unless the text has them already."""
+        check_text(string, "a text of the task")
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         if add_special_tokens is None and self._begins_specially(string):
             options = {"add_special_tokens": False}
@@ -129,22 +133,19 @@ class EngineMethods:
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as one text; without its system message where the template knows none."""
-        import jinja2
-
-        def apply(messages: list[dict[str, str]]) -> str:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    continue_final_message=not add_generation_prompt,
-                )
-            )
-
+        apply = partial(
+            render,
+            self.tokenizer,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
         try:
             return apply(chat_history)
-        except jinja2.TemplateError:
-            return apply([message for message in chat_history if message["role"] != "system"])
+        except PromptError:
+            others = [message for message in chat_history if message["role"] != "system"]
+            if len(others) == len(chat_history):
+                raise
+            return apply(others)
 
     # Log-likelihoods. `loglikelihood` itself is the harness's: it splits texts into tokens and calls this.
 
@@ -255,6 +256,8 @@ class EngineMethods:
         for text, result in zip(batch, results, strict=True):
             # The harness reads a text by itself; ours goes on from the prompt, and may begin with another space.
             written = str(self.tokenizer.decode(result.token_ids, skip_special_tokens=True))
+            if isinstance(result.stop_reason, str):  # one with special tokens isn't in the text, where it would be cut
+                written = _cut_like(written, result.text)
             stats = result.stats
             answer = {
                 "text": postprocess_generated_text(written, text.until, None),
@@ -350,6 +353,12 @@ def require_harness() -> None:
         ) from error
     if missing:
         raise InvalidArgumentError("lm-eval is too old: pip install --upgrade 'layerskip[eval]'")
+
+
+def _cut_like(written: str, text: str) -> str:
+    """A text without what follows another in it, which may differ in its leading spaces."""
+    start, core = len(written) - len(written.lstrip(" ")), text.lstrip(" ")
+    return written[: start + len(core)] if written.startswith(core, start) else written
 
 
 def _size(group: tuple[tuple[int, ...], dict[str, list[int]]]) -> int:

@@ -1,10 +1,11 @@
 """How lm-evaluation-harness's tasks want their texts, as a `GenerationConfig`."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from layerskip.decoding.config import GenerationConfig
+from layerskip.decoding.text import special_tokens
 from layerskip.errors import InvalidArgumentError
 from layerskip.language_model import LanguageModel
 
@@ -52,8 +53,13 @@ class TaskOptions:
                     f"a task's generation_kwargs have {name}: {value!r}, which isn't supported; known: until, "
                     f"max_gen_toks, do_sample, temperature, {', '.join((*SAMPLING, *PENALTIES))}"
                 )
-        stops = tuple(stop for stop in until if stop)
-        return replace(self._config, stop=stops, eos_token_ids=self._ends(stops), **fields), until
+        return replace(self._config, stop=self._stops(until), **fields), until
+
+    def _stops(self, until: list[str]) -> tuple[str, ...]:
+        """Stop strings; a line break beside a special token, as YAML leaves one, isn't waited for."""
+        special = set(special_tokens(self._lm.tokenizer).values())
+        stops = (stop.strip() if stop.strip() in special else stop for stop in until)
+        return tuple(dict.fromkeys(stop for stop in stops if stop))
 
     def _until(self, until: list[str]) -> list[str]:
         from lm_eval.models.utils import handle_stop_sequences
@@ -73,15 +79,6 @@ class TaskOptions:
             if value is not None and (samples or name in PENALTIES):
                 fields[name] = value
         return fields
-
-    def _ends(self, stops: Iterable[str]) -> tuple[int, ...]:
-        """Tokens that end a text: the model's, and special tokens among stop strings, which leave no text to find."""
-        tokenizer = self._lm.tokenizer
-        own = self._lm.checkpoint.eos_token_ids if self._config.eos_token_ids is None else self._config.eos_token_ids
-        special = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-        named = [special[stop.strip()] for stop in stops if stop.strip() in special]
-        end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-        return tuple(dict.fromkeys([*own, *end, *named]))
 
 
 def writing_config(lm: LanguageModel, exit_layer: int, config: GenerationConfig | None) -> GenerationConfig:

@@ -47,7 +47,7 @@ class TransformersRunner:
             max_new_tokens=min(config.max_new_tokens, self._lm.decoder.max_context - len(prompt)),
             stopping_criteria=[note_time],
             **self._sampling(),
-            **self._ends(),
+            **self._ends(prompt),
             **self.options,
         )
         tokens = out[0, len(prompt) :].tolist()
@@ -63,9 +63,9 @@ class TransformersRunner:
         chosen = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
         return {"do_sample": True, **chosen, "min_p": config.min_p or None}
 
-    def _ends(self) -> dict[str, Any]:
+    def _ends(self, prompt: list[int]) -> dict[str, Any]:
         ends = self._config.eos_token_ids
-        found = list(self._lm.checkpoint.eos_token_ids if ends is None else ends)
+        found = list(self._lm.end_tokens(prompt) if ends is None else ends)
         padding = {"pad_token_id": found[0] if found else 0}
         return {"eos_token_id": None if self._config.ignore_eos or not found else found, **padding}
 

@@ -70,36 +70,54 @@ def test_system_message_comes_first(chat: Callable) -> None:
     assert with_system > without
 
 
-def test_reset_and_quit(chat: Callable) -> None:
-    records = turns(chat("one\ntwo\n/reset\none\n/quit\nthree\n", "--json"))
-    assert [record["turn"] for record in records] == [1, 2, 1]
-    assert records[2]["text"] == records[0]["text"]
-    assert records[2]["stats"]["cached_tokens"] == 0
-
-
-def test_notes_stay_off_standard_output(chat: Callable) -> None:
-    outcome = chat("/stats\none\n/stats\n/help\n/what\n", "--json")
-    assert len(turns(outcome)) == 1
-    assert "Nothing was said yet." in outcome.err
-    assert "prompt tokens were cached" in outcome.err
-    assert "/what is not a command" in outcome.err
+@pytest.mark.parametrize("line", ["/etc/passwd", "/reset", "/quit", "/help", "//slash", "/", "  /stats"])
+def test_without_a_terminal_every_line_is_a_message(chat: Callable, line: str) -> None:
+    records = turns(chat(f"one\n{line}\nthree\n", "--json"))
+    assert [record["turn"] for record in records] == [1, 2, 3]
+    assert records[1]["message"] == line
 
 
 def test_a_full_context_is_an_error_without_a_user(chat: Callable) -> None:
     outcome = chat("one\ntwo\nthree\nfour\nfive\n", "--max-context", "48")
     assert outcome.code == 2
     assert "the context is full" in outcome.err
-    assert "/reset" in outcome.err.splitlines()[-1]
+    assert "start a new one" in outcome.err.splitlines()[-1]
 
 
 def test_templates_that_fail(cli: Callable, tmp_path: Path) -> None:
     file = tmp_path / "template.jinja"
-    for template in ("{% if %}", "{{ raise_exception('no such role') }}"):
+    for template, message in (
+        ("{% if %}", "the chat template is broken: line 1"),
+        ("{{ raise_exception('no such role') }}", "the chat template can't be applied to the conversation: no such"),
+    ):
         file.write_text(template)
         outcome = cli("chat", "--chat-template", str(file), stdin=b"hello\n")
         assert outcome.code == 2
-        assert "the chat template can't be applied" in outcome.err
+        assert message in outcome.err
         assert outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages if m.role == 'user' %}# {{ m.content }}\n{% endfor %}", "leaves the system message out"),
+        ("{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}", "no system"),
+    ],
+)
+def test_a_template_without_a_system_message(cli: Callable, tmp_path: Path, template: str, message: str) -> None:
+    file = tmp_path / "template.jinja"
+    file.write_text(template)
+    outcome = cli("chat", "--chat-template", str(file), "--system", "Be kind.", stdin=b"hello\n")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert message in outcome.err
+    assert "--system" in outcome.err
+
+
+def test_a_template_may_spell_the_system_message_otherwise(cli: Callable, tmp_path: Path) -> None:
+    file = tmp_path / "template.jinja"
+    file.write_text("{% for m in messages %}{{ m | tojson }}\n{% endfor %}")
+    flags = ("--chat-template", str(file), "--max-new-tokens", "2")
+    assert cli("chat", *flags, "--system", 'Say "yes".', stdin=b"hello\n").code == 0
 
 
 def test_no_template_says_what_to_do(cli: Callable) -> None:

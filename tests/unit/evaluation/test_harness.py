@@ -334,8 +334,7 @@ def test_options_of_tasks(demo: layerskip.LanguageModel) -> None:
         generation_strategy="ngram",
         num_speculations=2,
         seed=1,
-        stop=("<pad>\n", "</s>"),
-        eos_token_ids=(1, 2),  # </s>, and <pad>, which would leave no text
+        stop=("<pad>", "</s>"),  # tokens, which would leave no text
         do_sample=True,
         temperature=0.5,
         top_k=7,

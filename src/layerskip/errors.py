@@ -47,3 +47,9 @@ class NotFiniteError(LayerSkipError, ArithmeticError):
 
 class TrainingError(LayerSkipError, RuntimeError):
     """Training can't go on: the loss isn't a number any more, or the data ran out."""
+
+
+def brief(error: BaseException) -> str:
+    """What another library's error says, in one line that isn't endless."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:200]} ... {text[-80:]}"

@@ -1,7 +1,10 @@
-"""Files that are whole or not there, and where those go that may be deleted at any time."""
+"""Files that are whole or not there, JSON, and where files go that may be deleted at any time."""
 
+import json
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -9,6 +12,31 @@ def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What JSON stands for.
+
+    Raises:
+        ValueError: It isn't JSON, or is nested so deep that Python can't follow.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def to_json(content: Any, *, indent: int | None = None) -> str:
+    """JSON that every program can read: numbers that aren't finite, which JSON doesn't have, become null."""
+    return json.dumps(_finite(content), indent=indent, allow_nan=False)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    return [_finite(item) for item in content] if isinstance(content, list | tuple) else content
 
 
 def cache_folder() -> Path:

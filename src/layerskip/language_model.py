@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,7 @@ def load(
     draft_vocabulary: int | None = None,
     draft_text: str | Path | None = None,
     compile: Compile = "auto",
+    **unknown: Any,
 ) -> "LanguageModel":
     """Load a checkpoint.
 
@@ -62,6 +63,7 @@ def load(
         compile: How whole greedy rounds run. `auto`: captured as CUDA graphs on CUDA; not at all on a CPU, where native
             kernels are faster. `max`: compiled by `torch.compile` (in place of native kernels on a CPU), which takes
             minutes for each shape. `off`: neither. `LanguageModel.decoder.compiled` tells what was compiled.
+        **unknown: Nothing else; named in the error.
 
     Raises:
         CheckpointError: The checkpoint can't be found, read or understood; its subclasses say which.
@@ -73,7 +75,9 @@ def load(
         >>> lm = load("demo")
         >>> lm.generate(["def add(a, b):"], max_new_tokens=20)[0].text
     """
-    checkpoint = open_checkpoint(name, revision=revision)
+    if unknown:
+        known = ", ".join(["revision", *(field.name for field in fields(LoadingConfig))])
+        raise InvalidArgumentError(f"unknown option {next(iter(unknown))!r}; known: {known}")
     loading = LoadingConfig(
         dtype=dtype,
         device=device,
@@ -85,6 +89,7 @@ def load(
         draft_text=draft_text,
         compile=compile,
     )
+    checkpoint = open_checkpoint(name, revision=revision)
     return LanguageModel(checkpoint, checkpoint.load_decoder(loading))
 
 

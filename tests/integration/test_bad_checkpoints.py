@@ -116,9 +116,9 @@ def test_config_that_is_no_object(folder: Path) -> None:
 def test_unsupported_configs(folder: Path) -> None:
     edit_json(folder / "config.json", model_type="mamba")
     refusal(UnsupportedModelError, folder, "'mamba'", "gemma3_text, llama, mistral, phi3, qwen2, qwen3")
-    edit_json(folder / "config.json", model_type="llama", alibi=True)
-    refusal(UnsupportedModelError, folder, "'alibi' = True")
-    edit_json(folder / "config.json", alibi=None, quantization_config={"quant_method": "awq"})
+    edit_json(folder / "config.json", model_type="llama", attention_chunk_size=64)
+    refusal(UnsupportedModelError, folder, "'attention_chunk_size' = 64")
+    edit_json(folder / "config.json", attention_chunk_size=None, quantization_config={"quant_method": "awq"})
     refusal(UnsupportedModelError, folder, "quantized (awq)")
 
 

@@ -1,11 +1,16 @@
 """config.json is read strictly: what isn't understood and might change the model is refused, by name and value."""
 
+import logging
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from layerskip.errors import CheckpointError, InvalidArgumentError, UnsupportedModelError
-from layerskip.model.config import INERT_KEYS, NEUTRAL_VALUES, ModelConfig, read_eos
+from layerskip.model import config_keys
+from layerskip.model.config import ModelConfig, read_eos
+from layerskip.model.config_keys import INERT_KEYS, NEUTRAL_VALUES, declared_keys
 from layerskip.model.families import parse_config
 
 SIZES: dict[str, Any] = {
@@ -29,30 +34,87 @@ def refusal(error: type[Exception], model_type: str = "llama", **changes: Any) -
     return str(caught.value)
 
 
-def test_unknown_key_is_refused_by_name_and_value() -> None:
+def test_a_key_of_another_program_is_harmless(caplog: pytest.LogCaptureFixture) -> None:
+    """What transformers' class doesn't declare can't change what transformers computes."""
+    keys = {"_model_name_or_path": "x", "unk_token_id": 0, "use_parallel_residual": True, "my.tool": {"a": [1]}}
+    with caplog.at_level(logging.INFO, "layerskip"):
+        assert parse(**keys) == parse()
+    assert all(repr(key) in caplog.text for key in keys)
+
+
+def test_keys_that_transformers_ignores_do_so_there_too() -> None:
+    """The rule, held against transformers itself: such a key changes no logit there."""
+    ids = torch.tensor([[5, 3, 80]])
+    logits = []
+    for extra in ({}, {"use_parallel_residual": True, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 9}):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES, **extra))
+        logits.append(model(ids).logits)
+    assert torch.equal(*logits)
+
+
+def test_a_key_that_transformers_declares_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    declared = {**declared_keys("llama"), "use_parallel_residual": False, "logit_scale": 1.0}
+    monkeypatch.setattr(config_keys, "declared_keys", lambda model_type: declared)
     message = refusal(UnsupportedModelError, use_parallel_residual=True)
     assert "'use_parallel_residual' = True" in message
     assert "'llama'" in message
     assert "remove it from config.json" in message
+    assert parse(use_parallel_residual=False, logit_scale=1.0) == parse()  # what would be so without them
+
+
+def test_declared_keys_are_those_of_the_class() -> None:
+    declared = declared_keys("qwen3")
+    assert {"hidden_size", "use_sliding_window", "head_dim"} <= set(declared)
+    assert "final_logit_softcapping" not in declared
 
 
 @pytest.mark.parametrize(
     ("model_type", "key", "value"),
     [
-        ("llama", "sliding_window", 128),  # another family's keys aren't this one's
-        ("llama", "final_logit_softcapping", 30.0),
-        ("mistral", "max_window_layers", 2),
-        ("qwen2", "query_pre_attn_scalar", 256),
+        ("llama", "sliding_window", 128),  # code that all families of transformers share looks for these
+        ("qwen2", "attention_chunk_size", 64),
         ("phi3", "layer_types", ["full_attention"] * 3),
-        ("qwen3", "rope_local_base_freq", 10000.0),
+        ("llama", "attn_logit_softcapping", 30.0),
     ],
 )
-def test_keys_of_other_families(model_type: str, key: str, value: Any) -> None:
-    assert repr(key) in refusal(UnsupportedModelError, model_type, **{key: value})
+def test_keys_that_count_in_every_family(model_type: str, key: str, value: Any) -> None:
+    assert key in refusal(UnsupportedModelError, model_type, **{key: value})
+
+
+@pytest.mark.parametrize("key", ["rms_norm_eps", "rope_theta", "partial_rotary_factor"])
+@pytest.mark.parametrize("value", ["1e-5", float("nan"), float("inf"), 0, -1.0, True, [1], 10**400])
+def test_numbers_must_be_positive_and_finite(key: str, value: Any) -> None:
+    message = refusal(CheckpointError, **{key: value})
+    assert key in message
+    assert "positive number" in message
+    assert len(message) < 200
+
+
+@pytest.mark.parametrize("value", ["yes", 1, 0.0, []])
+@pytest.mark.parametrize("key", ["tie_word_embeddings", "attention_bias", "mlp_bias"])
+def test_flags_must_be_truth_values(key: str, value: Any) -> None:
+    assert f"'{key}' must be true or false" in refusal(CheckpointError, **{key: value})
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_hidden_layers", 10**9), ("max_position_embeddings", 10**12)])
+def test_sizes_beyond_all_measure(key: str, value: int) -> None:
+    assert key in refusal(CheckpointError, **{key: value})
+
+
+@pytest.mark.parametrize("factor", [0, -2.0, float("nan"), "4", None])
+def test_scaling_factors_must_be_positive(factor: Any) -> None:
+    for scaling in (
+        {"rope_type": "linear", "factor": factor},
+        {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    ):
+        assert "factor" in refusal(CheckpointError, rope_scaling=scaling)
+    same = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}
+    assert "must be larger" in refusal(CheckpointError, rope_scaling=same)
 
 
 def test_null_is_as_good_as_absent() -> None:
-    assert parse(use_parallel_residual=None, quantization_config=None, sliding_window=None) == parse()
+    assert parse(attention_chunk_size=None, quantization_config=None, sliding_window=None) == parse()
 
 
 def test_inert_keys_change_nothing() -> None:

@@ -149,7 +149,7 @@ def test_unknown_parameters(parameters: dict[str, Any], words: tuple[str, ...]) 
         ({**LLAMA3, "low_freq_factor": None}, ("'low_freq_factor'", "missing")),
         ({"rope_type": "longrope", "short_factor": [1.0] * 8}, ("'long_factor'", "missing")),
         ({**LONG, "long_factor": [1.0] * 7}, ("'long_factor'", "8 numbers")),
-        ({**LONG, "short_factor": ["1"] * 8}, ("'short_factor'", "8 numbers")),
+        ({**LONG, "short_factor": ["1"] * 8}, ("'short_factor'", "positive number", "'1'")),
         ({"rope_type": "linear", "factor": "4"}, ("'factor'", "'4'")),
         ({"partial_rotary_factor": 0.2}, ("partial_rotary_factor", "even")),
         ({"partial_rotary_factor": 1.5}, ("partial_rotary_factor",)),

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,11 +26,13 @@ from layerskip.errors import (
 )
 from layerskip.model.cache import free_memory
 from layerskip.model.config import ModelConfig, read_eos
+from layerskip.model.config_values import shown
 from layerskip.model.decoder import Decoder
 from layerskip.model.drafts import DraftWeights, frequent_tokens
 from layerskip.model.families import parse_config
 from layerskip.model.quantization import check_quantization
-from layerskip.model.weights import TensorSource, load_decoder, tensor_shapes, weight_bytes
+from layerskip.model.rope import rope_bytes
+from layerskip.model.weights import TensorSource, check_names, load_decoder, tensor_shapes, weight_bytes, with_own_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,6 +116,11 @@ class Checkpoint:
         return parse_config(self.raw_config)
 
     @cached_property
+    def network_config(self) -> ModelConfig:
+        """The same of the network that the weights make: with a head of its own where the files have one."""
+        return with_own_head(self.config, self.weights)
+
+    @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Ids that end a text: generation_config.json's; else config.json's; else the tokenizer's end token.
 
@@ -120,7 +128,15 @@ class Checkpoint:
         token because the tokenizer calls that one its end (vLLM and llama.cpp join them). Texts that follow a
         conversation also end with the token that ends its turns: `LanguageModel.end_tokens`.
         """
-        return read_eos(self.generation_config) or self.config.eos_token_ids or self._tokenizer_eos()
+        ends = read_eos(self.generation_config)
+        for name, ids in (("generation_config.json", ends), ("config.json", self.config.eos_token_ids)):
+            outside = [token for token in ids if not 0 <= token < self.config.vocab_size]
+            if outside:
+                raise CheckpointError(
+                    f"{name} of {self.name} names the end token {shown(outside[0])}, and the vocabulary has the ids "
+                    f"0 to {self.config.vocab_size - 1}; correct eos_token_id there"
+                )
+        return ends or self.config.eos_token_ids or self._tokenizer_eos()
 
     @cached_property
     def tuned(self) -> TunedSettings | None:
@@ -130,7 +146,7 @@ class Checkpoint:
     @property
     def num_parameters(self) -> int:
         """Weights of the network; a tied head counts once."""
-        return sum(torch.Size(shape).numel() for shape in tensor_shapes(self.config).values())
+        return sum(torch.Size(shape).numel() for shape in tensor_shapes(self.network_config).values())
 
     @property
     def weights(self) -> TensorSource:
@@ -159,7 +175,8 @@ class Checkpoint:
             OutOfMemoryError: The weights don't fit.
             CheckpointError: Anything wrong with the files.
         """
-        how, config = loading or LoadingConfig(), self.config
+        how, config = loading or LoadingConfig(), self.network_config
+        check_names(config, self.weights.names())
         device = choose_device(how.device)
         dtype = choose_dtype(how.dtype, device, self.raw_config)
         context = choose_context(config, how.max_context)
@@ -174,6 +191,7 @@ class Checkpoint:
             needed = weight_bytes(config, weights, dtype, keeps_blocks=native)
         else:
             needed = self.num_parameters
+        needed += sum(rope_bytes(rope, context, dtype) for rope in config.ropes.values())
         self._check_memory(needed, dtype, device)
         return load_decoder(
             config,
@@ -239,17 +257,26 @@ def open_checkpoint(name: str, *, revision: str | None = None, report: Report | 
         GatedRepositoryError: Access has to be requested first.
         CheckpointError: The packages of a named model are damaged, or a download failed.
     """
+    if isinstance(name, PathLike):
+        name = fspath(name)
+    if not isinstance(name, str):
+        raise InvalidArgumentError(f"a model is named by a text, got {name!r}; give {WAYS_TO_NAME}")
     if not name:
         raise CheckpointNotFoundError(f"no model was named; give {WAYS_TO_NAME}")
     if name == DEMO_NAME:
         return Checkpoint.in_folder(DEMO_FOLDER, name)
     if name in MODELS:
         return _open_named(name, revision, report)
-    path = Path(name).expanduser()
-    if path.exists():
-        return _open_path(path, name)
+    try:
+        path = Path(name).expanduser()
+        if path.exists():
+            return _open_path(path, name)
+    except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, a character of no path
+        raise CheckpointNotFoundError(
+            f"{shown(name)} can't be a path ({error.__class__.__name__}); a model is {WAYS_TO_NAME}"
+        ) from error
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointNotFoundError(f"there is no folder or file {name!r}; a model is {WAYS_TO_NAME}")
+        raise CheckpointNotFoundError(f"there is no folder or file {shown(name)}; a model is {WAYS_TO_NAME}")
     return Checkpoint.in_folder(download(name, revision), name)
 
 

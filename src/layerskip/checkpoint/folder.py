@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from layerskip.checkpoint.contents import Contents
 from layerskip.checkpoint.json_file import read_json
-from layerskip.checkpoint.safetensors import SafetensorsFiles, find_weight_files
-from layerskip.errors import CheckpointError, TokenizerError
+from layerskip.checkpoint.safetensors import SafetensorsFiles, find_weight_files, instead
+from layerskip.errors import CheckpointError, TokenizerError, brief
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,7 +28,7 @@ class HuggingFaceFolder:
         """Contents of config.json."""
         path = self.folder / "config.json"
         if not path.is_file():
-            raise CheckpointError(f"{self.folder} is not a checkpoint: it has no config.json")
+            raise CheckpointError(f"{self.folder} is not a checkpoint: it has no config.json{instead(self.folder)}")
         return read_json(path)
 
     @cached_property
@@ -58,8 +58,9 @@ class HuggingFaceFolder:
             tokenizer: PreTrainedTokenizerBase = self._tokenizer_class().from_pretrained(
                 self.folder, local_files_only=True
             )
+            tokenizer.decode(tokenizer("a")["input_ids"])  # values of wrong kinds show when they are used
         except Exception as error:  # transformers raises nearly anything here, from KeyError to bare Exception
-            raise TokenizerError(f"the tokenizer in {self.folder} can't be read: {error}") from error
+            raise TokenizerError(f"the tokenizer in {self.folder} can't be read: {brief(error)}") from error
         return tokenizer
 
     def _tokenizer_class(self) -> Any:

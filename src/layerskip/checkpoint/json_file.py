@@ -1,10 +1,10 @@
 """The JSON files of a checkpoint."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from layerskip.errors import CheckpointError
+from layerskip.errors import CheckpointError, brief
+from layerskip.files import parse_json
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -14,9 +14,9 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: It can't be read, or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} can't be read as JSON: {error}") from error
+        raise CheckpointError(f"{path} can't be read as JSON: {brief(error)}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content

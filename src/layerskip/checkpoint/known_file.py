@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from layerskip.files import cache_folder, write_atomically
+from layerskip.files import cache_folder, parse_json, write_atomically
 
 CHUNK = 1 << 20
 """Bytes read at a time."""
@@ -122,7 +122,7 @@ def _record(known: KnownFile) -> Path:
 def _remembered(known: KnownFile) -> dict[str, int]:
     """Time of change (ns) of each file that had this hash."""
     with suppress(OSError, ValueError):
-        content = json.loads(_record(known).read_text("utf-8"))
+        content = parse_json(_record(known).read_text("utf-8"))
         if isinstance(content, dict):
             return content
     return {}

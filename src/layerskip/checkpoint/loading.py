@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from layerskip.checks import whole_number
+from layerskip.errors import InvalidArgumentError
+
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Kernels = Literal["auto", "native", "torch"]
 Quantization = Literal["int8", "int4", "fp8"]
@@ -32,3 +35,20 @@ class LoadingConfig:
     """A text that says which tokens are frequent; the tokenizer's order if not given."""
     compile: Compile = "auto"
     """Whole greedy rounds: auto: CUDA graphs on CUDA; max: torch.compile as well, also on a CPU; off: neither."""
+
+    def __post_init__(self) -> None:
+        """Check the kinds of all fields; what their values mean depends on the checkpoint and the machine.
+
+        Raises:
+            InvalidArgumentError: Naming the field and its value.
+        """
+        for name in ("dtype", "device", "kernels", "compile", "quantize", "quantize_draft"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and not (value is None and name.startswith("quantize")):
+                raise InvalidArgumentError(f"{name} must be a text, got {value!r}")
+        for name in ("max_context", "draft_vocabulary"):
+            value = getattr(self, name)
+            if value is not None:  # numpy's numbers too
+                object.__setattr__(self, name, whole_number(name, value, least=-(2**63)))
+        if self.draft_text is not None and not isinstance(self.draft_text, str | Path):
+            raise InvalidArgumentError(f"draft_text must be the path of a file, got {self.draft_text!r}")

@@ -1,17 +1,26 @@
 """Tensors of safetensors files, one or many, each read through a mapping of its own."""
 
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Never
 
 from torch import Tensor
 
 from layerskip.checkpoint.contents import Contents, share_of_types
 from layerskip.checkpoint.json_file import read_json
-from layerskip.errors import WeightsError
+from layerskip.errors import WeightsError, brief
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+CONVERT = "convert it with transformers: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+FOREIGN = {
+    (
+        ".safetensors",
+    ): f"only {WEIGHTS_FILE}, or the files that {INDEX_FILE} names, are read: rename it if it is the model",
+    (".gguf",): "name that file, or a folder in which it is the only one",
+    (".bin", ".pt", ".pth", ".ckpt"): f"pickled weights can run code when they are read; {CONVERT}",
+    (".npz", ".msgpack", ".h5", ".onnx", ".tflite"): f"these are weights of another framework; {CONVERT}",
+}
+"""By the endings of files that hold weights in other forms: what to do with them."""
 
 
 class SafetensorsFiles:
@@ -92,17 +101,43 @@ def find_weight_files(folder: Path) -> dict[str, Path | None]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise WeightsError(f"{index} has no 'weight_map' of tensors to files; download the checkpoint again")
+        outside = sorted(file for file in weight_map.values() if not _lies_inside(file))
+        if outside:
+            raise WeightsError(
+                f"{index} names the file {outside[0]!r}, which isn't in its folder; an index may name files beside it "
+                "only: download the checkpoint again, from a source that you trust"
+            )
         missing = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
         if missing:
             raise WeightsError(f"{len(missing)} weight files named by {index} are missing, first {missing[0]!r}")
         return {name: folder / file for name, file in weight_map.items()}
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
-    if pickles:
-        raise WeightsError(
-            f"{folder} has only pickled weights ({pickles[0]}), which can run code when they are read; convert them "
-            "with transformers: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+    raise WeightsError(f"{folder} has no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}{instead(folder)}")
+
+
+def _lies_inside(name: str) -> bool:
+    """Whether an index's entry names a file in the index's folder or below it.
+
+    The names count, not where links lead: an index comes from elsewhere, and links are made on this machine (the hub's
+    cache consists of them).
+    """
+    return not (
+        PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive or "\\" in name or ".." in Path(name).parts
+    )
+
+
+def instead(folder: Path) -> str:
+    """What a folder has in place of what was looked for, and what to do with it; for the end of an error."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if any(name.startswith("adapter_") for name in names):
+        return (
+            "; it holds an adapter only (adapter_config.json): load its base model with peft, merge_and_unload(), and "
+            "save the result with save_pretrained"
         )
-    raise WeightsError(f"{folder} has no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}")
+    for suffixes, advice in FOREIGN.items():
+        found = [name for name in names if name.endswith(suffixes)]
+        if found:
+            return f"; there is {found[0]!r}: {advice}"
+    return ""
 
 
 def _tensor_names(path: Path) -> frozenset[str]:
@@ -113,5 +148,6 @@ def _tensor_names(path: Path) -> frozenset[str]:
             return frozenset(file.keys())
     except (SafetensorError, OSError) as error:
         raise WeightsError(
-            f"{path} can't be read as safetensors ({error}); it is truncated or not in that format: download it again"
+            f"{path} can't be read as safetensors ({brief(error)}); it is truncated or not in that format: download it "
+            "again"
         ) from error

@@ -7,7 +7,7 @@ import torch
 
 from layerskip.checkpoint.checkpoint import Checkpoint
 from layerskip.checkpoint.folder import HuggingFaceFolder
-from layerskip.errors import UnsupportedModelError
+from layerskip.errors import UnsupportedModelError, brief
 
 
 def load_transformers_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
@@ -30,7 +30,7 @@ def load_transformers_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         return _from_folder(checkpoint.folder, dtype) if in_folder else _from_tensors(checkpoint, tensors, dtype)
     except Exception as error:  # transformers raises nearly anything here
         raise UnsupportedModelError(
-            f"transformers can't load {checkpoint.name} as a causal language model: {error}"
+            f"transformers can't load {checkpoint.name} as a causal language model: {brief(error)}"
         ) from error
 
 

@@ -1,12 +1,11 @@
 """The setting that a sweep found best for a checkpoint, kept in a file beside it."""
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from layerskip.errors import CheckpointError, InvalidArgumentError
-from layerskip.files import write_atomically
+from layerskip.files import parse_json, to_json, write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +37,7 @@ def read_tuned(file: Path, num_layers: int) -> TunedSettings | None:
     if not file.is_file():
         return None
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
+        fields = parse_json(file.read_text(encoding="utf-8"))
         agreement = {int(exit_layer): float(share) for exit_layer, share in fields.pop("agreement", {}).items()}
         tuned = TunedSettings(agreement=agreement, **fields)
         fits = 1 <= tuned.exit_layer < num_layers and tuned.num_speculations >= 1
@@ -59,7 +58,7 @@ def write_tuned(file: Path, settings: TunedSettings) -> None:
         InvalidArgumentError: The folder can't be written.
     """
     try:
-        write_atomically(file, json.dumps(asdict(settings), indent=2) + "\n")
+        write_atomically(file, to_json(asdict(settings), indent=2) + "\n")
     except OSError as error:
         raise InvalidArgumentError(
             f"{file} can't be written ({error.strerror}); copy the checkpoint to a folder of yours first"

@@ -18,13 +18,13 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from inspect import cleandoc
 from io import StringIO
 from pathlib import Path
 from shutil import get_terminal_size
 from textwrap import fill
-from typing import Annotated, TextIO, TypeVar
+from typing import Annotated, Any, TextIO, TypeVar
 
 import tyro
 from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes, UseAppendAction, arg
@@ -65,6 +65,8 @@ class OutputArguments:
 
     json: Switch = False
     """Print JSON, and nothing else, on standard output."""
+    verbose: Switch = False
+    """Also tell, on standard error, what is harmless: keys of config.json that other programs wrote."""
     no_color: Switch = False
     """No colours; without it, they appear on a terminal, unless NO_COLOR is set."""
 
@@ -101,7 +103,7 @@ def parse(kind: type[Arguments], command: str, argv: Sequence[str], *, default: 
                 kind,
                 prog=f"layerskip {command}",
                 description=description,
-                args=list(argv),
+                args=in_our_terms(argv) if _decodes(kind) else list(argv),
                 default=tyro.MISSING_NONPROP if default is None else default,
                 config=(DisallowNone, OmitArgPrefixes),
             )
@@ -111,6 +113,41 @@ def parse(kind: type[Arguments], command: str, argv: Sequence[str], *, default: 
             raise
         hint = f"; see layerskip {command} --help"
         raise InvalidArgumentError(condense(report.getvalue()) + hint) from None
+
+
+META_FLAGS = {"--max-steps": "--max-new-tokens"}
+"""Flags of Meta's scripts that have another name here."""
+META_DEFAULTS = {"--exit-layer", "--num-speculations"}
+"""Flags to which Meta's scripts give -1 where they mean none."""
+SAMPLE_FLAGS = {"--sample", "--do-sample"}
+
+
+def in_our_terms(argv: Sequence[str]) -> list[str]:
+    """A command line as Meta's scripts take it (`--sample False --max_steps 64 --exit_layer -1`), in our terms."""
+    translated: list[str] = []
+    rest = [part for given in argv for part in _halves(given)]
+    while rest:
+        flag = rest.pop(0)
+        name = flag.replace("_", "-") if flag.startswith("--") else flag
+        if name in META_DEFAULTS and rest[:1] == ["-1"]:
+            rest.pop(0)
+        elif name in SAMPLE_FLAGS and rest[:1] in (["True"], ["False"], ["true"], ["false"]):
+            translated.append("--sample" if rest.pop(0).lower() == "true" else "--no-sample")
+        else:
+            translated.append(META_FLAGS.get(name, flag))
+    return translated
+
+
+def _halves(argument: str) -> list[str]:
+    """`--flag=value` of a flag that Meta's scripts use otherwise as flag and value; anything else as it is."""
+    flag, equals, value = argument.partition("=")
+    known = flag.replace("_", "-") in {*META_FLAGS, *META_DEFAULTS, *SAMPLE_FLAGS}
+    return [flag, value] if equals and flag.startswith("--") and known else [argument]
+
+
+def _decodes(kind: type[Any]) -> bool:
+    """Whether a command's arguments have options of decoding."""
+    return any(field.type in (DecodingArguments, "DecodingArguments") for field in fields(kind))
 
 
 class _Copy(StringIO):

@@ -87,6 +87,8 @@ def open_model(arguments: NamedModel, output: OutputArguments) -> "Checkpoint":
     """
     from layerskip.checkpoint.checkpoint import open_checkpoint
 
+    if output.verbose:
+        tell_more()
     with late_bar(output, f"preparing {arguments.model}") as report:  # downloads show their own bars
         return open_checkpoint(arguments.model, revision=arguments.revision, report=report)
 
@@ -108,6 +110,16 @@ def load_model(arguments: ModelArguments, output: OutputArguments) -> "LanguageM
         with suppress(TokenizerError):
             _ = model.tokenizer
     return model
+
+
+def tell_more() -> None:
+    """Let this package's own remarks through to standard error."""
+    logger = logging.getLogger("layerskip")
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("layerskip: %(message)s"))
+        logger.addHandler(handler)
 
 
 def silence_libraries(*, bars: bool) -> None:

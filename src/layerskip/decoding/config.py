@@ -16,7 +16,6 @@ MIN_TEMPERATURE = 1e-6
 """Below it, sampling is greedy: logits divided by less could overflow."""
 MAX_PENALTY = 1e6
 """Largest repetition penalty, and one over the smallest: logits multiplied by more could overflow."""
-MAX_WHOLE = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +73,10 @@ class GenerationConfig:
             _choice("generation_strategy", self.generation_strategy, get_args(Strategy))
         _choice("acceptance", self.acceptance, get_args(Acceptance))
         for name, least in (("max_new_tokens", 1), ("top_k", 0), ("no_repeat_ngram_size", 0)):
-            self._set(name, whole_number(name, getattr(self, name), least=least, most=MAX_WHOLE))
-        for name, least in (("num_speculations", 1), ("exit_layer", 1), ("seed", 0)):
+            self._set(name, whole_number(name, getattr(self, name), least=least))
+        for name, least, most in (("num_speculations", 1, None), ("exit_layer", 1, None), ("seed", 0, 2**63 - 1)):
             if getattr(self, name) is not None:
-                self._set(name, whole_number(name, getattr(self, name), least=least, most=MAX_WHOLE))
+                self._set(name, whole_number(name, getattr(self, name), least=least, most=most))
         least_penalty = 1 / MAX_PENALTY
         reals: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
             ("temperature", "0 or more", lambda x: x >= 0),

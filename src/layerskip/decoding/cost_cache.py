@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from layerskip.decoding.costs import CallTimer, Costs, measure_costs
-from layerskip.files import cache_folder, write_atomically
+from layerskip.files import cache_folder, parse_json, write_atomically
 from layerskip.machine import processor_name
 from layerskip.model.decoder import Decoder
 
@@ -34,7 +34,7 @@ def _still_true(costs: Costs, decoder: Decoder, num_rows: int) -> bool:
 
 def _read(path: Path) -> Costs | None:
     try:
-        return Costs.from_json(json.loads(path.read_text(encoding="utf-8")))
+        return Costs.from_json(parse_json(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, AttributeError):  # not there, or of another version
         return None
 

@@ -7,27 +7,18 @@ from typing import Any
 
 from layerskip.checks import whole_number
 from layerskip.errors import CheckpointError, InvalidArgumentError, PromptError, UnsupportedModelError
+from layerskip.model.config_values import (
+    MAX_LAYERS,
+    read_flag,
+    read_number,
+    read_optional_size,
+    read_size,
+    shown,
+)
 from layerskip.model.rope import RopeConfig, parse_rope
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
-
-# Keys without influence on the logits of inference: identity, training, generation defaults, library bookkeeping.
-INERT_KEYS = frozenset(
-    """
-    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures attention_dropout
-    attn_implementation auto_map bad_words_ids begin_suppress_tokens bos_token_id cache_implementation
-    chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop
-    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id gradient_checkpointing id2label initializer_range is_decoder is_llama_config label2id layerskip
-    length_penalty max_length min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
-    output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp problem_type
-    remove_invalid_values repetition_penalty resid_pdrop return_dict return_dict_in_generate sep_token_id
-    suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript
-    transformers.js_config transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
-    use_return_dict _from_model_config
-    """.split()
-)
 
 # Keys that every family understands: sizes, rotary embeddings, head.
 CORE_KEYS = frozenset(
@@ -37,24 +28,6 @@ CORE_KEYS = frozenset(
     tie_word_embeddings rope_theta rope_scaling rope_parameters partial_rotary_factor
     """.split()
 )
-
-# Keys that would change the computation, and whose neutral values are accepted everywhere.
-NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
-    "rope_interleaved": (False,),
-    "use_mrope": (False,),
-    "is_encoder_decoder": (False,),
-    "add_cross_attention": (False,),
-    "tie_encoder_decoder": (False,),
-    "cross_attention_hidden_size": (None,),
-    "pruned_heads": ({},),
-    "use_bidirectional_attention": (False,),
-    "attn_logit_softcapping": (None,),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "lm_head_bias": (False,),
-    "full_attn_mod": (1,),  # Phi-4-mini's, of its remote code
-    "interpolate_factor": (1,),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,47 +92,6 @@ class ModelConfig:
                 raise PromptError(f"{name} has token id {token!r}; allowed are whole numbers 0..{self.vocab_size - 1}")
 
 
-def read_size(raw: Mapping[str, Any], key: str) -> int:
-    """A required positive whole number of config.json."""
-    value = raw.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"config.json: {key!r} must be a positive whole number, got {value!r}")
-    return value
-
-
-def read_optional_size(raw: Mapping[str, Any], key: str) -> int | None:
-    """A positive whole number of config.json, or None where it is silent or null."""
-    return None if raw.get(key) is None else read_size(raw, key)
-
-
-def check_keys(raw: Mapping[str, Any], understood: frozenset[str], model_type: str) -> None:
-    """Refuse any key that isn't known to be harmless: an ignored one could silently change the model.
-
-    Raises:
-        UnsupportedModelError: Naming the key, its value and what to do.
-    """
-    if raw.get("quantization_config") is not None:
-        given = raw["quantization_config"]
-        method = given.get("quant_method", "unknown method") if isinstance(given, Mapping) else given
-        raise UnsupportedModelError(
-            f"this checkpoint is quantized ({method}); load the original checkpoint in float32, bfloat16 or float16"
-        )
-    for key, value in raw.items():
-        if key in INERT_KEYS or key in understood or value is None:
-            continue
-        if key in NEUTRAL_VALUES:
-            if value in NEUTRAL_VALUES[key]:
-                continue
-            raise UnsupportedModelError(
-                f"config.json: {key} = {value!r} is not supported for model_type {model_type!r} "
-                f"(only {NEUTRAL_VALUES[key][0]!r})"
-            )
-        raise UnsupportedModelError(
-            f"config.json: key {key!r} = {value!r} is not understood for model_type {model_type!r} and may change the "
-            "computation; if it does not, remove it from config.json, otherwise this model is not supported yet"
-        )
-
-
 def read_ropes(raw: Mapping[str, Any], head_dim: int, theta: Mapping[str, float]) -> dict[str, RopeConfig]:
     """Rotary embeddings by kind of layer, from the old keys or from `rope_parameters`, nested by kind or not.
 
@@ -174,23 +106,24 @@ def read_ropes(raw: Mapping[str, Any], head_dim: int, theta: Mapping[str, float]
     """
     table = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(table, Mapping):
-        raise CheckpointError(f"config.json: rope parameters must be an object, got {table!r}")
+        raise CheckpointError(f"config.json: rope parameters must be an object, got {shown(table)}")
     nested = any(kind in table for kind in (FULL, SLIDING))
-    local_theta = raw.get("rope_local_base_freq")
 
     def parse(kind: str) -> RopeConfig:
         parameters = (table.get(kind) or {}) if nested else table
-        base = raw.get("rope_theta") or theta[kind]
+        if not isinstance(parameters, Mapping):
+            raise CheckpointError(f"config.json: rope parameters must be an object, got {shown(parameters)}")
+        base = read_number(raw, "rope_theta", theta[kind])
         if kind == SLIDING and theta[SLIDING] != theta[FULL]:  # local layers have a base of their own, never scaled
-            base = local_theta or theta[SLIDING]
+            base = read_number(raw, "rope_local_base_freq", theta[SLIDING])
             parameters = parameters if nested else {}
         return parse_rope(
             parameters,
             head_dim=head_dim,
-            rope_theta=float(base),
-            partial_rotary_factor=float(raw.get("partial_rotary_factor") or 1.0),
+            rope_theta=base,
+            partial_rotary_factor=read_number(raw, "partial_rotary_factor", 1.0),
             max_position_embeddings=read_size(raw, "max_position_embeddings"),
-            original_max_position_embeddings=raw.get("original_max_position_embeddings"),
+            original_max_position_embeddings=read_optional_size(raw, "original_max_position_embeddings"),
         )
 
     return {kind: parse(kind) for kind in (FULL, SLIDING)}
@@ -223,20 +156,21 @@ def read_core(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, 
         raise UnsupportedModelError(
             f"config.json: hidden_act {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
         )
-    tied = raw.get("tie_word_embeddings")
     theta = defaults.get("rope_theta", {FULL: 10000.0, SLIDING: 10000.0})
     return {
         "vocab_size": read_size(raw, "vocab_size"),
         "hidden_size": hidden_size,
         "intermediate_size": read_size(raw, "intermediate_size"),
-        "num_hidden_layers": read_size(raw, "num_hidden_layers"),
+        "num_hidden_layers": read_size(raw, "num_hidden_layers", MAX_LAYERS),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "hidden_act": activation,
-        "rms_norm_eps": float(raw.get("rms_norm_eps") or defaults.get("rms_norm_eps", 1e-6)),
+        "rms_norm_eps": read_number(raw, "rms_norm_eps", defaults.get("rms_norm_eps", 1e-6)),
         "max_position_embeddings": read_size(raw, "max_position_embeddings"),
-        "tie_word_embeddings": bool(defaults.get("tie_word_embeddings", False) if tied is None else tied),
+        "tie_word_embeddings": read_flag(
+            raw, "tie_word_embeddings", default=defaults.get("tie_word_embeddings", False)
+        ),
         "ropes": read_ropes(raw, head_dim, theta),
         "attention_scale": 1.0 / math.sqrt(head_dim),
         "bos_token_id": raw.get("bos_token_id"),

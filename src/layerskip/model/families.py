@@ -10,16 +10,9 @@ from types import MappingProxyType
 from typing import Any
 
 from layerskip.errors import CheckpointError, UnsupportedModelError
-from layerskip.model.config import (
-    CORE_KEYS,
-    FULL,
-    SLIDING,
-    ModelConfig,
-    check_keys,
-    read_core,
-    read_optional_size,
-    read_size,
-)
+from layerskip.model.config import CORE_KEYS, FULL, SLIDING, ModelConfig, read_core
+from layerskip.model.config_keys import check_keys
+from layerskip.model.config_values import MAX_LAYERS, read_flag, read_number, read_optional_size, read_size, shown
 
 # Our name of a layer's weight -> names of the checkpoint's tensors that are stacked to make it (without ".weight").
 SPLIT_WEIGHTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -60,24 +53,36 @@ class Family:
 
 
 def _llama(raw: Raw) -> dict[str, Any]:
-    bias = bool(raw.get("attention_bias"))
-    return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": bool(raw.get("mlp_bias"))}
+    bias = read_flag(raw, "attention_bias")
+    return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": read_flag(raw, "mlp_bias")}
+
+
+def _layer_types(raw: Raw, default: tuple[str, ...]) -> tuple[str, ...]:
+    """The kind of each layer, as the file lists them."""
+    given = raw.get("layer_types")
+    if not given:
+        return default
+    if not isinstance(given, list) or not all(isinstance(kind, str) for kind in given):
+        raise CheckpointError(f"config.json: 'layer_types' must be a list of texts, got {shown(given)}")
+    return tuple(given)
 
 
 def _all_sliding(raw: Raw, default: int | None) -> dict[str, Any]:
     window = read_optional_size({"sliding_window": default, **raw}, "sliding_window")
     kind = FULL if window is None else SLIDING
-    return {"sliding_window": window, "layer_types": (kind,) * read_size(raw, "num_hidden_layers")}
+    return {"sliding_window": window, "layer_types": (kind,) * read_size(raw, "num_hidden_layers", MAX_LAYERS)}
 
 
 def _late_sliding(raw: Raw) -> dict[str, Any]:
     """Qwen: with `use_sliding_window`, layers from `max_window_layers` on slide."""
-    num_layers = read_size(raw, "num_hidden_layers")
+    num_layers = read_size(raw, "num_hidden_layers", MAX_LAYERS)
     window = read_optional_size({"sliding_window": 4096, **raw}, "sliding_window")
-    window = window if raw.get("use_sliding_window") else None
-    first = raw.get("max_window_layers", 28)
+    window = window if read_flag(raw, "use_sliding_window") else None
+    first = 28 if raw.get("max_window_layers") is None else raw["max_window_layers"]
+    if isinstance(first, bool) or not isinstance(first, int):
+        raise CheckpointError(f"config.json: 'max_window_layers' must be a whole number, got {shown(first)}")
     types = tuple(SLIDING if window is not None and i >= first else FULL for i in range(num_layers))
-    return {"sliding_window": window, "layer_types": tuple(raw.get("layer_types") or types)}
+    return {"sliding_window": window, "layer_types": _layer_types(raw, types)}
 
 
 def _qwen2(raw: Raw) -> dict[str, Any]:
@@ -85,14 +90,16 @@ def _qwen2(raw: Raw) -> dict[str, Any]:
 
 
 def _qwen3(raw: Raw) -> dict[str, Any]:
-    bias = bool(raw.get("attention_bias"))
+    bias = read_flag(raw, "attention_bias")
     return {"qk_norm": True, "qkv_bias": bias, "o_bias": bias, **_late_sliding(raw)}
 
 
 def _gemma3(raw: Raw) -> dict[str, Any]:
-    bias = bool(raw.get("attention_bias"))
-    pattern = raw.get("sliding_window_pattern") or raw.get("_sliding_window_pattern") or 6
-    types = tuple(FULL if (i + 1) % pattern == 0 else SLIDING for i in range(read_size(raw, "num_hidden_layers")))
+    bias, cap = read_flag(raw, "attention_bias"), "final_logit_softcapping"
+    names = ("sliding_window_pattern", "_sliding_window_pattern")
+    pattern = next((size for name in names if (size := read_optional_size(raw, name)) is not None), 6)
+    num_layers = read_size(raw, "num_hidden_layers", MAX_LAYERS)
+    types = tuple(FULL if (i + 1) % pattern == 0 else SLIDING for i in range(num_layers))
     return {
         "qk_norm": True,
         "qkv_bias": bias,
@@ -100,10 +107,10 @@ def _gemma3(raw: Raw) -> dict[str, Any]:
         "post_norms": True,
         "norm_weight_offset": 1.0,
         "embedding_multiplier": math.sqrt(read_size(raw, "hidden_size")),
-        "attention_scale": 1.0 / math.sqrt(raw.get("query_pre_attn_scalar", 256)),
+        "attention_scale": 1.0 / math.sqrt(read_number(raw, "query_pre_attn_scalar", 256)),
         "sliding_window": read_optional_size({"sliding_window": 4096, **raw}, "sliding_window"),
-        "layer_types": tuple(raw.get("layer_types") or types),
-        "final_logit_softcapping": raw.get("final_logit_softcapping"),
+        "layer_types": _layer_types(raw, types),
+        "final_logit_softcapping": None if raw.get(cap) is None else read_number(raw, cap),
     }
 
 
@@ -163,7 +170,9 @@ def parse_config(raw: Raw) -> ModelConfig:
     fields.update(family.switches(raw))
     types = fields["layer_types"]
     if len(types) != fields["num_hidden_layers"] or not set(types) <= {FULL, SLIDING}:
-        raise CheckpointError(f"config.json: layer_types must name {FULL!r} or {SLIDING!r} for each layer, got {types}")
+        raise CheckpointError(
+            f"config.json: layer_types must name {FULL!r} or {SLIDING!r} for each layer, got {shown(types)}"
+        )
     if SLIDING in types and not fields.get("sliding_window"):
         raise CheckpointError(f"config.json: layer_types has {SLIDING!r} but sliding_window is not set")
     return ModelConfig(model_type=model_type, **fields)

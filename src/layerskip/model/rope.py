@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from layerskip.errors import CheckpointError, UnsupportedModelError
+from layerskip.model.config_values import check_number, read_flag, read_number, read_optional_size, shown
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
@@ -71,7 +72,7 @@ def parse_rope(
     rope_type = "longrope" if rope_type == "su" else rope_type  # its name in the first Phi-3 checkpoints
     if rope_type not in ROPE_TYPES:
         raise UnsupportedModelError(
-            f"rope_type {rope_type!r} is not supported; supported types: {', '.join(ROPE_TYPES)}"
+            f"rope_type {shown(rope_type)} is not supported; supported types: {', '.join(ROPE_TYPES)}"
         )
     scaling = {k: v for k, v in parameters.items() if k not in _COMMON_KEYS and v is not None}
     unknown = sorted(set(scaling) - _SCALING_KEYS[rope_type])
@@ -82,16 +83,16 @@ def parse_rope(
         )
     original = (
         original_max_position_embeddings
-        or parameters.get("original_max_position_embeddings")
+        or read_optional_size(parameters, "original_max_position_embeddings")
         or max_position_embeddings
     )
-    rotary_dim = int(head_dim * float(parameters.get("partial_rotary_factor") or partial_rotary_factor))
+    rotary_dim = int(head_dim * min(read_number(parameters, "partial_rotary_factor", partial_rotary_factor), 2.0))
     _check_values(rope_type, scaling, rotary_dim, head_dim)
     if rope_type == "longrope" or (rope_type == "yarn" and scaling.get("factor") is None):
         scaling.setdefault("factor", max_position_embeddings / original)
     return RopeConfig(
         rope_type=rope_type,
-        rope_theta=float(parameters.get("rope_theta") or rope_theta),
+        rope_theta=read_number(parameters, "rope_theta", rope_theta),
         rotary_dim=rotary_dim,
         original_max_position_embeddings=int(original),
         scaling=scaling,
@@ -111,8 +112,15 @@ def _check_values(rope_type: str, scaling: Mapping[str, Any], rotary_dim: int, h
     for key, value in scaling.items():
         numbers = value if isinstance(value, list) else [value]
         wanted = rotary_dim // 2 if key in ("short_factor", "long_factor") else 1
-        if len(numbers) != wanted or not all(isinstance(n, int | float) for n in numbers):
-            raise CheckpointError(f"config.json: rope parameter {key!r} must be {wanted} numbers, got {value!r}")
+        if key == "truncate":
+            read_flag(scaling, key)
+            continue
+        if len(numbers) != wanted:
+            raise CheckpointError(f"config.json: rope parameter {key!r} must be {wanted} numbers, got {shown(value)}")
+        for number in numbers:
+            check_number(f"rope parameter {key!r}", number)
+    if rope_type == "llama3" and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
+        raise CheckpointError("config.json: rope parameter 'high_freq_factor' must be larger than 'low_freq_factor'")
 
 
 class RopeTable:
@@ -138,6 +146,11 @@ class RopeTable:
         self.rotary_dim = config.rotary_dim
         self.cos = torch.cat((cos, cos), -1).to(device, dtype)  # [T, R]
         self.sin = torch.cat((-sin, sin), -1).to(device, dtype)  # [T, R]
+
+
+def rope_bytes(config: RopeConfig, context: int, dtype: torch.dtype) -> int:
+    """Bytes of a `RopeTable`."""
+    return 2 * context * config.rotary_dim * dtype.itemsize
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -142,9 +142,29 @@ def weight_bytes(config: ModelConfig, source: TensorSource, dtype: torch.dtype, 
     return total
 
 
+def with_own_head(config: ModelConfig, source: TensorSource) -> ModelConfig:
+    """The configuration that the tensors are of: a head that differs from the embedding isn't tied to it.
+
+    Files say `tie_word_embeddings` and have a head of their own all the same. transformers compares the tensors, and
+    uses a head that differs.
+    """
+    if not config.tie_word_embeddings or not {EMBEDDING, HEAD} <= source.names():
+        return config
+    head, embedding = source.get(HEAD), source.get(EMBEDDING)
+    if head.shape == embedding.shape and torch.equal(head[:1], embedding[:1]) and torch.equal(head, embedding):
+        return config
+    return replace(config, tie_word_embeddings=False)
+
+
 def check_names(config: ModelConfig, names: Iterable[str]) -> None:
     """Raise `WeightsError` unless the checkpoint has exactly the tensors that the network uses."""
-    present, expected = set(names), set(tensor_shapes(config))
+    present = set(names)
+    if config.num_layers > len(present):  # before a list of that many layers' tensors is made
+        raise WeightsError(
+            f"the checkpoint has {len(present)} tensors, too few for the {config.num_layers} layers of config.json; "
+            "its files are incomplete, or config.json doesn't describe them"
+        )
+    expected = set(tensor_shapes(config))
     missing = sorted(expected - present)
     if missing:
         raise WeightsError(

@@ -10,7 +10,7 @@ class InvalidArgumentError(LayerSkipError, ValueError):
 
 
 class PromptError(InvalidArgumentError):
-    """A prompt is empty, or doesn't fit into the model's context."""
+    """A prompt is empty, isn't text or token ids, is refused by the chat template, or doesn't fit into the context."""
 
 
 class CheckpointError(LayerSkipError):

@@ -16,7 +16,7 @@ PACKAGE = SRC / "layerskip"
 # Lowest first. A module may import from its own layer and from the ones before it. "" is layerskip/__init__.py.
 LAYERS = [
     {"errors", "files", "machine"},
-    {"model"},
+    {"chat_template", "model"},
     {"checkpoint"},
     {"decoding"},
     {"language_model"},

@@ -1,0 +1,182 @@
+"""Chat templates: a conversation as one text, and what the template writes around an answer.
+
+A rendered text holds all its special tokens, a leading <s> too. It becomes ids without adding any:
+`LanguageModel.encode_chat`, or `tokenizer(text, add_special_tokens=False)`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from layerskip.errors import PromptError, TokenizerError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = Mapping[str, Any]
+"""What one side says: `role`, `content`, and whatever else the template reads."""
+
+QUESTION, ANSWER = "Which word?", "Xylophonic"
+"""A conversation that is rendered to see what the template writes around an answer; templates don't hold its words."""
+SPARE_TOKENS = 8
+"""A prompt's end is compared as text; tokens more than that text alone would have, in case it is split otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerFrame:
+    """What a template writes around an answer."""
+
+    opening: str = ""
+    """Text between a question and its answer, without white space at its ends."""
+    end_tokens: tuple[int, ...] = ()
+    """The token directly after an answer, if it is a single one that stands for the end of a turn."""
+
+    def ends_of(self, tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[int]) -> tuple[int, ...]:
+        """Tokens that end what is written after a prompt: the template's, if the prompt is one of its conversations.
+
+        It is if a turn in it has ended in the template's way, or if it stops where an answer begins.
+        """
+        if not self.end_tokens or not set(self.end_tokens).isdisjoint(prompt):
+            return self.end_tokens
+        if not self.opening:
+            return ()
+        size = len(tokenizer(self.opening, add_special_tokens=False)["input_ids"]) + SPARE_TOKENS
+        tail = str(tokenizer.decode(list(prompt[-size:]), clean_up_tokenization_spaces=False))
+        return self.end_tokens if tail.rstrip().endswith(self.opening) else ()
+
+
+def require_template(
+    tokenizer: "PreTrainedTokenizerBase",
+    name: str,
+    template: str | None = None,
+    *,
+    tools: list[Any] | None = None,
+) -> str:
+    """The template that applies: the one given, or the tokenizer's own.
+
+    Where the tokenizer has several, that is the one called `default`, or `tool_use` if there are tools.
+
+    Args:
+        tokenizer: The checkpoint's tokenizer.
+        name: What an error calls the checkpoint.
+        template: A Jinja template in place of the tokenizer's.
+        tools: Functions that the model may call.
+
+    Raises:
+        TokenizerError: There is none.
+    """
+    try:
+        return str(tokenizer.get_chat_template(template, tools))
+    except ValueError as error:
+        several = isinstance(tokenizer.chat_template, dict)
+        found = f"several chat templates and none called 'default' ({error})" if several else "no chat template"
+        raise TokenizerError(
+            f"the tokenizer of {name!r} has {found}; take a model for conversations, give a template (Jinja; "
+            "chat_template.jinja beside tokenizer.json, or --chat-template FILE of layerskip chat), or let the model "
+            "continue a text with layerskip generate"
+        ) from error
+
+
+def render(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Iterable[Message],
+    *,
+    template: str | None = None,
+    tools: Sequence[Any] | None = None,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    name: str = "the conversation",
+    **variables: Any,
+) -> str:
+    """A conversation as the chat template writes it, special tokens included.
+
+    Args:
+        tokenizer: Its template is used, and its special tokens.
+        messages: What was said, in order.
+        template: A Jinja template in place of the tokenizer's.
+        tools: Functions that the model may call, as JSON schemas.
+        add_generation_prompt: End where an answer begins.
+        continue_final_message: Leave the last message open, to be continued.
+        name: What an error calls the conversation.
+        **variables: Other variables of the template, such as `enable_thinking`.
+
+    Raises:
+        TokenizerError: There is no template, or it is broken.
+        PromptError: The template doesn't take this conversation.
+    """
+    from jinja2 import TemplateSyntaxError
+
+    functions = None if tools is None else list(tools)
+    template = require_template(tokenizer, str(tokenizer.name_or_path), template, tools=functions)
+    try:
+        rendered = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            chat_template=template,
+            tools=functions,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tokenize=False,
+            **variables,
+        )
+    except TemplateSyntaxError as error:
+        raise TokenizerError(
+            f"the chat template is broken: line {error.lineno}: {_one_line(error)}; correct it"
+        ) from error
+    except Exception as error:  # templates are programs: what they raise on purpose, and nearly any other
+        raise PromptError(
+            f"the chat template can't be applied to {name}: {_one_line(error)}; change the messages (roles that the "
+            "template knows, in an order that it allows), or take another template"
+        ) from error
+    return str(rendered)
+
+
+def answer_frame(tokenizer: "PreTrainedTokenizerBase", template: str | None = None) -> AnswerFrame:
+    """What the template writes around an answer; nothing where there is no template, or it takes no plain question.
+
+    The last answer of a conversation decides. Where the template leaves that one open, an answer that the user
+    has replied to does.
+
+    Args:
+        tokenizer: The checkpoint's tokenizer.
+        template: A Jinja template in place of the tokenizer's.
+    """
+    question, answer = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}
+    opening = ""
+    for messages in ([question, answer], [question, answer, question]):
+        try:
+            text = render(tokenizer, messages, template=template, add_generation_prompt=False)
+        except (TokenizerError, PromptError):
+            continue
+        before, found, after = text.partition(ANSWER)
+        if not found:
+            continue
+        asked, _, between = before.rpartition(QUESTION)
+        opening = opening or (between.strip() if asked else "")
+        end = _leading_token(tokenizer, after.lstrip())
+        if end is not None:
+            return AnswerFrame(opening=opening, end_tokens=(end,))
+    return AnswerFrame(opening=opening)
+
+
+def end_of_turn_tokens(tokenizer: "PreTrainedTokenizerBase", template: str | None = None) -> tuple[int, ...]:
+    """Ids of the token that the chat template puts directly after an answer, where that is a single added token.
+
+    Such as `<|im_end|>`, `<|eot_id|>`, `<end_of_turn>` or `</s>`. Nothing where there is no template, or where
+    turns end with ordinary text.
+
+    Args:
+        tokenizer: The checkpoint's tokenizer.
+        template: A Jinja template in place of the tokenizer's.
+    """
+    return answer_frame(tokenizer, template).end_tokens
+
+
+def _leading_token(tokenizer: "PreTrainedTokenizerBase", text: str) -> int | None:
+    """The added token that a text begins with; they are found in a text before anything else is."""
+    added = {str(token): index for index, token in tokenizer.added_tokens_decoder.items()}
+    found = [token for token in added if token.strip() and text.startswith(token.strip())]
+    return added[max(found, key=len)] if found else None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

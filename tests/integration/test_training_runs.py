@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import layerskip
 from layerskip.cli.main import main
 from layerskip.training.config import TrainingConfig
-from layerskip.training.data.documents import ChatDocument, CompletionDocument
 from layerskip.training.data.encode import encode_document
+from layerskip.training.data.reading.documents import ChatDocument, CompletionDocument
 from layerskip.training.settings_file import read_settings
 
 SHORT = "--sequence-length 32 --batch-size 4 --max-steps 6 --log-steps 1 --save-steps 3 --learning-rate 3e-3".split()
@@ -276,7 +276,7 @@ def test_only_answers_are_learned(base: Path, tmp_path: Path, kind: str) -> None
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     total, count = 0.0, 0
     for document in documents:
-        encoded = encode_document(document, tokenizer)
+        (encoded,) = encode_document(document, tokenizer)
         ids, learned = torch.tensor(encoded.ids), torch.tensor(encoded.learned)
         assert 0 < learned.sum() < 0.8 * len(learned)
         with torch.no_grad():

@@ -116,6 +116,8 @@ def _report(arguments: TrainArguments, result: "TrainingResult") -> None:
             )
         console.print(table)
     console.print(f"{result.step} steps, {result.num_tokens} tokens, {result.seconds:.0f} s")
+    if too_long := result.long_examples.describe(arguments.data.sequence_length):
+        console.print(too_long, soft_wrap=True)
     if plot is not None:
         console.print(f"agreement by exit: {plot}", soft_wrap=True)
     hint = f"the model is in {result.output}: try layerskip generate --model {result.output}"

@@ -28,6 +28,7 @@ from layerskip.training.checkpoints import list_checkpoints
 from layerskip.training.config import TrainingConfig
 from layerskip.training.data.block_datasets import BlockDataset
 from layerskip.training.data.corpus import Corpus, load_corpus
+from layerskip.training.data.packing import LongExamples
 from layerskip.training.run_folder import claim, dtype_to_save, save_final, save_result, save_tokenizer
 from layerskip.training.starting_point import StartingPoint, make_starting_point
 from layerskip.training.trainer import LayerSkipTrainer
@@ -56,6 +57,8 @@ class TrainingResult:
     """Every exit on the held-out data."""
     speedups: list[IdealSpeedup]
     """The best that each exit could do."""
+    long_examples: LongExamples
+    """Prompts with completions, and conversations, that are longer than a block; with streaming, of those read."""
     seconds: float
     """Of this run, all included, since it started or resumed."""
 
@@ -97,7 +100,10 @@ def train(
         if arguments.should_save:
             save_tokenizer(point.tokenizer, output)
     say("reading the data")
-    trainer = _make_trainer(config, arguments, point, load_corpus(config.data, point.tokenizer))
+    corpus = load_corpus(config.data, point.tokenizer)
+    if (too_long := corpus.count_long_examples().describe(config.data.sequence_length)) and not config.data.streaming:
+        say(too_long)
+    trainer = _make_trainer(config, arguments, point, corpus)
     tokens_per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     tokens_per_step *= config.data.sequence_length
     if on_step is not None and arguments.process_index == 0:
@@ -121,6 +127,7 @@ def train(
         loss=trainer.exit_qualities[-1].loss if trainer.exit_qualities else None,
         exits=trainer.exit_qualities,
         speedups=trainer.ideal_speedups,
+        long_examples=corpus.count_long_examples(),
         seconds=time.perf_counter() - started,
     )
     if arguments.should_save:

@@ -1,11 +1,23 @@
-"""Conversations -> token ids through the tokenizer's chat template, and which of them the assistant says."""
+"""Conversations -> token ids through the tokenizer's chat template, and which of them the assistant says.
+
+What is learned is what generation has to write: after the prompt for an answer, with the history as the template writes
+it then, the answer as the template writes it, up to the token that ends the turn.
+
+Most templates write a turn in the same way whatever comes after it. Then a conversation is one example, and all of
+its answers are learned in it. Some don't: Qwen3's leaves out the reasoning of earlier turns, Mistral's moves the
+system message to the last question. Then an answer is an example of its own together with what comes before it, unless
+its prompt goes on from an earlier answer.
+"""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from layerskip.errors import InvalidArgumentError, TokenizerError
-from layerskip.training.data.documents import ChatDocument
+from layerskip.chat_template import end_of_turn_tokens, render
+from layerskip.errors import InvalidArgumentError, PromptError, TokenizerError
+from layerskip.training.data.reading.documents import ChatDocument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -15,55 +27,74 @@ MARK_TURNS = (
     "mark what the assistant says in the template with {% generation %} ... {% endgeneration %}, or train on plain text"
 )
 
+Example = tuple[list[int], list[bool]]
+"""Token ids, and whether each is learned."""
+Span = tuple[int, int]
+"""First character of a part of a text, and the one after its last."""
 
-def encode_chat(document: ChatDocument, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[bool]]:
-    """Token ids of a conversation, and for each whether the assistant says it.
 
-    Templates with `{% generation %}` mark what the assistant says. With others, each of its turns is what the template
-    adds to the conversation before it and the prompt for an answer, up to the token that ends the turn.
+@dataclass(frozen=True, kw_only=True)
+class _Turn:
+    """An answer of the assistant, as the template writes it if it is the last one."""
+
+    prompt: str
+    """What generation starts from."""
+    answer: str
+    size: int
+    """Characters of the answer that generation writes; what the template adds after the end token is not of them."""
+
+
+def encode_chat(document: ChatDocument, tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
+    """Examples of a conversation: one, or several where the template writes earlier turns in another way.
 
     Raises:
         TokenizerError: No chat template, a tokenizer that can't locate tokens in the text, or a template from which
             the turns can't be told.
         InvalidArgumentError: The template refuses the conversation.
     """
-    template = _template(tokenizer)
+    template = _template(document, tokenizer)
     if not tokenizer.is_fast:
         raise TokenizerError(
             f"{type(tokenizer).__name__} can't tell where its tokens are in a text, which learning from conversations "
             "needs; use a fast tokenizer (tokenizer.json)"
         )
     if GENERATION_TAG.search(template):
-        encoded = _render(tokenizer, document.messages, document.origin, return_assistant_tokens_mask=True)
-        return list(encoded["input_ids"]), [bool(mark) for mark in encoded["assistant_masks"]]
-    text = str(_render(tokenizer, document.messages, document.origin, tokenize=False))
-    spans = _assistant_spans(text, document, tokenizer)
-    encoded = tokenizer(
-        text, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True, verbose=False
-    )
-    # A token that is partly outside is given by the prompt. Some tokenizers leave spaces out of offsets: a lone space
-    # before a turn then has an empty one that starts where the turn does, and isn't of it.
-    learned = [
-        any(first <= start and first < end <= last for first, last in spans) for start, end in encoded["offset_mapping"]
-    ]
-    return list(encoded["input_ids"]), learned
+        return [_encode_marked(document, tokenizer)]
+    turns = _turns(document, tokenizer, _tail(tokenizer, template, len(tokenizer)))
+    return [_encode_spans(text, spans, tokenizer) for text, spans in _joined(turns)]
 
 
-def _template(tokenizer: "PreTrainedTokenizerBase") -> str:
+def _template(document: ChatDocument, tokenizer: "PreTrainedTokenizerBase") -> str:
     try:
-        template: str = tokenizer.get_chat_template()
+        return str(tokenizer.get_chat_template(tools=[dict(tool) for tool in document.tools] or None))
     except ValueError as error:
         raise TokenizerError(
             "the data has conversations, and the tokenizer has no chat template; use a model made for chat, or set "
             "tokenizer.chat_template (file chat_template.jinja beside tokenizer.json)"
         ) from error
-    return template
 
 
-def _assistant_spans(text: str, document: ChatDocument, tokenizer: "PreTrainedTokenizerBase") -> list[tuple[int, int]]:
-    """Where the assistant's turns are in the rendered conversation: from after the prompt to the turn's end token."""
-    specials = tuple(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
-    spans = []
+def _encode_marked(document: ChatDocument, tokenizer: "PreTrainedTokenizerBase") -> Example:
+    """One example, in which the template itself marks the answers."""
+    _render(document, len(document.messages), tokenizer)  # its errors are ours
+    encoded: Any = tokenizer.apply_chat_template(
+        [dict(message) for message in document.messages],
+        tools=[dict(tool) for tool in document.tools] or None,
+        return_assistant_tokens_mask=True,
+        return_dict=True,
+    )
+    ids = list(encoded["input_ids"])
+    learned = [bool(mark) for mark in encoded["assistant_masks"]]
+    # Many templates mark what is said, and leave the token out that ends the turn: generation has to write it, too.
+    ends = {*end_of_turn_tokens(tokenizer), tokenizer.eos_token_id}
+    for index in range(1, len(ids)):
+        if learned[index - 1] and ids[index] in ends and ids[index - 1] not in ends:
+            learned[index] = True
+    return ids, learned
+
+
+def _turns(document: ChatDocument, tokenizer: "PreTrainedTokenizerBase", tail: "re.Pattern[str] | None") -> list[_Turn]:
+    turns = []
     for index, message in enumerate(document.messages):
         if message["role"] != "assistant":
             continue
@@ -72,33 +103,108 @@ def _assistant_spans(text: str, document: ChatDocument, tokenizer: "PreTrainedTo
                 f"{document.origin} starts with the assistant, and this chat template has no prompt for that; remove "
                 f"its first message, or {MARK_TURNS}"
             )
-        before = str(
-            _render(tokenizer, document.messages[:index], document.origin, tokenize=False, add_generation_prompt=True)
-        )
-        through = str(_render(tokenizer, document.messages[: index + 1], document.origin, tokenize=False))
-        if not through.startswith(before) or not text.startswith(through):
-            raise TokenizerError(
-                f"{document.origin}, message {index + 1}: the chat template writes a turn differently once the "
-                f"conversation goes on, so that the assistant's part can't be told; {MARK_TURNS}"
-            )
-        end = len(through)
-        stripped = through.rstrip()
-        if specials and stripped.endswith(specials):  # generation stops there, and never writes the line break after it
-            end = len(stripped)
-        spans.append((len(before), end))
-    return spans
+        prompt = _render(document, index, tokenizer, prompt=True)
+        through = _render(document, index + 1, tokenizer)
+        if through.startswith(prompt):
+            answer = through[len(prompt) :]
+        else:
+            answer = _answer_after(prompt, through, document, index)
+        turns.append(_Turn(prompt=prompt, answer=answer, size=_size(answer, tail)))
+    return turns
 
 
-def _render(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, Any]], origin: str, **options: Any
-) -> Any:
-    from jinja2 import TemplateError
+@lru_cache(maxsize=4)
+def _tail(tokenizer: "PreTrainedTokenizerBase", template: str, size: int) -> "re.Pattern[str] | None":
+    """Matches what templates write after an answer: its end token, then white space and perhaps another token.
 
-    if options.get("tokenize", True):
-        options["return_dict"] = True
+    Args:
+        tokenizer: The tokenizer.
+        template: Its template, and
+        size: its size, which tell whether it is still the one that was asked about before.
+    """
+    ends = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    ends |= {str(tokenizer.convert_ids_to_tokens(token)) for token in end_of_turn_tokens(tokenizer, template)}
+    tokens = "|".join(re.escape(token) for token in sorted(ends, key=len, reverse=True) if token.strip())
+    return re.compile(rf"(?P<end>{tokens})(?:\s|{tokens})*\Z") if tokens else None
+
+
+def _size(answer: str, tail: "re.Pattern[str] | None") -> int:
+    """Characters of an answer through the token that ends it; all if there is none."""
+    found = tail.search(answer) if tail is not None else None
+    return len(answer) if found is None else found.end("end")
+
+
+def _answer_after(prompt: str, through: str, document: ChatDocument, index: int) -> str:
+    """The answer where the template writes what comes before it differently once it is there.
+
+    It follows the last message before it, and what the template puts between the two.
+    """
+    asked, said = (_content(document, place) for place in (index - 1, index))
+    at = prompt.rfind(asked) if asked else -1
+    if at >= 0:
+        end_of_prompt, limit = prompt[at:], len(through)
+        while (found := through.rfind(end_of_prompt, 0, limit)) >= 0:
+            answer = through[found + len(end_of_prompt) :]
+            if said in answer:
+                return answer
+            limit = found + len(end_of_prompt) - 1
+    raise TokenizerError(
+        f"{document.origin}, message {index + 1}: the prompt that the chat template writes for an answer "
+        f"(...{prompt[-24:]!r}) isn't what comes before the answer in the conversation, so that the assistant's part "
+        f"can't be told; {MARK_TURNS}"
+    )
+
+
+def _content(document: ChatDocument, index: int) -> str:
+    return str(document.messages[index].get("content") or "").strip()
+
+
+def _joined(turns: Sequence[_Turn]) -> list[tuple[str, list[Span]]]:
+    """Texts with the parts that are learned; an answer is in the text of the one before where its prompt goes on."""
+    texts: list[tuple[str, list[Span]]] = []
+    for turn in turns:
+        start = len(turn.prompt)
+        span, text = (start, start + turn.size), turn.prompt + turn.answer
+        if texts and turn.prompt.startswith(texts[-1][0][: texts[-1][1][-1][1]]):
+            texts[-1] = (text, [*texts[-1][1], span])
+        else:
+            texts.append((text, [span]))
+    return texts
+
+
+def _encode_spans(text: str, spans: Sequence[Span], tokenizer: "PreTrainedTokenizerBase") -> Example:
+    """Token ids of a text, of which those within the spans are learned."""
+    ids, offsets = _encode(text, tokenizer)
+    # Where a token would reach from a prompt into its answer, generation sees the prompt's tokens alone.
+    cuts = [first for first, _ in spans if any(start < first < end for start, end in offsets)]
+    if cuts:
+        ids, offsets = [], []
+        for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
+            piece_ids, piece_offsets = _encode(text[start:end], tokenizer)
+            ids += piece_ids
+            offsets += [(start + first, start + last) for first, last in piece_offsets]
+    # Some tokenizers leave spaces out of offsets: a lone space before a turn then has an empty one that starts where
+    # the turn does, and isn't of it.
+    learned = [any(first <= start and first < end <= last for first, last in spans) for start, end in offsets]
+    return ids, learned
+
+
+def _encode(text: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[Span]]:
+    encoded = tokenizer(
+        text, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True, verbose=False
+    )
+    return list(encoded["input_ids"]), list(encoded["offset_mapping"])
+
+
+def _render(document: ChatDocument, count: int, tokenizer: "PreTrainedTokenizerBase", *, prompt: bool = False) -> str:
+    """The conversation's first messages, as its prompt for an answer or as they stand."""
     try:
-        return tokenizer.apply_chat_template([dict(message) for message in messages], **options)
-    except TemplateError as error:
-        raise InvalidArgumentError(
-            f"the tokenizer's chat template refuses {origin}: {error}; correct or remove this conversation"
-        ) from error
+        return render(
+            tokenizer,
+            document.messages[:count],
+            tools=[dict(tool) for tool in document.tools] or None,
+            add_generation_prompt=prompt,
+            name=document.origin,
+        )
+    except PromptError as error:
+        raise InvalidArgumentError(str(error)) from error

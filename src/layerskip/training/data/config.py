@@ -13,13 +13,13 @@ class DataConfig:
     """What to train on, and what to keep for evaluation."""
 
     data: tuple[str, ...] = ()
-    """python-stdlib, a text file, a folder of sources, a .jsonl file, or a data set (owner/name, owner/name:split)."""
+    """python-stdlib, a text file, a folder of sources, records (.jsonl .json .csv .parquet), owner/name[:split]."""
     sequence_length: int = 256
     """Tokens in a block."""
     held_out: float = 0.02
     """Share of files kept out of training, for evaluation (chosen by a hash of their content)."""
     text_field: str | None = None
-    """Field of a record with its text; if not given: text, content, prompt + completion, or messages."""
+    """Field of a record with its text; if not given: messages, conversations, instruction, text, prompt, question."""
     suffixes: tuple[str, ...] = ()
     """Which files of a folder are read, such as .py .md; the usual suffixes of sources and texts if not given."""
     streaming: bool = False

@@ -1,7 +1,7 @@
 """Sources -> blocks to train on and blocks that are held out."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
@@ -10,10 +10,10 @@ import numpy as np
 from layerskip.errors import InvalidArgumentError
 from layerskip.training.data.block_datasets import BlockDataset, BlockStream
 from layerskip.training.data.config import DataConfig
-from layerskip.training.data.documents import Document, TextDocument
 from layerskip.training.data.encode import BATCH_DOCUMENTS, encode_documents
-from layerskip.training.data.packing import Block, pack
-from layerskip.training.data.sources import open_source, read_documents
+from layerskip.training.data.packing import Block, LongExamples, pack
+from layerskip.training.data.reading.documents import Document, TextDocument
+from layerskip.training.data.reading.sources import open_source, read_documents
 from layerskip.training.data.split import Split, choose_split
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ class Corpus:
     """Tokens in the blocks to train on, padding aside; None with streaming."""
     num_held_out_tokens: int
     """Tokens in the blocks held out, padding aside."""
+    count_long_examples: Callable[[], LongExamples] = LongExamples
+    """How many examples don't fit into a block; with streaming, of what has been read so far to train on."""
 
 
 def load_corpus(
@@ -84,11 +86,13 @@ def _load(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", on_progress:
                 on_progress(num_done, num_parts)
             yield part
 
-    train = list(_blocks(reported(train_side, 0), config, tokenizer))
-    held_out = list(_blocks(reported(held_out_side, len(train_side)), config, tokenizer, keep_text=True))
+    long_examples = LongExamples()
+    train = list(_blocks(reported(train_side, 0), config, tokenizer, long_examples))
+    ends = reported(held_out_side, len(train_side))
+    held_out = list(_blocks(ends, config, tokenizer, long_examples, keep_text=True))
     on_progress(num_parts, num_parts)
     if not train:
-        raise _too_small(config)
+        raise _too_small(config, long_examples)
     # Spread over all that is held out: its first blocks may be all of one kind.
     chosen = np.linspace(0, len(held_out) - 1, min(len(held_out), _most_blocks(config))).round().astype(int)
     held_out = [held_out[index] for index in chosen]
@@ -99,6 +103,7 @@ def _load(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", on_progress:
         num_held_out_documents=len(held_out_side),
         num_train_tokens=sum(block.num_tokens for block in train),
         num_held_out_tokens=sum(block.num_tokens for block in held_out),
+        count_long_examples=lambda: long_examples,
     )
 
 
@@ -113,11 +118,11 @@ def _stream(config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> Corpus:
             num_held_out += 1
             yield document
 
-    blocks = _blocks(counted(), config, tokenizer, keep_text=True) if split.share else iter(())
+    blocks = _blocks(counted(), config, tokenizer, LongExamples(), keep_text=True) if split.share else iter(())
     held_out = list(islice(blocks, _most_blocks(config)))
     one_pass = _TrainingPass(config=config, tokenizer=tokenizer, split=split)
     if next(iter(one_pass()), None) is None:
-        raise _too_small(config)
+        raise _too_small(config, one_pass.long_examples())
     return Corpus(
         train=BlockStream(one_pass, with_positions=_has_examples(config)),
         held_out=BlockDataset.from_blocks(held_out, config.sequence_length),
@@ -125,6 +130,7 @@ def _stream(config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> Corpus:
         num_held_out_documents=num_held_out,
         num_train_tokens=None,
         num_held_out_tokens=sum(block.num_tokens for block in held_out),
+        count_long_examples=one_pass.long_examples,
     )
 
 
@@ -145,9 +151,17 @@ class _TrainingPass:
     config: DataConfig
     tokenizer: "PreTrainedTokenizerBase"
     split: Split
+    _counts: list[LongExamples] = field(default_factory=lambda: [LongExamples()])
+    """Of the pass that has read most so far, and of the present one."""
 
     def __call__(self) -> Iterator[Block]:
-        return _blocks(_side(_Documents(self.config), self.split, held_out=False), self.config, self.tokenizer)
+        self._counts[:] = [self.long_examples(), LongExamples()]
+        documents = _side(_Documents(self.config), self.split, held_out=False)
+        return _blocks(documents, self.config, self.tokenizer, self._counts[-1])
+
+    def long_examples(self) -> LongExamples:
+        """Counts of the pass that has read most so far."""
+        return max(self._counts, key=lambda counts: counts.num_examples)
 
 
 def _choose_split(documents: Iterable[Document], config: DataConfig) -> Split:
@@ -167,12 +181,14 @@ def _blocks(
     documents: Iterable[Document],
     config: DataConfig,
     tokenizer: "PreTrainedTokenizerBase",
+    long_examples: LongExamples,
     *,
     keep_text: bool = False,
 ) -> Iterator[Block]:
     # Whatever the padding is: it comes last, isn't learned, and is an example of its own.
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
-    return pack(encode_documents(documents, tokenizer), config.sequence_length, pad, keep_text=keep_text)
+    encoded = encode_documents(documents, tokenizer)
+    return pack(encoded, config.sequence_length, pad, keep_text=keep_text, long_examples=long_examples)
 
 
 def _has_examples(config: DataConfig) -> bool:
@@ -185,7 +201,12 @@ def _most_blocks(config: DataConfig) -> int:
     return max(1, config.eval_tokens // config.sequence_length)
 
 
-def _too_small(config: DataConfig) -> InvalidArgumentError:
+def _too_small(config: DataConfig, long_examples: LongExamples) -> InvalidArgumentError:
+    if long_examples.num_left_out:
+        return InvalidArgumentError(
+            f"{', '.join(config.data)}: nothing is left to train on: {long_examples.describe(config.sequence_length)}; "
+            f"raise sequence_length to {long_examples.longest} to keep all of them"
+        )
     return InvalidArgumentError(
         f"{', '.join(config.data)}: too little to train on for one block of {config.sequence_length} tokens; add data, "
         "or lower sequence_length or held_out"

@@ -6,7 +6,13 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from layerskip.training.data.chat import encode_chat
-from layerskip.training.data.documents import ChatDocument, CompletionDocument, Document, TextDocument
+from layerskip.training.data.reading.documents import (
+    ChatDocument,
+    CompletionDocument,
+    Document,
+    InstructionDocument,
+    TextDocument,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,13 +29,15 @@ class EncodedDocument:
     ids: list[int]
     learned: list[bool] | None = None
     """Whether each token counts in the loss; None for a plain text, where all do."""
+    origin: str = ""
+    """Of the document, for messages about an example."""
 
 
-def encode_document(document: Document, tokenizer: "PreTrainedTokenizerBase") -> EncodedDocument:
+def encode_document(document: Document, tokenizer: "PreTrainedTokenizerBase") -> list[EncodedDocument]:
     """Token ids of one document, with the tokens of beginning and end where the tokenizer has them, each once.
 
     Of a prompt and its completion, the completion and the end are learned; of a conversation, what the assistant says
-    and the token that ends its turn.
+    and the token that ends its turn. A conversation can be several, see `encode_chat`.
 
     Raises:
         TokenizerError: A conversation, and the tokenizer has no chat template or one that hides the assistant's turns.
@@ -37,12 +45,14 @@ def encode_document(document: Document, tokenizer: "PreTrainedTokenizerBase") ->
     """
     match document:
         case TextDocument():
-            return _encode_texts([document], tokenizer)[0]
+            return _encode_texts([document], tokenizer)
         case CompletionDocument():
-            return _encode_completion(document, tokenizer)
+            return [_encode_completion(document, tokenizer)]
+        case InstructionDocument():
+            return encode_document(document.conversation if tokenizer.chat_template else document.completion, tokenizer)
         case ChatDocument():
-            ids, learned = encode_chat(document, tokenizer)
-            return EncodedDocument(ids=ids, learned=learned)
+            examples = encode_chat(document, tokenizer)
+            return [EncodedDocument(ids=ids, learned=learned, origin=document.origin) for ids, learned in examples]
 
 
 def encode_documents(documents: Iterable[Document], tokenizer: "PreTrainedTokenizerBase") -> Iterator[EncodedDocument]:
@@ -51,7 +61,10 @@ def encode_documents(documents: Iterable[Document], tokenizer: "PreTrainedTokeni
     while batch := list(islice(remaining, BATCH_DOCUMENTS)):
         texts = iter(_encode_texts([document for document in batch if isinstance(document, TextDocument)], tokenizer))
         for document in batch:
-            yield next(texts) if isinstance(document, TextDocument) else encode_document(document, tokenizer)
+            if isinstance(document, TextDocument):
+                yield next(texts)
+            else:
+                yield from encode_document(document, tokenizer)
 
 
 def _encode_texts(documents: list[TextDocument], tokenizer: "PreTrainedTokenizerBase") -> list[EncodedDocument]:
@@ -72,7 +85,8 @@ def _encode_completion(document: CompletionDocument, tokenizer: "PreTrainedToken
         completion = both[len(prompt) :]
     given = [*_start(prompt or completion, tokenizer), *prompt]
     learned = [*completion, *_end(completion, tokenizer)]
-    return EncodedDocument(ids=given + learned, learned=[False] * len(given) + [True] * len(learned))
+    marks = [False] * len(given) + [True] * len(learned)
+    return EncodedDocument(ids=given + learned, learned=marks, origin=document.origin)
 
 
 def _start(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[int]:

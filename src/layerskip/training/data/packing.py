@@ -33,11 +33,56 @@ class Block:
     """Tokens that aren't padding."""
 
 
+@dataclass(kw_only=True)
+class LongExamples:
+    """How many examples don't fit into a block."""
+
+    num_examples: int = 0
+    """Examples in which something is learned."""
+    num_cut: int = 0
+    """Those of which the end isn't learned."""
+    num_left_out: int = 0
+    """Those of which nothing is: the prompt alone fills a block."""
+    longest: int = 0
+    """Tokens that the longest example needs."""
+    longest_origin: str = ""
+
+    def add(self, document: EncodedDocument, learned: np.ndarray[Any, np.dtype[np.bool_]], length: int) -> None:
+        """Count an example; `learned` are the marks of all its tokens."""
+        if not learned.any():
+            return
+        self.num_examples += 1
+        size = int(np.flatnonzero(learned)[-1]) + 1
+        if size > self.longest:
+            self.longest, self.longest_origin = size, document.origin
+        if size > length:
+            self.num_cut += bool(learned[:length].any())
+            self.num_left_out += not learned[:length].any()
+
+    def describe(self, length: int) -> str | None:
+        """One sentence on the examples that don't fit into blocks of this length; None if all do."""
+        if not self.num_cut + self.num_left_out:
+            return None
+        return (
+            f"{self.num_cut + self.num_left_out} of {self.num_examples} examples are longer than sequence_length "
+            f"({length} tokens): {self.num_cut} lose their end, {self.num_left_out} are left out; "
+            f"the longest, {self.longest_origin}, needs {self.longest}"
+        )
+
+
 class Packer:
     """Packs documents in their order; texts and examples never share a block."""
 
-    def __init__(self, length: int, pad_token_id: int) -> None:
+    def __init__(self, length: int, pad_token_id: int, long_examples: LongExamples | None = None) -> None:
+        """Start with an empty block.
+
+        Args:
+            length: Tokens in a block.
+            pad_token_id: Fills what no example does.
+            long_examples: Counts examples that are longer than a block.
+        """
         self._length = length
+        self._long_examples = LongExamples() if long_examples is None else long_examples
         self._pad = pad_token_id
         self._text = array("i")
         self._examples: list[Ids] = []
@@ -48,7 +93,7 @@ class Packer:
         if document.learned is None:
             yield from self._add_text(document.ids)
         else:
-            yield from self._add_example(document.ids, document.learned)
+            yield from self._add_example(document, np.array(document.learned, dtype=bool))
 
     def finish(self, *, keep_text: bool = False) -> Iterator[Block]:
         """Yield the last block of examples, if there is one, and drop the text that doesn't fill a block.
@@ -71,10 +116,11 @@ class Packer:
             yield Block(ids=np.array(cut, dtype=np.int32), num_tokens=self._length)
         del self._text[: num_full * self._length]
 
-    def _add_example(self, ids: list[int], learned: list[bool]) -> Iterator[Block]:
-        tokens = np.array(ids[: self._length], dtype=np.int32)
-        labels = np.where(np.array(learned[: self._length], dtype=bool), tokens, np.int32(IGNORED))
-        labels[:1] = IGNORED  # else the example before would predict it
+    def _add_example(self, document: EncodedDocument, learned: np.ndarray[Any, np.dtype[np.bool_]]) -> Iterator[Block]:
+        learned[:1] = False  # else the example before would predict it
+        self._long_examples.add(document, learned, self._length)
+        tokens = np.array(document.ids[: self._length], dtype=np.int32)
+        labels = np.where(learned[: self._length], tokens, np.int32(IGNORED))
         if not (labels != IGNORED).any():
             return
         if sum(map(len, self._examples)) + len(tokens) > self._length:
@@ -99,7 +145,12 @@ class Packer:
 
 
 def pack(
-    documents: Iterable[EncodedDocument], length: int, pad_token_id: int, *, keep_text: bool = False
+    documents: Iterable[EncodedDocument],
+    length: int,
+    pad_token_id: int,
+    *,
+    keep_text: bool = False,
+    long_examples: LongExamples | None = None,
 ) -> Iterator[Block]:
     """Blocks of all documents.
 
@@ -108,7 +159,8 @@ def pack(
         length: Tokens in a block.
         pad_token_id: Fills what no example does.
         keep_text: Pad the last text instead of dropping it.
+        long_examples: Counts examples that are longer than a block.
     """
-    packer = Packer(length, pad_token_id)
+    packer = Packer(length, pad_token_id, long_examples)
     yield from chain.from_iterable(map(packer.add, documents))
     yield from packer.finish(keep_text=keep_text)

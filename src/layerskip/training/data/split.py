@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from math import nextafter
 
 from layerskip.errors import InvalidArgumentError
-from layerskip.training.data.documents import HASH_BYTES, Document, TextDocument
+from layerskip.training.data.reading.documents import HASH_BYTES, Document, TextDocument
 
 
 def is_held_out(document: Document, share: float) -> bool:

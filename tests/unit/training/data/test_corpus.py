@@ -12,7 +12,7 @@ from layerskip.errors import InvalidArgumentError, TokenizerError
 from layerskip.training.data.block_datasets import BlockDataset, BlockStream
 from layerskip.training.data.config import DataConfig
 from layerskip.training.data.corpus import Corpus, corpus_texts, load_corpus
-from layerskip.training.data.sources import read_documents
+from layerskip.training.data.reading.sources import read_documents
 from layerskip.training.data.split import is_held_out
 
 CHAT_TEMPLATE = (
@@ -199,3 +199,33 @@ def test_progress_counts_documents(tokenizer: Any, write_jsonl: Any) -> None:
     assert [done for done, _ in calls] == sorted({done for done, _ in calls})
     assert {total for _, total in calls} == {200}
     assert len(calls) > 2
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_examples_longer_than_a_block_are_counted(tokenizer: Any, write_jsonl: Any, streaming: bool) -> None:
+    records = [
+        *pairs(20),
+        {"prompt": "the old " * 40, "completion": "cat"},
+        {"prompt": "a", "completion": "boat " * 40},
+    ]
+    corpus = load(tokenizer, write_jsonl(*records), held_out=0, sequence_length=32, streaming=streaming)
+    if streaming:  # as it is read, however often
+        assert isinstance(corpus.train, BlockStream)
+        list(islice(corpus.train, 40))
+    counts = corpus.count_long_examples()
+    assert (counts.num_examples, counts.num_cut, counts.num_left_out) == (22, 1, 1)
+    assert counts.longest_origin.endswith("line 21, prompt")
+    assert len(load(tokenizer, write_jsonl(records[20]), held_out=0, sequence_length=counts.longest).train) == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_all_examples_longer_than_a_block(tokenizer: Any, write_jsonl: Any, streaming: bool) -> None:
+    path = write_jsonl(*({"prompt": "the old cat " * size, "completion": "x"} for size in (30, 60)))
+    with pytest.raises(InvalidArgumentError) as caught:
+        load(tokenizer, path, held_out=0, sequence_length=16, streaming=streaming)
+    needed = load(tokenizer, path, held_out=0, sequence_length=500).count_long_examples().longest
+    assert str(caught.value) == (
+        f"{path}: nothing is left to train on: 2 of 2 examples are longer than sequence_length (16 tokens): 0 lose "
+        f"their end, 2 are left out; the longest, {path}, line 2, prompt, needs {needed}; raise sequence_length to "
+        f"{needed} to keep all of them"
+    )

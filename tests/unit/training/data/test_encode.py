@@ -6,8 +6,9 @@ import pytest
 
 from layerskip.errors import InvalidArgumentError, TokenizerError
 from layerskip.training.data import encode
-from layerskip.training.data.documents import ChatDocument, CompletionDocument, Document, TextDocument
-from layerskip.training.data.encode import EncodedDocument, encode_document, encode_documents
+from layerskip.training.data.encode import EncodedDocument, encode_documents
+from layerskip.training.data.encode import encode_document as encode_all
+from layerskip.training.data.reading.documents import ChatDocument, CompletionDocument, Document, TextDocument
 from layerskip.training.data.tokenizer import train_tokenizer
 
 CHATML = (
@@ -45,6 +46,12 @@ def chat(*turns: tuple[str, str]) -> ChatDocument:
 
 
 TWO_TURNS = chat(("user", "the cat"), ("assistant", " old boats\n\n"), ("user", "man"), ("assistant", "two\nnine"))
+
+
+def encode_document(document: Document, tokenizer: Any) -> EncodedDocument:
+    """The one example of a document."""
+    (encoded,) = encode_all(document, tokenizer)
+    return encoded
 
 
 def learned_text(encoded: EncodedDocument, tokenizer: Any) -> list[str]:
@@ -160,8 +167,13 @@ def test_marked_templates_take_conversations_that_start_with_the_assistant(token
 
 def test_a_template_that_rewrites_earlier_turns(tokenizer: Any) -> None:
     tokenizer.chat_template = FORGETFUL
-    with pytest.raises(TokenizerError, match=r"a\.jsonl, line 1, message 2: .*writes a turn differently.*generation %"):
-        encode_document(TWO_TURNS, tokenizer)
+    first, second = encode_all(TWO_TURNS, tokenizer)
+    assert tokenizer.decode(first.ids) == "[user](thinks)the cat</s>[assistant](thinks) old boats\n\n</s>"
+    assert learned_text(first, tokenizer) == ["(thinks) old boats\n\n</s>"]
+    assert tokenizer.decode(second.ids) == (
+        "[user]the cat</s>[assistant] old boats\n\n</s>[user](thinks)man</s>[assistant](thinks)two\nnine</s>"
+    )
+    assert learned_text(second, tokenizer) == ["(thinks)two\nnine</s>"]
 
 
 def test_no_chat_template(tokenizer: Any) -> None:
@@ -171,7 +183,7 @@ def test_no_chat_template(tokenizer: Any) -> None:
 
 def test_a_template_that_refuses_a_conversation(tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(InvalidArgumentError, match=r"refuses a\.jsonl, line 1: roles must alternate"):
+    with pytest.raises(InvalidArgumentError, match=r"can't be applied to a\.jsonl, line 1: roles must alternate"):
         encode_document(TWO_TURNS, tokenizer)
 
 

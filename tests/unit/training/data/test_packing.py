@@ -10,7 +10,7 @@ import torch
 from layerskip.errors import InvalidArgumentError
 from layerskip.training.data.block_datasets import BlockDataset, BlockStream
 from layerskip.training.data.encode import EncodedDocument
-from layerskip.training.data.packing import IGNORED, Block, Packer, pack
+from layerskip.training.data.packing import IGNORED, Block, LongExamples, Packer, pack
 
 PAD = 2
 
@@ -67,6 +67,24 @@ def test_long_examples_lose_their_end_and_may_have_nothing_left() -> None:
     assert rows(blocks) == [[5, 6, 7, 8], [17, 18, PAD, PAD]]
     assert blocks[0].labels is not None
     assert blocks[0].labels.tolist() == [IGNORED, IGNORED, 7, 8]
+
+
+def test_long_examples_are_counted() -> None:
+    counts = LongExamples()
+    long = EncodedDocument(ids=[1] * 9, learned=[False] * 2 + [True] * 6 + [False], origin="a.jsonl, line 2")
+    only_an_end_that_is_not_learned = EncodedDocument(ids=[1] * 6, learned=[False, True, True, True, False, False])
+    documents = [text(*range(9)), example([1, 2]), long, example([1] * 5, 4), only_an_end_that_is_not_learned]
+    list(pack(documents, 4, PAD, long_examples=counts))
+    assert counts == LongExamples(
+        num_examples=4, num_cut=1, num_left_out=1, longest=8, longest_origin="a.jsonl, line 2"
+    )
+    assert counts.describe(4) == (
+        "2 of 4 examples are longer than sequence_length (4 tokens): 1 lose their end, 1 are left out; the longest, "
+        "a.jsonl, line 2, needs 8"
+    )
+    counts = LongExamples()
+    list(pack(documents, 8, PAD, long_examples=counts))
+    assert (counts.num_cut, counts.num_left_out, counts.describe(8)) == (0, 0, None)
 
 
 def test_texts_and_examples_never_share_a_block() -> None:

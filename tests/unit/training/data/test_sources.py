@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from layerskip.errors import InvalidArgumentError
-from layerskip.training.data import sources
 from layerskip.training.data.config import DataConfig
-from layerskip.training.data.documents import ChatDocument, CompletionDocument, Document, TextDocument
-from layerskip.training.data.sources import read_documents
+from layerskip.training.data.reading import sources
+from layerskip.training.data.reading.documents import ChatDocument, CompletionDocument, Document, TextDocument
+from layerskip.training.data.reading.sources import read_documents
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
@@ -161,7 +161,7 @@ def test_records_with_nothing_to_learn_are_left_out(tmp_path: Path, write_jsonl:
     [
         ("{broken", {}, r"data\.jsonl, line 2 is not JSON"),
         ("[1]", {}, "line 2 must be a JSON object with fields, got a list"),
-        ('{"a": 1, "b": 2}', {}, r"line 2 has the fields 'a', 'b', and none of text, .*text_field"),
+        ('{"a": 1, "b": 2}', {}, r"line 2 has the fields 'a', 'b', and none of messages, .*text_field"),
         ("{}", {}, "line 2 has no fields"),
         ('{"prompt": "x"}', {}, "line 2 has the fields 'prompt', and none of"),
         ('{"text": "x"}', {"text_field": "code"}, "line 1 has no field 'code'; it has the fields 'text'"),

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from layerskip.errors import InvalidArgumentError
-from layerskip.training.data.documents import ChatDocument, CompletionDocument, Document, TextDocument
+from layerskip.training.data.reading.documents import ChatDocument, CompletionDocument, Document, TextDocument
 from layerskip.training.data.split import Split, choose_split, cut_tail, is_held_out
 
 HELD_OUT_AT_2_PERCENT = "text 66"  # the side of a text must never change: results of old runs would be wrong

@@ -6,17 +6,19 @@ from pathlib import Path
 
 from layerskip.errors import InvalidArgumentError
 from layerskip.training.data.config import DataConfig
-from layerskip.training.data.documents import Document
-from layerskip.training.data.files import JSON_LINES, STDLIB, SUFFIXES, read_file, read_folder, read_stdlib
-from layerskip.training.data.records import read_record
+from layerskip.training.data.reading.conversations import without_nulls
+from layerskip.training.data.reading.documents import Document
+from layerskip.training.data.reading.files import STDLIB, SUFFIXES, read_file, read_folder, read_stdlib
+from layerskip.training.data.reading.record_files import RECORD_SUFFIXES
+from layerskip.training.data.reading.records import read_record
 
 Reader = Callable[[], Iterator[Document]]
 KINDS = (
-    f"{STDLIB}, {STDLIB}:all, a text file, a .jsonl file, a folder, or a data set of the Hugging Face hub "
-    "(owner/name, owner/name:split, owner/name/config:split)"
+    f"{STDLIB}, {STDLIB}:all, a text file, a file of records (.jsonl, .json, .csv, .parquet), a folder, or a data set "
+    "of the Hugging Face hub (owner/name, owner/name:split, owner/name/config:split)"
 )
 HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]%:+-]+))?")
-DATA_SUFFIXES = frozenset({JSON_LINES, ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zip"})
+DATA_SUFFIXES = RECORD_SUFFIXES | {".gz", ".zip"}
 
 
 def read_documents(config: DataConfig) -> Iterator[Document]:
@@ -78,7 +80,7 @@ def _read_hub(name: str, configuration: str | None, split: str, config: DataConf
     try:
         dataset = load_dataset(name, configuration, split=split, streaming=config.streaming)
         for number, record in enumerate(dataset, 1):
-            yield from read_record(record, config.text_field, f"{name}:{split}, record {number}")
+            yield from read_record(without_nulls(record), config.text_field, f"{name}:{split}, record {number}")
     except InvalidArgumentError:
         raise
     except Exception as error:  # datasets raises nearly anything here, from ValueError to those of its HTTP library

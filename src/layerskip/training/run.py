@@ -30,6 +30,7 @@ from layerskip.training.data.block_datasets import BlockDataset
 from layerskip.training.data.corpus import Corpus, load_corpus
 from layerskip.training.data.packing import LongExamples
 from layerskip.training.run_folder import claim, dtype_to_save, save_final, save_result, save_tokenizer
+from layerskip.training.saved_config import add_end_of_turn
 from layerskip.training.starting_point import StartingPoint, make_starting_point
 from layerskip.training.trainer import LayerSkipTrainer
 from layerskip.training.trainer_arguments import make_arguments
@@ -99,6 +100,8 @@ def train(
         point = make_starting_point(config, tokenizer_folder=output)
         if arguments.should_save:
             save_tokenizer(point.tokenizer, output)
+    if point.left_out:
+        say(f"left out of generation_config.json, not being valid there: {', '.join(point.left_out)}")
     say("reading the data")
     corpus = load_corpus(config.data, point.tokenizer)
     if (too_long := corpus.count_long_examples().describe(config.data.sequence_length)) and not config.data.streaming:
@@ -191,4 +194,6 @@ def _make_trainer(
         data_collator=torch.utils.data.default_collate,
     )
     trainer.remove_callback(PrinterCallback)
+    if corpus.has_conversations:
+        add_end_of_turn(trainer.recipe.model, point.tokenizer)
     return trainer

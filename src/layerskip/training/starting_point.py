@@ -13,6 +13,7 @@ from layerskip.errors import CheckpointError, InvalidArgumentError, TokenizerErr
 from layerskip.training.config import StartConfig, TrainingConfig
 from layerskip.training.data.corpus import corpus_texts
 from layerskip.training.data.tokenizer import train_tokenizer
+from layerskip.training.saved_config import generation_settings, settle_generation_config
 from layerskip.training.sizes import SIZES
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ class StartingPoint:
     tokenizer: "PreTrainedTokenizerBase"
     dtype: torch.dtype = torch.float32
     """Type of the weights that were loaded."""
+    left_out: tuple[str, ...] = ()
+    """Settings of generation that the model came with and that can't be saved."""
 
 
 def make_starting_point(config: TrainingConfig, *, tokenizer_folder: Path) -> StartingPoint:
@@ -45,12 +48,7 @@ def make_starting_point(config: TrainingConfig, *, tokenizer_folder: Path) -> St
     start = config.start
     if start.model is not None:
         checkpoint = open_checkpoint(start.model, revision=start.revision)
-        own = checkpoint.raw_config.get("dtype") or checkpoint.raw_config.get("torch_dtype")
-        point = StartingPoint(
-            model=load_transformers_model(checkpoint, torch.float32),
-            tokenizer=checkpoint.tokenizer,
-            dtype=DTYPES.get(str(own), torch.float32),
-        )
+        point = _trained(checkpoint)
     elif start.config is not None:
         point = _from_scratch(config, tokenizer_folder)
     else:
@@ -60,6 +58,19 @@ def make_starting_point(config: TrainingConfig, *, tokenizer_folder: Path) -> St
         )
     _check_fit(point, config)
     return _with_adapters(point, start) if start.lora_rank is not None else point
+
+
+def _trained(checkpoint: Checkpoint) -> StartingPoint:
+    """A checkpoint's model and tokenizer."""
+    raw = checkpoint.raw_config
+    own = raw.get("dtype") or raw.get("torch_dtype")
+    generation, left_out = settle_generation_config(generation_settings(checkpoint.generation_config, raw))
+    return StartingPoint(
+        model=load_transformers_model(checkpoint, torch.float32, generation),
+        tokenizer=checkpoint.tokenizer,
+        dtype=DTYPES.get(str(own), torch.float32),
+        left_out=tuple(left_out),
+    )
 
 
 def _from_scratch(config: TrainingConfig, tokenizer_folder: Path) -> StartingPoint:

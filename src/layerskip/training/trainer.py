@@ -25,6 +25,7 @@ from layerskip.evaluation.speedup import IdealSpeedup, ideal_speedup
 from layerskip.training.checkpoints import STAGING, delete, list_checkpoints, move_into_place, writing
 from layerskip.training.config import LayerSkipConfig
 from layerskip.training.recipe import LayerSkipRecipe
+from layerskip.training.saved_config import make_saveable
 
 
 class LayerSkipTrainer(Trainer):
@@ -50,6 +51,7 @@ class LayerSkipTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         assert self.model is not None
         self.recipe = LayerSkipRecipe(self.model, layerskip, seed=self.args.seed)
+        make_saveable(self.recipe.model)
         self.recipe.model.config.layerskip = {**asdict(layerskip), "rotation": self.recipe.rotation}
         self.exit_qualities: list[ExitQuality] = []
         """Of the last evaluation."""

@@ -12,7 +12,7 @@ from layerskip.training.data.block_datasets import BlockDataset, BlockStream
 from layerskip.training.data.config import DataConfig
 from layerskip.training.data.encode import BATCH_DOCUMENTS, encode_documents
 from layerskip.training.data.packing import Block, LongExamples, pack
-from layerskip.training.data.reading.documents import Document, TextDocument
+from layerskip.training.data.reading.documents import ChatDocument, Document, InstructionDocument, TextDocument
 from layerskip.training.data.reading.sources import open_source, read_documents
 from layerskip.training.data.split import Split, choose_split
 
@@ -37,6 +37,8 @@ class Corpus:
     """Tokens in the blocks to train on, padding aside; None with streaming."""
     num_held_out_tokens: int
     """Tokens in the blocks held out, padding aside."""
+    has_conversations: bool = False
+    """Whether turns of a conversation are learned; with streaming, whether a source begins with one."""
     count_long_examples: Callable[[], LongExamples] = LongExamples
     """How many examples don't fit into a block; with streaming, of what has been read so far to train on."""
 
@@ -103,6 +105,7 @@ def _load(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", on_progress:
         num_held_out_documents=len(held_out_side),
         num_train_tokens=sum(block.num_tokens for block in train),
         num_held_out_tokens=sum(block.num_tokens for block in held_out),
+        has_conversations=any(map(_is_conversation, documents)),
         count_long_examples=lambda: long_examples,
     )
 
@@ -123,13 +126,15 @@ def _stream(config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> Corpus:
     one_pass = _TrainingPass(config=config, tokenizer=tokenizer, split=split)
     if next(iter(one_pass()), None) is None:
         raise _too_small(config, one_pass.long_examples())
+    firsts = _first_documents(config)
     return Corpus(
-        train=BlockStream(one_pass, with_positions=_has_examples(config)),
+        train=BlockStream(one_pass, with_positions=not all(isinstance(first, TextDocument) for first in firsts)),
         held_out=BlockDataset.from_blocks(held_out, config.sequence_length),
         num_documents=None,
         num_held_out_documents=num_held_out,
         num_train_tokens=None,
         num_held_out_tokens=sum(block.num_tokens for block in held_out),
+        has_conversations=any(map(_is_conversation, firsts)),
         count_long_examples=one_pass.long_examples,
     )
 
@@ -191,10 +196,14 @@ def _blocks(
     return pack(encoded, config.sequence_length, pad, keep_text=keep_text, long_examples=long_examples)
 
 
-def _has_examples(config: DataConfig) -> bool:
-    """Whether any source begins with an example: all of a stream's items must have the same keys."""
+def _first_documents(config: DataConfig) -> list[Document]:
+    """What each source begins with: all of a stream's items must have the same keys."""
     firsts = (next(open_source(spec, config)(), None) for spec in config.data)
-    return any(first is not None and not isinstance(first, TextDocument) for first in firsts)
+    return [first for first in firsts if first is not None]
+
+
+def _is_conversation(document: Document) -> bool:
+    return isinstance(document, ChatDocument | InstructionDocument)
 
 
 def _most_blocks(config: DataConfig) -> int:

@@ -32,7 +32,8 @@ from layerskip.training.trainer import LayerSkipTrainer
 
 TIMEOUT = 180.0
 SETTINGS = """--sequence-length 32 --held-out 0.2 --max-steps 20 --save-steps 10 --eval-steps 10 --log-steps 1 --json
---rotation 2 --exit-loss kl --dropout-max 0.3 --dropout-schedule constant --learning-rate 1e-3""".split()
+--rotation 2 --exit-loss kl --dropout-max 0.3 --dropout-schedule constant --learning-rate 1e-3
+--precision float32""".split()
 
 
 @pytest.fixture(autouse=True)

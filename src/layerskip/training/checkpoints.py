@@ -4,18 +4,22 @@ A checkpoint is written in `OUTPUT/.incomplete` and moved to its place when all 
 the writing leaves the earlier ones alone.
 """
 
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from layerskip.errors import CheckpointError
+from layerskip.files import parse_json
 
 STAGING = ".incomplete"
+MANIFEST = "files.json"
+"""Names and bytes of a checkpoint's files, written with them."""
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -60,8 +64,52 @@ def writing(output: Path, what: str) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def last_intact(output: Path, on_message: Callable[[str], None]) -> Path | None:
+    """The latest checkpoint that has all that was written; None where there is no checkpoint at all.
+
+    Args:
+        output: The run's folder.
+        on_message: Told of each that is passed over, and why.
+
+    Raises:
+        CheckpointError: There are checkpoints, and none is intact.
+    """
+    damages = []
+    for checkpoint in reversed(list_checkpoints(output)):
+        damage = find_damage(checkpoint)
+        if damage is None:
+            return checkpoint
+        damages.append(f"{checkpoint} is damaged: {damage}")
+        on_message(f"{damages[-1]}; looking for an earlier one")
+    if damages:
+        raise CheckpointError(
+            f"no checkpoint of the run is intact ({'; '.join(damages)}); bring one back, or begin the run again in "
+            "another folder"
+        )
+    return None
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What a checkpoint lacks of what was written; None if nothing, or if it doesn't say what was written."""
+    try:
+        sizes = parse_json((checkpoint / MANIFEST).read_text("utf-8"))
+        for name, size in sizes.items():
+            file = checkpoint / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size} bytes of {size}"
+    except FileNotFoundError:  # of a version that didn't write it, or it was lost: the weights tell
+        return None if (checkpoint / "trainer_state.json").is_file() else "trainer_state.json is missing"
+    except (OSError, ValueError, AttributeError, TypeError):
+        return f"{MANIFEST} can't be read"
+    return None
+
+
 def move_into_place(staged: Path, target: Path) -> None:
     """Make a folder that was written elsewhere on the same disk appear as a whole."""
+    sizes = {str(path.relative_to(staged)): path.stat().st_size for path in sorted(staged.rglob("*")) if path.is_file()}
+    (staged / MANIFEST).write_text(json.dumps(sizes, indent=2) + "\n", "utf-8")
     for path in staged.rglob("*"):
         if path.is_file():
             _flush(path)

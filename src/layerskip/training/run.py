@@ -24,10 +24,11 @@ from layerskip.training.callbacks import (
     OnStep,
     ProgressCallback,
 )
-from layerskip.training.checkpoints import list_checkpoints
+from layerskip.training.checkpoints import last_intact
 from layerskip.training.config import TrainingConfig
 from layerskip.training.data.block_datasets import BlockDataset
 from layerskip.training.data.corpus import Corpus, load_corpus
+from layerskip.training.data.fingerprint import check_data
 from layerskip.training.data.packing import LongExamples
 from layerskip.training.run_folder import claim, dtype_to_save, save_final, save_result, save_tokenizer
 from layerskip.training.saved_config import add_end_of_turn
@@ -103,6 +104,8 @@ def train(
     if point.left_out:
         say(f"left out of generation_config.json, not being valid there: {', '.join(point.left_out)}")
     say("reading the data")
+    if arguments.should_save:
+        check_data(output, config.data, resume=resume)
     corpus = load_corpus(config.data, point.tokenizer)
     if (too_long := corpus.count_long_examples().describe(config.data.sequence_length)) and not config.data.streaming:
         say(too_long)
@@ -113,7 +116,7 @@ def train(
         trainer.add_callback(ProgressCallback(on_step, tokens_per_step=tokens_per_step))
     if on_message is not None and arguments.process_index == 0:
         trainer.add_callback(EvaluationCallback(on_message))
-    _run(trainer, output)
+    _run(trainer, output, say)
     step = trainer.state.global_step
     if step == arguments.max_steps:
         if trainer.evaluated_step != step and trainer.eval_dataset is not None:
@@ -138,15 +141,15 @@ def train(
     return result
 
 
-def _run(trainer: LayerSkipTrainer, output: Path) -> None:
-    """All steps that are left, from the last checkpoint if there is one."""
+def _run(trainer: LayerSkipTrainer, output: Path, say: Callable[[str], None]) -> None:
+    """All steps that are left, from the last intact checkpoint if there is one."""
+    checkpoint = last_intact(output, say)
     interrupt = InterruptCallback(trainer)
     for callback in (LogCallback(output), interrupt, FinishedCallback()):
         trainer.add_callback(callback)
-    checkpoints = list_checkpoints(output)
     set_seed(trainer.args.seed)
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except AlreadyFinished:
         pass
     finally:

@@ -13,6 +13,10 @@ class PromptError(InvalidArgumentError):
     """A prompt is empty, isn't text or token ids, is refused by the chat template, or doesn't fit into the context."""
 
 
+class PromptTooLongError(PromptError):
+    """A prompt leaves no room for a new token in the model's context."""
+
+
 class CheckpointError(LayerSkipError):
     """A checkpoint can't be found, read or understood."""
 

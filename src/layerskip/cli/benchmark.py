@@ -14,7 +14,7 @@ from layerskip.cli.dataset_arguments import DatasetArguments, load_examples, ope
 from layerskip.cli.exit_code import ExitCode
 from layerskip.cli.progress import make_progress
 from layerskip.cli.ray_arguments import RayArguments, check_ray, keep_output_clean, make_mapper, model_loader
-from layerskip.cli.terminal import make_console
+from layerskip.cli.terminal import make_console, tell_left_out
 from layerskip.errors import InvalidArgumentError
 
 METRICS = ("pass_at_1", "exact_match", "rouge1", "rouge2", "rouge3", "rougeL", "bleu")
@@ -84,6 +84,7 @@ def run(argv: Sequence[str]) -> int:
         )
     content = folder.finish(results)
     write_report(folder.path)
+    tell_left_out(arguments.output, results["left_out"], len(examples))
     if arguments.output.json:
         print(json.dumps(content))
     else:

@@ -14,7 +14,7 @@ from layerskip.cli.dataset_arguments import DatasetArguments, load_examples, ope
 from layerskip.cli.exit_code import ExitCode
 from layerskip.cli.progress import make_progress
 from layerskip.cli.ray_arguments import RayArguments, check_ray, keep_output_clean, make_mapper, model_loader
-from layerskip.cli.terminal import make_console, open_model
+from layerskip.cli.terminal import make_console, open_model, tell_left_out
 from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import InvalidArgumentError
 
@@ -104,6 +104,7 @@ def run(argv: Sequence[str]) -> int:
         )
     content = folder.finish(to_json(arguments, report))
     write_report(folder.path)
+    tell_left_out(arguments.output, report.left_out, len(examples))
     saved = save_best(arguments, checkpoint.files.tuned_file, report, content["machine"]) if arguments.save else None
     if arguments.output.json:
         print(json.dumps({**content, "saved": None if saved is None else str(saved)}))
@@ -139,6 +140,7 @@ def to_json(arguments: SweepArguments, report: "SweepReport") -> dict[str, Any]:
         "prediction_error": report.prediction_error,
         "agreement": {str(exit_layer): share for exit_layer, share in report.agreement.items()},
         "seconds": report.seconds,
+        "left_out": report.left_out,
     }
 
 

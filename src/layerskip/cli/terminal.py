@@ -4,11 +4,11 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from time import monotonic
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -120,6 +120,15 @@ def tell_more() -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("layerskip: %(message)s"))
         logger.addHandler(handler)
+
+
+def tell_left_out(output: OutputArguments, left_out: Sequence[Mapping[str, Any]], num_prompts: int) -> None:
+    """Say on standard error which prompts a measurement left out, if any."""
+    if left_out:
+        from layerskip.evaluation.left_out import describe_left_out
+
+        console = make_console(output, stderr=True)
+        console.print(f"note: {describe_left_out(left_out, num_prompts)}", soft_wrap=True)
 
 
 def silence_libraries(*, bars: bool) -> None:

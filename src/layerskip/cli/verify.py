@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from dataclasses import field as default
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,9 @@ from layerskip.cli.arguments import Text as TextFlag
 from layerskip.cli.dataset_arguments import DatasetArguments, load_examples, open_run
 from layerskip.cli.exit_code import ExitCode
 from layerskip.cli.progress import make_progress
-from layerskip.cli.terminal import load_model, make_console
+from layerskip.cli.terminal import load_model, make_console, tell_left_out
 from layerskip.decoding.config import GenerationConfig
-from layerskip.errors import InvalidArgumentError
+from layerskip.errors import InvalidArgumentError, PromptTooLongError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -107,11 +107,16 @@ def run(argv: Sequence[str]) -> int:
     folder = None if arguments.output_dir is None else open_folder(arguments, arguments.output_dir)
     lm = load_model(arguments.model, arguments.output)
     exits = exit_layers(arguments, lm.decoder.num_layers)
-    prompts = encode(lm, asked, arguments, config)
+    num_asked = len(asked)
+    asked, prompts, left_out = encode(lm, asked, config)
+    tell_left_out(arguments.output, left_out, num_asked)
     settings = [(exit_layer, length) for exit_layer in exits for length in lengths]
-    report = compare(arguments, lm, prompts, [example.index for example in asked], settings, config, folder)
+    indices = [example.index for example in asked]
+    report = compare(arguments, lm, prompts, indices, settings, config, folder)
     tests = check_distributions(arguments, lm, prompts[0], config, exits, folder) if arguments.distribution else []
-    content = to_json(report, tests) if folder is None else finish(folder, report, tests)
+    content = None if folder is None else finish(folder, report, tests, left_out)
+    report = renumbered(report, indices)
+    content = content or {**to_json(report, tests), "left_out": left_out}
     if arguments.output.json:
         print(json.dumps(content))
     else:
@@ -157,14 +162,25 @@ def read_asked(arguments: VerifyArguments) -> "list[Example]":
 
 
 def encode(
-    lm: "LanguageModel", asked: "Sequence[Example]", arguments: VerifyArguments, config: GenerationConfig
-) -> list[list[int]]:
-    """Token ids of the prompts."""
-    from layerskip.evaluation.datasets import encode_examples
+    lm: "LanguageModel", asked: "Sequence[Example]", config: GenerationConfig
+) -> "tuple[list[Example], list[list[int]], list[dict[str, Any]]]":
+    """Prompts that leave room for an answer, their token ids, and the numbers of the others with the reasons.
 
-    if arguments.data.dataset is not None:
-        return encode_examples(lm, asked, config)
-    return lm.encode([str(example.prompt) for example in asked])
+    Raises:
+        PromptError: None leaves room.
+    """
+    from layerskip.evaluation.datasets import encode_examples
+    from layerskip.evaluation.left_out import find_left_out, left_out_sample
+
+    encoded: dict[int, list[int]] = {}
+    others: dict[str, dict[str, Any]] = {}
+    for example in asked:
+        try:
+            (encoded[example.index],) = encode_examples(lm, [example], config)
+        except PromptTooLongError as error:
+            others |= [left_out_sample(example, error)]
+    kept, left_out = find_left_out(asked, others)
+    return kept, [encoded[example.index] for example in kept], left_out
 
 
 def open_folder(arguments: VerifyArguments, path: Path) -> "RunFolder":
@@ -208,12 +224,26 @@ def compare(
         return run_lossless(lm, prompts, plan, folder, indices=indices, on_progress=on_progress)
 
 
-def finish(folder: "RunFolder", report: "LosslessReport", tests: "list[DistributionReport]") -> dict[str, Any]:
+def renumbered(report: "LosslessReport", indices: list[int]) -> "LosslessReport":
+    """The report with prompts numbered as their file or data set has them."""
+    settings = [
+        replace(setting, divergences=[replace(found, prompt=indices[found.prompt]) for found in setting.divergences])
+        for setting in report.settings
+    ]
+    return replace(report, settings=settings)
+
+
+def finish(
+    folder: "RunFolder",
+    report: "LosslessReport",
+    tests: "list[DistributionReport]",
+    left_out: list[dict[str, Any]],
+) -> dict[str, Any]:
     """Write results and report; returns what is in results.json."""
     from layerskip.evaluation.lossless_run import to_results
     from layerskip.evaluation.report import write_report
 
-    content = folder.finish(to_results(report, folder, tests))
+    content = folder.finish({**to_results(report, folder, tests), "left_out": left_out})
     write_report(folder.path)
     return content
 

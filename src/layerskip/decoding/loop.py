@@ -17,7 +17,7 @@ from layerskip.decoding.policy import FixedPolicy, Outcome, Plan, Policy
 from layerskip.decoding.sampling import Sampler
 from layerskip.decoding.self_speculative import Verification
 from layerskip.decoding.stats import Stopwatch
-from layerskip.errors import InvalidArgumentError, PromptError
+from layerskip.errors import InvalidArgumentError, PromptError, PromptTooLongError
 from layerskip.model.cache import KVCache
 from layerskip.model.decoder import Decoder
 
@@ -89,7 +89,7 @@ def check_prompt(tokens: Sequence[int], config: GenerationConfig, decoder: Decod
     decoder.config.check_token_ids(tokens, f"prompt {index}")
     room = decoder.max_context - len(tokens)
     if room < 1:
-        raise PromptError(
+        raise PromptTooLongError(
             f"prompt {index} has {len(tokens)} tokens, and the context of {decoder.max_context} must hold it and at "
             "least one new token; shorten the prompt (max_context at loading sets the context, up to the model's own)"
         )

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import InvalidArgumentError, OutOfMemoryError, PromptError
 from layerskip.evaluation.batch_results import PartialResults, Record
+from layerskip.files import parse_json
+from layerskip.json_lines import numbered_lines, read_utf8
 
 if TYPE_CHECKING:
     from layerskip.language_model import LanguageModel
@@ -85,20 +87,14 @@ def read_lines(path: Path, field: str = "prompt") -> tuple[list[Line], str]:
     Raises:
         InvalidArgumentError: The file can't be read or has no lines, or none of them has the field.
     """
-    try:
-        content = path.read_bytes()
-        text = content.decode("utf-8-sig")
-    except OSError as error:
-        raise InvalidArgumentError(f"input {path} can't be read: {error.strerror}; name a .jsonl file") from error
-    except UnicodeDecodeError as error:
-        raise InvalidArgumentError(f"input {path} is not UTF-8: {error}; convert it") from error
-    texts = [line for line in text.split("\n") if line.strip()]  # only real line ends count, not those within texts
+    text = read_utf8(path, "input")
+    texts = [line for _, line in numbered_lines(text)]
     if not texts:
         raise InvalidArgumentError(f"input {path} has no lines; give a JSON object with a {field!r} on each")
     lines = [_read_line(index, line, field) for index, line in enumerate(texts)]
     if all("prompt" not in line.fields for line in lines):
         raise InvalidArgumentError(f"input {path}: {lines[0].error}, and so on; name the prompt's field with --field")
-    return lines, hashlib.sha256(content).hexdigest()
+    return lines, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _read_line(index: int, text: str, field: str) -> Line:
@@ -108,7 +104,7 @@ def _read_line(index: int, text: str, field: str) -> Line:
         return Line(index=index, fields=fields, error=f"prompt {index} {why}")
 
     try:
-        record = json.loads(text)
+        record = parse_json(text)
         json.dumps(record, ensure_ascii=False).encode()  # JSON can spell half a character, which isn't text
     except UnicodeEncodeError as error:
         return wrong(f"spells half a character: {error}")

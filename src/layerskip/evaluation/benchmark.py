@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from layerskip.decoding.config import GenerationConfig
-from layerskip.errors import InvalidArgumentError
+from layerskip.errors import InvalidArgumentError, PromptTooLongError
 from layerskip.evaluation.benchmark_summary import summarize
 from layerskip.evaluation.datasets import Example, encode_examples
 from layerskip.evaluation.fan_out import Mapper, in_process
+from layerskip.evaluation.left_out import LEFT_OUT, find_left_out, left_out_key, left_out_sample
 from layerskip.evaluation.metrics import sample_metrics
 from layerskip.evaluation.run_folder import RunFolder
 from layerskip.language_model import LanguageModel
@@ -165,7 +166,11 @@ class BenchmarkWorker:
     def __call__(self, item: tuple[Example, Sequence[str]]) -> Iterator[tuple[str, dict[str, Any]]]:
         """Keys and samples, for an example and the strategies that it is to be decoded by."""
         example, names = item
-        (prompt,) = encode_examples(self._lm, [example], self._work.config)
+        try:
+            (prompt,) = encode_examples(self._lm, [example], self._work.config)
+        except PromptTooLongError as error:
+            yield left_out_sample(example, error)
+            return
         for name in random.Random(example.index).sample(list(names), len(names)):
             runner = self._runners[name]
             if name not in self._warm:
@@ -220,20 +225,21 @@ def benchmark(
 
     Raises:
         InvalidArgumentError: A strategy that isn't known, named twice, or none.
-        PromptError: A prompt that leaves no room.
+        PromptError: No prompt leaves room for an answer.
     """
     check_strategies(work.strategies)
     missing = []
     for example in examples:
         names = [name for name in work.strategies if sample_key(example, name) not in run.samples]
         on_progress("benchmark", len(work.strategies) - len(names))
-        if names:
+        if names and left_out_key(example) not in run.samples:
             missing.append((example, names))
     for key, sample in mapper(missing, work.start):
         run.add(key, sample)
-        on_progress(sample["strategy"], 1)
+        on_progress(sample.get("strategy", "benchmark"), 1 if "strategy" in sample else len(work.strategies))
+    examples, left_out = find_left_out(examples, run.samples)
     samples = {name: [run.samples[sample_key(example, name)] for example in examples] for name in work.strategies}
-    return summarize(work.dataset, samples)
+    return {**summarize(work.dataset, samples), LEFT_OUT: left_out}
 
 
 def _memory(lm: LanguageModel) -> int:

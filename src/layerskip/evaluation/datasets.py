@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,8 @@ from layerskip.evaluation.dataset_templates import (
     render,
     template_columns,
 )
+from layerskip.files import parse_json
+from layerskip.json_lines import numbered_lines, read_utf8
 
 if TYPE_CHECKING:
     from layerskip.language_model import LanguageModel
@@ -110,10 +112,12 @@ def encode_examples(lm: "LanguageModel", examples: Sequence[Example], config: Ge
         TokenizerError: There is no tokenizer, or no chat template for messages.
     """
     from layerskip.decoding.loop import check_prompt  # needs torch, and reading data sets doesn't
+    from layerskip.decoding.text import check_text
 
     encoded = []
     for example in examples:
         if isinstance(example.prompt, str):
+            check_text(example.prompt, f"prompt {example.index}")
             (tokens,) = lm.encode([example.prompt])
         else:
             tokens = lm.encode_chat(example.prompt, name=f"example {example.index}")
@@ -253,10 +257,7 @@ def _read_file(path: Path) -> _Records:
     """Records of a .jsonl file, or of the list in a .json file."""
     if path.suffix.lower() not in (".jsonl", ".json"):
         raise InvalidArgumentError(f"data_path must be a .jsonl or .json file, got {path}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError(f"data_path {path} can't be read as a UTF-8 text file: {error}") from error
+    text = read_utf8(path, "data_path")
     if not text.strip():
         raise InvalidArgumentError(f"data_path {path} is empty; give a file with records")
     if path.suffix.lower() == ".json":
@@ -266,20 +267,13 @@ def _read_file(path: Path) -> _Records:
                 f"{path} must hold a list of records, got a {type(rows).__name__}; or use .jsonl"
             )
         return _Records(rows=rows, source=str(path))
-    numbered = [(number, _parse(line, str(path), number)) for number, line in _lines(text)]
+    numbered = [(number, _parse(line, str(path), number)) for number, line in numbered_lines(text)]
     return _Records(rows=[row for _, row in numbered], source=str(path), lines=[number for number, _ in numbered])
-
-
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """Lines that aren't empty, from 1; only real line ends count, not those that JSON may hold in a text."""
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield number, line
 
 
 def _parse(text: str, source: str, first_line: int) -> Any:
     try:
-        value = json.loads(text)
+        value = parse_json(text)
         if "\\u" in text:  # JSON can spell half a character, which isn't text for a tokenizer
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
@@ -287,4 +281,6 @@ def _parse(text: str, source: str, first_line: int) -> Any:
         raise InvalidArgumentError(f"{source}, line {line} is not JSON: {error.msg}; correct or remove it") from error
     except UnicodeEncodeError as error:
         raise InvalidArgumentError(f"{source}, line {first_line} spells half a character: {error}") from error
+    except ValueError as error:
+        raise InvalidArgumentError(f"{source}, line {first_line} can't be read: {error}") from error
     return value

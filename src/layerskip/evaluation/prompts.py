@@ -1,9 +1,10 @@
 """Prompts from files: plain text, or JSON lines with a named field."""
 
-import json
 from pathlib import Path
 
 from layerskip.errors import InvalidArgumentError
+from layerskip.files import parse_json
+from layerskip.json_lines import numbered_lines, read_utf8
 
 
 def read_text(path: Path) -> str:
@@ -12,10 +13,7 @@ def read_text(path: Path) -> str:
     Raises:
         InvalidArgumentError: It can't be read, or is empty.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError(f"{path} can't be read as a text file: {error}") from error
+    text = read_utf8(path)
     if not text.strip():
         raise InvalidArgumentError(f"{path} is empty; give a file with text")
     return text
@@ -40,17 +38,16 @@ def read_prompts(path: Path, *, field: str | None = None, limit: int | None = No
             raise InvalidArgumentError(f"field {field!r} needs a .jsonl file, and {path} is none; leave the field out")
         return [text]
     prompts: list[str] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in numbered_lines(text):
         if limit is not None and len(prompts) == limit:
             break
-        if line.strip():
-            prompts.append(_field(line, field or "prompt", f"{path}, line {number}"))
+        prompts.append(_field(line, field or "prompt", f"{path}, line {number}"))
     return prompts
 
 
 def _field(line: str, field: str, where: str) -> str:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError as error:
         raise InvalidArgumentError(f"{where} is not JSON: {error}") from error
     if not isinstance(record, dict) or field not in record:

@@ -8,12 +8,14 @@ more, since the fastest of so many noisy figures is partly the luckiest.
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from layerskip.decoding.costs import Costs
 from layerskip.errors import InvalidArgumentError, PromptError
 from layerskip.evaluation.datasets import Example
 from layerskip.evaluation.fan_out import Mapper, in_process
+from layerskip.evaluation.left_out import find_left_out, left_out_key
 from layerskip.evaluation.prediction import (
     MOST_TRIED_SETTINGS,
     RoundTime,
@@ -62,6 +64,8 @@ class SweepReport:
     """By exit: share of tokens that it would have drafted right."""
     seconds: dict[str, float]
     """What the pass (with costs and trials) and the measurements took, as far as they weren't finished before."""
+    left_out: list[dict[str, Any]]
+    """Prompts that leave no room for an answer: `index` and `reason`."""
 
 
 def make_grid(exits: Iterable[int], lengths: Iterable[int], num_layers: int) -> list[Setting]:
@@ -121,7 +125,9 @@ def sweep(
         raise InvalidArgumentError("a sweep decodes greedily: leave temperature, top-k, top-p and min-p out")
     steps = _Steps(work=work, examples=examples, grid=grid, run=run, mapper=mapper, on_progress=on_progress)
     started = time.perf_counter()
-    trajectories = steps.follow()
+    trajectories, left_out = steps.follow()
+    kept = [example for example in examples if left_out_key(example) not in run.samples]
+    steps = replace(steps, examples=kept)
     costs = steps.time_calls(trajectories)
     predicted = predict(trajectories, grid, costs, steps.try_rounds(trajectories, costs))
     write_csv(run.path, predicted)
@@ -133,8 +139,8 @@ def sweep(
     if exhaustive:
         kind, best = FINAL, steps.measure(FINAL, _fastest(rows, "tokens_per_second"), predicted)
     seconds = {"pass": middle - started, "measurements": time.perf_counter() - middle}
-    plain = steps.total(kind, AUTOREGRESSIVE, examples)
-    return _report(trajectories, rows, best, plain["tokens"] / plain["seconds"], seconds)
+    plain = steps.total(kind, AUTOREGRESSIVE, kept)
+    return _report(trajectories, rows, best, plain["tokens"] / plain["seconds"], seconds, left_out)
 
 
 def _fastest(rows: Sequence[SweepRow], by: str) -> list[Setting]:
@@ -153,20 +159,23 @@ class _Steps:
     mapper: Mapper
     on_progress: Progress
 
-    def follow(self) -> list[Trajectory]:
-        """The pass: every prompt's text, and the exits' agreement with it."""
-        missing = [(TEXT, example) for example in self.examples if text_key(example) not in self.run.samples]
+    def follow(self) -> tuple[list[Trajectory], list[dict[str, Any]]]:
+        """The pass: every prompt's text, and the exits' agreement with it; and the prompts that were left out."""
+        samples = self.run.samples
+        there = [{text_key(example), left_out_key(example)} & samples.keys() for example in self.examples]
+        missing = [(TEXT, example) for example, keys in zip(self.examples, there, strict=True) if not keys]
         self.on_progress("one pass", len(self.examples) - len(missing))
         for key, sample in self.mapper(missing, self.work.start):
             self.run.add(key, sample)
             self.on_progress("one pass", 1)
-        found = [from_sample(self.run.samples[text_key(example)]) for example in self.examples]
+        kept, left_out = find_left_out(self.examples, self.run.samples)
+        found = [from_sample(self.run.samples[text_key(example)]) for example in kept]
         if all(len(trajectory.token_ids) < 2 for trajectory in found):
             raise PromptError(
                 "every text ends with its first token, so that there is nothing to draft; use other prompts, more than "
                 "one new token (max_new_tokens), or write on after an end-of-sequence token (ignore_eos)"
             )
-        return found
+        return found, left_out
 
     def time_calls(self, trajectories: Sequence[Trajectory]) -> Costs:
         """Costs in the middle of the texts, for as many drafts as the grid has."""
@@ -247,6 +256,7 @@ def _report(
     best: Sequence[SweepRow],
     plain: float,
     seconds: dict[str, float],
+    left_out: list[dict[str, Any]],
 ) -> SweepReport:
     measured = [row for row in rows if row.tokens_per_second is not None]
     errors = [
@@ -263,4 +273,5 @@ def _report(
         prediction_error=sum(errors) / len(errors),
         agreement={exit_: sum(sum(t.agreement[exit_]) for t in trajectories) / written for exit_ in exits},
         seconds=seconds,
+        left_out=left_out,
     )

@@ -10,7 +10,9 @@ from typing import Any
 
 from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.costs import MEASURED_QUERIES, measure_costs
+from layerskip.errors import PromptTooLongError
 from layerskip.evaluation.datasets import Example, encode_examples
+from layerskip.evaluation.left_out import left_out_sample
 from layerskip.evaluation.prediction import Setting
 from layerskip.evaluation.trajectories import Trajectory, record_trajectory
 from layerskip.language_model import LanguageModel
@@ -51,7 +53,10 @@ class SweepWorker:
                 queries = [*(n for n in MEASURED_QUERIES if n <= most), most + 1]
                 yield COSTS, asdict(measure_costs(self._lm.decoder, 1, context=context, queries=queries))
             case ("text", Example() as example):
-                yield text_key(example), {"index": example.index, **to_sample(self._follow(example))}
+                try:
+                    yield text_key(example), {"index": example.index, **to_sample(self._follow(example))}
+                except PromptTooLongError as error:
+                    yield left_out_sample(example, error)
             case ("trial" | "run" | "final" as kind, Example() as example, list(settings)):
                 # for every prompt in another order: a machine's speed drifts
                 for setting in random.Random(example.index).sample(settings, len(settings)):

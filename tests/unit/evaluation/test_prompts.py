@@ -40,10 +40,10 @@ def test_bad_files(tmp_path: Path, content: str, name: str, field: str | None, m
 
 
 def test_missing_and_binary_files_and_bad_limits(tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgumentError, match="can't be read"):
+    with pytest.raises(InvalidArgumentError, match=r"is not UTF-8|can't be read"):
         read_prompts(tmp_path / "none.txt")
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InvalidArgumentError, match="can't be read"):
+    with pytest.raises(InvalidArgumentError, match=r"is not UTF-8|can't be read"):
         read_prompts(tmp_path / "b.txt")
     (tmp_path / "c.jsonl").write_text('{"prompt": "a"}\n')
     with pytest.raises(InvalidArgumentError, match="limit"):

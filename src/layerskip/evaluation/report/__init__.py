@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from layerskip.errors import InvalidArgumentError
+from layerskip.evaluation.left_out import LEFT_OUT
 from layerskip.evaluation.report.benchmark import benchmark_report
 from layerskip.evaluation.report.compare import Run, compare_page
 from layerskip.evaluation.report.eval import eval_report
@@ -87,7 +88,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         raise InvalidArgumentError(f"{folder} holds a run of kind {kind!r}; reports are there for {', '.join(KINDS)}")
     if not isinstance(content.get("results"), dict):
         raise InvalidArgumentError(f"{folder / RESULTS_FILE} holds no results; run the measurement again")
-    return content, [sample for sample in samples if isinstance(sample, dict)]
+    return content, [sample for sample in samples if isinstance(sample, dict) and LEFT_OUT not in sample]
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:

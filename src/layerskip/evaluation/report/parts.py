@@ -77,6 +77,13 @@ def settings(content: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def left_out(content: Mapping[str, Any]) -> list[Html]:
+    """A section on prompts that were left out, if there are some."""
+    others = mapping(content.get("results")).get("left_out")
+    rows = [(str(each.get("index")), str(each.get("reason"))) for each in others or [] if isinstance(each, dict)]
+    return [section("Left out", f"{len(rows)} prompts leave no room for an answer.", pairs(rows))] if rows else []
+
+
 def origin(content: Mapping[str, Any]) -> list[Html]:
     """Sections on configuration, machine and command."""
     configuration = settings(content)
@@ -84,6 +91,7 @@ def origin(content: Mapping[str, Any]) -> list[Html]:
     shown = [(name, plain(value)) for name, value in configuration.items()]
     versions = [(name.removeprefix("versions."), plain(value)) for name, value in machine.items()]
     return [
+        *left_out(content),
         section(
             "Configuration",
             "All that the results depend on.",

@@ -15,7 +15,7 @@ PACKAGE = SRC / "layerskip"
 
 # Lowest first. A module may import from its own layer and from the ones before it. "" is layerskip/__init__.py.
 LAYERS = [
-    {"errors", "checks", "files", "json_lines", "machine"},
+    {"errors", "checks", "files", "json_lines", "locks", "machine"},
     {"chat_template", "model"},
     {"checkpoint"},
     {"decoding"},

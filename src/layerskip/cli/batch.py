@@ -1,6 +1,5 @@
 """`layerskip batch`: decode every prompt of a file of JSON lines; what was interrupted goes on."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from dataclasses import field as default
@@ -17,6 +16,7 @@ from layerskip.cli.ray_arguments import RayArguments, anywhere, check_ray, keep_
 from layerskip.cli.terminal import load_model, make_console
 from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import InvalidArgumentError
+from layerskip.files import to_json
 
 if TYPE_CHECKING:
     from layerskip.evaluation.batch import BatchSummary, Mapper
@@ -69,7 +69,7 @@ def run(argv: Sequence[str]) -> int:
             on_progress=lambda done: bar.update(task, advance=done),
         )
     if arguments.output.json:
-        print(json.dumps(to_json(arguments, summary)))
+        print(to_json(as_record(arguments, summary)))
     else:
         print_summary(arguments, summary)
     return ExitCode.CHECK_FAILED if summary.errors else ExitCode.DONE
@@ -109,7 +109,7 @@ def load_options(model: ModelArguments) -> dict[str, Any]:
     return {"name": options.pop("model"), **options}
 
 
-def to_json(arguments: BatchArguments, summary: "BatchSummary") -> dict[str, Any]:
+def as_record(arguments: BatchArguments, summary: "BatchSummary") -> dict[str, Any]:
     """The summary, for programs."""
     return {**asdict(summary), "output_file": str(arguments.output_file)}
 

@@ -1,6 +1,5 @@
 """`layerskip benchmark`: strategies side by side on a data set."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from dataclasses import field as default
@@ -16,6 +15,7 @@ from layerskip.cli.progress import make_progress
 from layerskip.cli.ray_arguments import RayArguments, check_ray, keep_output_clean, make_mapper, model_loader
 from layerskip.cli.terminal import make_console, tell_left_out
 from layerskip.errors import InvalidArgumentError
+from layerskip.files import to_json
 
 METRICS = ("pass_at_1", "exact_match", "rouge1", "rouge2", "rouge3", "rougeL", "bleu")
 DEFAULT_STRATEGIES = "autoregressive,self_speculative,adaptive"
@@ -86,7 +86,7 @@ def run(argv: Sequence[str]) -> int:
     write_report(folder.path)
     tell_left_out(arguments.output, results["left_out"], len(examples))
     if arguments.output.json:
-        print(json.dumps(content))
+        print(to_json(content))
     else:
         print_report(arguments, results)
     return ExitCode.DONE

@@ -1,6 +1,5 @@
 """`layerskip chat`: talk with a model; what was said stays in the cache from turn to turn."""
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
@@ -15,6 +14,7 @@ from layerskip.cli.prompt_text import drop_line_break, read_text_file, to_text
 from layerskip.cli.terminal import draws, line_history, load_model, make_console, read_line, take_command
 from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import LayerSkipError, PromptError
+from layerskip.files import to_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -229,7 +229,7 @@ class Chat:
         result, stats = turn.result, turn.result.stats
         if self._arguments.output.json:
             record = result_record(self._lm, self._config, result)
-            print(json.dumps({"turn": self._conversation.turns, "message": message, **record}), flush=True)
+            print(to_json({"turn": self._conversation.turns, "message": message, **record}), flush=True)
         elif self._draws:
             line = f"{stats.tokens} tokens, {turn.tokens_per_second:.1f} tokens/s"
             if stats.drafted:

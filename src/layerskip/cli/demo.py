@@ -1,6 +1,5 @@
 """`layerskip demo`: the embedded model writes the same text in both ways, and a table says what that cost."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
@@ -11,6 +10,7 @@ from layerskip.cli.arguments import ModelArguments, OutputArguments, parse
 from layerskip.cli.exit_code import ExitCode
 from layerskip.cli.terminal import draws, load_model, make_console, progress
 from layerskip.decoding.config import GenerationConfig
+from layerskip.files import to_json
 
 if TYPE_CHECKING:
     from layerskip.decoding.stream import GenerationResult
@@ -83,7 +83,7 @@ def run(argv: Sequence[str]) -> int:
     with progress(arguments.output, "measuring both ways in turn, without showing them"):
         measurement = measure(lm, config)
     if arguments.output.json:
-        print(json.dumps(record(lm, config, measurement)))
+        print(to_json(record(lm, config, measurement)))
     else:
         _show_table(lm, measurement, arguments.output)
     return ExitCode.DONE if measurement.same_text else ExitCode.CHECK_FAILED

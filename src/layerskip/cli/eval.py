@@ -1,6 +1,5 @@
 """`layerskip eval`: tasks of EleutherAI's lm-evaluation-harness at one exit after another."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from dataclasses import field as default
@@ -17,6 +16,7 @@ from layerskip.cli.terminal import load_model, make_console, open_model
 from layerskip.cli.verify import parse_numbers
 from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import InvalidArgumentError
+from layerskip.files import to_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -114,7 +114,7 @@ def run(argv: Sequence[str]) -> int:
     write_report(folder.path)
     note = NO_SPEEDUP if report.scores and speculates(arguments) else None
     if arguments.output.json:
-        print(json.dumps({**content, "note": note}))
+        print(to_json({**content, "note": note}))
     else:
         print_report(arguments, report, note)
     return ExitCode.DONE

@@ -1,6 +1,5 @@
 """`layerskip generate`: write after a prompt, streaming, and show what speculation did."""
 
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,6 +11,7 @@ from layerskip.cli.exit_code import ExitCode
 from layerskip.cli.prompt_text import drop_line_break, read_text_file, to_text
 from layerskip.cli.terminal import draws, line_history, load_model, make_console, progress, read_line, take_command
 from layerskip.errors import InvalidArgumentError, LayerSkipError
+from layerskip.files import to_json
 
 if TYPE_CHECKING:
     from layerskip.cli.terminal_stream import Run
@@ -114,7 +114,7 @@ def _write_json(lm: "LanguageModel", prompt: str, arguments: GenerateArguments) 
         record["autoregressive"] = result_record(lm, config, reference.result)["stats"]
         record["speedup"] = run.tokens_per_second / reference.tokens_per_second
         record["same_text"] = is_same_text(config, run.result.token_ids, reference.result.token_ids)
-    print(json.dumps(record))
+    print(to_json(record))
     return ExitCode.INTERRUPTED if run.interrupted else ExitCode.DONE
 
 

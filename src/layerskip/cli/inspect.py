@@ -1,6 +1,5 @@
 """`layerskip inspect`: what a checkpoint is, and what each of its exits is worth on a text."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from dataclasses import field as default
@@ -14,6 +13,7 @@ from layerskip.cli.exit_code import ExitCode
 from layerskip.cli.progress import make_progress
 from layerskip.cli.terminal import load_model, make_console
 from layerskip.errors import InvalidArgumentError
+from layerskip.files import to_json
 
 if TYPE_CHECKING:
     from layerskip.checkpoint.contents import Contents
@@ -57,7 +57,7 @@ def run(argv: Sequence[str]) -> int:
         task = bar.add_task("reading tokens", total=sum(len(text) - 1 for text in tokens))
         report = measure_exits(lm, tokens, on_progress=lambda done: bar.advance(task, done))
     if arguments.output.json:
-        print(json.dumps({"model": describe(lm), **asdict(report)}))
+        print(to_json({"model": describe(lm), **asdict(report)}))
     else:
         print_report(arguments, lm, report)
     return ExitCode.DONE
@@ -142,8 +142,9 @@ def print_report(arguments: InspectArguments, lm: "LanguageModel", report: "Exit
     table.add_column("loss (nats)", justify="right")
     table.add_column("agreement", justify="right")
     table.add_column("with the last layer")
+    block = "#" if console.options.ascii_only else "█"
     for quality in report.exits:
-        bar = "█" * round(quality.agreement * BAR_WIDTH)
+        bar = block * round(quality.agreement * BAR_WIDTH)
         table.add_row(str(quality.exit_layer), f"{quality.loss:.3f}", f"{quality.agreement:.1%}", bar)
     console.print(table)
     if report.recipe is not None:

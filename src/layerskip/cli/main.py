@@ -10,13 +10,13 @@ A command NAME is the module `layerskip.cli.NAME` and one line in `COMMANDS`. It
 and lets `LayerSkipError` and `KeyboardInterrupt` pass: `main` handles them. `exit_code.ExitCode` has the codes.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from layerskip import __version__
 from layerskip.cli.exit_code import ExitCode
+from layerskip.cli.streams import drop_output, prepare_streams, report_error
 from layerskip.errors import InvalidArgumentError, LayerSkipError
 
 COMMANDS = {
@@ -43,17 +43,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    prepare_streams()
     try:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except LayerSkipError as error:
-        print(f"layerskip: error: {' '.join(str(error).split())}", file=sys.stderr)
+        report_error(str(error))
         return ExitCode.FAILED
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
-    except BrokenPipeError:  # whoever read our output has gone; Python mustn't try to flush the rest at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read our output has gone
+        drop_output()
         return ExitCode.PIPE_CLOSED
+    except OSError as error:  # of the output, such as a full disk; others have become errors of their own
+        drop_output()
+        report_error(f"{error.filename or 'the output'} can't be written: {error.strerror or error}")
+        return ExitCode.FAILED
     return code
 
 

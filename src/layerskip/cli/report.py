@@ -1,6 +1,5 @@
 """`layerskip report`: a finished run as a page, or several side by side."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field as default
@@ -12,6 +11,7 @@ from tyro.conf import Positional, arg
 from layerskip.cli.arguments import OutputArguments, parse
 from layerskip.cli.exit_code import ExitCode
 from layerskip.errors import InvalidArgumentError
+from layerskip.files import to_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,5 +47,5 @@ def run(argv: Sequence[str]) -> int:
         path = write_report(arguments.folders[0])
     else:
         path = compare_reports(arguments.folders, arguments.output_file or Path("report.html"))
-    print(json.dumps({"report": str(path)}) if arguments.output.json else path)
+    print(to_json({"report": str(path)}) if arguments.output.json else path)
     return ExitCode.DONE

@@ -1,6 +1,5 @@
 """`layerskip sweep`: find the fastest exit layer and draft length for a model, its prompts and this machine."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from dataclasses import field as default
@@ -17,6 +16,7 @@ from layerskip.cli.ray_arguments import RayArguments, check_ray, keep_output_cle
 from layerskip.cli.terminal import make_console, open_model, tell_left_out
 from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import InvalidArgumentError
+from layerskip.files import to_json
 
 if TYPE_CHECKING:
     from layerskip.evaluation.prediction import Setting
@@ -102,12 +102,12 @@ def run(argv: Sequence[str]) -> int:
             mapper=mapper,
             on_progress=lambda what, done: bar.update(task, description=what, advance=done),
         )
-    content = folder.finish(to_json(arguments, report))
+    content = folder.finish(as_record(arguments, report))
     write_report(folder.path)
     tell_left_out(arguments.output, report.left_out, len(examples))
     saved = save_best(arguments, checkpoint.files.tuned_file, report, content["machine"]) if arguments.save else None
     if arguments.output.json:
-        print(json.dumps({**content, "saved": None if saved is None else str(saved)}))
+        print(to_json({**content, "saved": None if saved is None else str(saved)}))
     else:
         print_report(arguments, report, saved)
     return ExitCode.DONE
@@ -129,7 +129,7 @@ def grid_of(arguments: SweepArguments, num_layers: int) -> "list[Setting]":
     return make_grid(exits, lengths, num_layers)
 
 
-def to_json(arguments: SweepArguments, report: "SweepReport") -> dict[str, Any]:
+def as_record(arguments: SweepArguments, report: "SweepReport") -> dict[str, Any]:
     """The results, as results.json has them."""
     best = report.best
     return {

@@ -1,6 +1,5 @@
 """`layerskip train`: train a model so that its early layers can already predict."""
 
-import json
 import os
 from argparse import ArgumentError, ArgumentParser
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from layerskip.cli.exit_code import ExitCode
 from layerskip.cli.terminal import make_console, progress, silence_libraries
 from layerskip.cli.training_progress import TrainingProgress
 from layerskip.errors import InvalidArgumentError
+from layerskip.files import to_json
 from layerskip.training.config import TrainingConfig
 from layerskip.training.settings_file import read_settings
 
@@ -89,7 +89,7 @@ def _report(arguments: TrainArguments, result: "TrainingResult") -> None:
     if result.exits:
         plot = plot_agreement(result.exits, Path(result.output))
     if arguments.printing.json:
-        print(json.dumps({**asdict(result), "plot": None if plot is None else str(plot)}))
+        print(to_json({**asdict(result), "plot": None if plot is None else str(plot)}))
         return
     console = make_console(arguments.printing)
     if result.interrupted:
@@ -104,8 +104,9 @@ def _report(arguments: TrainArguments, result: "TrainingResult") -> None:
             table.add_column(name, justify="right")
         table.add_column("with the last layer")
         table.add_column("ideal speedup", justify="right")
+        block = "#" if console.options.ascii_only else "█"
         for quality in result.exits:
-            bar = "█" * round(quality.agreement * BAR_WIDTH)
+            bar = block * round(quality.agreement * BAR_WIDTH)
             speedup = result.speedups[quality.exit_layer - 1]
             table.add_row(
                 str(quality.exit_layer),

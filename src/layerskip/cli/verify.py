@@ -1,6 +1,5 @@
 """`layerskip verify`: prove on given prompts, or on a whole data set, that speculation changes nothing."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from dataclasses import field as default
@@ -18,6 +17,7 @@ from layerskip.cli.progress import make_progress
 from layerskip.cli.terminal import load_model, make_console, tell_left_out
 from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import InvalidArgumentError, PromptTooLongError
+from layerskip.files import to_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -116,9 +116,9 @@ def run(argv: Sequence[str]) -> int:
     tests = check_distributions(arguments, lm, prompts[0], config, exits, folder) if arguments.distribution else []
     content = None if folder is None else finish(folder, report, tests, left_out)
     report = renumbered(report, indices)
-    content = content or {**to_json(report, tests), "left_out": left_out}
+    content = content or {**as_record(report, tests), "left_out": left_out}
     if arguments.output.json:
-        print(json.dumps(content))
+        print(to_json(content))
     else:
         print_report(arguments, report, tests)
     lost = report.errors > 0 or not all(test.passed for test in tests)
@@ -315,7 +315,7 @@ def check_distributions(
     return reports
 
 
-def to_json(report: "LosslessReport", tests: "list[DistributionReport]") -> dict[str, Any]:
+def as_record(report: "LosslessReport", tests: "list[DistributionReport]") -> dict[str, Any]:
     """The object that `--json` prints where there is no folder."""
     settings = [asdict(setting) for setting in report.settings]
     for setting in settings:

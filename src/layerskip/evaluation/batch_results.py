@@ -14,7 +14,8 @@ from typing import Any
 
 from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import InvalidArgumentError
-from layerskip.files import write_atomically
+from layerskip.files import parse_json, write_atomically
+from layerskip.locks import Lock
 
 SCHEMA = 1
 """Version of the partial file."""
@@ -44,7 +45,13 @@ class PartialResults:
         self.errors = self.tokens = 0
         given: Record = json.loads(json.dumps(configuration, default=str))
         with self._writing():
-            self.seed = self._open(config, given)
+            output.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(output.with_name(f".{output.name}.lock"), f"output_file {output}")
+            try:
+                self.seed = self._open(config, given)
+            except BaseException:
+                self._lock.release()
+                raise
 
     def add(self, records: Sequence[Record]) -> None:
         """Keep finished lines, on disk before this returns."""
@@ -65,11 +72,26 @@ class PartialResults:
             with self.path.open("rb") as source, partial.open("wb") as target:
                 for index in sorted(self.offsets):
                     source.seek(self.offsets[index])
-                    target.write(source.readline())
+                    line = source.readline()
+                    self._check_line(line, index)
+                    target.write(line)
                 target.flush()
                 os.fsync(target.fileno())
             os.replace(partial, self.output)
             self.path.unlink()
+            self._lock.release()
+
+    def _check_line(self, line: bytes, index: int) -> None:
+        """Raise `InvalidArgumentError` unless a line of the partial file is the whole record of a prompt."""
+        try:
+            whole = line.endswith(b"\n") and parse_json(line)["index"] == index
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise InvalidArgumentError(
+                f"{self.path} was changed while the run went on: where prompt {index} was written stands something "
+                "else; delete it, and run the command again"
+            )
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -85,7 +107,6 @@ class PartialResults:
         if not self.path.exists():
             if self.output.exists():
                 raise InvalidArgumentError(f"output_file {self.output} exists already; delete it, or name another file")
-            self.output.parent.mkdir(parents=True, exist_ok=True)
             drawn = secrets.randbits(63) if config.samples else 0
             seed = drawn if config.seed is None else config.seed
             header = {"schema": SCHEMA, "kind": "batch", "configuration": configuration, "seed": seed}
@@ -98,13 +119,13 @@ class PartialResults:
                 if not line.endswith(b"\n"):  # cut off in the middle
                     file.truncate(place)
                     break
-                self._count(json.loads(line), place)
+                self._count(parse_json(line), place)
                 place += len(line)
         return seed
 
     def _check_header(self, line: bytes, configuration: Record) -> int:
         try:
-            header = json.loads(line)
+            header = parse_json(line)
             known = header["schema"] == SCHEMA and header["kind"] == "batch"
             found, seed = dict(header["configuration"]), int(header["seed"])
         except (ValueError, KeyError, TypeError) as error:

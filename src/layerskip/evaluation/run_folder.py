@@ -15,12 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from layerskip.errors import InvalidArgumentError
-from layerskip.files import write_atomically
+from layerskip.files import parse_json, to_json, write_atomically
+from layerskip.locks import Lock
 from layerskip.machine import describe_machine
 
 SCHEMA = 1
 """Version of results.json."""
 RUN_FILE, SAMPLES_FILE, RESULTS_FILE, REPORT_FILE = "run.json", "samples.jsonl", "results.json", "report.html"
+
+
+LOCK_FILE = ".lock"
 
 
 class RunFolder:
@@ -42,6 +46,7 @@ class RunFolder:
         self.samples: dict[str, dict[str, Any]] = {}
         try:
             path.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(path / LOCK_FILE, f"output_dir {path}")
             self._check_run()
             self._read_samples()
         except OSError as error:
@@ -71,9 +76,10 @@ class RunFolder:
             "kind": self.kind,
             "configuration": self.configuration,
             "machine": describe_machine(),
-            "results": json.loads(json.dumps(results)),
+            "results": parse_json(to_json(results)),
         }
         write_atomically(self.path / RESULTS_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        self._lock.release()
         return content
 
     def _begin(self) -> None:
@@ -89,7 +95,7 @@ class RunFolder:
                 raise InvalidArgumentError(f"{self.path} has a {SAMPLES_FILE} of something else; name another folder")
             return
         try:
-            run = json.loads(file.read_text(encoding="utf-8"))
+            run = parse_json(file.read_text(encoding="utf-8"))
             kind, found = run["kind"], dict(run["configuration"])
         except (ValueError, KeyError, TypeError) as error:
             raise InvalidArgumentError(f"{file} is no run of layerskip; name another folder") from error
@@ -125,7 +131,7 @@ def read_results(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         InvalidArgumentError: There is none.
     """
     try:
-        content: dict[str, Any] = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+        content: dict[str, Any] = parse_json((folder / RESULTS_FILE).read_text(encoding="utf-8"))
         lines = (folder / SAMPLES_FILE).read_bytes().splitlines()
         samples = [json.loads(line) for line in lines]
     except FileNotFoundError as error:

@@ -92,8 +92,9 @@ def train(
     started = time.perf_counter()
     say = on_message or (lambda message: None)
     config = resolve(config)
+    lock = None
     if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun or accelerate has started
-        claim(output, config, resume)
+        lock = claim(output, config, resume)
     set_seed(config.optimization.seed)
     say("preparing the model")
     arguments = make_arguments(config, output)
@@ -138,6 +139,8 @@ def train(
     )
     if arguments.should_save:
         save_result(result, output)
+    if lock is not None:
+        lock.release()
     return result
 
 

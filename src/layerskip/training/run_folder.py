@@ -11,6 +11,7 @@ import torch
 from layerskip.checkpoint.placement import DTYPES
 from layerskip.errors import CheckpointError, InvalidArgumentError
 from layerskip.files import write_atomically
+from layerskip.locks import Lock
 from layerskip.training.callbacks import LOG_FILE
 from layerskip.training.checkpoints import list_checkpoints, writing
 from layerskip.training.config import TrainingConfig
@@ -22,11 +23,13 @@ if TYPE_CHECKING:
 
 SETTINGS_FILE = "training.toml"
 RESULT_FILE = "training.json"
+LOCK_FILE = ".lock"
 
 
-def claim(output: Path, config: TrainingConfig, resume: bool) -> None:
-    """Make `output` the folder of this run, or check that it is."""
+def claim(output: Path, config: TrainingConfig, resume: bool) -> Lock:
+    """Make `output` the folder of this run, or check that it is; nobody else can use it while the lock is held."""
     file = output / SETTINGS_FILE
+    lock = _lock(output) if output.is_dir() else None
     if not resume:
         if output.is_file():
             raise InvalidArgumentError(f"{output} is a file; name a folder")
@@ -44,9 +47,18 @@ def claim(output: Path, config: TrainingConfig, resume: bool) -> None:
             )
     try:
         output.mkdir(parents=True, exist_ok=True)
+        lock = lock or _lock(output)
         if not resume:  # a run that failed before its first step may have left a tokenizer of other data
             (output / "tokenizer.json").unlink(missing_ok=True)
         write_atomically(file, write_settings(config))
+    except OSError as error:
+        raise InvalidArgumentError(f"{output} can't be written to: {error.strerror}") from error
+    return lock
+
+
+def _lock(output: Path) -> Lock:
+    try:
+        return Lock(output / LOCK_FILE, str(output))
     except OSError as error:
         raise InvalidArgumentError(f"{output} can't be written to: {error.strerror}") from error
 

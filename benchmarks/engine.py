@@ -2,7 +2,7 @@
 
     python benchmarks/engine.py --model 240m --num-speculations 2 4 6
     python benchmarks/engine.py --model demo --kernels torch
-    python benchmarks/engine.py --model 8b --device cuda --dtype bfloat16
+    python benchmarks/engine.py --model 8b --device cuda --dtype bfloat16 --adaptive
 
 Models are checkpoints, or shapes from `synthetic.py` that are made on the spot. Printed, and recorded as JSON:
 
@@ -11,7 +11,11 @@ Models are checkpoints, or shapes from `synthetic.py` that are made on the spot.
   that autoregressive decoding reads a second over the roofline's;
 - the ideal speedup of the acceptance that was seen: tokens a round, times the seconds of a step, over the seconds of a
   round's parts, each timed alone; and what of it was reached;
-- where the time of a round goes.
+- where the time of a round goes;
+- with `--adaptive`, adaptive decoding beside the fixed draft lengths; on CUDA, what was captured and how long it took.
+
+On CUDA a round is one captured graph. Its parts can't be timed alone, and those of the other verbs say nothing about
+it: the ideal there is what the bytes of weights that a step and a round read take at the roofline's rate.
 """
 
 import json
@@ -22,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from models import ModelName, load_prompts, prepare
 from record import environment, write_record
 from rich.console import Console
@@ -31,6 +34,9 @@ from roofline import Roofline
 
 import layerskip
 from layerskip.decoding.costs import CallTimer
+
+ADAPTIVE = -1
+"""Stands for adaptive decoding where results are kept by draft length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +57,8 @@ class Arguments:
     """JSON lines with a field `prompt`; a model without a tokenizer gets random tokens instead."""
     num_prompts: int = 4
     repetitions: int = 5
+    adaptive: bool = False
+    """Measure adaptive decoding too."""
     threads: int = 2
 
 
@@ -69,17 +77,24 @@ class Round:
     efficiency: float
     round_ms: float
     parts_ms: dict[str, float]
-    """Each timed alone; `other` is what a round takes beyond them (drafts written in one call take less)."""
+    """Each timed alone, on CUDA at the roofline's rate; `other` is what a round takes beyond them (drafts written in
+    one call take less)."""
 
 
 def main(arguments: Arguments) -> None:
     """Measure, print and record."""
-    torch.set_num_threads(arguments.threads)
     console = Console(width=110)
+    path = write_record(f"engine-{Path(arguments.model).name}", run(arguments, console))
+    console.print(f"{environment()['cpu']}, {arguments.threads} threads; record: {path}")
+
+
+def run(arguments: Arguments, console: Console) -> dict[str, Any]:
+    """Measure and print; returns what is to be recorded."""
+    torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as scratch:
         lm, exit_layer = load(arguments, Path(scratch))
         measurements = measure(arguments, lm, exit_layer, load_prompts(lm, arguments.prompts, arguments.num_prompts))
-    report(arguments, lm, exit_layer, console, measurements)
+    return report(arguments, lm, exit_layer, console, measurements)
 
 
 def load(arguments: Arguments, scratch: Path) -> tuple[layerskip.LanguageModel, int]:
@@ -118,13 +133,18 @@ def measure(
     context = sum(map(len, prompts)) // len(prompts) + arguments.max_new_tokens // 2
     timer = CallTimer(lm.decoder, 1, max(arguments.num_speculations) + 1, context=context)
     depth = lm.config.num_layers
+    rate = 0.0
 
     def seconds(start: int, stop: int, num_queries: int, *, head: bool = True) -> float:
+        if lm.decoder.compiles_rounds:
+            return lm.decoder.weight_bytes(start, stop, head=head) / rate
         return timer.seconds(start, stop, num_queries, head=head, repetitions=15)
 
     measurements = []
     for _ in range(arguments.repetitions + 1):
         results = decode(arguments, lm, exit_layer, prompts)
+        bandwidth = roofline.gigabytes_per_second()
+        rate = 1e9 * max(bandwidth.values())
         step, draft, last = seconds(0, depth, 1), seconds(0, exit_layer, 1), seconds(0, exit_layer, 1, head=False)
         parts = {
             k: {"drafts": k * draft, "last draft's layers": last, "verification": seconds(exit_layer, depth, k + 1)}
@@ -132,7 +152,7 @@ def measure(
         }
         measurements.append(
             Measurement(
-                bandwidth=roofline.gigabytes_per_second(),
+                bandwidth=bandwidth,
                 speeds={k: _tokens(done) / _seconds(done) for k, done in results.items()},
                 results=results,
                 step=step,
@@ -150,6 +170,8 @@ def decode(
         k: {"generation_strategy": "self_speculative", "exit_layer": exit_layer, "num_speculations": k}
         for k in arguments.num_speculations
     }
+    if arguments.adaptive:
+        settings[ADAPTIVE] = {"generation_strategy": "adaptive"}
     results: dict[int, list[layerskip.GenerationResult]] = {k: [] for k in settings}
     for prompt in prompts:
         for k, options in settings.items():
@@ -190,8 +212,8 @@ def report(
     exit_layer: int,
     console: Console,
     measurements: list[Measurement],
-) -> None:
-    """Print tables and write the record."""
+) -> dict[str, Any]:
+    """Print tables; returns what is to be recorded."""
     weight_bytes = lm.decoder.weight_bytes(0, lm.config.num_layers)
     plain = [m.speeds[0] for m in measurements]
     used = [speed * weight_bytes / 1e9 for speed in plain]
@@ -217,14 +239,27 @@ def report(
         parts = ", ".join(f"{name} {ms:.2f}" for name, ms in r.parts_ms.items())
         console.print(f"a round of {r.num_speculations} drafts takes {r.round_ms:.2f} ms; alone: {parts}")
     content = {
+        "device": torch.cuda.get_device_name(lm.decoder.device) if lm.decoder.device.type == "cuda" else "cpu",
+        "kernels": lm.decoder.kernels,
         "arguments": json.loads(json.dumps(asdict(arguments), default=str)),
         "bandwidth_gb_per_second": bandwidth,
         "weight_bytes": weight_bytes,
         "autoregressive": {"tokens_per_second": plain, "gb_per_second": used, "of_roofline": share, "step_s": step},
         "rounds": [asdict(r) for r in rounds],
     }
-    path = write_record(f"engine-{Path(arguments.model).name}", content)
-    console.print(f"{environment()['cpu']}, {arguments.threads} threads; record: {path}")
+    if arguments.adaptive:
+        speeds = [m.speeds[ADAPTIVE] for m in measurements]
+        speedup = statistics.median(m.speeds[ADAPTIVE] / m.speeds[0] for m in measurements)
+        console.print(f"adaptive: {statistics.median(speeds):.1f} tokens/s, {speedup:.2f}x autoregressive")
+        content["adaptive"] = {"tokens_per_second": speeds, "speedup": speedup}
+    captured = lm.decoder.compiled
+    if captured:
+        took = [x.seconds for x in captured]
+        console.print(f"{len(took)} rounds captured, {statistics.median(took):.2f} s each, {max(took):.2f} s at most")
+        content["captured"] = [
+            {**asdict(x.shape), "seconds": round(x.seconds, 4), "problem": x.problem} for x in captured
+        ]
+    return content
 
 
 def _tokens(results: list[layerskip.GenerationResult]) -> int:
@@ -238,4 +273,6 @@ def _seconds(results: list[layerskip.GenerationResult]) -> float:
 
 
 if __name__ == "__main__":
+    import tyro
+
     main(tyro.cli(Arguments, description=__doc__))

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import tyro
 from synthetic import SHAPES, make_synthetic, make_untrained, random_prompts
 
 import layerskip
@@ -16,13 +15,16 @@ from layerskip.errors import TokenizerError
 UNTRAINED = {"untrained": None, "untrained-240m": "240m"}
 """Random weights that no recipe has touched, by the name of the shape; the embedded model's where there is none."""
 
-ModelName = Annotated[
-    str,
-    tyro.conf.arg(
-        help=f"demo, {', '.join(MODELS)}, a shape with random weights ({', '.join(SHAPES)}; {', '.join(UNTRAINED)}: "
-        "no exit agrees), a folder, a GGUF file or a hub id."
-    ),
-]
+MODEL_HELP = (
+    f"demo, {', '.join(MODELS)}, a shape with random weights ({', '.join(SHAPES)}; {', '.join(UNTRAINED)}: no exit "
+    "agrees), a folder, a GGUF file or a hub id."
+)
+try:
+    from tyro.conf import arg
+except ImportError:  # `on_gpu.py` runs benchmarks without their command lines
+    ModelName = str
+else:
+    ModelName = Annotated[str, arg(help=MODEL_HELP)]  # type: ignore[misc]
 REQUEST = "Complete this Python code:\n\n{prompt}"
 """What a model for conversations is asked."""
 

@@ -1,6 +1,7 @@
 """Set-up that all tests share."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -101,10 +102,10 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, demo_config: dict[
 
 
 @pytest.fixture(scope="session")
-def load_static() -> Callable[[Path], Any]:
+def load_static() -> Callable[..., Any]:
     """Loads a folder as a `LanguageModel` on the CPU whose greedy rounds are those that CUDA graphs capture."""
 
-    def load(folder: Path) -> Any:
+    def load(folder: Path, *, dtype: str = "float32") -> Any:
         import torch
 
         from layerskip.checkpoint.checkpoint import open_checkpoint
@@ -116,7 +117,7 @@ def load_static() -> Callable[[Path], Any]:
         decoder = load_decoder(
             checkpoint.config,
             checkpoint.weights,
-            dtype=torch.float32,
+            dtype=getattr(torch, dtype),
             device=torch.device("cpu"),
             max_context=choose_context(checkpoint.config, None),
             rounds="static",
@@ -175,9 +176,9 @@ def single_thread() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where there is no CUDA device."""
+    """Skip tests marked `gpu` where there is no CUDA device, unless they are tried on the CPU (`gpu/conftest.py`)."""
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
-    if not gpu_items or _has_cuda():
+    if not gpu_items or os.environ.get("LAYERSKIP_TEST_DEVICE") == "cpu" or _has_cuda():
         return
     for item in gpu_items:
         item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

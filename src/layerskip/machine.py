@@ -8,7 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("layerskip", "torch", "transformers", "datasets", "lm_eval", "ray")
+from layerskip import __version__
+
+PACKAGES = ("torch", "transformers", "datasets", "lm_eval", "ray")
 
 
 def processor_name() -> str:
@@ -34,7 +36,10 @@ def describe_machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name)) is not None},
+        "versions": {
+            "layerskip": __version__,  # also from a checkout that isn't installed
+            **{name: found for name in PACKAGES if (found := _version(name)) is not None},
+        },
     }
 
 

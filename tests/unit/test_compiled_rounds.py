@@ -11,6 +11,9 @@ import pytest
 import torch
 
 import layerskip
+from layerskip.decoding.config import GenerationConfig
+from layerskip.decoding.loop import decode, make_batch
+from layerskip.decoding.policy import FixedPolicy, Outcome, Plan
 from layerskip.errors import InvalidArgumentError
 from layerskip.language_model import LanguageModel
 from layerskip.model import compiled_rounds
@@ -298,13 +301,71 @@ class TestChoice:
             layerskip.load(str(tiny_checkpoint()), device="cpu", compile="max")
 
 
+def test_rounds_that_will_be_faster_are_told(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those before a shape is compiled, and the one that compiles it."""
+    monkeypatch.setitem(compiled_rounds.USES_BEFORE, "static", 2)
+    cache = decoder.new_cache(1, 20)
+    counts = []
+    for _ in range(5):
+        decoder.round_greedy([5], cache, 2, 3)
+        counts.append(decoder.provisional_rounds)
+    assert counts == [1, 2, 3, 3, 3]
+    decoder.round_greedy([5], cache, 2, 4)
+    assert decoder.provisional_rounds == 4
+
+
+def test_adaptive_decoding_learns_no_times_of_such_rounds(
+    tiny_checkpoint: Callable[..., Path],
+    load_static: Callable[[Path], LanguageModel],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(compiled_rounds.USES_BEFORE, "static", 3)
+    lm = load_static(tiny_checkpoint())
+    seen: list[bool] = []
+
+    class Watching(FixedPolicy):
+        def observe(self, plan: Plan, matches: Any, outcome: Outcome) -> None:
+            seen.append(outcome.typical)
+
+    policy = Watching(fixed=Plan(drafter="early_exit", exit_layer=2, num_speculations=2))
+    config = GenerationConfig(max_new_tokens=40, ignore_eos=True)
+    batch = make_batch(lm.decoder, [[5, 9]], config, eos_token_ids=(), seed=0, policy=policy)
+    for _ in decode(batch):
+        pass
+    assert len(seen) > 6
+    assert seen == [False] * 4 + [True] * (len(seen) - 4)
+
+
+def test_attention_on_cuda_needs_no_plans_of_cudnn(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = decoder._network
+    assert isinstance(network, TorchNetwork)
+    allowed: list[bool] = []
+
+    def run_layer(index: int, hidden: torch.Tensor, positions: Any, cache: Any) -> torch.Tensor:
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return hidden
+
+    monkeypatch.setattr(network, "_run_layer", run_layer)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    for on_cpu in (True, False):
+        monkeypatch.setattr(network, "_on_cpu", on_cpu)
+        network.run_layers(torch.zeros(1, 1, 32), SimpleNamespace(), decoder.new_cache(1, 8), 0, 1)  # type: ignore[arg-type]
+    assert allowed == [before, False]
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("on_cpu", [True, False])
 @pytest.mark.skipif(compiled_rounds.why_not_compile(torch.device("cpu")) is not None, reason="there is no compiler")
-def test_torch_compile(tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two shapes of one function, which torch.compile takes for recompilations; the same texts as without it."""
+def test_torch_compile(tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, on_cpu: bool) -> None:
+    """Two shapes of one function, which torch.compile takes for recompilations; the same texts as without it.
+
+    Also with the operators that the layers use on CUDA, which the compiler must see through as well.
+    """
     monkeypatch.setitem(compiled_rounds.USES_BEFORE, "max", 0)
     folder = tiny_checkpoint("gemma3_text", num_hidden_layers=2)
     lm = layerskip.load(str(folder), device="cpu", compile="max")
+    monkeypatch.setattr(lm.decoder._network, "_on_cpu", on_cpu)
     plain = layerskip.load(str(folder), device="cpu", kernels="torch")
     options: dict[str, Any] = {"max_new_tokens": 16, "ignore_eos": True}
     expected = plain.generate([[5, 9], [7]], generation_strategy="autoregressive", **options)

@@ -236,3 +236,22 @@ def test_a_fixed_plan_stays() -> None:
     policy.observe(plan, NONE, outcome(0, 3, 1.0))
     assert policy.plan(NONE, 1) is plan
     assert not policy.probes
+
+
+def test_times_of_rounds_that_are_not_compiled_yet_are_not_learned() -> None:
+    policy = make_policy({4: 0.8}, {"stops_early": False})
+    plan = policy.plan(NONE, 100)
+    predicted = policy.seconds(plan)
+    policy.observe(plan, NONE, outcome(plan.num_speculations, plan.num_speculations, 50 * predicted, typical=False))
+    assert policy.seconds(plan) == pytest.approx(predicted)
+    assert policy.rates.of_exit(4).overall.recent.tried > 0
+
+
+def test_drafters_that_were_never_timed_are_corrected_as_steps_are() -> None:
+    """On a GPU a captured step takes a tenth of what its costs say; so will captured rounds with drafts."""
+    times = RoundTimes(costs=make_costs())
+    for _ in range(5):
+        times.observe("none", 0, 0, 0.1 * times.costs.step())
+    assert times.seconds("early_exit", 4, 4) == pytest.approx(0.1 * times.costs.round(4, 4))
+    times.observe("early_exit", 4, 4, 0.3 * times.costs.round(4, 4))
+    assert times.seconds("early_exit", 4, 4) == pytest.approx(0.3 * times.costs.round(4, 4))

@@ -134,7 +134,8 @@ class AdaptivePolicy:
             self.pace.observe_probe(max(0.0, seconds - self.times.seconds(plan.drafter, plan.exit_layer, drafted)))
         elif plan.drafter != "none":
             self.pace.observe_drafts(seconds)
-            self.times.observe(plan.drafter, plan.exit_layer, drafted, seconds + self._learning_seconds)
+            if outcome.typical:
+                self.times.observe(plan.drafter, plan.exit_layer, drafted, seconds + self._learning_seconds)
 
     def _times_steps(self) -> bool:
         """Whether the next rounds should be without drafts, to know what drafting is held against."""

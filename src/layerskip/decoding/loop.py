@@ -190,27 +190,30 @@ def decode(batch: Batch, *, show_drafts: bool = False) -> Iterator[Drafted | Com
             yield from _commit(batch, rounds, calls)
 
 
-def _take_step(batch: Batch, depth: int) -> Generator[Committed, None, float]:
-    """One token for each row; returns the seconds it took."""
-    calls, started = batch.decoder.layer_calls, time.perf_counter()
+def _take_step(batch: Batch, depth: int) -> Generator[Committed, None, float | None]:
+    """One token for each row; returns the seconds it took, or None where the same step will take less later."""
+    calls, provisional, started = batch.decoder.layer_calls, batch.decoder.provisional_rounds, time.perf_counter()
     rounds = autoregressive.step(batch, depth)
     seconds = time.perf_counter() - started
+    typical = batch.decoder.provisional_rounds == provisional
     yield from _commit(batch, rounds, calls)
-    return seconds
+    return seconds if typical else None
 
 
 def _rest(batch: Batch, steps: int) -> Iterator[Committed]:
     """Steps that the policy needn't plan."""
     seconds: list[float] = []
-    while batch.rows and len(seconds) < steps:
+    for _ in range(steps):
+        if not batch.rows:
+            break
         taken = yield from _take_step(batch, batch.decoder.num_layers)
-        seconds.append(taken)
+        seconds += [] if taken is None else [taken]
     batch.policy.observe_rest(seconds)
 
 
 def _speculate(batch: Batch, show_drafts: bool) -> Generator[Drafted, None, list[Round]]:
     """One round, as the policy plans it; returns its `Round`s."""
-    policy, started = batch.policy, time.perf_counter()
+    policy, provisional, started = batch.policy, batch.decoder.provisional_rounds, time.perf_counter()
     matches = [row.ngrams.match() for row in batch.rows] if policy.uses_ngrams else []
     plan = policy.plan(matches, max(row.remaining for row in batch.rows))
     exits = policy.exits if policy.probes else ()
@@ -233,7 +236,12 @@ def _speculate(batch: Batch, show_drafts: bool) -> Generator[Drafted, None, list
             away = time.perf_counter() - away
         resumed, verification, end = mark(), self_speculative.verify(batch, draft, exits), mark()
         _record(batch, batch.stopwatch.between(start, middle), batch.stopwatch.between(resumed, end))
-    outcome = _outcome(verification, time.perf_counter() - started - away, confidences)
+    outcome = _outcome(
+        verification,
+        time.perf_counter() - started - away,
+        confidences,
+        typical=batch.decoder.provisional_rounds == provisional,
+    )
     if whole is not None:
         _record(batch, *_shares(plan, batch, outcome.seconds))
     policy.observe(plan, matches, outcome)
@@ -251,13 +259,20 @@ def _record(batch: Batch, drafting: float, verifying: float) -> None:
         row.recorder.seconds_verifying += verifying
 
 
-def _outcome(verification: Verification, seconds: float, confidences: Sequence[Sequence[float]] = ()) -> Outcome:
+def _outcome(
+    verification: Verification,
+    seconds: float,
+    confidences: Sequence[Sequence[float]] = (),
+    *,
+    typical: bool = True,
+) -> Outcome:
     rounds = verification.rounds
     return Outcome(
         seconds=seconds,
         held=[round_.num_accepted for round_ in rounds],
         drafted=[len(round_.drafts) for round_ in rounds],
         tokens=[(*round_.drafts[: round_.num_accepted], round_.token) for round_ in rounds],
+        typical=typical,
         confidences=confidences,
         agreement=verification.agreement,
     )

@@ -35,6 +35,8 @@ class Outcome:
     """Drafts of each row."""
     tokens: Sequence[Sequence[int]]
     """What each row gained."""
+    typical: bool = True
+    """Whether the same round would take as long again: not so where it wasn't compiled yet, or was on the way."""
     confidences: Sequence[Sequence[float]] = ()
     agreement: Mapping[int, tuple[float, int]] = field(default_factory=dict)
     """Of a probe: by exit, tokens on which it agreed with the target, and tokens there were."""

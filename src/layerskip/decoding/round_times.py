@@ -33,8 +33,8 @@ class RoundTimes:
         return [correction * seconds for seconds in self._uncorrected[exit_layer]]
 
     def correction(self, drafter: Drafter) -> float:
-        """Seconds that its rounds take over those that their costs say."""
-        ratios = self.ratios.get(drafter)
+        """Seconds that its rounds take over those that their costs say; as steps do where none was timed yet."""
+        ratios = self.ratios.get(drafter) or self.ratios.get("none")
         return median(ratios) if ratios else 1.0
 
     def timed(self, drafter: Drafter) -> int:

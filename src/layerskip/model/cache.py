@@ -102,8 +102,9 @@ class KVCache:
 
 def free_memory(device: torch.device) -> int | None:
     """Free bytes on a device, or None where that can't be told."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "cuda":  # what torch keeps for later allocations is free as well, though the driver counts it
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     meminfo = Path("/proc/meminfo")
     if device.type == "cpu" and meminfo.exists():
         for line in meminfo.read_text().splitlines():

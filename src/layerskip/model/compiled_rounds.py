@@ -77,6 +77,8 @@ class CompiledRounds:
         assert mode != "off"
         assert mode != "graphs" or device.type == "cuda", device
         self.report: list[CompiledRound] = []
+        self.provisional = 0
+        """Rounds that took longer than the same ones will later: not compiled yet, or compiled on the way."""
         self._parts, self._mode, self._device = parts, mode, device
         self._programs: OrderedDict[Key, _Program] = OrderedDict()
         self._uses: Counter[Key] = Counter()
@@ -118,6 +120,7 @@ class CompiledRounds:
         if program is not None:
             self._programs.move_to_end(key)
             return program
+        self.provisional += 1
         if self._uses[key] < USES_BEFORE[self._mode]:
             self._uses[key] += 1
             return None
@@ -152,8 +155,6 @@ class CompiledRounds:
 
     def _allocate(self, num_rows: int, capacity: int) -> KVCache:
         parts = self._parts
-        if self._device.type == "cuda":  # what earlier buffers took is torch's still, and wouldn't count as free
-            torch.cuda.empty_cache()
         return KVCache(parts.config, num_rows=num_rows, capacity=capacity, dtype=parts.dtype, device=self._device)
 
     def _forget(self, address: int) -> None:

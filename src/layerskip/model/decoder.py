@@ -145,6 +145,11 @@ class Decoder:
         return () if self._rounds is None else tuple(self._rounds.report)
 
     @property
+    def provisional_rounds(self) -> int:
+        """Calls of `round_greedy` so far that took longer than the same ones will, once they are compiled."""
+        return 0 if self._rounds is None else self._rounds.provisional
+
+    @property
     def kernels(self) -> str:
         """What computes: `native` or `torch`."""
         return self._network.kernels

@@ -5,11 +5,13 @@ V vocabulary, L layers.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from layerskip.model.attention import Placement, attend
 from layerskip.model.cache import KVCache
@@ -17,6 +19,10 @@ from layerskip.model.config import ModelConfig
 from layerskip.model.drafts import DraftRequest, Drafts, Draw
 from layerskip.model.linear import Linear
 from layerskip.model.rope import rotate
+
+ATTENTION_ON_CUDA = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""All but cuDNN's, which torch prefers on Hopper: it builds a plan for every new shape, which takes tens of
+milliseconds, and while decoding the keys are one more at each step."""
 
 
 @dataclass(kw_only=True)
@@ -65,8 +71,9 @@ class TorchNetwork:
 
     def run_layers(self, hidden: Tensor, positions: Placement, cache: KVCache, start: int, stop: int) -> Tensor:
         """[B, Q, D], the input of layer `start` -> [B, Q, D], the output of layer `stop - 1`."""
-        for index in range(start, stop):
-            hidden = self._run_layer(index, hidden, positions, cache)
+        with self._attention_kernels():
+            for index in range(start, stop):
+                hidden = self._run_layer(index, hidden, positions, cache)
         return hidden
 
     def unembed(self, hidden: Tensor) -> Tensor:
@@ -82,6 +89,9 @@ class TorchNetwork:
     def draft(self, tokens: Tensor, cache: KVCache, request: DraftRequest) -> Drafts | None:
         """There is no shorter way than the decoder's verbs."""
         return None
+
+    def _attention_kernels(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._on_cpu else sdpa_kernel(ATTENTION_ON_CUDA)
 
     def _run_layer(self, index: int, hidden: Tensor, positions: Placement, cache: KVCache) -> Tensor:
         weights = self.layers[index]

@@ -81,6 +81,7 @@ def run(argv: Sequence[str]) -> int:
     exits = named_exits(arguments)
 
     from layerskip.evaluation.harness import evaluate, find_tasks
+    from layerskip.evaluation.harness_answers import WITHOUT_TOKENS
     from layerskip.evaluation.report import write_report
     from layerskip.evaluation.run_folder import read_results
 
@@ -112,7 +113,13 @@ def run(argv: Sequence[str]) -> int:
         )
     content, _ = read_results(folder.path)
     write_report(folder.path)
-    note = NO_SPEEDUP if report.scores and speculates(arguments) else None
+    notes = [NO_SPEEDUP] if report.scores and speculates(arguments) else []
+    if empty := int(report.exits[0].speed.get(WITHOUT_TOKENS, 0)):
+        notes.append(
+            f"{empty} continuations have no token of their own, because one token spans their joint with the context; "
+            "they count 0, as in the harness."
+        )
+    note = " ".join(notes) or None
     if arguments.output.json:
         print(to_json({**content, "note": note}))
     else:

@@ -29,6 +29,10 @@ class AnswersByKey(Protocol):
     def __getitem__(self, key: str, /) -> dict[str, Any]: ...
 
 
+WITHOUT_TOKENS = "scores_without_tokens"
+"""Figure: continuations that have no token of their own, which count 0."""
+
+
 @dataclass(kw_only=True)
 class MemoryAnswers:
     """Answers that nobody wants on disk."""
@@ -88,5 +92,7 @@ class Answers:
         if scores:
             tokens, seconds = sum(score["tokens_scored"] for score in scores), fsum(s["seconds"] for s in scores)
             figures |= {"scores": len(scores), "tokens_scored": tokens, "scoring_seconds": seconds}
+            if empty := sum(score["tokens_scored"] == 0 for score in scores):
+                figures[WITHOUT_TOKENS] = empty
             figures["tokens_scored_per_second"] = tokens / max(seconds, 1e-9)
         return figures

@@ -155,6 +155,9 @@ class EngineMethods:
         keys = [self.answers.key("loglikelihood", *texts) for texts, _, _ in requests]
         groups: dict[tuple[int, ...], dict[str, list[int]]] = {}
         for key, (texts, context, continuation) in zip(keys, requests, strict=True):
+            if not continuation:
+                self._add_empty(key)
+                continue
             before, after = self._fit(context, continuation, texts)
             groups.setdefault(tuple(before), {})[key] = after
         tell = self._counter("scoring", keys)
@@ -183,10 +186,17 @@ class EngineMethods:
             if not answers.find(answers.here(key)):
                 answers.add(answers.here(key), {**answer, **shared})
 
+    def _add_empty(self, key: str) -> None:
+        """Answer a request whose continuation has no token of its own: one token spans its joint with the context.
+
+        The harness takes the tokens of both texts together, less as many as the context has alone. Where that leaves
+        none, its sum over the continuation's tokens is 0, and all of them are the likeliest.
+        """
+        if not self.answers.find(key):
+            self._add_scored(key, [{"logprob": 0.0, "is_greedy": True}] * len(self._scored), 0, 0.0)
+
     def _fit(self, context: list[int], continuation: list[int], texts: tuple[str, str]) -> tuple[list[int], list[int]]:
         """Cut a context from the left, so that it and the continuation fit."""
-        if not continuation:
-            raise PromptError(f"the continuation {texts[1]!r} has no tokens of its own after {texts[0][-40:]!r}")
         if len(continuation) > self.max_length:
             raise PromptError(
                 f"a continuation has {len(continuation)} tokens, more than the context of {self.max_length}: "

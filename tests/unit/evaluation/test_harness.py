@@ -368,12 +368,22 @@ def test_chat_template_without_a_system_message(tiny: layerskip.LanguageModel) -
     assert model.tokenizer_name
 
 
+def test_a_token_that_spans_context_and_continuation(demo: layerskip.LanguageModel) -> None:
+    """The harness's rule leaves the continuation without tokens; the other requests get their numbers all the same."""
+    pairs = [("def f(x):\n    retu", "rn"), ("def f(x):\n    return", " x"), ("a", "")]
+    model = make_model(demo, demo.decoder.num_layers)
+    context, continuation = model._encode_pair(*pairs[0])
+    assert (len(context) > 0, continuation) == (True, [])
+    spanning, ordinary, empty = model.loglikelihood(instances("loglikelihood", pairs))
+    assert spanning == empty == (0.0, True)
+    assert [ordinary] == make_model(demo, demo.decoder.num_layers).loglikelihood(instances("loglikelihood", pairs[1:2]))
+    assert model.answers.speed()["scores_without_tokens"] == 2
+
+
 def test_bad_requests(tiny: layerskip.LanguageModel) -> None:
     model = make_model(tiny, 4)
     with pytest.raises(PromptError, match="more than the context of 128"):
         model.loglikelihood(instances("loglikelihood", [("a", " x = 1\n" * 100)]))
-    with pytest.raises(PromptError, match="no tokens of its own"):
-        model.loglikelihood(instances("loglikelihood", [("a", "")]))
     with pytest.raises(InvalidArgumentError, match="up to 256 tokens, and the context of 128"):
         model.generate_until(instances("generate_until", [("a", {"until": ["\n"]})]))
 

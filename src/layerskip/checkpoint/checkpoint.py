@@ -24,6 +24,7 @@ from layerskip.errors import (
     OutOfMemoryError,
     TokenizerError,
 )
+from layerskip.files import cache_folder
 from layerskip.model.cache import free_memory
 from layerskip.model.config import ModelConfig, read_eos
 from layerskip.model.config_values import shown
@@ -286,7 +287,7 @@ def _open_named(name: str, revision: str | None, report: Report | None) -> Check
         return Checkpoint.in_folder(download(MODELS[name].hub_id, revision), name)
     found = resolve(name, report)
     if isinstance(found, Path):
-        return _open_path(found, name)
+        return Checkpoint(GGUFFile(found, own_folder=cache_folder() / "models"), name)
     try:
         return Checkpoint.in_folder(download(found), name)
     except CheckpointError as error:

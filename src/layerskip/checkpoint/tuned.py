@@ -58,6 +58,7 @@ def write_tuned(file: Path, settings: TunedSettings) -> None:
         InvalidArgumentError: The folder can't be written.
     """
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, to_json(asdict(settings), indent=2) + "\n")
     except OSError as error:
         raise InvalidArgumentError(

@@ -77,5 +77,6 @@ def test_files_of_something_else(folder: Path, content: str, message: str) -> No
 
 
 def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
     with pytest.raises(InvalidArgumentError, match="copy the checkpoint"):
-        write_tuned(tmp_path / "missing" / TUNED_FILE, TUNED)
+        write_tuned(tmp_path / "file" / TUNED_FILE, TUNED)

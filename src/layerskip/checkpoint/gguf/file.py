@@ -27,6 +27,8 @@ class GGUFFile:
 
     path: Path
     """The file, or its first part."""
+    own_folder: Path | None = None
+    """Where to keep what belongs to the file, if not beside it: a file of an installed package isn't the user's."""
 
     @property
     def folder(self) -> Path:
@@ -36,7 +38,7 @@ class GGUFFile:
     @property
     def tuned_file(self) -> Path:
         """Where a sweep keeps the best setting: each file has its own."""
-        return self.path.with_suffix(".layerskip.json")
+        return (self.own_folder or self.path.parent) / f"{self.path.stem}.layerskip.json"
 
     @cached_property
     def container(self) -> "Container":

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from layerskip.checks import whole_number
 from layerskip.errors import InvalidArgumentError
 
 MAX_HELD_OUT = 0.5
@@ -38,10 +39,10 @@ class DataConfig:
         object.__setattr__(self, "data", _strings("data", self.data))
         suffixes = _strings("suffixes", self.suffixes)
         object.__setattr__(self, "suffixes", tuple(_suffix(suffix) for suffix in suffixes))
-        _whole("sequence_length", self.sequence_length, least=2)
-        _whole("eval_tokens", self.eval_tokens, least=1)
+        whole_number("sequence_length", self.sequence_length, least=2)
+        whole_number("eval_tokens", self.eval_tokens, least=1)
         if self.max_documents is not None:
-            _whole("max_documents", self.max_documents, least=1)
+            whole_number("max_documents", self.max_documents, least=1)
         number = isinstance(self.held_out, int | float) and not isinstance(self.held_out, bool)
         if not number or not 0 <= self.held_out <= MAX_HELD_OUT:
             raise InvalidArgumentError(
@@ -53,11 +54,6 @@ class DataConfig:
             )
         if not isinstance(self.streaming, bool):
             raise InvalidArgumentError(f"streaming must be True or False, got {self.streaming!r}")
-
-
-def _whole(name: str, value: object, *, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InvalidArgumentError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
 def _strings(name: str, value: object) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
     pip install llama-cpp-python gguf
     python benchmarks/vs_llama_cpp.py --model demo
     python benchmarks/vs_llama_cpp.py --model 240m --num-speculations 4
-    python benchmarks/vs_llama_cpp.py --model smollm2 --dtype bfloat16
+    python benchmarks/vs_llama_cpp.py --model smollm2 --bfloat16-weights
 
 llama.cpp runs a GGUF file as it is; another checkpoint (a Llama) is written as a float32 GGUF file first. It gets
 tokens one by one through its C interface. Tokens of the prompt are not counted. With the same numbers as weights, both
@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 import layerskip
+from layerskip.checkpoint.transformers_model import load_transformers_model
 from layerskip.model.config import ModelConfig
 from layerskip.model.weights import EMBEDDING, FINAL_NORM, HEAD, TensorSource
 
@@ -51,8 +52,9 @@ class Arguments:
     """Options of the benchmark."""
 
     model: ModelName = "demo"
-    dtype: str = "float32"
-    """Of our weights; llama.cpp reads a GGUF file as it is, and other models, which must be Llamas, in float32."""
+    bfloat16_weights: bool = False
+    """Round our weights to bfloat16, which the native kernels then keep. Without it both engines have the same numbers:
+    a GGUF file as it is, other models, which must be Llamas, in float32."""
     exit_layer: int = 4
     num_speculations: int = 4
     agreement: float = 0.9
@@ -103,12 +105,20 @@ def main(arguments: Arguments) -> None:
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as scratch:
         model = prepare(arguments.model, Path(scratch), exit_layer=arguments.exit_layer, agreement=arguments.agreement)
-        lm = layerskip.load(model, dtype=arguments.dtype, device="cpu")  # type: ignore[arg-type]
+        lm = layerskip.load(model, dtype="float32", device="cpu")
         file = gguf_file(model) or write_gguf(lm.config, lm.checkpoint.weights, Path(scratch) / "model.gguf")
         prompts = load_prompts(lm, arguments.prompts, arguments.num_prompts)
         context = max(map(len, prompts)) + arguments.max_new_tokens + 8
         theirs = LlamaCpp(file, context, arguments.threads)
+        if arguments.bfloat16_weights:
+            lm = in_bfloat16(lm, Path(scratch) / "bfloat16")
         measure(arguments, lm, theirs, prompts)
+
+
+def in_bfloat16(lm: layerskip.LanguageModel, folder: Path) -> layerskip.LanguageModel:
+    """The model with its weights rounded to bfloat16, as most checkpoints are published."""
+    load_transformers_model(lm.checkpoint, torch.bfloat16).save_pretrained(folder)
+    return layerskip.load(str(folder), dtype="float32", device="cpu")
 
 
 def measure(arguments: Arguments, lm: layerskip.LanguageModel, theirs: LlamaCpp, prompts: list[list[int]]) -> None:

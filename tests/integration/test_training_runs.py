@@ -185,6 +185,25 @@ def test_accumulated_batches_are_one(scratch: list[Any], tmp_path: Path) -> None
         torch.testing.assert_close(found[name], whole[name], atol=1e-3, rtol=0)
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="an accelerator's own precision counts there")
+def test_the_precision_of_the_computation(
+    training_start: Callable[..., tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto` is what the hardware has, from a width on; weights, and what is saved of them, are float32 in any case."""
+    shape, data = training_start(texts=4, hidden_size=128)
+    flags = ["--config", shape, "--data", data, "--held-out", 0.2, *SHORT]
+    records = {name: train(tmp_path / name, *flags, "--precision", name) for name in ("float32", "bfloat16")}
+    for has in (None, "AVX512_BF16"):
+        name = "float32" if has is None else "bfloat16"
+        monkeypatch.setattr("layerskip.training.precision.cpu_bfloat16", lambda has=has: has)
+        auto = tmp_path / f"auto {has}"
+        assert (train(auto, *flags, "--precision", "auto")["precision"], records[name]["precision"]) == (name, name)
+        assert same(auto, tmp_path / name)
+        assert {tensor.dtype for tensor in weights(auto).values()} == {torch.float32}
+    assert not same(tmp_path / "float32", tmp_path / "bfloat16")
+    assert records["bfloat16"]["loss"] == pytest.approx(records["float32"]["loss"], abs=0.05)
+
+
 def test_streaming(scratch: list[Any], tmp_path: Path) -> None:
     result = train(tmp_path / "run", *scratch, "--streaming")
     assert len(losses(tmp_path / "run")) == result["step"] == 6

@@ -151,7 +151,7 @@ class OptimizationConfig:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 leaves them."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the computation (weights are kept in float32); auto: bfloat16 where GPU or CPU has it in hardware."""
+    """Of the computation (weights are kept in float32); auto: bfloat16 where the hardware has it and it pays."""
     gradient_checkpointing: bool = False
     """Compute activations twice rather than keep them: less memory, a third more time."""
     compile: bool = False

@@ -30,6 +30,7 @@ from layerskip.training.data.block_datasets import BlockDataset
 from layerskip.training.data.corpus import Corpus, load_corpus
 from layerskip.training.data.fingerprint import check_data
 from layerskip.training.data.packing import LongExamples
+from layerskip.training.precision import Precision, choose_precision, set_precision
 from layerskip.training.run_folder import claim, dtype_to_save, save_final, save_result, save_tokenizer
 from layerskip.training.saved_config import add_end_of_turn
 from layerskip.training.starting_point import StartingPoint, make_starting_point
@@ -61,6 +62,8 @@ class TrainingResult:
     """The best that each exit could do."""
     long_examples: LongExamples
     """Prompts with completions, and conversations, that are longer than a block; with streaming, of those read."""
+    precision: Precision
+    """Of the computation."""
     seconds: float
     """Of this run, all included, since it started or resumed."""
 
@@ -102,6 +105,9 @@ def train(
         point = make_starting_point(config, tokenizer_folder=output)
         if arguments.should_save:
             save_tokenizer(point.tokenizer, output)
+    precision, why = choose_precision(config.optimization.precision, point.model.config.get_text_config().hidden_size)
+    set_precision(arguments, precision)
+    say(f"computing in {precision}: {why}")
     if point.left_out:
         say(f"left out of generation_config.json, not being valid there: {', '.join(point.left_out)}")
     say("reading the data")
@@ -135,6 +141,7 @@ def train(
         exits=trainer.exit_qualities,
         speedups=trainer.ideal_speedups,
         long_examples=corpus.count_long_examples(),
+        precision=precision,
         seconds=time.perf_counter() - started,
     )
     if arguments.should_save:

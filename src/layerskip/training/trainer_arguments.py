@@ -12,20 +12,8 @@ from layerskip.errors import InvalidArgumentError
 from layerskip.training.config import TrainingConfig
 
 
-def has_bfloat16() -> bool:
-    """Whether training in bfloat16 is faster here: on a GPU that has it, or a CPU with instructions for it.
-
-    torch computes in bfloat16 on other CPUs too, by way of float32, which takes longer than float32 alone. With
-    AVX-512's instructions a step takes two thirds of float32's time, with AMX a quarter.
-    """
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported())
-    found = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
-    return any(supported() for supported in found if supported is not None)
-
-
 def make_arguments(config: TrainingConfig, output: Path) -> TrainingArguments:
-    """Transformers' settings for a run."""
+    """Transformers' settings for a run, but for the precision, which depends on the model."""
     available = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
     for name in config.checkpoints.report_to:
         if name not in available:
@@ -52,7 +40,6 @@ def make_arguments(config: TrainingConfig, output: Path) -> TrainingArguments:
         "weight_decay": optimization.weight_decay,
         "adam_beta2": optimization.adam_beta2,
         "max_grad_norm": optimization.max_grad_norm,
-        "bf16": optimization.precision == "bfloat16" or (optimization.precision == "auto" and has_bfloat16()),
         "torch_compile": optimization.compile,
         "fsdp": "full_shard" if optimization.fsdp else None,
         "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"} if optimization.fsdp else None,

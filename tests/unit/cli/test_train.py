@@ -38,7 +38,8 @@ def refusal(cli: Callable, tmp_path: Path) -> Callable[..., str]:
         *before, last = outcome.err.splitlines()
         assert (outcome.code, outcome.out) == (2, "")
         assert last.startswith("layerskip: error: ")
-        assert set(before) <= {"preparing the model", "reading the data"}
+        preparing = ("preparing the model", "reading the data", "computing in ")
+        assert all(line.startswith(preparing) for line in before)
         return last
 
     return call
@@ -190,9 +191,10 @@ def test_progress_without_a_terminal(cli: Callable, shape: str, texts: str, tmp_
     outcome = cli("train", "--config", shape, "--data", texts, *SHORT, "--output", str(output))
     assert outcome.code == 0
     lines = outcome.err.splitlines()
-    assert lines[:2] == ["preparing the model", "reading the data"]
-    assert lines[2].startswith("step 1 of 2, ")
-    assert lines[2].endswith(" tokens/s")
+    assert (lines[0], lines[2]) == ("preparing the model", "reading the data")
+    assert re.fullmatch(r"computing in (float32|bfloat16): \S.+", lines[1])
+    assert lines[3].startswith("step 1 of 2, ")
+    assert lines[3].endswith(" tokens/s")
     assert re.fullmatch(
         r"step 2: held-out loss \d\.\d{3}, agreement [\d.]+% at exit 1(, [\d.]+% at exit 2)?; "
         r"ideal speedup [\d.]+ at exit \d",

@@ -1,11 +1,9 @@
 """Settings of a run: what is refused, what is filled in, and which differences matter to a run that resumes."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from layerskip.errors import InvalidArgumentError
 from layerskip.training.config import (
@@ -160,26 +158,3 @@ def test_differences_are_named_with_both_values() -> None:
 def test_how_often_things_are_saved_makes_no_difference() -> None:
     now = TrainingConfig(checkpoints=CheckpointConfig(save_steps=7, keep=9, eval_steps=3, report_to=("wandb",)))
     assert differences(TrainingConfig(), now) == []
-
-
-@pytest.mark.parametrize(
-    ("supported", "expected"), [({"avx512_bf16"}, True), ({"amx_tile"}, True), ({"avx512"}, False), (set(), False)]
-)
-def test_bfloat16_where_the_processor_has_instructions_for_it(
-    monkeypatch: pytest.MonkeyPatch, supported: set[str], expected: bool
-) -> None:
-    from layerskip.training import trainer_arguments
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for name in ("avx512_bf16", "amx_tile", "avx512"):
-        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name in supported)
-    assert trainer_arguments.has_bfloat16() is expected
-
-
-def test_auto_precision_is_what_the_machine_is_good_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from layerskip.training import trainer_arguments
-
-    for has in (True, False):
-        monkeypatch.setattr(trainer_arguments, "has_bfloat16", lambda has=has: has)
-        config = TrainingConfig(data=DataConfig(data=("x",)), start=StartConfig(config="small"))
-        assert trainer_arguments.make_arguments(resolve(config), tmp_path).bf16 is has

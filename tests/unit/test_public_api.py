@@ -7,7 +7,7 @@ import layerskip
 
 SIGNATURES = {
     "load": "name, *, dtype, device, revision, max_context, kernels, quantize, quantize_draft, "
-    "draft_vocabulary, draft_text, compile",
+    "draft_vocabulary, draft_text, compile, **unknown",
     "LanguageModel.generate": "self, prompts, config, **options",
     "LanguageModel.stream": "self, prompts, config, *, show_drafts, session, **options",
     "LanguageModel.score": "self, prompts, continuations, *, exit_layer",
@@ -35,7 +35,8 @@ FIELDS = {
     "LayerSkipConfig": """dropout_max dropout_schedule exit_loss exit_loss_scale exit_weights curriculum rotation
         exit_layers stop_gradient""",
     "TrainingConfig": "start data recipe optimization checkpoints",
-    "TrainingResult": "output interrupted step num_tokens train_loss loss exits speedups seconds",
+    "TrainingResult": """output interrupted step num_tokens train_loss loss exits speedups long_examples precision
+        seconds""",
     "Score": "token_ids token_logprobs logprob is_greedy",
 }
 

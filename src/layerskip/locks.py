@@ -2,6 +2,8 @@
 
 from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from filelock import BaseFileLock, FileLock, Timeout
 
@@ -9,7 +11,7 @@ from layerskip.errors import InvalidArgumentError
 
 
 class Lock:
-    """Held from the beginning until `release`, the end of the process (however it ends), or of this object."""
+    """Held from the beginning until the `with` block or the process ends, however that may be."""
 
     def __init__(self, file: Path, what: str) -> None:
         """Take the lock.
@@ -32,6 +34,16 @@ class Lock:
             ) from None
         except NotImplementedError:  # a file system without locks: as it was before there were any
             pass
+
+    def __enter__(self) -> Self:
+        """The lock, which is held already."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Release it."""
+        self.release()
 
     def release(self) -> None:
         """Let others in, and remove the file."""

@@ -12,7 +12,7 @@ import pytest
 from layerskip.cli.main import main
 from layerskip.errors import InvalidArgumentError
 from layerskip.evaluation.batch_results import PartialResults
-from layerskip.evaluation.run_folder import RunFolder
+from layerskip.evaluation.run_folder import RunFolder, open_run_folder
 from layerskip.locks import Lock
 
 HOLD = """
@@ -119,12 +119,18 @@ def test_a_partial_file_that_others_changed(tmp_path: Path) -> None:
 
 
 def test_a_lock_is_let_go(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path, "verify", {"a": 1})
-    with pytest.raises(InvalidArgumentError, match="is in use"):
-        RunFolder(tmp_path, "verify", {"a": 1})
-    folder.finish({})
-    again = RunFolder(tmp_path, "verify", {"a": 1})
-    del again  # an object that is gone holds nothing
+    """After a block that fails too, while somebody still looks at the error."""
+
+    def interrupted() -> None:
+        with open_run_folder(tmp_path, "verify", {"a": 1}):
+            with pytest.raises(InvalidArgumentError, match="is in use"):
+                open_run_folder(tmp_path, "verify", {"a": 1}).__enter__()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        interrupted()
+    assert interrupt.traceback
+    assert list(tmp_path.iterdir()) == []
     lock = Lock(tmp_path / ".lock", "x")
     lock.release()
     lock.release()

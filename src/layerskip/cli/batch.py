@@ -1,6 +1,7 @@
 """`layerskip batch`: decode every prompt of a file of JSON lines; what was interrupted goes on."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from dataclasses import field as default
 from functools import partial
@@ -57,17 +58,17 @@ def run(argv: Sequence[str]) -> int:
     config = GenerationConfig(**asdict(arguments.decoding))
     lines, digest = read_lines(arguments.input, arguments.field)
     configuration = {**asdict(arguments.model), **asdict(config), "field": arguments.field, "input": digest}
-    results = PartialResults(arguments.output_file, config, configuration)
-    mapper = make_mapper(arguments, config, results.seed)
-    with make_progress(arguments.output) as bar, keep_output_clean(arguments.where):
-        task = bar.add_task("decoding", total=len(lines))
-        summary = run_batch(
-            lines,
-            results,
-            mapper,
-            batch_size=arguments.batch_size,
-            on_progress=lambda done: bar.update(task, advance=done),
-        )
+    with closing(PartialResults(arguments.output_file, config, configuration)) as results:
+        mapper = make_mapper(arguments, config, results.seed)
+        with make_progress(arguments.output) as bar, keep_output_clean(arguments.where):
+            task = bar.add_task("decoding", total=len(lines))
+            summary = run_batch(
+                lines,
+                results,
+                mapper,
+                batch_size=arguments.batch_size,
+                on_progress=lambda done: bar.update(task, advance=done),
+            )
     if arguments.output.json:
         print(to_json(as_record(arguments, summary)))
     else:

@@ -61,7 +61,6 @@ def run(argv: Sequence[str]) -> int:
     check_strategies(strategies)
     examples, config = load_examples(arguments.data), arguments.decoding
     settings = {**asdict(config), "strategies": strategies, "execute_code": arguments.execute_code}
-    folder = open_run(arguments.output_dir, "benchmark", arguments.model, arguments.data, settings)
     work = BenchmarkWork(
         load=model_loader(arguments.model),
         strategies=strategies,
@@ -70,6 +69,7 @@ def run(argv: Sequence[str]) -> int:
         execute_code=arguments.execute_code,
     )
     with (
+        open_run(arguments.output_dir, "benchmark", arguments.model, arguments.data, settings) as folder,
         make_progress(arguments.output) as bar,
         keep_output_clean(arguments.where),
         make_mapper(arguments.where, arguments.model, len(examples)) as mapper,
@@ -82,8 +82,8 @@ def run(argv: Sequence[str]) -> int:
             mapper=mapper,
             on_progress=lambda what, done: bar.update(task, description=what, advance=done),
         )
-    content = folder.finish(results)
-    write_report(folder.path)
+        content = folder.finish(results)
+        write_report(folder.path)
     tell_left_out(arguments.output, results["left_out"], len(examples))
     if arguments.output.json:
         print(to_json(content))

@@ -10,6 +10,8 @@ from tyro.conf import arg
 from layerskip.cli.arguments import File, ModelArguments, Text
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from layerskip.evaluation.datasets import Example
     from layerskip.evaluation.run_folder import RunFolder
 
@@ -53,12 +55,12 @@ def load_examples(arguments: DatasetArguments) -> "list[Example]":
 
 def open_run(
     folder: Path, kind: str, model: ModelArguments, dataset: DatasetArguments, more: Mapping[str, Any]
-) -> "RunFolder":
-    """The folder of a run whose configuration is all of these flags.
+) -> "AbstractContextManager[RunFolder]":
+    """The folder of a run whose configuration is all of these flags; nobody else can write to it meanwhile.
 
     Raises:
         InvalidArgumentError: It holds another configuration's results.
     """
-    from layerskip.evaluation.run_folder import RunFolder
+    from layerskip.evaluation.run_folder import open_run_folder
 
-    return RunFolder(folder, kind, {**asdict(model), **asdict(dataset), **more})
+    return open_run_folder(folder, kind, {**asdict(model), **asdict(dataset), **more})

@@ -19,6 +19,8 @@ from layerskip.errors import InvalidArgumentError
 from layerskip.files import to_json
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from rich.table import Table
 
     from layerskip.evaluation.harness import EvalReport
@@ -90,7 +92,6 @@ def run(argv: Sequence[str]) -> int:
     chosen = list(range(1, model.num_layers + 1)) if exits == "all" else exits or [model.num_layers]
     for exit_layer in chosen:
         model.check_exit_layer(exit_layer)
-    folder = open_folder(arguments, names, chosen)
     options: dict[str, Any] = {
         "limit": arguments.limit,
         "num_fewshot": arguments.num_fewshot,
@@ -99,20 +100,21 @@ def run(argv: Sequence[str]) -> int:
         "exit_layers": chosen,
         "config": config,
     }
-    if arguments.where.ray:
-        answer_on_cluster(arguments, names, options, folder)
-    lm = load_model(arguments.model, arguments.output)
-    with make_progress(arguments.output) as bar:
-        task = bar.add_task("reading tasks", total=None)
-        report = evaluate(
-            lm,
-            tasks,
-            output=folder,
-            on_progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
-            **options,
-        )
-    content, _ = read_results(folder.path)
-    write_report(folder.path)
+    with open_folder(arguments, names, chosen) as folder:
+        if arguments.where.ray:
+            answer_on_cluster(arguments, names, options, folder)
+        lm = load_model(arguments.model, arguments.output)
+        with make_progress(arguments.output) as bar:
+            task = bar.add_task("reading tasks", total=None)
+            report = evaluate(
+                lm,
+                tasks,
+                output=folder,
+                on_progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+                **options,
+            )
+        content, _ = read_results(folder.path)
+        write_report(folder.path)
     notes = [NO_SPEEDUP] if report.scores and speculates(arguments) else []
     if empty := int(report.exits[0].speed.get(WITHOUT_TOKENS, 0)):
         notes.append(
@@ -188,14 +190,14 @@ def speculates(arguments: EvalArguments) -> bool:
     return arguments.generation_strategy not in ("autoregressive", "early_exit")
 
 
-def open_folder(arguments: EvalArguments, tasks: list[str], exits: list[int]) -> "RunFolder":
-    """The folder of a run with these flags."""
-    from layerskip.evaluation.run_folder import RunFolder
+def open_folder(arguments: EvalArguments, tasks: list[str], exits: list[int]) -> "AbstractContextManager[RunFolder]":
+    """The folder of a run with these flags; nobody else can write to it meanwhile."""
+    from layerskip.evaluation.run_folder import open_run_folder
 
     left_out = ("model", "where", "output", "output_dir", "tasks", "exit_layers")
     flags = {name: value for name, value in asdict(arguments).items() if name not in left_out}
     named = {"tasks": tasks, "exit_layers": exits}
-    return RunFolder(arguments.output_dir, "eval", {**asdict(arguments.model), **named, **flags})
+    return open_run_folder(arguments.output_dir, "eval", {**asdict(arguments.model), **named, **flags})
 
 
 def print_report(arguments: EvalArguments, report: "EvalReport", note: str | None) -> None:

@@ -81,13 +81,12 @@ def run(argv: Sequence[str]) -> int:
     checkpoint = open_model(arguments.model, arguments.output)
     grid = grid_of(arguments, checkpoint.config.num_layers)
     examples = load_examples(arguments.data)
-    settings = {"grid": grid, "exhaustive": arguments.exhaustive, "max_new_tokens": arguments.max_new_tokens}
-    folder = open_run(
-        arguments.output_dir, "sweep", arguments.model, arguments.data, settings | {"ignore_eos": arguments.ignore_eos}
-    )
+    flags = ("exhaustive", "max_new_tokens", "ignore_eos")
+    settings = {"grid": grid, **{name: getattr(arguments, name) for name in flags}}
     exits = sorted({exit_layer for exit_layer, _ in grid})
     units = planned_units(len(examples), grid, exhaustive=arguments.exhaustive)
     with (
+        open_run(arguments.output_dir, "sweep", arguments.model, arguments.data, settings) as folder,
         make_progress(arguments.output) as bar,
         keep_output_clean(arguments.where),
         make_mapper(arguments.where, arguments.model, len(examples)) as mapper,
@@ -102,8 +101,8 @@ def run(argv: Sequence[str]) -> int:
             mapper=mapper,
             on_progress=lambda what, done: bar.update(task, description=what, advance=done),
         )
-    content = folder.finish(as_record(arguments, report))
-    write_report(folder.path)
+        content = folder.finish(as_record(arguments, report))
+        write_report(folder.path)
     tell_left_out(arguments.output, report.left_out, len(examples))
     saved = save_best(arguments, checkpoint.files.tuned_file, report, content["machine"]) if arguments.save else None
     if arguments.output.json:

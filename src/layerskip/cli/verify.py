@@ -1,6 +1,7 @@
 """`layerskip verify`: prove on given prompts, or on a whole data set, that speculation changes nothing."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from dataclasses import field as default
 from functools import partial
@@ -104,17 +105,17 @@ def run(argv: Sequence[str]) -> int:
     config = make_config(arguments)
     lengths = parse_numbers("num_speculations", arguments.num_speculations)
     asked = read_asked(arguments)
-    folder = None if arguments.output_dir is None else open_folder(arguments, arguments.output_dir)
-    lm = load_model(arguments.model, arguments.output)
-    exits = exit_layers(arguments, lm.decoder.num_layers)
-    num_asked = len(asked)
-    asked, prompts, left_out = encode(lm, asked, config)
-    tell_left_out(arguments.output, left_out, num_asked)
-    settings = [(exit_layer, length) for exit_layer in exits for length in lengths]
-    indices = [example.index for example in asked]
-    report = compare(arguments, lm, prompts, indices, settings, config, folder)
-    tests = check_distributions(arguments, lm, prompts[0], config, exits, folder) if arguments.distribution else []
-    content = None if folder is None else finish(folder, report, tests, left_out)
+    with nullcontext() if arguments.output_dir is None else open_folder(arguments, arguments.output_dir) as folder:
+        lm = load_model(arguments.model, arguments.output)
+        exits = exit_layers(arguments, lm.decoder.num_layers)
+        num_asked = len(asked)
+        asked, prompts, left_out = encode(lm, asked, config)
+        tell_left_out(arguments.output, left_out, num_asked)
+        settings = [(exit_layer, length) for exit_layer in exits for length in lengths]
+        indices = [example.index for example in asked]
+        report = compare(arguments, lm, prompts, indices, settings, config, folder)
+        tests = check_distributions(arguments, lm, prompts[0], config, exits, folder) if arguments.distribution else []
+        content = None if folder is None else finish(folder, report, tests, left_out)
     report = renumbered(report, indices)
     content = content or {**as_record(report, tests), "left_out": left_out}
     if arguments.output.json:
@@ -183,7 +184,7 @@ def encode(
     return kept, [encoded[example.index] for example in kept], left_out
 
 
-def open_folder(arguments: VerifyArguments, path: Path) -> "RunFolder":
+def open_folder(arguments: VerifyArguments, path: Path) -> "AbstractContextManager[RunFolder]":
     """The folder that keeps comparisons; its configuration is all flags that these depend on.
 
     Raises:

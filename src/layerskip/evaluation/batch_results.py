@@ -79,7 +79,11 @@ class PartialResults:
                 os.fsync(target.fileno())
             os.replace(partial, self.output)
             self.path.unlink()
-            self._lock.release()
+        self.close()
+
+    def close(self) -> None:
+        """Let others write to the output; what is finished stays."""
+        self._lock.release()
 
     def _check_line(self, line: bytes, index: int) -> None:
         """Raise `InvalidArgumentError` unless a line of the partial file is the whole record of a prompt."""

@@ -10,7 +10,8 @@ The same command goes on where an interrupted one stopped; another command needs
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,11 @@ from layerskip.machine import describe_machine
 SCHEMA = 1
 """Version of results.json."""
 RUN_FILE, SAMPLES_FILE, RESULTS_FILE, REPORT_FILE = "run.json", "samples.jsonl", "results.json", "report.html"
-
-
 LOCK_FILE = ".lock"
 
 
 class RunFolder:
-    """One measurement's folder."""
+    """One measurement's folder; `open_run_folder` keeps other processes out of it."""
 
     def __init__(self, path: Path, kind: str, configuration: Mapping[str, Any]) -> None:
         """Open a folder, new or of an interrupted run of the same configuration.
@@ -46,13 +45,10 @@ class RunFolder:
         self.samples: dict[str, dict[str, Any]] = {}
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = Lock(path / LOCK_FILE, f"output_dir {path}")
             self._check_run()
             self._read_samples()
         except OSError as error:
-            raise InvalidArgumentError(
-                f"output_dir {path} can't be used: {error.strerror}; name a folder that can be written"
-            ) from error
+            raise _unusable(path, error) from error
 
     def add(self, key: str, sample: Mapping[str, Any]) -> None:
         """Keep a finished sample, on disk before this returns."""
@@ -79,7 +75,6 @@ class RunFolder:
             "results": parse_json(to_json(results)),
         }
         write_atomically(self.path / RESULTS_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        self._lock.release()
         return content
 
     def _begin(self) -> None:
@@ -122,6 +117,26 @@ class RunFolder:
         for line in whole.splitlines():  # of bytes: only real line ends count, not those that texts may hold
             record = json.loads(line)
             self.samples[record["key"]] = record
+
+
+@contextmanager
+def open_run_folder(path: Path, kind: str, configuration: Mapping[str, Any]) -> Iterator[RunFolder]:
+    """A folder that no other process can write to until the `with` block ends; arguments are `RunFolder`'s.
+
+    Raises:
+        InvalidArgumentError: As `RunFolder` does, and where another process writes to the folder.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = Lock(path / LOCK_FILE, f"output_dir {path}")
+    except OSError as error:
+        raise _unusable(path, error) from error
+    with lock:
+        yield RunFolder(path, kind, configuration)
+
+
+def _unusable(path: Path, error: OSError) -> InvalidArgumentError:
+    return InvalidArgumentError(f"output_dir {path} can't be used: {error.strerror}; name a folder that can be written")
 
 
 def read_results(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

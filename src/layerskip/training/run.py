@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -92,12 +93,22 @@ def train(
         CheckpointError: The model can't be loaded, or a checkpoint can't be written.
         TrainingError: The loss isn't a finite number.
     """
+    config = resolve(config)
+    is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun or accelerate has started
+    with claim(output, config, resume) if is_first else nullcontext():
+        return _train(config, output, resume, on_step, on_message)
+
+
+def _train(
+    config: TrainingConfig,
+    output: Path,
+    resume: bool,
+    on_step: OnStep | None,
+    on_message: Callable[[str], None] | None,
+) -> TrainingResult:
+    """`train`, with every setting known and a folder that is this run's."""
     started = time.perf_counter()
     say = on_message or (lambda message: None)
-    config = resolve(config)
-    lock = None
-    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun or accelerate has started
-        lock = claim(output, config, resume)
     set_seed(config.optimization.seed)
     say("preparing the model")
     arguments = make_arguments(config, output)
@@ -146,8 +157,6 @@ def train(
     )
     if arguments.should_save:
         save_result(result, output)
-    if lock is not None:
-        lock.release()
     return result
 
 

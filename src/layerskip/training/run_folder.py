@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,10 +28,32 @@ RESULT_FILE = "training.json"
 LOCK_FILE = ".lock"
 
 
-def claim(output: Path, config: TrainingConfig, resume: bool) -> Lock:
-    """Make `output` the folder of this run, or check that it is; nobody else can use it while the lock is held."""
+@contextmanager
+def claim(output: Path, config: TrainingConfig, resume: bool) -> Iterator[None]:
+    """Make `output` the folder of this run, or check that it is; no other process can use it until the block ends."""
+    with ExitStack() as locks:
+        if output.is_dir():  # otherwise it is made after the checks, so that a mistake leaves nothing behind
+            locks.enter_context(_lock(output))
+            _check(output, config, resume)
+        else:
+            _check(output, config, resume)
+            try:
+                output.mkdir(parents=True)
+            except OSError as error:
+                raise _unwritable(output, error) from error
+            locks.enter_context(_lock(output))
+        try:
+            if not resume:  # a run that failed before its first step may have left a tokenizer of other data
+                (output / "tokenizer.json").unlink(missing_ok=True)
+            write_atomically(output / SETTINGS_FILE, write_settings(config))
+        except OSError as error:
+            raise _unwritable(output, error) from error
+        yield
+
+
+def _check(output: Path, config: TrainingConfig, resume: bool) -> None:
+    """Raise `InvalidArgumentError` if a run with these settings can't begin or go on in `output`."""
     file = output / SETTINGS_FILE
-    lock = _lock(output) if output.is_dir() else None
     if not resume:
         if output.is_file():
             raise InvalidArgumentError(f"{output} is a file; name a folder")
@@ -45,22 +69,17 @@ def claim(output: Path, config: TrainingConfig, resume: bool) -> Lock:
             raise InvalidArgumentError(
                 f"{output} holds a run with other settings, so it can't be resumed with these: {'; '.join(changed)}"
             )
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        lock = lock or _lock(output)
-        if not resume:  # a run that failed before its first step may have left a tokenizer of other data
-            (output / "tokenizer.json").unlink(missing_ok=True)
-        write_atomically(file, write_settings(config))
-    except OSError as error:
-        raise InvalidArgumentError(f"{output} can't be written to: {error.strerror}") from error
-    return lock
 
 
 def _lock(output: Path) -> Lock:
     try:
         return Lock(output / LOCK_FILE, str(output))
     except OSError as error:
-        raise InvalidArgumentError(f"{output} can't be written to: {error.strerror}") from error
+        raise _unwritable(output, error) from error
+
+
+def _unwritable(output: Path, error: OSError) -> InvalidArgumentError:
+    return InvalidArgumentError(f"{output} can't be written to: {error.strerror}")
 
 
 def differences(before: TrainingConfig, now: TrainingConfig) -> list[str]:

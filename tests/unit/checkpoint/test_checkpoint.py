@@ -88,11 +88,8 @@ def test_a_name_wins_over_a_folder_of_that_name(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(checkpoint_module, "MODELS", {"some": model})
     with packages.named("some", model, site):
         path = checkpoint_module.resolve("some")
-        opened: list[Path] = []
-        monkeypatch.setattr(checkpoint_module, "_open_path", lambda path, name: opened.append(path))
-        open_checkpoint("some")
-        open_checkpoint("./some")
-    assert opened == [path, Path("some")]
+        folders = [open_checkpoint(name).folder for name in ("some", "./some")]
+    assert folders == [path.parent, Path("some")]
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,9 @@ def terminal(tmp_path: Path) -> Iterator[Terminal]:
         program.close()
 
 
-GENERATE = ("generate", "--prompt", "def fibonacci(n):", "--max-new-tokens", "40")
+DRAFT = ("--generation-strategy", "self_speculative", "--exit-layer", "4")
+"""Always drafts; whether adaptive decoding does depends on what else the machine is doing."""
+GENERATE = ("generate", "--prompt", "def fibonacci(n):", *DRAFT, "--max-new-tokens", "40")
 
 
 def test_generate_colours_and_compares(terminal: Terminal) -> None:
@@ -151,7 +153,7 @@ def test_ctrl_c_ends_a_single_generation(terminal: Terminal) -> None:
 
 
 def test_prompts_are_asked_for_and_remembered(terminal: Terminal, tmp_path: Path) -> None:
-    program = terminal.start("generate", "--max-new-tokens", "900", "--ignore-eos", "--no-compare")
+    program = terminal.start("generate", *DRAFT, "--max-new-tokens", "900", "--ignore-eos", "--no-compare")
     program.wait_for("> ")
     program.send("class Stack:\r")
     program.wait_for("\x1b[0K")
@@ -188,7 +190,7 @@ def test_history_that_cannot_be_written_is_no_error(terminal: Terminal, tmp_path
 def test_chat(terminal: Terminal, tmp_path: Path) -> None:
     template = tmp_path / "template.jinja"
     template.write_text(TEMPLATE)
-    program = terminal.start("chat", "--chat-template", str(template), "--max-context", "300", "--ignore-eos")
+    program = terminal.start("chat", "--chat-template", str(template), "--max-context", "300", "--ignore-eos", *DRAFT)
     program.wait_for("> ")
     program.send("hello\r")
     program.wait_for("tokens/s")

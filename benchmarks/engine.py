@@ -33,7 +33,7 @@ from rich.table import Table
 from roofline import Roofline
 
 import layerskip
-from layerskip.decoding.costs import CallTimer
+from layerskip.decoding.adaptive.costs import CallTimer
 
 ADAPTIVE = -1
 """Stands for adaptive decoding where results are kept by draft length."""

@@ -164,7 +164,7 @@ def _verify(
     max_new_tokens: int,
 ) -> None:
     from layerskip import GenerationConfig
-    from layerskip.evaluation.lossless import verify_lossless
+    from layerskip.evaluation.verify.compare import verify_lossless
 
     config = GenerationConfig(temperature=0.8, top_p=0.95, seed=1, max_new_tokens=max_new_tokens, ignore_eos=True)
     started = time.perf_counter()
@@ -227,7 +227,7 @@ def training(report: "Report") -> None:
     import torch
 
     import layerskip
-    from layerskip.evaluation.lossless import verify_lossless
+    from layerskip.evaluation.verify.compare import verify_lossless
 
     with TemporaryDirectory() as scratch:
         warm_up = 3 if report.small else 10

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from layerskip.model.linear import DenseLinear, OneDNNLinear, pack
+from layerskip.model.torch.linear import DenseLinear, OneDNNLinear, pack
 
 WAYS: dict[str, Callable[[Tensor], Callable[[Tensor], Tensor]]] = {
     "stock": DenseLinear,

@@ -22,7 +22,7 @@ from rich.console import Console
 import layerskip
 from layerskip.checkpoint.transformers_model import load_transformers_model
 from layerskip.decoding.config import GenerationConfig
-from layerskip.evaluation.lossless import LosslessReport, compare, verify_lossless
+from layerskip.evaluation.verify.compare import LosslessReport, compare, verify_lossless
 
 TOLERANCE = 1e-3
 """Of near-ties in float32, in logits."""

@@ -92,7 +92,7 @@ def train_run(output: Path, start: Any, recipe: Any, *, max_steps: int, learning
     import torch
 
     import layerskip
-    from layerskip.cli.terminal import silence_libraries
+    from layerskip.cli.terminal.terminal import silence_libraries
 
     torch.set_num_threads(1)
     silence_libraries(bars=False)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from layerskip.model.linear import OneDNNLinear, has_onednn, pack
-from layerskip.model.native_library import load_library
-from layerskip.model.native_network import NativeLinear
+from layerskip.model.native.library import load_library
+from layerskip.model.native.network import NativeLinear
+from layerskip.model.torch.linear import OneDNNLinear, has_onednn, pack
 
 INPUTS, OUTPUTS = 4096, 32_768
 """512 MB in float32: no cache holds it."""

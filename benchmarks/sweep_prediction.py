@@ -23,13 +23,13 @@ from rich.progress import Progress, track
 
 import layerskip
 from layerskip.decoding.config import GenerationConfig
-from layerskip.evaluation.datasets import Example, encode_examples, load_examples
-from layerskip.evaluation.prediction import Setting
+from layerskip.evaluation.data.datasets import Example, encode_examples, load_examples
 from layerskip.evaluation.run_folder import RunFolder
-from layerskip.evaluation.sweep import TOP, SweepReport, make_grid, planned_units, sweep
-from layerskip.evaluation.sweep_files import SweepRow
-from layerskip.evaluation.sweep_worker import SweepWork, from_sample, text_key
-from layerskip.evaluation.trajectories import replay
+from layerskip.evaluation.sweep.files import SweepRow
+from layerskip.evaluation.sweep.prediction import Setting
+from layerskip.evaluation.sweep.run import TOP, SweepReport, make_grid, planned_units, sweep
+from layerskip.evaluation.sweep.trajectories import replay
+from layerskip.evaluation.sweep.worker import SweepWork, from_sample, text_key
 
 FINALISTS = 5
 """Settings of the grid that are run again."""

@@ -111,7 +111,7 @@ def load_static() -> Callable[..., Any]:
         from layerskip.checkpoint.checkpoint import open_checkpoint
         from layerskip.checkpoint.placement import choose_context
         from layerskip.language_model import LanguageModel
-        from layerskip.model.weights import load_decoder
+        from layerskip.model.weights.loading import load_decoder
 
         checkpoint = open_checkpoint(str(folder))
         decoder = load_decoder(

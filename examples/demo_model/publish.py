@@ -18,7 +18,7 @@ import torch
 import tyro
 
 import layerskip
-from layerskip.evaluation.prompts import read_prompts
+from layerskip.evaluation.data.prompts import read_prompts
 
 DEMO = Path(layerskip.__file__).parent / "assets" / "demo"
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")

@@ -1,4 +1,4 @@
-"""layerskip: train, decode, verify and serve models whose early layers can already predict.
+"""layerskip: train, decode and verify models whose early layers can already predict.
 
 import layerskip
 
@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from layerskip.decoding.config import GenerationConfig
-    from layerskip.decoding.scoring import Score
-    from layerskip.decoding.stats import GenerationStats
-    from layerskip.decoding.stream import (
+    from layerskip.decoding.output.stream import (
         DraftEvent,
         FinishEvent,
         GenerationResult,
@@ -21,6 +19,8 @@ if TYPE_CHECKING:
         StreamEvent,
         TokenEvent,
     )
+    from layerskip.decoding.scoring import Score
+    from layerskip.decoding.stats import GenerationStats
     from layerskip.errors import LayerSkipError
     from layerskip.language_model import LanguageModel, Session, load
     from layerskip.training.config import (
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         TrainingConfig,
     )
     from layerskip.training.data.config import DataConfig
-    from layerskip.training.recipe import LayerSkipRecipe
+    from layerskip.training.recipe.recipe import LayerSkipRecipe
     from layerskip.training.run import TrainingResult, train
     from layerskip.training.trainer import LayerSkipTrainer
 
@@ -70,7 +70,7 @@ _MODULES = {
     "GenerationStats": "decoding.stats",
     **dict.fromkeys(
         ("DraftEvent", "FinishEvent", "GenerationResult", "GenerationStream", "StreamEvent", "TokenEvent"),
-        "decoding.stream",
+        "decoding.output.stream",
     ),
     "LayerSkipError": "errors",
     **dict.fromkeys(("LanguageModel", "Session", "load"), "language_model"),
@@ -79,7 +79,7 @@ _MODULES = {
         "training.config",
     ),
     "DataConfig": "training.data.config",
-    "LayerSkipRecipe": "training.recipe",
+    "LayerSkipRecipe": "training.recipe.recipe",
     "LayerSkipTrainer": "training.trainer",
     **dict.fromkeys(("TrainingResult", "train"), "training.run"),
 }

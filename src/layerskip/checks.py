@@ -5,7 +5,7 @@ from collections.abc import Callable
 from numbers import Real
 from operator import index
 
-from layerskip.errors import InvalidArgumentError
+from layerskip.errors import InvalidArgumentError, PromptError
 
 
 def whole_number(name: str, value: object, *, least: int, most: int | None = None) -> int:
@@ -51,3 +51,15 @@ def finite_number(name: str, value: object, allowed: str, check: Callable[[float
     if not math.isfinite(number) or not check(number):
         raise InvalidArgumentError(f"{name} must be {allowed}, got {value!r}")
     return number
+
+
+def check_text(text: str, name: str) -> None:
+    """Raise `PromptError` unless a text is one that tokenizers take: whole characters only."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"{name} has half a character, {text[error.start]!a}, at position {error.start}: a lone surrogate, which "
+            "no tokenizer takes; correct the text where it comes from (in JSON, \\ud83d needs its other half beside "
+            "it), or replace such halves: text.encode(errors='replace').decode()"
+        ) from error

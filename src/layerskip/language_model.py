@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from layerskip.chat_template import AnswerFrame, Message, answer_frame, render, require_template
 from layerskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from layerskip.checkpoint.loading import Compile, DType, Kernels, LoadingConfig, Quantization
+from layerskip.checks import check_text
+from layerskip.decoding.adaptive.experience import Experience
 from layerskip.decoding.config import GenerationConfig, make_config
-from layerskip.decoding.experience import Experience
-from layerskip.decoding.loop import check_prompt, choose_exit_layer, make_batch
-from layerskip.decoding.prompts import Prompt, Prompts, encode_prompts
+from layerskip.decoding.engine import check_prompt, choose_exit_layer, make_batch
+from layerskip.decoding.output.stream import GenerationResult, GenerationStream
 from layerskip.decoding.scoring import Score, all_logits, score_tokens
-from layerskip.decoding.stream import GenerationResult, GenerationStream
-from layerskip.decoding.text import check_text
 from layerskip.errors import InvalidArgumentError, TokenizerError
 from layerskip.model.cache import KVCache
-from layerskip.model.config import ModelConfig
+from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.decoder import Decoder
+from layerskip.text.chat_template import AnswerFrame, Message, answer_frame, render, require_template
+from layerskip.text.prompts import Prompt, Prompts, encode_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

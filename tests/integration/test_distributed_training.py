@@ -25,9 +25,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import layerskip.training.run as run_module  # takes seconds: once here, not in each child
 from layerskip.cli.main import main
-from layerskip.training.checkpoints import list_checkpoints
 from layerskip.training.config import LayerSkipConfig
-from layerskip.training.recipe import LayerSkipRecipe
+from layerskip.training.output.checkpoints import list_checkpoints
+from layerskip.training.recipe.recipe import LayerSkipRecipe
 from layerskip.training.trainer import LayerSkipTrainer
 
 TIMEOUT = 180.0

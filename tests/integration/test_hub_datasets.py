@@ -12,7 +12,7 @@ pytest.importorskip("datasets")
 LOAD = """
 import json, sys
 from layerskip.errors import LayerSkipError
-from layerskip.evaluation.datasets import load_examples
+from layerskip.evaluation.data.datasets import load_examples
 results = []
 for name, repository in json.loads(sys.argv[1]):
     try:

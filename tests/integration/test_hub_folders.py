@@ -21,9 +21,9 @@ import layerskip
 from layerskip.cli.chat import Conversation
 from layerskip.cli.main import main
 from layerskip.decoding.config import GenerationConfig
-from layerskip.evaluation.datasets import Example, encode_examples
+from layerskip.evaluation.data.datasets import Example, encode_examples
 from layerskip.language_model import LanguageModel
-from layerskip.model.config import FULL, SLIDING
+from layerskip.model.config.model_config import FULL, SLIDING
 from layerskip.model.rope import inverse_frequencies
 
 TEXT = "The quick brown fox answers 12345 questions: où est la réponse? 😀\n\nIt's in the valley."

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from layerskip.checkpoint.checkpoint import Checkpoint
-from layerskip.model.linear import WIDE
-from layerskip.model.native_library import load_library
-from layerskip.model.weights import tensor_shapes
+from layerskip.model.native.library import load_library
+from layerskip.model.torch.linear import WIDE
+from layerskip.model.weights.loading import tensor_shapes
 
 SRC = Path(__file__).parents[2] / "src"
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from layerskip.batch.results import PartialResults
 from layerskip.cli.main import main
 from layerskip.errors import InvalidArgumentError
-from layerskip.evaluation.batch_results import PartialResults
 from layerskip.evaluation.run_folder import RunFolder, open_run_folder
 from layerskip.locks import Lock
 

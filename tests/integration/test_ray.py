@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
+from layerskip.batch.lines import Line, LineDecoder, load_decoder, map_here, read_lines, run_batch
+from layerskip.batch.results import PartialResults
 from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import InvalidArgumentError, LayerSkipError, PromptError
-from layerskip.evaluation.batch import Line, LineDecoder, load_decoder, map_here, read_lines, run_batch
-from layerskip.evaluation.batch_results import PartialResults
-from layerskip.interop.ray_map import MAX_RETRIES, RayWorkers, ray_map, share_out
 from layerskip.language_model import load
+from layerskip.workers.ray import MAX_RETRIES, RayWorkers, ray_map, share_out
 
 CONFIG = GenerationConfig(max_new_tokens=24, temperature=0.8, seed=5, ignore_eos=True)
 
@@ -207,8 +207,7 @@ def test_a_cluster_that_others_started() -> None:
     start = [here, "start", "--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false", "--block"]
     starting = {name: value for name, value in environment.items() if name != "RAY_ADDRESS"}
     script = (
-        "from layerskip.interop.ray_map import ray_map\n"
-        "print(sorted(ray_map([-1, -2, -3], lambda: abs, num_workers=2)))"
+        "from layerskip.workers.ray import ray_map\nprint(sorted(ray_map([-1, -2, -3], lambda: abs, num_workers=2)))"
     )
     head = subprocess.Popen(start, env=starting, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

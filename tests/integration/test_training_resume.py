@@ -19,8 +19,8 @@ import layerskip
 import layerskip.training.run as run_module
 import layerskip.training.trainer as trainer_module
 from layerskip.cli.main import main
-from layerskip.cli.training_progress import TrainingProgress
-from layerskip.training.checkpoints import list_checkpoints
+from layerskip.cli.terminal.training_progress import TrainingProgress
+from layerskip.training.output.checkpoints import list_checkpoints
 
 NUM_STEPS = 8
 SETTINGS = f"--sequence-length 32 --batch-size 2 --max-steps {NUM_STEPS} --learning-rate 3e-3 --dropout-max 0.4".split()

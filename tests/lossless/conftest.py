@@ -12,13 +12,13 @@ from torch import Tensor
 
 import layerskip
 from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.loop import Committed, decode, make_batch
-from layerskip.decoding.sampling import Sampler
+from layerskip.decoding.engine import Committed, decode, make_batch
+from layerskip.decoding.sampler import Sampler
 from layerskip.language_model import LanguageModel
 from layerskip.model.drafts import DraftRequest
-from layerskip.model.native_library import load_library
-from layerskip.model.native_network import NativeNetwork
-from layerskip.model.torch_network import TorchNetwork
+from layerskip.model.native.library import load_library
+from layerskip.model.native.network import NativeNetwork
+from layerskip.model.torch.network import TorchNetwork
 
 
 @pytest.fixture(scope="session")

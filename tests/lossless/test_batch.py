@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.loop import decode, make_batch
+from layerskip.decoding.engine import decode, make_batch
 from layerskip.language_model import LanguageModel
 from layerskip.model.cache import KVCache
 

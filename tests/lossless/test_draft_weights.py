@@ -9,11 +9,11 @@ import torch
 
 import layerskip
 from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.loop import decode, make_batch
+from layerskip.decoding.engine import decode, make_batch
 from layerskip.errors import InvalidArgumentError
 from layerskip.language_model import LanguageModel
 from layerskip.model.drafts import frequent_tokens
-from layerskip.model.native_library import load_library
+from layerskip.model.native.library import load_library
 
 SAMPLED = {"temperature": 0.9, "top_k": 12, "seed": 5}
 WAYS: list[dict[str, Any]] = [

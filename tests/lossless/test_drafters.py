@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.loop import decode, make_batch
+from layerskip.decoding.engine import decode, make_batch
 from layerskip.decoding.ngram import Match
 from layerskip.decoding.policy import Drafter, Outcome, Plan
 from layerskip.language_model import LanguageModel

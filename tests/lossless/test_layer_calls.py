@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from layerskip.decoding.loop import Committed
+from layerskip.decoding.engine import Committed
 from layerskip.language_model import LanguageModel
 
 LAYERS = 5

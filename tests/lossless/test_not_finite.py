@@ -13,7 +13,7 @@ import layerskip
 from layerskip.cli.main import main
 from layerskip.errors import InvalidArgumentError, NotFiniteError
 from layerskip.language_model import LanguageModel
-from layerskip.model.native_library import load_library
+from layerskip.model.native.library import load_library
 
 Tiny = Callable[..., Path]
 PROMPTS = [[5, 3, 80, 41, 9], [7, 7, 2]]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from layerskip.decoding import autoregressive
+from layerskip.decoding.rounds import plain as autoregressive
 from layerskip.language_model import LanguageModel
 
 SAMPLED = [

@@ -8,10 +8,10 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
-from layerskip.decoding import self_speculative
 from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.loop import decode, make_batch
-from layerskip.decoding.sampling import Sampler
+from layerskip.decoding.engine import decode, make_batch
+from layerskip.decoding.rounds import verifying as self_speculative
+from layerskip.decoding.sampler import Sampler
 from layerskip.language_model import LanguageModel
 
 VOCAB, ROWS, BATCHES = 12, 4000, 5

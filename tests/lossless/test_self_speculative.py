@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from layerskip.decoding import self_speculative
-from layerskip.decoding.loop import Committed
+from layerskip.decoding.engine import Committed
+from layerskip.decoding.rounds import verifying as self_speculative
 from layerskip.language_model import LanguageModel
-from layerskip.model.linear import WIDE
+from layerskip.model.torch.linear import WIDE
 
 EXITS = [1, 2, 3, 4, 5]
 SAMPLED = [

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from layerskip.decoding.config import GenerationConfig
-from layerskip.evaluation.trajectories import record_trajectory, replay
+from layerskip.evaluation.sweep.trajectories import record_trajectory, replay
 from layerskip.language_model import LanguageModel
 
 

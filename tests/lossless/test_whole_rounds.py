@@ -8,7 +8,7 @@ import pytest
 
 import layerskip
 from layerskip.language_model import LanguageModel
-from layerskip.model.static_round import LEAST_SLOTS
+from layerskip.model.graphs.static import LEAST_SLOTS
 
 PROMPTS = [[5, 9, 11, 40], [7], [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]]
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import layerskip
 from layerskip.language_model import LanguageModel
-from layerskip.model.native_library import load_library
+from layerskip.model.native.library import load_library
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 TEXT_LENGTH = 40

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import layerskip
-from layerskip.decoding import autoregressive
+from layerskip.decoding.rounds import plain as autoregressive
 
 NUM_NEW = 24
 

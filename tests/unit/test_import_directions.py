@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,15 +17,18 @@ PACKAGE = SRC / "layerskip"
 # Lowest first. A module may import from its own layer and from the ones before it. "" is layerskip/__init__.py.
 LAYERS = [
     {"errors", "checks", "files", "json_lines", "locks", "machine"},
-    {"chat_template", "model"},
+    {"text", "model"},
     {"checkpoint"},
     {"decoding"},
     {"language_model"},
-    {"evaluation", "training", "serving", "interop"},
+    {"workers"},
+    {"batch", "evaluation", "training", "serving"},
     {"cli", "__main__", ""},
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 TOP = len(LAYERS) - 1
+MOST_MODULES = 12
+"""In one folder."""
 
 
 def module_name(path: Path) -> str:
@@ -92,6 +96,73 @@ def test_imports_point_to_the_same_or_a_lower_layer() -> None:
     assert not found, "\n".join(["imports that point upwards:", *found])
 
 
+def imports_between_modules() -> dict[str, set[str]]:
+    """For each module of the package, those that it imports, wherever in the file."""
+    paths = {module_name(path): path for path in PACKAGE.rglob("*.py")}
+    found: dict[str, set[str]] = {}
+    for module, path in paths.items():
+        names = [name for _, name in imported_names(path.read_text("utf-8"), module, path.name == "__init__.py")]
+        modules = {name if name in paths else name.rpartition(".")[0] for name in names}
+        found[module] = (modules & set(paths)) - {"layerskip", module}
+    return found
+
+
+def circle(imports: dict[str, set[str]]) -> list[str]:
+    """A way along imports from a module back to itself; empty without one."""
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        for other in sorted(imports.get(module, ())):
+            if found := visit(other, [*path, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in sorted(imports) if (found := visit(module, []))), [])
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert circle(imports_between_modules()) == []
+
+
+def test_no_packages_import_each_other_in_a_circle() -> None:
+    """In each folder: between its modules and packages, each package taken as one."""
+    imports, found = imports_between_modules(), []
+    for folder in sorted({module_name(path) for path in PACKAGE.rglob("__init__.py")}):
+        depth = len(folder.split(".")) + 1
+        units: dict[str, set[str]] = {}
+        for module, others in imports.items():
+            unit = ".".join(module.split(".")[:depth])
+            if module.startswith(f"{folder}."):
+                inside = {".".join(other.split(".")[:depth]) for other in others if other.startswith(f"{folder}.")}
+                units.setdefault(unit, set()).update(inside - {unit})
+        found += [circle(units)] if circle(units) else []
+    assert found == []
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
+def test_folders_are_small() -> None:
+    sizes = {str(folder.relative_to(SRC)): len([*folder.glob("*.py")]) for folder in (PACKAGE, *PACKAGE.rglob("*/"))}
+    most = MOST_MODULES + 1  # `__init__.py`
+    assert {name: size for name, size in sizes.items() if size > most} == {}
+
+
+def test_no_prefix_stands_for_a_folder() -> None:
+    """Three modules whose names begin with the same word belong into a folder of that name."""
+    found = []
+    for folder in (PACKAGE, *PACKAGE.rglob("*/")):
+        words = Counter(path.stem.split("_")[0] for path in folder.glob("*.py") if not path.stem.startswith("_"))
+        found += [f"{folder.relative_to(SRC)}/{word}_*" for word, count in words.items() if count >= 3]
+    assert found == []
+
+
 @pytest.mark.parametrize(
     ("source", "module"),
     [
@@ -116,7 +187,7 @@ def test_an_upward_import_is_found(source: str, module: str) -> None:
         ("import torch\nfrom transformers import AutoTokenizer", "layerskip.model.cache"),
         ("from layerskip.errors import LayerSkipError", "layerskip.model.cache"),
         ("from .config import ModelConfig\nfrom . import rope", "layerskip.model.cache"),
-        ("from layerskip.training import data", "layerskip.evaluation.datasets"),
+        ("from layerskip.training import data", "layerskip.evaluation.data.datasets"),
         ("from layerskip import __version__", "layerskip.evaluation.report"),
         ("from layerskip import load, errors", "layerskip.cli.main"),
     ],

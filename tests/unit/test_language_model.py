@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from layerskip.decoding import autoregressive, scoring
+from layerskip.decoding import scoring
+from layerskip.decoding.rounds import plain as autoregressive
 from layerskip.errors import InvalidArgumentError, PromptError
 from layerskip.language_model import LanguageModel, Session
 from layerskip.model.decoder import Decoder

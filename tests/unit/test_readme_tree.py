@@ -3,9 +3,8 @@
 The tree is the fenced block whose first line is `layerskip/`. Below it stands one entry a line, indented by four spaces
 a level: a name, and after two or more spaces a comment. Folders end in `/`; `src/layerskip/` may stand on one line.
 
-Required: everything at the top level but hidden names; every folder of src/layerskip/ and every .py file in it but
-empty `__init__.py`; the folders directly in tests/; the files and folders directly in docs/ and benchmarks/. Other
-files may be named too, as long as they exist.
+Required: everything at the top level but hidden names, and every folder directly in src/layerskip/. Others may be named
+too, as long as they exist. What a module is for stands in its own docstring.
 """
 
 import os
@@ -84,15 +83,11 @@ def with_folders(paths: Iterable[str]) -> set[str]:
     return everything
 
 
-def is_required(path: str, root: Path) -> bool:
+def is_required(path: str) -> bool:
     """Whether the tree must name this file or folder."""
     parts = PurePosixPath(path).parts
-    is_folder = path.endswith("/")
-    if parts[:2] == ("src", "layerskip") and len(parts) > 2:
-        is_empty_init = parts[-1] == "__init__.py" and not (root / path).read_text("utf-8").strip()
-        return is_folder or (path.endswith(".py") and not is_empty_init)
-    if len(parts) == 2:
-        return parts[0] in {"docs", "benchmarks"} or (parts[0] in {"src", "tests"} and is_folder)
+    if parts[:2] == ("src", "layerskip"):
+        return path.endswith("/") and len(parts) <= 3
     return len(parts) == 1 and not path.startswith(".")
 
 
@@ -101,7 +96,7 @@ def test_readme_tree_is_true() -> None:
     assert readme.exists(), "README.md is missing; it holds the annotated tree"
     listed = parse_tree(tree_block(readme.read_text("utf-8")))
     exists = with_folders(files_on_disk(ROOT))
-    missing = {path for path in exists if is_required(path, ROOT)} - with_folders(listed)
+    missing = {path for path in exists if is_required(path)} - with_folders(listed)
     problems = {
         "on disk, missing in README.md's tree": sorted(missing),
         "in README.md's tree, not on disk": sorted(with_folders(listed) - exists),

@@ -26,14 +26,21 @@ from layerskip.errors import (
 )
 from layerskip.files import cache_folder
 from layerskip.model.cache import free_memory
-from layerskip.model.config import ModelConfig, read_eos
-from layerskip.model.config_values import shown
+from layerskip.model.config.families import parse_config
+from layerskip.model.config.model_config import ModelConfig, read_eos
+from layerskip.model.config.values import shown
 from layerskip.model.decoder import Decoder
 from layerskip.model.drafts import DraftWeights, frequent_tokens
-from layerskip.model.families import parse_config
-from layerskip.model.quantization import check_quantization
 from layerskip.model.rope import rope_bytes
-from layerskip.model.weights import TensorSource, check_names, load_decoder, tensor_shapes, weight_bytes, with_own_head
+from layerskip.model.weights.loading import (
+    TensorSource,
+    check_names,
+    load_decoder,
+    tensor_shapes,
+    weight_bytes,
+    with_own_head,
+)
+from layerskip.model.weights.quantization import check_quantization
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 
 from layerskip.errors import InvalidArgumentError
-from layerskip.model.compiled_rounds import RoundMode, why_not_compile
-from layerskip.model.config import ModelConfig
-from layerskip.model.native_network import why_not_native
+from layerskip.model.config.model_config import ModelConfig
+from layerskip.model.graphs.compiled import RoundMode, why_not_compile
+from layerskip.model.native.network import why_not_native
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

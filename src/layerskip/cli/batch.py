@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
-from layerskip.cli.arguments import DecodingArguments, ModelArguments, OutputArguments, parse
 from layerskip.cli.exit_code import ExitCode
-from layerskip.cli.progress import make_progress
-from layerskip.cli.ray_arguments import RayArguments, anywhere, check_ray, keep_output_clean
-from layerskip.cli.terminal import load_model, make_console
+from layerskip.cli.flags.arguments import DecodingArguments, ModelArguments, OutputArguments, parse
+from layerskip.cli.flags.ray import RayArguments, anywhere, check_ray
+from layerskip.cli.terminal.progress import make_progress
+from layerskip.cli.terminal.terminal import load_model, make_console
+from layerskip.cli.workers import keep_output_clean
 from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import InvalidArgumentError
 from layerskip.files import to_json
 
 if TYPE_CHECKING:
-    from layerskip.evaluation.batch import BatchSummary, Mapper
+    from layerskip.batch.lines import BatchSummary, Mapper
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +53,8 @@ def run(argv: Sequence[str]) -> int:
     arguments = parse(BatchArguments, "batch", argv)
     check_arguments(arguments)
 
-    from layerskip.evaluation.batch import read_lines, run_batch
-    from layerskip.evaluation.batch_results import PartialResults
+    from layerskip.batch.lines import read_lines, run_batch
+    from layerskip.batch.results import PartialResults
 
     config = GenerationConfig(**asdict(arguments.decoding))
     lines, digest = read_lines(arguments.input, arguments.field)
@@ -89,12 +90,12 @@ def check_arguments(arguments: BatchArguments) -> None:
 
 def make_mapper(arguments: BatchArguments, config: GenerationConfig, seed: int) -> "Mapper":
     """What decodes batches: the model in this process, or workers with one each on a Ray cluster."""
-    from layerskip.evaluation.batch import LineDecoder, load_decoder, map_here
+    from layerskip.batch.lines import LineDecoder, load_decoder, map_here
 
     if not arguments.where.ray:
         return partial(map_here, LineDecoder(load_model(arguments.model, arguments.output), config, seed))
 
-    from layerskip.interop.ray_map import ray_map
+    from layerskip.workers.ray import ray_map
 
     return partial(
         ray_map,

@@ -7,19 +7,19 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
-from layerskip.chat_template import end_of_turn_tokens, render, require_template
-from layerskip.cli.arguments import DecodingArguments, File, ModelArguments, OutputArguments, Text, parse
 from layerskip.cli.exit_code import ExitCode
-from layerskip.cli.prompt_text import drop_line_break, read_text_file, to_text
-from layerskip.cli.terminal import draws, line_history, load_model, make_console, read_line, take_command
+from layerskip.cli.flags.arguments import DecodingArguments, File, ModelArguments, OutputArguments, Text, parse
+from layerskip.cli.terminal.prompt_text import drop_line_break, read_text_file, to_text
+from layerskip.cli.terminal.terminal import draws, line_history, load_model, make_console, read_line, take_command
 from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import LayerSkipError, PromptError
 from layerskip.files import to_json
+from layerskip.text.chat_template import end_of_turn_tokens, render, require_template
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from layerskip.cli.terminal_stream import Run
+    from layerskip.cli.terminal.stream import Run
     from layerskip.language_model import LanguageModel
 
 COMMANDS = ("/reset", "/stats", "/quit", "/help")
@@ -173,7 +173,7 @@ class Chat:
         return make_console(self._arguments.output)
 
     def _obey(self, command: str) -> None:
-        from layerskip.cli.summary import describe, stats_table
+        from layerskip.cli.terminal.summary import describe, stats_table
 
         console = self._console()
         if command == "/reset":
@@ -206,7 +206,7 @@ class Chat:
         return self.asks or not turn.interrupted
 
     def _speak(self, message: str) -> "Run":
-        from layerskip.cli.terminal_stream import Painter, follow, ignore, write_plain
+        from layerskip.cli.terminal.stream import Painter, follow, ignore, write_plain
 
         prompt = self._conversation.prompt(message)
         stream = self._lm.stream([prompt], self._config, session=self._conversation.session, show_drafts=self._draws)
@@ -224,7 +224,7 @@ class Chat:
 
     def _report(self, message: str, turn: "Run") -> None:
         """What follows an answer: JSON, or on a terminal a line of figures, and a word if the context is full."""
-        from layerskip.cli.summary import result_record
+        from layerskip.cli.terminal.summary import result_record
 
         result, stats = turn.result, turn.result.stats
         if self._arguments.output.json:

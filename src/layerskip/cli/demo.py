@@ -6,14 +6,14 @@ from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from layerskip.cli.arguments import ModelArguments, OutputArguments, parse
 from layerskip.cli.exit_code import ExitCode
-from layerskip.cli.terminal import draws, load_model, make_console, progress
+from layerskip.cli.flags.arguments import ModelArguments, OutputArguments, parse
+from layerskip.cli.terminal.terminal import draws, load_model, make_console, progress
 from layerskip.decoding.config import GenerationConfig
 from layerskip.files import to_json
 
 if TYPE_CHECKING:
-    from layerskip.decoding.stream import GenerationResult
+    from layerskip.decoding.output.stream import GenerationResult
     from layerskip.language_model import LanguageModel
 
 PROMPTS = ("def fibonacci(n):", "import os\n\n\ndef read_file(path):")
@@ -91,7 +91,7 @@ def run(argv: Sequence[str]) -> int:
 
 def measure(lm: "LanguageModel", config: GenerationConfig) -> Measurement:
     """Decode all prompts in both ways, in turn, after a warm-up; at least three times, then while time is left."""
-    from layerskip.cli.summary import autoregressive, warm_up
+    from layerskip.cli.terminal.summary import autoregressive, warm_up
 
     for prompt in PROMPTS:
         warm_up(lm, prompt, config)
@@ -117,7 +117,7 @@ def measure(lm: "LanguageModel", config: GenerationConfig) -> Measurement:
 
 def record(lm: "LanguageModel", config: GenerationConfig, measurement: Measurement) -> dict[str, Any]:
     """The measurement for JSON."""
-    from layerskip.cli.summary import result_record
+    from layerskip.cli.terminal.summary import result_record
 
     both = zip(PROMPTS, measurement.plain, measurement.drafted, strict=True)
     return {
@@ -143,9 +143,9 @@ def record(lm: "LanguageModel", config: GenerationConfig, measurement: Measureme
 
 def _show(lm: "LanguageModel", config: GenerationConfig, output: OutputArguments) -> bool:
     """Write after each prompt in both ways for all to see; False if the user stops it."""
-    from layerskip.cli.summary import autoregressive, warm_up
-    from layerskip.cli.terminal_stream import Painter, follow, write_plain
-    from layerskip.decoding.loop import choose_exit_layer
+    from layerskip.cli.terminal.stream import Painter, follow, write_plain
+    from layerskip.cli.terminal.summary import autoregressive, warm_up
+    from layerskip.decoding.engine import choose_exit_layer
 
     console = make_console(output)
     painter = Painter(console)
@@ -179,7 +179,7 @@ def _show(lm: "LanguageModel", config: GenerationConfig, output: OutputArguments
 def _show_table(lm: "LanguageModel", measurement: Measurement, output: OutputArguments) -> None:
     from rich.table import Table
 
-    from layerskip.cli.summary import difference, speculation_rows
+    from layerskip.cli.terminal.summary import difference, speculation_rows
 
     console = make_console(output)
     table = Table()

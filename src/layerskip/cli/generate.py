@@ -6,15 +6,23 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from layerskip.cli.arguments import DecodingArguments, File, ModelArguments, OutputArguments, Switch, Text, parse
 from layerskip.cli.exit_code import ExitCode
-from layerskip.cli.prompt_text import drop_line_break, read_text_file, to_text
-from layerskip.cli.terminal import draws, line_history, load_model, make_console, progress, read_line, take_command
+from layerskip.cli.flags.arguments import DecodingArguments, File, ModelArguments, OutputArguments, Switch, Text, parse
+from layerskip.cli.terminal.prompt_text import drop_line_break, read_text_file, to_text
+from layerskip.cli.terminal.terminal import (
+    draws,
+    line_history,
+    load_model,
+    make_console,
+    progress,
+    read_line,
+    take_command,
+)
 from layerskip.errors import InvalidArgumentError, LayerSkipError
 from layerskip.files import to_json
 
 if TYPE_CHECKING:
-    from layerskip.cli.terminal_stream import Run
+    from layerskip.cli.terminal.stream import Run
     from layerskip.language_model import LanguageModel
 
 COMMANDS = ("/help", "/quit")
@@ -99,8 +107,8 @@ def _answer(lm: "LanguageModel", prompt: str, arguments: GenerateArguments) -> i
 
 
 def _write_json(lm: "LanguageModel", prompt: str, arguments: GenerateArguments) -> int:
-    from layerskip.cli.summary import compare, is_same_text, result_record, warm_up
-    from layerskip.cli.terminal_stream import follow, ignore
+    from layerskip.cli.terminal.stream import follow, ignore
+    from layerskip.cli.terminal.summary import compare, is_same_text, result_record, warm_up
 
     config = arguments.decoding
     if arguments.compare:
@@ -119,8 +127,8 @@ def _write_json(lm: "LanguageModel", prompt: str, arguments: GenerateArguments) 
 
 
 def _write_plain(lm: "LanguageModel", prompt: str, arguments: GenerateArguments) -> int:
-    from layerskip.cli.summary import warm_up
-    from layerskip.cli.terminal_stream import follow, write_plain
+    from layerskip.cli.terminal.stream import follow, write_plain
+    from layerskip.cli.terminal.summary import warm_up
 
     if arguments.compare:
         warm_up(lm, prompt, arguments.decoding)
@@ -135,8 +143,8 @@ def _write_plain(lm: "LanguageModel", prompt: str, arguments: GenerateArguments)
 
 
 def _draw(lm: "LanguageModel", prompt: str, arguments: GenerateArguments, *, show_prompt: bool) -> int:
-    from layerskip.cli.summary import warm_up
-    from layerskip.cli.terminal_stream import Painter, follow
+    from layerskip.cli.terminal.stream import Painter, follow
+    from layerskip.cli.terminal.summary import warm_up
 
     config = arguments.decoding
     painter = Painter(make_console(arguments.output))
@@ -162,7 +170,7 @@ def _compares(arguments: GenerateArguments) -> bool:
 def _show_table(
     lm: "LanguageModel", prompt: str, arguments: GenerateArguments, run: "Run", *, stderr: bool = False
 ) -> None:
-    from layerskip.cli.summary import compare, describe, difference, is_same_text, stats_table
+    from layerskip.cli.terminal.summary import compare, describe, difference, is_same_text, stats_table
 
     config, reference, same = arguments.decoding, None, None
     if _compares(arguments) and not run.interrupted:
@@ -179,7 +187,7 @@ def _show_table(
 
 
 def _show_explanation(arguments: GenerateArguments, run: "Run", *, stderr: bool = False) -> None:
-    from layerskip.cli.summary import explanation_lines
+    from layerskip.cli.terminal.summary import explanation_lines
 
     if arguments.explain and run.explanation is not None:
         console = make_console(arguments.output, stderr=stderr)
@@ -188,7 +196,7 @@ def _show_explanation(arguments: GenerateArguments, run: "Run", *, stderr: bool 
 
 
 def _ask_for_prompts(lm: "LanguageModel", arguments: GenerateArguments) -> int:
-    from layerskip.cli.terminal_stream import Painter
+    from layerskip.cli.terminal.stream import Painter
 
     console = make_console(arguments.output)
     console.print(HELP)

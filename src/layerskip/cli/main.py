@@ -1,9 +1,9 @@
 """The command line's entry: finds the command, runs it, and turns every failure into one line and an exit code.
 
-A command NAME is the module `layerskip.cli.NAME` and one line in `COMMANDS`. Its module has
+A command is one line in `COMMANDS` and a module below `layerskip.cli` of its name, which has
 
     def run(argv: Sequence[str]) -> int:
-        arguments = parse(NameArguments, "NAME", argv)     # layerskip.cli.arguments; answers --help by itself
+        arguments = parse(NameArguments, "NAME", argv)     # layerskip.cli.flags.arguments; answers --help by itself
         ...                                                # import what needs torch here, not at the top
         return ExitCode.DONE
 
@@ -16,7 +16,7 @@ from importlib import import_module
 
 from layerskip import __version__
 from layerskip.cli.exit_code import ExitCode
-from layerskip.cli.streams import drop_output, prepare_streams, report_error
+from layerskip.cli.terminal.output import drop_output, prepare_streams, report_error
 from layerskip.errors import InvalidArgumentError, LayerSkipError
 
 COMMANDS = {
@@ -32,6 +32,8 @@ COMMANDS = {
     "inspect": "show what a checkpoint is and which exits it offers",
     "demo": "see the embedded model draft and verify",
 }
+MEASURING = ("verify", "benchmark", "sweep", "eval", "report", "inspect")
+"""Commands whose modules are in `layerskip.cli.measuring`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,7 +76,8 @@ def _dispatch(argv: list[str]) -> int:
         kind = "option" if command.startswith("-") else "command"
         raise InvalidArgumentError(f"unknown {kind} {command!r}; use {', '.join(COMMANDS)}, --help or --version")
     try:
-        code: int = import_module(f"layerskip.cli.{command}").run(rest)
+        folder = "measuring." if command in MEASURING else ""
+        code: int = import_module(f"layerskip.cli.{folder}{command}").run(rest)
     except SystemExit as stop:  # tyro has answered --help
         code = stop.code if isinstance(stop.code, int) else ExitCode.DONE
     return code

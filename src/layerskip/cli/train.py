@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
-from layerskip.cli.arguments import File, OutputArguments, Switch, parse
 from layerskip.cli.exit_code import ExitCode
-from layerskip.cli.terminal import make_console, progress, silence_libraries
-from layerskip.cli.training_progress import TrainingProgress
+from layerskip.cli.flags.arguments import File, OutputArguments, Switch, parse
+from layerskip.cli.terminal.terminal import make_console, progress, silence_libraries
+from layerskip.cli.terminal.training_progress import TrainingProgress
 from layerskip.errors import InvalidArgumentError
 from layerskip.files import to_json
 from layerskip.training.config import TrainingConfig
@@ -83,7 +83,7 @@ def _toml_file(argv: Sequence[str]) -> Path | None:
 
 
 def _report(arguments: TrainArguments, result: "TrainingResult") -> None:
-    from layerskip.training.plot import plot_agreement
+    from layerskip.training.output.plot import plot_agreement
 
     plot = None
     if result.exits:

@@ -9,7 +9,7 @@ from torch import Tensor
 from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.ngram import NgramIndex
 from layerskip.decoding.policy import Policy
-from layerskip.decoding.sampling import Sampler
+from layerskip.decoding.sampler import Sampler
 from layerskip.decoding.stats import StatsRecorder, Stopwatch
 from layerskip.model.cache import KVCache
 from layerskip.model.decoder import Decoder

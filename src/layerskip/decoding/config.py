@@ -4,8 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-from layerskip.checks import finite_number, whole_number
-from layerskip.decoding.text import check_text
+from layerskip.checks import check_text, finite_number, whole_number
 from layerskip.errors import InvalidArgumentError
 
 Strategy = Literal["adaptive", "autoregressive", "self_speculative", "ngram"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layerskip.decoding.autoregressive import PREFILL_CHUNK
+from layerskip.decoding.rounds.plain import PREFILL_CHUNK
 from layerskip.errors import PromptError
 from layerskip.model.decoder import Decoder
 from layerskip.model.finite import check_finite

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from layerskip.errors import PromptError
-from layerskip.evaluation.datasets import Example
+from layerskip.evaluation.data.datasets import Example
 
 LEFT_OUT = "left_out"
 

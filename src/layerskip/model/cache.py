@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from layerskip.errors import InvalidArgumentError, OutOfMemoryError
-from layerskip.model.config import ModelConfig
+from layerskip.model.config.model_config import ModelConfig
 
 
 class KVCache:

@@ -16,16 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layerskip.model.attention import Positions
 from layerskip.model.blocks import BlockWeight
 from layerskip.model.cache import KVCache
-from layerskip.model.compiled_rounds import CompiledRound, CompiledRounds, RoundMode
-from layerskip.model.config import ModelConfig
+from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.drafts import DraftRequest, Drafts, Draw, GreedyRound
-from layerskip.model.linear import Linear
+from layerskip.model.graphs.compiled import CompiledRound, CompiledRounds, RoundMode
+from layerskip.model.graphs.static import RoundParts
+from layerskip.model.positions import Positions
 from layerskip.model.rope import RopeTable
-from layerskip.model.static_round import RoundParts
-from layerskip.model.torch_network import LayerWeights, TorchNetwork
+from layerskip.model.torch.linear import Linear
+from layerskip.model.torch.network import LayerWeights, TorchNetwork
 
 
 class Network(Protocol):

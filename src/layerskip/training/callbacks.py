@@ -14,11 +14,10 @@ import torch
 from transformers import TrainerCallback
 
 from layerskip.errors import CheckpointError
+from layerskip.training.output.output_folder import LOG_FILE
 
 if TYPE_CHECKING:
     from layerskip.training.trainer import LayerSkipTrainer
-
-LOG_FILE = "log.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,8 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from layerskip.errors import InvalidArgumentError
-from layerskip.evaluation.exits import ExitQuality
-from layerskip.evaluation.speedup import IdealSpeedup
+from layerskip.evaluation.inspect.exits import ExitQuality
+from layerskip.evaluation.inspect.speedup import IdealSpeedup
 from layerskip.training.callbacks import (
     AlreadyFinished,
     EvaluationCallback,
@@ -25,15 +25,16 @@ from layerskip.training.callbacks import (
     OnStep,
     ProgressCallback,
 )
-from layerskip.training.checkpoints import last_intact
 from layerskip.training.config import TrainingConfig
 from layerskip.training.data.block_datasets import BlockDataset
 from layerskip.training.data.corpus import Corpus, load_corpus
 from layerskip.training.data.fingerprint import check_data
 from layerskip.training.data.packing import LongExamples
+from layerskip.training.final_model import save_final
+from layerskip.training.output.checkpoints import last_intact
+from layerskip.training.output.output_folder import claim, dtype_to_save, save_result, save_tokenizer
+from layerskip.training.output.saved_config import add_end_of_turn
 from layerskip.training.precision import Precision, choose_precision, set_precision
-from layerskip.training.run_folder import claim, dtype_to_save, save_final, save_result, save_tokenizer
-from layerskip.training.saved_config import add_end_of_turn
 from layerskip.training.starting_point import StartingPoint, make_starting_point
 from layerskip.training.trainer import LayerSkipTrainer
 from layerskip.training.trainer_arguments import make_arguments

@@ -13,7 +13,7 @@ from layerskip.errors import CheckpointError, InvalidArgumentError, TokenizerErr
 from layerskip.training.config import StartConfig, TrainingConfig
 from layerskip.training.data.corpus import corpus_texts
 from layerskip.training.data.tokenizer import train_tokenizer
-from layerskip.training.saved_config import generation_settings, settle_generation_config
+from layerskip.training.output.saved_config import generation_settings, settle_generation_config
 from layerskip.training.sizes import SIZES
 
 if TYPE_CHECKING:

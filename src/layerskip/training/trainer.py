@@ -20,12 +20,12 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from layerskip.errors import TrainingError
-from layerskip.evaluation.exits import ExitQuality
-from layerskip.evaluation.speedup import IdealSpeedup, ideal_speedup
-from layerskip.training.checkpoints import STAGING, delete, list_checkpoints, move_into_place, writing
+from layerskip.evaluation.inspect.exits import ExitQuality
+from layerskip.evaluation.inspect.speedup import IdealSpeedup, ideal_speedup
 from layerskip.training.config import LayerSkipConfig
-from layerskip.training.recipe import LayerSkipRecipe
-from layerskip.training.saved_config import make_saveable
+from layerskip.training.output.checkpoints import STAGING, delete, list_checkpoints, move_into_place, writing
+from layerskip.training.output.saved_config import make_saveable
+from layerskip.training.recipe.recipe import LayerSkipRecipe
 
 
 class LayerSkipTrainer(Trainer):

@@ -16,7 +16,7 @@ from layerskip.checkpoint import checkpoint as checkpoint_module
 from layerskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from layerskip.checkpoint.placement import choose_context, choose_device, choose_dtype
 from layerskip.errors import InvalidArgumentError
-from layerskip.model.families import parse_config
+from layerskip.model.config.families import parse_config
 
 TOKENS = [5, 3, 80, 41]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -9,8 +9,8 @@ import pytest
 import layerskip
 from layerskip.checkpoint.folder import TUNED_FILE
 from layerskip.checkpoint.tuned import TunedSettings, read_tuned, write_tuned
-from layerskip.decoding.adaptive import AdaptivePolicy
-from layerskip.decoding.experience import Experience
+from layerskip.decoding.adaptive.experience import Experience
+from layerskip.decoding.adaptive.policy import AdaptivePolicy
 from layerskip.errors import CheckpointError, InvalidArgumentError
 from layerskip.language_model import LanguageModel
 

@@ -218,7 +218,7 @@ def test_sizes_that_no_file_or_memory_has(tiny_checkpoint: Tiny, tmp_path: Path,
     ],
 )
 def test_flags_of_meta_s_scripts(argv: str, expected: str) -> None:
-    from layerskip.cli.arguments import in_our_terms
+    from layerskip.cli.flags.arguments import in_our_terms
 
     assert in_our_terms(argv.split()) == expected.split()
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from layerskip.cli.arguments import (
+from layerskip.cli.flags.arguments import (
     DecodingArguments,
     File,
     ModelArguments,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from layerskip.cli.arguments import ModelArguments
 from layerskip.cli.batch import load_options, run
+from layerskip.cli.flags.arguments import ModelArguments
 from layerskip.errors import InvalidArgumentError
 
 SHORT = ["--max-new-tokens", "4"]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import layerskip
 from layerskip.decoding.config import GenerationConfig
-from layerskip.evaluation.datasets import Example, encode_examples
+from layerskip.evaluation.data.datasets import Example, encode_examples
 from layerskip.language_model import LanguageModel
 
 CHATML = (
@@ -201,7 +201,7 @@ class TestEndsOfTurns:
         assert texts(lm, encode_examples(lm, examples, config)) == [ENDED, ENDLESS]
 
     def test_transformers_runs_to_the_same_end(self, turned: Path) -> None:
-        from layerskip.evaluation.transformers_runner import TransformersRunner
+        from layerskip.evaluation.benchmark.transformers_runner import TransformersRunner
 
         lm = load(turned)
         runner = TransformersRunner(lm, GenerationConfig(max_new_tokens=LENGTH), early_exit=False)
@@ -214,7 +214,7 @@ class TestEval:
         pytest.importorskip("lm_eval")
         from lm_eval.api.instance import Instance
 
-        from layerskip.evaluation.harness_model import make_model
+        from layerskip.evaluation.eval.model import make_model
 
         lm = load(folder)
         model = make_model(lm, lm.decoder.num_layers)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from layerskip.cli import eval as command
+from layerskip.cli.measuring import eval as command
 from layerskip.errors import InvalidArgumentError, LayerSkipError
 
 pytest.importorskip("lm_eval")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from layerskip import __version__
-from layerskip.cli.arguments import DecodingArguments
+from layerskip.cli.flags.arguments import DecodingArguments
 from layerskip.cli.main import COMMANDS
 from layerskip.decoding.config import GenerationConfig
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from layerskip.cli.report import run
+from layerskip.cli.measuring.report import run
 from layerskip.errors import InvalidArgumentError
 from layerskip.evaluation.run_folder import RunFolder
 

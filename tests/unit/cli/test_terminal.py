@@ -9,9 +9,9 @@ import packages
 import pytest
 
 from layerskip.checkpoint import checkpoint
-from layerskip.cli import terminal
-from layerskip.cli.arguments import ModelArguments, OutputArguments
-from layerskip.cli.ray_arguments import anywhere
+from layerskip.cli.flags.arguments import ModelArguments, OutputArguments
+from layerskip.cli.flags.ray import anywhere
+from layerskip.cli.terminal.terminal import terminal
 
 
 class Screen(io.StringIO):

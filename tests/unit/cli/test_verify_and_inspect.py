@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from layerskip.cli.main import main
-from layerskip.decoding import self_speculative
 from layerskip.decoding.batch import Batch, Round
-from layerskip.decoding.drafting import Draft
-from layerskip.decoding.self_speculative import Verification
-from layerskip.evaluation import distribution
+from layerskip.decoding.rounds import verifying as self_speculative
+from layerskip.decoding.rounds.drafting import Draft
+from layerskip.decoding.rounds.verifying import Verification
+from layerskip.evaluation.verify import distribution
 from layerskip.language_model import LanguageModel
 
 SHORT = ["--max-new-tokens", "6", "--exit-layers", "2,4", "--num-speculations", "1,4"]

@@ -14,8 +14,8 @@ from layerskip.training.config import (
     TrainingConfig,
 )
 from layerskip.training.data.config import DataConfig
+from layerskip.training.output.output_folder import differences
 from layerskip.training.run import resolve
-from layerskip.training.run_folder import differences
 
 NAN, INFINITY = float("nan"), float("inf")
 

@@ -11,8 +11,9 @@ from layerskip.checkpoint.gguf.container import Container
 from layerskip.checkpoint.gguf.tensors import check_type, read_tensor
 from layerskip.checkpoint.gguf.tokenizer import end_of_text_ids
 from layerskip.errors import CheckpointError, UnsupportedModelError
-from layerskip.model.config import FULL, SLIDING
-from layerskip.model.rope import RopeConfig, inverse_frequencies
+from layerskip.model.config.model_config import FULL, SLIDING
+from layerskip.model.config.rope import RopeConfig
+from layerskip.model.rope import inverse_frequencies
 
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """Of every Llama 3.1, 3.2 and 3.3; a file holds the factors on frequencies that come of it and not these numbers."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from layerskip.evaluation.benchmark_summary import empty_note
+from layerskip.evaluation.benchmark.summary import empty_note
 from layerskip.evaluation.report import numbers as show
 from layerskip.evaluation.report.numbers import number
 from layerskip.evaluation.report.page import Content, Html, Report, Row, figure, section, small, table, tag

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from layerskip.chat_template import end_of_turn_tokens, render
 from layerskip.errors import InvalidArgumentError, PromptError, TokenizerError
+from layerskip.text.chat_template import end_of_turn_tokens, render
 from layerskip.training.data.reading.documents import ChatDocument
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from layerskip.chat_template import render
 from layerskip.errors import TokenizerError
+from layerskip.text.chat_template import render
 from layerskip.training.data.encode import encode_document
 from layerskip.training.data.reading.documents import ChatDocument, InstructionDocument
 

@@ -1,0 +1,178 @@
+"""Model families as data: what each understands of config.json, its switches, and its weights' names.
+
+To add one, add a `Family` to the table; the decoder itself has no code for any family.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from layerskip.errors import CheckpointError, UnsupportedModelError
+from layerskip.model.config.keys import check_keys
+from layerskip.model.config.model_config import CORE_KEYS, FULL, SLIDING, ModelConfig, read_core
+from layerskip.model.config.values import MAX_LAYERS, read_flag, read_number, read_optional_size, read_size, shown
+
+# Our name of a layer's weight -> names of the checkpoint's tensors that are stacked to make it (without ".weight").
+SPLIT_WEIGHTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "attention_norm": ("input_layernorm",),
+        "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "o": ("self_attn.o_proj",),
+        "mlp_norm": ("post_attention_layernorm",),
+        "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+        "down": ("mlp.down_proj",),
+    }
+)
+QK_NORMS: Mapping[str, tuple[str, ...]] = {"q_norm": ("self_attn.q_norm",), "k_norm": ("self_attn.k_norm",)}
+FUSED_WEIGHTS = {**SPLIT_WEIGHTS, "qkv": ("self_attn.qkv_proj",), "gate_up": ("mlp.gate_up_proj",)}
+GEMMA_WEIGHTS = {
+    **SPLIT_WEIGHTS,
+    **QK_NORMS,
+    "post_attention_norm": ("post_attention_layernorm",),
+    "mlp_norm": ("pre_feedforward_layernorm",),
+    "post_mlp_norm": ("post_feedforward_layernorm",),
+}
+
+Raw = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One `model_type` of Hugging Face's config.json."""
+
+    weights: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: SPLIT_WEIGHTS)
+    """Our name of a layer's weight -> the checkpoint's tensors that are stacked to make it."""
+    keys: frozenset[str] = frozenset()
+    """Keys understood beyond `CORE_KEYS`."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What transformers assumes where config.json is silent, if not the common default."""
+    switches: Callable[[Raw], dict[str, Any]] = lambda raw: {}
+    """Fields of `ModelConfig` that this family sets."""
+
+
+def _llama(raw: Raw) -> dict[str, Any]:
+    bias = read_flag(raw, "attention_bias")
+    return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": read_flag(raw, "mlp_bias")}
+
+
+def _layer_types(raw: Raw, default: tuple[str, ...]) -> tuple[str, ...]:
+    """The kind of each layer, as the file lists them."""
+    given = raw.get("layer_types")
+    if not given:
+        return default
+    if not isinstance(given, list) or not all(isinstance(kind, str) for kind in given):
+        raise CheckpointError(f"config.json: 'layer_types' must be a list of texts, got {shown(given)}")
+    return tuple(given)
+
+
+def _all_sliding(raw: Raw, default: int | None) -> dict[str, Any]:
+    window = read_optional_size({"sliding_window": default, **raw}, "sliding_window")
+    kind = FULL if window is None else SLIDING
+    return {"sliding_window": window, "layer_types": (kind,) * read_size(raw, "num_hidden_layers", MAX_LAYERS)}
+
+
+def _late_sliding(raw: Raw) -> dict[str, Any]:
+    """Qwen: with `use_sliding_window`, layers from `max_window_layers` on slide."""
+    num_layers = read_size(raw, "num_hidden_layers", MAX_LAYERS)
+    window = read_optional_size({"sliding_window": 4096, **raw}, "sliding_window")
+    window = window if read_flag(raw, "use_sliding_window") else None
+    first = 28 if raw.get("max_window_layers") is None else raw["max_window_layers"]
+    if isinstance(first, bool) or not isinstance(first, int):
+        raise CheckpointError(f"config.json: 'max_window_layers' must be a whole number, got {shown(first)}")
+    types = tuple(SLIDING if window is not None and i >= first else FULL for i in range(num_layers))
+    return {"sliding_window": window, "layer_types": _layer_types(raw, types)}
+
+
+def _qwen2(raw: Raw) -> dict[str, Any]:
+    return {"qkv_bias": True, **_late_sliding(raw)}
+
+
+def _qwen3(raw: Raw) -> dict[str, Any]:
+    bias = read_flag(raw, "attention_bias")
+    return {"qk_norm": True, "qkv_bias": bias, "o_bias": bias, **_late_sliding(raw)}
+
+
+def _gemma3(raw: Raw) -> dict[str, Any]:
+    bias, cap = read_flag(raw, "attention_bias"), "final_logit_softcapping"
+    names = ("sliding_window_pattern", "_sliding_window_pattern")
+    pattern = next((size for name in names if (size := read_optional_size(raw, name)) is not None), 6)
+    num_layers = read_size(raw, "num_hidden_layers", MAX_LAYERS)
+    types = tuple(FULL if (i + 1) % pattern == 0 else SLIDING for i in range(num_layers))
+    return {
+        "qk_norm": True,
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "post_norms": True,
+        "norm_weight_offset": 1.0,
+        "embedding_multiplier": math.sqrt(read_size(raw, "hidden_size")),
+        "attention_scale": 1.0 / math.sqrt(read_number(raw, "query_pre_attn_scalar", 256)),
+        "sliding_window": read_optional_size({"sliding_window": 4096, **raw}, "sliding_window"),
+        "layer_types": _layer_types(raw, types),
+        "final_logit_softcapping": None if raw.get(cap) is None else read_number(raw, cap),
+    }
+
+
+_QWEN_KEYS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        "llama": Family(keys=frozenset({"attention_bias", "mlp_bias"}), switches=_llama),
+        "mistral": Family(keys=frozenset({"sliding_window"}), switches=lambda raw: _all_sliding(raw, 4096)),
+        "qwen2": Family(keys=_QWEN_KEYS, switches=_qwen2),
+        "qwen3": Family(
+            weights={**SPLIT_WEIGHTS, **QK_NORMS},
+            keys=_QWEN_KEYS | {"attention_bias"},
+            defaults={"head_dim": 128},
+            switches=_qwen3,
+        ),
+        "gemma3_text": Family(
+            weights=GEMMA_WEIGHTS,
+            keys=frozenset(
+                """attention_bias query_pre_attn_scalar sliding_window layer_types sliding_window_pattern
+                _sliding_window_pattern rope_local_base_freq final_logit_softcapping""".split()
+            ),
+            defaults={
+                "head_dim": 256,
+                "hidden_act": "gelu_pytorch_tanh",
+                "tie_word_embeddings": True,
+                "rope_theta": {FULL: 1_000_000.0, SLIDING: 10_000.0},
+            },
+            switches=_gemma3,
+        ),
+        "phi3": Family(
+            weights=FUSED_WEIGHTS,
+            keys=frozenset({"sliding_window"}),
+            defaults={"rms_norm_eps": 1e-5},
+            switches=lambda raw: _all_sliding(raw, None),
+        ),
+    }
+)
+
+
+def parse_config(raw: Raw) -> ModelConfig:
+    """Turn the contents of a config.json into a `ModelConfig`.
+
+    Raises:
+        UnsupportedModelError: An unknown family, or a key that may change the computation and isn't understood.
+        CheckpointError: A size is missing or makes no sense.
+    """
+    model_type = str(raw.get("model_type"))
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"model_type {model_type!r} is not supported; supported families: {', '.join(sorted(FAMILIES))}"
+        )
+    family = FAMILIES[model_type]
+    check_keys(raw, CORE_KEYS | family.keys, model_type)
+    fields = read_core(raw, family.defaults)
+    fields["layer_types"] = (FULL,) * fields["num_hidden_layers"]
+    fields.update(family.switches(raw))
+    types = fields["layer_types"]
+    if len(types) != fields["num_hidden_layers"] or not set(types) <= {FULL, SLIDING}:
+        raise CheckpointError(
+            f"config.json: layer_types must name {FULL!r} or {SLIDING!r} for each layer, got {shown(types)}"
+        )
+    if SLIDING in types and not fields.get("sliding_window"):
+        raise CheckpointError(f"config.json: layer_types has {SLIDING!r} but sliding_window is not set")
+    return ModelConfig(model_type=model_type, **fields)

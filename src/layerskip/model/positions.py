@@ -1,0 +1,140 @@
+"""Where a block of query tokens stands in the cache, and which slots each of them sees.
+
+Shapes: B rows, Q query tokens a row, T live cache slots, H query heads, H_kv key/value heads, G = H / H_kv,
+D_head channels of a head.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from types import EllipsisType
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from layerskip.model.cache import KVCache
+from layerskip.model.config.model_config import SLIDING, ModelConfig
+from layerskip.model.rope import RopeTable
+
+Slots = tuple[slice | Tensor | EllipsisType, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpan:
+    """What one kind of layer (full or sliding) attends to, and its rotary factors, for one block of queries."""
+
+    first_slot: int
+    last_slot: int
+    """Slots first_slot..last_slot-1 hold everything that any query of the block may see."""
+    mask: Tensor | None
+    """[B or 1, 1, G * Q, T], 0 or -inf; None where every query sees the whole span."""
+    cos: Tensor
+    sin: Tensor
+    """[B or 1, Q, 1, R]."""
+
+
+class Placement(Protocol):
+    """What a layer in torch needs to know of a block: `Positions`, or `static_round.DevicePositions`."""
+
+    @property
+    def slots(self) -> Slots:
+        """Index into a layer's [B, T, H_kv, D_head] buffers where the block's keys and values go."""
+        ...
+
+    def span(self, kind: str) -> AttentionSpan:
+        """What one kind of layer (full or sliding) attends to, and its rotary factors."""
+        ...
+
+
+class Positions:
+    """Q consecutive positions in each row, row b starting at `first[b]`; made once a block, used by all its layers.
+
+    All of it is known on the host, so no device is waited for. Rows that start at the same position (a single row
+    always does) need slices only; ragged rows need index tensors. Slots, masks and rotary factors are laid out when
+    they are first asked for: native layers find their own way from `first`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ropes: Mapping[str, RopeTable],
+        cache: KVCache,
+        first: Sequence[int],
+        num_queries: int,
+        dtype: torch.dtype,
+    ) -> None:
+        """Name the positions.
+
+        Args:
+            config: The model.
+            ropes: Rotary table of each kind of layer.
+            cache: The cache that the block reads and writes.
+            first: First position of each row; positions past the capacity go to the scratch slot.
+            num_queries: Q.
+            dtype: Dtype of the masks.
+        """
+        self.first = tuple(first)
+        self.num_queries = num_queries
+        self._config, self._ropes, self._dtype = config, ropes, dtype
+        self._capacity, self._device = cache.capacity, cache.keys.device
+        self._spans: dict[str, AttentionSpan] = {}
+
+    @cached_property
+    def slots(self) -> Slots:
+        """Index into a layer's [B, T, H_kv, D_head] buffers where the block's keys and values go."""
+        if self._uniform:
+            return (slice(0, len(self.first)), slice(self._start, self._end))
+        return (torch.arange(len(self.first), device=self._device).unsqueeze(1), self._positions)
+
+    def span(self, kind: str) -> AttentionSpan:
+        """What one kind of layer (full or sliding) attends to, and its rotary factors."""
+        if kind not in self._spans:
+            self._spans[kind] = self._make_span(kind)
+        return self._spans[kind]
+
+    @property
+    def _start(self) -> int:
+        return min(self.first)
+
+    @property
+    def _end(self) -> int:
+        return max(self.first) + self.num_queries
+
+    @property
+    def _uniform(self) -> bool:
+        return self._start == max(self.first) and self._end <= self._capacity
+
+    @cached_property
+    def _positions(self) -> Tensor:
+        """[B or 1, Q]."""
+        if self._uniform:
+            return torch.arange(self._start, self._end, device=self._device).unsqueeze(0)
+        offsets = torch.arange(self.num_queries, device=self._device)
+        positions = torch.tensor(self.first, device=self._device).unsqueeze(1) + offsets
+        return positions.clamp_(max=self._capacity)
+
+    def _make_span(self, kind: str) -> AttentionSpan:
+        window = self._config.sliding_window if kind == SLIDING else None
+        low = 0 if window is None else max(0, self._start - window + 1)
+        end = min(self._end, self._capacity + 1)
+        mask = None
+        if self.num_queries > 1 or not self._uniform:
+            groups = self._config.num_attention_heads // self._config.num_key_value_heads
+            mask = causal_mask(self._positions, low, end, window, self._dtype).repeat(1, 1, groups, 1)
+        table: slice | Tensor = slice(self._start, self._end)
+        if not self._uniform:
+            table = self._positions.clamp(max=self._capacity - 1)
+        cos, sin = self._ropes[kind].cos[table], self._ropes[kind].sin[table]
+        shape = (-1, self.num_queries, 1, cos.shape[-1])
+        return AttentionSpan(first_slot=low, last_slot=end, mask=mask, cos=cos.view(shape), sin=sin.view(shape))
+
+
+def causal_mask(positions: Tensor, low: int, end: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """Additive causal mask [B, 1, Q, T] of queries at `positions` over slots low..end-1, at most `window` back."""
+    keys = torch.arange(low, end, device=positions.device)
+    queries = positions.unsqueeze(-1)
+    hidden = keys > queries
+    if window is not None:
+        hidden |= keys <= queries - window
+    return torch.zeros(hidden.shape, dtype=dtype, device=positions.device).masked_fill_(hidden, -torch.inf).unsqueeze(1)

@@ -1,0 +1,47 @@
+"""Costs, measured with a small network."""
+
+import math
+
+import pytest
+
+from layerskip.decoding.adaptive.costs import MEASURED_QUERIES, CallTimer, measure_costs
+from layerskip.decoding.adaptive.experience import Experience
+from layerskip.language_model import LanguageModel
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_all_that_a_round_needs_is_measured(text_lm: LanguageModel, num_rows: int) -> None:
+    decoder = text_lm.decoder
+    calls = decoder.layer_calls
+    costs = measure_costs(decoder, num_rows)
+    assert decoder.layer_calls == calls  # not counted as work
+    assert costs.num_layers == decoder.num_layers
+    assert len(costs.layer) == len(costs.fixed) == MEASURED_QUERIES[-1]
+    assert costs.most_drafts == MEASURED_QUERIES[-1] - 1
+    values = (costs.step(), costs.round(1, 4), costs.round(0, 4), costs.drafting(2, 3), costs.verification(2, 100))
+    assert all(math.isfinite(value) and value > 0 for value in values)
+    assert costs.verification(0, 0) == costs.step()
+
+
+def test_slow_calls_are_timed_once(text_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerskip.decoding.adaptive.costs.SLOW_SECONDS", 0.0)
+    timer, made = CallTimer(text_lm.decoder, 1, 4), []
+    timer._time(lambda: made.append(1), 50)
+    assert len(made) == 2
+
+
+def test_experience_is_shared_by_sizes_and_kept_by_kind(
+    text_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experience, measured = Experience(), []
+    monkeypatch.setattr(
+        "layerskip.decoding.adaptive.experience.find_costs",
+        lambda decoder, rows: measured.append(rows) or measure_costs(decoder, rows),
+    )
+    policies = [experience.policy(text_lm.decoder, rows, samples=False) for rows in (1, 3, 4, 2, 1)]
+    assert measured == [1, 4, 2]
+    assert all(policy.rates is policies[0].rates for policy in policies)
+    assert policies[1].times is policies[2].times
+    sampling = experience.policy(text_lm.decoder, 1, samples=True)
+    assert sampling.rates is not policies[0].rates
+    assert sampling.times is not policies[0].times

@@ -1,0 +1,79 @@
+"""What is said of a model that gains something or nothing, and why."""
+
+from typing import Any
+
+from layerskip.decoding.adaptive.costs import Costs
+from layerskip.decoding.adaptive.explain import explain
+from layerskip.decoding.adaptive.pace import COLD_STEPS, TIMED_STEPS
+from layerskip.decoding.adaptive.policy import AdaptivePolicy
+from layerskip.decoding.adaptive.round_times import RoundTimes
+from layerskip.decoding.policy import Outcome, Plan
+
+
+def policy_of(rates: dict[int, float], *, row: float = 0.05, head: float = 0.5) -> AdaptivePolicy:
+    costs = Costs(
+        num_layers=16,
+        layer=tuple(1 + row * n for n in range(13)),
+        fixed=(head,) * 13,
+        draft_layer=1.0,
+        draft_head=head,
+        draft_fixed=0.1,
+    )
+    policy = AdaptivePolicy(times=RoundTimes(costs=costs), exits=tuple(rates))
+    for exit_layer, rate in rates.items():
+        for _ in range(200):
+            policy.rates.observe_exits({exit_layer: (5 * rate, 5)})
+    return policy
+
+
+def follow(policy: AdaptivePolicy, rounds: int = 8) -> Plan:
+    for _ in range(rounds):
+        steps = policy.rests()
+        if steps:
+            policy.observe_rest([policy.times.seconds("none")] * steps)
+        plan = policy.plan((None,), 100)
+        drafts = plan.num_speculations
+        outcome: dict[str, Any] = {"held": [drafts], "drafted": [drafts], "tokens": [[0] * (drafts + 1)]}
+        policy.observe(plan, (None,), Outcome(seconds=policy.seconds(plan), **outcome))
+    return plan
+
+
+def test_a_model_that_gains() -> None:
+    policy = policy_of({4: 0.9, 8: 0.92})
+    assert follow(policy).drafter == "early_exit"
+    found = explain(policy)
+    assert found.rounds == {"early_exit": 7, "ngram": 0, "none": 1 + COLD_STEPS + TIMED_STEPS}
+    assert len(found.reasons) == 1
+    assert "mostly 4 of 16" in found.reasons[0]
+    best = found.exits[0]
+    assert best.speedup > 1.5
+    assert best.needed < 0.5 < best.acceptance
+    assert best.rounds == 7
+
+
+def test_a_model_without_early_exits() -> None:
+    policy = policy_of({4: 0.02, 8: 0.05})
+    assert follow(policy).drafter == "none"
+    text = " ".join(explain(policy).reasons)
+    rounds = sum(policy.counts.values())
+    assert rounds > 8
+    assert f"{rounds} of {rounds} rounds had no drafts" in text
+    assert "wasn't trained for early exit" in text
+    assert "head" not in text
+
+
+def test_a_large_head() -> None:
+    policy = policy_of({2: 0.4}, head=12.0)
+    assert "The head takes 86% of a draft's time" in " ".join(explain(policy).reasons)
+
+
+def test_rows_that_are_not_free() -> None:
+    policy = policy_of({4: 0.7}, row=0.8)
+    follow(policy)
+    found = explain(policy)
+    assert found.verification_ratio > 2
+    assert "A smaller batch gains more" in " ".join(found.reasons)
+
+
+def test_a_single_layer() -> None:
+    assert "single layer" in explain(policy_of({})).reasons[0]

@@ -1,0 +1,122 @@
+"""The sampler against transformers' own list of processors, and its draws."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from layerskip.decoding.config import GenerationConfig
+from layerskip.decoding.sampler import Sampler
+from layerskip.model.native import sampling as native_sampling
+from layerskip.model.noise import Purpose
+
+VOCAB = 40
+CONTEXT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 3, 1]
+
+COMBINATIONS = [
+    dict(zip(("temperature", "top_k", "top_p", "min_p"), values, strict=True))
+    for values in itertools.product((1.0, 0.6, 1.7), (0, 7), (1.0, 0.8), (0.0, 0.1))
+]
+
+
+@pytest.fixture(autouse=True, params=["compiled", "torch"])
+def rules(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run each test with the compiled filters and noise, where they were built, and without."""
+    if request.param == "torch":
+        monkeypatch.setattr(native_sampling, "is_available", lambda: False)
+
+
+@pytest.fixture(scope="module")
+def logits() -> torch.Tensor:
+    return 3 * torch.randn(1, 1, VOCAB, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def reference() -> LlamaForCausalLM:
+    """Any model of transformers: it builds the list of processors."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **sizes))
+
+
+def processed_by_transformers(model: LlamaForCausalLM, logits: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+    config = transformers.GenerationConfig(**options)
+    processors = model._get_logits_processor(config, input_ids_seq_length=len(CONTEXT), device="cpu")
+    return processors(torch.tensor([CONTEXT]), logits[0].clone())
+
+
+@pytest.mark.parametrize("options", COMBINATIONS, ids=lambda options: "-".join(map(str, options.values())))
+@pytest.mark.parametrize("context", [{}, {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2}], ids=["", "context"])
+def test_scores_equal_transformers(
+    reference: LlamaForCausalLM, logits: torch.Tensor, options: dict[str, Any], context: dict[str, Any]
+) -> None:
+    sampler = Sampler(GenerationConfig(do_sample=True, **options, **context))
+    before = logits.clone()
+    scores = sampler.scores(logits, [[CONTEXT]])
+    expected = processed_by_transformers(reference, logits, {"do_sample": True, **options, **context})
+    assert torch.equal(scores[0], expected)
+    assert torch.equal(logits, before)  # the caller's logits are untouched
+    assert sampler.needs_context == bool(context)
+
+
+def test_greedy_keeps_context_processors_only(reference: LlamaForCausalLM, logits: torch.Tensor) -> None:
+    options = {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2}
+    sampler = Sampler(GenerationConfig(do_sample=False, temperature=0.5, top_k=3, **options))
+    expected = processed_by_transformers(reference, logits, {"do_sample": False, **options})
+    assert torch.equal(sampler.scores(logits, [[CONTEXT]])[0], expected)
+
+
+def test_each_position_sees_its_own_context() -> None:
+    logits = torch.arange(VOCAB, dtype=torch.float32).expand(2, 2, VOCAB)
+    sampler = Sampler(GenerationConfig(do_sample=False, no_repeat_ngram_size=2))
+    contexts = [[[39, 39], [39, 39, 38]], [[38, 39, 38, 38, 37, 38], [39, 38, 39]]]
+    chosen = sampler.choose(sampler.scores(logits, contexts), [0, 0], [0, 0])
+    assert chosen.tolist() == [[38, 39], [36, 39]]
+
+
+@pytest.mark.parametrize("temperature", [0, 0.0, 1e-7])
+def test_temperature_0_takes_the_likeliest(logits: torch.Tensor, temperature: float) -> None:
+    sampler = Sampler(GenerationConfig(do_sample=True, temperature=temperature, top_p=0.9))
+    assert not sampler.samples
+    assert torch.equal(sampler.scores(logits), logits)
+    for seed in range(20):
+        assert sampler.choose(sampler.scores(logits), [seed], [5]).item() == logits.argmax()
+
+
+def test_filtered_tokens_are_never_drawn(logits: torch.Tensor) -> None:
+    sampler = Sampler(GenerationConfig(temperature=5.0, top_k=3))
+    scores = sampler.scores(logits.expand(2000, 1, VOCAB))
+    drawn = sampler.choose(scores, list(range(2000)), [4] * 2000)
+    assert set(drawn.flatten().tolist()) == set(logits.flatten().topk(3).indices.tolist())
+
+
+def test_draws_depend_on_seed_position_purpose_and_counter() -> None:
+    sampler = Sampler(GenerationConfig(do_sample=True))
+    scores = torch.zeros(2, 3, 1000)
+    drawn = sampler.choose(scores, [7, 8], [10, 11])
+    assert len(set(drawn.flatten().tolist())) == 6
+    shifted = sampler.choose(scores, [7, 7], [11, 12])
+    assert shifted[0, :2].tolist() == drawn[0, 1:].tolist()  # the place in the text counts, not that in the block
+    assert shifted[1, 0] == drawn[0, 2]
+    others = [
+        sampler.choose(scores, [7, 8], [10, 11], Purpose.DRAFT),
+        sampler.choose(scores, [7, 8], [10, 11], Purpose.TARGET, [1, 1]),
+    ]
+    assert all((other != drawn).any(-1).all() for other in others)
+    assert torch.equal(sampler.choose(scores, [7, 8], [10, 11], Purpose.TARGET, [0, 0]), drawn)
+
+
+def test_similar_distributions_draw_the_same_token_mostly() -> None:
+    """The coupling: with shared noise, draft and target agree far more often than independent draws would."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(4000, 1, 30, generator=generator) * 1.5
+    draft = target + 0.3 * torch.randn(4000, 1, 30, generator=generator)
+    sampler = Sampler(GenerationConfig(do_sample=True))
+    seeds, first = list(range(4000)), [6] * 4000
+    same = (sampler.choose(target, seeds, first) == sampler.choose(draft, seeds, first)).double().mean()
+    p, q = target.softmax(-1), draft.softmax(-1)
+    best = torch.minimum(p, q).sum(-1).mean()
+    independent = (p * q).sum(-1).mean()
+    assert independent + 0.4 < same <= best + 0.01

@@ -1,0 +1,376 @@
+"""Shapes of whole rounds, positions and masks made on the device, and what is kept of compiled rounds and buffers."""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import layerskip
+from layerskip.decoding.config import GenerationConfig
+from layerskip.decoding.engine import decode, make_batch
+from layerskip.decoding.policy import FixedPolicy, Outcome, Plan
+from layerskip.errors import InvalidArgumentError
+from layerskip.language_model import LanguageModel
+from layerskip.model.cache import KVCache
+from layerskip.model.config.model_config import SLIDING
+from layerskip.model.decoder import Decoder
+from layerskip.model.graphs import compiled as compiled_rounds
+from layerskip.model.graphs.cache_pool import GRAIN, CachePool
+from layerskip.model.graphs.compiled import CompiledRounds, _Program, _Recorder
+from layerskip.model.graphs.static import DevicePositions, StaticRound, slots_for
+from layerskip.model.torch.network import TorchNetwork
+
+
+class FakeCuda:
+    """`torch.cuda` for a capture that runs on the CPU, where recording a call also makes it."""
+
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+
+    def CUDAGraph(self) -> Any:
+        return SimpleNamespace(replay=lambda: self.log.append("replay"))
+
+    def Stream(self, name: str = "side") -> Any:
+        return SimpleNamespace(name=name, wait_stream=lambda other: self.log.append(f"{name} waits for {other.name}"))
+
+    def current_stream(self) -> Any:
+        return self.Stream("current")
+
+    def graph_pool_handle(self) -> str:
+        return "pool"
+
+    def device(self, device: torch.device) -> Any:
+        return nullcontext()
+
+    @contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        self.log.append(f"enter {stream.name}")
+        yield
+        self.log.append(f"leave {stream.name}")
+
+    @contextmanager
+    def graph(self, graph: Any, *, pool: str, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        assert (pool, capture_error_mode) == ("pool", "thread_local")
+        self.log.append(f"begin on {stream.name}")
+        yield
+        self.log.append("end")
+
+
+@pytest.fixture
+def decoder(tiny_checkpoint: Callable[..., Path], load_static: Callable[[Path], LanguageModel]) -> Decoder:
+    """Mistral with a window of 7, in whole rounds."""
+    return load_static(tiny_checkpoint("mistral", sliding_window=7)).decoder
+
+
+def rounds_of(decoder: Decoder) -> CompiledRounds:
+    assert decoder._rounds is not None
+    return decoder._rounds
+
+
+@pytest.mark.parametrize(
+    ("live", "capacity", "slots"),
+    [
+        (1, 1000, 64),
+        (64, 1000, 64),
+        (65, 1000, 128),
+        (600, 1000, 1001),
+        (1500, 1000, 1001),
+        (5, 20, 21),
+        (512, 511, 512),
+        (129, 4000, 256),
+    ],
+)
+def test_slots(live: int, capacity: int, slots: int) -> None:
+    assert slots_for(live, capacity) == slots
+
+
+@pytest.mark.parametrize("first", [[0, 0, 0], [3, 3, 3], [0, 9, 30], [29, 12, 31]])
+@pytest.mark.parametrize("num_queries", [1, 4])
+def test_positions_on_the_device_are_those_of_the_host(decoder: Decoder, first: list[int], num_queries: int) -> None:
+    """Same slots and rotary factors; the same masks where the host makes any, and nothing to see beyond."""
+    cache = KVCache(decoder.config, num_rows=3, capacity=32, dtype=torch.float32, device=torch.device("cpu"))
+    theirs = decoder.place(cache, first, num_queries)
+    ours = DevicePositions(rounds_of(decoder)._parts, torch.tensor(first), num_queries, 33, 32)
+    written, expected = torch.zeros(3, 33, 1, 1), torch.zeros(3, 33, 1, 1)
+    written[ours.slots], expected[theirs.slots] = 1.0, 1.0
+    assert torch.equal(written, expected)
+    for kind in set(decoder.config.layer_types):
+        span, other = ours.span(kind), theirs.span(kind)
+        counts = (torch.tensor(first).unsqueeze(1) + torch.arange(num_queries) < 32)[..., None, None]
+        for name in ("cos", "sin"):
+            assert torch.equal(getattr(span, name) * counts, getattr(other, name).expand(3, -1, -1, -1) * counts)
+        assert span.mask is not None
+        inside = span.mask[..., other.first_slot : other.last_slot]
+        assert torch.equal(inside, torch.zeros_like(inside) if other.mask is None else other.mask.expand_as(inside))
+        assert span.mask[..., : other.first_slot].isinf().all()
+        assert span.mask[..., other.last_slot :].isinf().all()
+
+
+def test_every_query_sees_something(decoder: Decoder) -> None:
+    """Rows without a text and rows beyond the capacity too: a query that sees nothing would be NaN."""
+    assert SLIDING in decoder.config.layer_types
+    for num_slots, first in [(33, [40, 32, 31]), (16, [0, 5, 9])]:
+        positions = DevicePositions(rounds_of(decoder)._parts, torch.tensor(first), 5, num_slots, 32)
+        mask = positions.span(SLIDING).mask
+        assert mask is not None
+        assert (mask == 0).any(-1).all()
+
+
+class TestRounds:
+    def run(self, decoder: Decoder, cache: KVCache, num_drafts: int = 2) -> Any:
+        return decoder.round_greedy([5] * cache.num_rows, cache, 2, num_drafts)
+
+    def test_a_round_commits_nothing_and_can_be_run_again(self, decoder: Decoder) -> None:
+        cache = decoder.new_cache(3, 40)
+        calls = decoder.layer_calls
+        first = self.run(decoder, cache)
+        keys = cache.keys.clone()
+        again = self.run(decoder, cache)
+        assert cache.lengths == [0, 0, 0]
+        assert (first.drafts.shape, first.targets.shape) == ((3, 2), (3, 3))
+        assert torch.equal(first.drafts, again.drafts)
+        assert torch.equal(first.targets, again.targets)
+        assert torch.equal(keys, cache.keys)
+        assert decoder.layer_calls - calls == 2 * (3 * 2 + 4 - 2)
+
+    def test_rows_are_rounded_up_within_the_buffers(self, decoder: Decoder) -> None:
+        cache = decoder.new_cache(6, 40)
+        for rows, made_for in [(6, 6), (5, 6), (4, 4), (3, 4), (2, 2), (1, 1)]:
+            while cache.num_rows > rows:
+                cache.remove_row(0)
+            assert self.run(decoder, cache).drafts.shape == (rows, 2)
+            assert decoder.compiled[-1].shape.num_rows == made_for
+        assert len(decoder.compiled) == 4
+
+    def test_a_round_is_made_once_for_its_shape_and_buffers(self, decoder: Decoder) -> None:
+        cache = decoder.new_cache(1, 100)
+        for num_drafts in (2, 2, 3, 2, 3):
+            self.run(decoder, cache, num_drafts)
+        assert [x.shape.num_drafts for x in decoder.compiled] == [2, 3]
+        cache.commit(0, 62)  # with the round's 3 tokens: beyond 64 slots
+        self.run(decoder, cache)
+        assert [x.shape.num_slots for x in decoder.compiled] == [64, 64, 128]
+        other = decoder.new_cache(1, 100)
+        self.run(decoder, other)
+        assert len(decoder.compiled) == 4
+
+    def test_those_unused_for_longest_go_first(self, decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(compiled_rounds, "MOST_ROUNDS", 2)
+        cache = decoder.new_cache(1, 100)
+        for num_drafts in (1, 2, 1, 3, 1, 2):
+            self.run(decoder, cache, num_drafts)
+        assert [x.shape.num_drafts for x in decoder.compiled] == [1, 2, 3, 2]
+
+    def test_it_waits_until_a_round_has_been_asked_for(self, decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(compiled_rounds.USES_BEFORE, "static", 2)
+        cache = decoder.new_cache(1, 100)
+        found = [self.run(decoder, cache, n) is not None for n in (1, 2, 1, 1, 2, 1, 2)]
+        assert found == [False, False, False, True, False, True, True]
+
+    def test_the_next_text_finds_the_rounds_of_the_last(self, decoder: Decoder) -> None:
+        for _ in range(3):
+            cache = decoder.new_cache(1, 40)
+            self.run(decoder, cache)
+            del cache
+            gc.collect()
+        assert len(decoder.compiled) == 1
+        self.run(decoder, decoder.new_cache(2, 40))
+        assert [key[0].num_rows for key in rounds_of(decoder)._programs] == [2]  # the first buffers are gone
+
+    def test_capture(self, decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With a device that only looks like a GPU: what is called, in which order, and what a replay is given."""
+        log: list[str] = []
+        rounds, cache = rounds_of(decoder), decoder.new_cache(3, 40)
+        expected = self.run(decoder, cache)
+        monkeypatch.setattr(torch, "cuda", FakeCuda(log))
+        program = _Program(StaticRound(rounds._parts, decoder.compiled[0].shape, cache), torch.device("cpu"))
+        call = program._call
+        monkeypatch.setattr(program, "_call", lambda: log.append("call") or call())
+        program.capture([1, 2, 3], [0, 0, 0], _Recorder(torch.device("cpu")))
+        wait = ["side waits for current"]
+        warm_up = ["enter side", "call", "call", "call", "leave side", "current waits for side"]
+        assert log == wait + warm_up + ["begin on side", "call", "end"]
+        log.clear()
+        assert program._outputs is not None
+        program._outputs[:3] = torch.cat((expected.drafts, expected.targets), 1)
+        found = program.run([5, 5, 5], [0, 0, 0])
+        assert log == ["replay"]
+        assert torch.equal(found[:, 2:], expected.targets)
+        assert program._inputs.tolist() == [[5, 0]] * 3 + [[0, 0]] * (len(program._inputs) - 3)
+
+    def test_a_failure_leaves_the_other_verbs(self, decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+        lm_rounds = rounds_of(decoder)
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("no graph today\nand more")
+
+        monkeypatch.setattr(lm_rounds, "_prepare", fail)
+        cache = decoder.new_cache(1, 40)
+        calls = decoder.layer_calls
+        with pytest.warns(RuntimeWarning, match="run uncompiled: RuntimeError: no graph today"):
+            assert self.run(decoder, cache) is None
+        assert self.run(decoder, cache) is None
+        assert [x.problem for x in decoder.compiled] == ["RuntimeError: no graph today"]
+        assert decoder.layer_calls == calls
+
+
+class TestPool:
+    @pytest.fixture
+    def dropped(self) -> list[int]:
+        return []
+
+    @pytest.fixture
+    def pool(self, decoder: Decoder, dropped: list[int]) -> CachePool:
+        def allocate(num_rows: int, capacity: int) -> KVCache:
+            return KVCache(
+                decoder.config, num_rows=num_rows, capacity=capacity, dtype=torch.float32, device=torch.device("cpu")
+            )
+
+        return CachePool(allocate, 1000, dropped.append)
+
+    def test_buffers_come_back_empty(self, pool: CachePool, dropped: list[int]) -> None:
+        cache = pool.take(2, 300)
+        address = cache.keys.data_ptr()
+        assert cache.keys.shape[2] == 2 * GRAIN
+        cache.keys.fill_(torch.nan)
+        cache.commit(0, 5)
+        del cache
+        gc.collect()
+        again = pool.take(1, 511)
+        assert again.keys.data_ptr() == address
+        assert (again.lengths, again.capacity) == ([0], 511)
+        assert not again.keys.any()
+        assert dropped == []
+
+    def test_buffers_in_use_are_left_alone(self, pool: CachePool) -> None:
+        first, second = pool.take(1, 10), pool.take(1, 10)
+        assert first.keys.data_ptr() != second.keys.data_ptr()
+
+    def test_buffers_that_are_too_small_are_given_up(self, pool: CachePool, dropped: list[int]) -> None:
+        cache = pool.take(1, 10)
+        address = cache.keys.data_ptr()
+        del cache
+        gc.collect()
+        pool.take(1, GRAIN)
+        assert dropped == [address]
+
+    def test_no_more_slots_than_the_context_needs(self, pool: CachePool) -> None:
+        assert [pool.take(1, capacity).capacity for capacity in (10, 255, 256, 900, 1000)] == [
+            255,
+            255,
+            511,
+            1000,
+            1000,
+        ]
+
+    @pytest.mark.parametrize("size", [(0, 5), (1, 0), (-1, 5)])
+    def test_bad_sizes(self, pool: CachePool, size: tuple[int, int]) -> None:
+        del_me = pool.take(1, 10)
+        del del_me
+        gc.collect()
+        with pytest.raises(InvalidArgumentError, match="at least 1 row and 1 token"):
+            pool.take(*size)
+
+
+class TestChoice:
+    def test_a_cpu_compiles_nothing_unless_told(self, tiny_checkpoint: Callable[..., Path]) -> None:
+        folder = str(tiny_checkpoint())
+        for value in ("auto", "off"):
+            decoder = layerskip.load(folder, device="cpu", compile=value).decoder
+            assert decoder._rounds is None
+            assert decoder.round_greedy([1], decoder.new_cache(1, 5), 0, 0) is None
+            assert decoder.compiled == ()
+        assert isinstance(layerskip.load(folder, device="cpu", compile="max").decoder._network, TorchNetwork)
+
+    def test_unknown_values(self, tiny_checkpoint: Callable[..., Path]) -> None:
+        folder = str(tiny_checkpoint())
+        for value in ("static", "fast"):
+            with pytest.raises(InvalidArgumentError, match=f"compile '{value}' is not known; use auto, off or max"):
+                layerskip.load(folder, compile=value)
+        with pytest.raises(InvalidArgumentError, match="kernels 'native' has none"):
+            layerskip.load(folder, device="cpu", kernels="native", compile="max")
+
+    def test_without_a_compiler(self, tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(compiled_rounds, "which", lambda name: None)
+        with pytest.raises(InvalidArgumentError, match=r"can't be used here: torch\.compile needs a C\+\+ compiler"):
+            layerskip.load(str(tiny_checkpoint()), device="cpu", compile="max")
+
+
+def test_rounds_that_will_be_faster_are_told(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those before a shape is compiled, and the one that compiles it."""
+    monkeypatch.setitem(compiled_rounds.USES_BEFORE, "static", 2)
+    cache = decoder.new_cache(1, 20)
+    counts = []
+    for _ in range(5):
+        decoder.round_greedy([5], cache, 2, 3)
+        counts.append(decoder.provisional_rounds)
+    assert counts == [1, 2, 3, 3, 3]
+    decoder.round_greedy([5], cache, 2, 4)
+    assert decoder.provisional_rounds == 4
+
+
+def test_adaptive_decoding_learns_no_times_of_such_rounds(
+    tiny_checkpoint: Callable[..., Path],
+    load_static: Callable[[Path], LanguageModel],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(compiled_rounds.USES_BEFORE, "static", 3)
+    lm = load_static(tiny_checkpoint())
+    seen: list[bool] = []
+
+    class Watching(FixedPolicy):
+        def observe(self, plan: Plan, matches: Any, outcome: Outcome) -> None:
+            seen.append(outcome.typical)
+
+    policy = Watching(fixed=Plan(drafter="early_exit", exit_layer=2, num_speculations=2))
+    config = GenerationConfig(max_new_tokens=40, ignore_eos=True)
+    batch = make_batch(lm.decoder, [[5, 9]], config, eos_token_ids=(), seed=0, policy=policy)
+    for _ in decode(batch):
+        pass
+    assert len(seen) > 6
+    assert seen == [False] * 4 + [True] * (len(seen) - 4)
+
+
+def test_attention_on_cuda_needs_no_plans_of_cudnn(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = decoder._network
+    assert isinstance(network, TorchNetwork)
+    allowed: list[bool] = []
+
+    def run_layer(index: int, hidden: torch.Tensor, positions: Any, cache: Any) -> torch.Tensor:
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return hidden
+
+    monkeypatch.setattr(network, "_run_layer", run_layer)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    for on_cpu in (True, False):
+        monkeypatch.setattr(network, "_on_cpu", on_cpu)
+        network.run_layers(torch.zeros(1, 1, 32), SimpleNamespace(), decoder.new_cache(1, 8), 0, 1)  # type: ignore[arg-type]
+    assert allowed == [before, False]
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.skipif(compiled_rounds.why_not_compile(torch.device("cpu")) is not None, reason="there is no compiler")
+def test_torch_compile(tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, on_cpu: bool) -> None:
+    """Two shapes of one function, which torch.compile takes for recompilations; the same texts as without it.
+
+    Also with the operators that the layers use on CUDA, which the compiler must see through as well.
+    """
+    monkeypatch.setitem(compiled_rounds.USES_BEFORE, "max", 0)
+    folder = tiny_checkpoint("gemma3_text", num_hidden_layers=2)
+    lm = layerskip.load(str(folder), device="cpu", compile="max")
+    monkeypatch.setattr(lm.decoder._network, "_on_cpu", on_cpu)
+    plain = layerskip.load(str(folder), device="cpu", kernels="torch")
+    options: dict[str, Any] = {"max_new_tokens": 16, "ignore_eos": True}
+    expected = plain.generate([[5, 9], [7]], generation_strategy="autoregressive", **options)
+    for drafting in ({"generation_strategy": "autoregressive"}, {"exit_layer": 1, "num_speculations": 2}):
+        found = lm.generate([[5, 9], [7]], **drafting, **options)
+        assert [x.token_ids for x in found] == [x.token_ids for x in expected]
+    assert [(x.shape.num_drafts, x.problem) for x in lm.decoder.compiled] == [(0, None), (2, None)]
+    assert all(x.seconds > 0.1 for x in lm.decoder.compiled)

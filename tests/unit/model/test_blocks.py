@@ -1,0 +1,231 @@
+"""Weights that stay in the blocks of a GGUF file: the same numbers, row by row the same products, the same text."""
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+from gguf_files import convert
+from torch import Tensor
+
+import layerskip
+from layerskip.language_model import LanguageModel
+from layerskip.model.blocks import BLOCK_BYTES, BlockFormat, BlockWeight, stacked
+from layerskip.model.native import library as native
+from layerskip.model.native.library import load_library
+from layerskip.model.native.network import NativeLinear, NativeNetwork
+
+pytestmark = pytest.mark.skipif(load_library() is None, reason="the compiled kernels weren't built")
+FORMATS: list[BlockFormat] = ["q8_0", "q4_0", "q4_1"]
+TOKENS = [5, 3, 80, 41, 9, 9, 17, 62, 33, 21, 2, 70]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def block_weight(format_: BlockFormat, outputs: int, inputs: int, seed: int = 0) -> BlockWeight:
+    """A random weight as converters would write it."""
+    data = quantize(random(outputs, inputs, seed=seed).numpy(), GGMLQuantizationType[format_.upper()])
+    return BlockWeight(format_, torch.from_numpy(data))
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_numbers_are_the_gguf_package_s(format_: BlockFormat) -> None:
+    weight = block_weight(format_, 48, 96)
+    assert weight.shape == (48, 96)
+    expected = dequantize(weight.data.numpy(), GGMLQuantizationType[format_.upper()])
+    assert np.array_equal(weight.dequantize().numpy(), expected)
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
+    assert np.array_equal(weight.rows(order).dequantize().numpy(), expected[order])
+    if format_ != "q4_1":
+        assert weight.widened().format == "q8_0"
+        assert np.array_equal(weight.widened().dequantize().numpy(), expected)
+
+
+def test_extreme_scales() -> None:
+    """Subnormal, largest and negative scales, and numbers at both ends."""
+    scales = torch.tensor([6e-8, 65504.0, -1.5, 0.0, 6.1e-5], dtype=torch.float16)
+    for format_ in FORMATS:
+        data = torch.randint(0, 256, (16, len(scales), BLOCK_BYTES[format_]), dtype=torch.uint8)
+        data[..., :2] = scales.view(-1, 1).view(torch.uint8)
+        if format_ == "q4_1":
+            data[..., 2:4] = scales.flip(0).view(-1, 1).view(torch.uint8)
+        weight = BlockWeight(format_, data.flatten(1))
+        x = torch.eye(weight.shape[1])
+        assert torch.equal(NativeLinear(weight)(x).t(), weight.dequantize())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("format_", FORMATS)
+@pytest.mark.parametrize(("outputs", "inputs"), [(16, 32), (48, 96), (70, 64), (333, 160)])
+def test_products(format_: BlockFormat, outputs: int, inputs: int, threads: int) -> None:
+    weight, bias = block_weight(format_, outputs, inputs), random(outputs, seed=1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        linear, plain = NativeLinear(weight, bias=bias), NativeLinear(weight)
+        for rows in (1, 2, 3, 4, 5, 6, 7, 9, 13, 70):
+            x = random(rows, inputs, seed=rows)
+            wanted = (x.double() @ weight.dequantize().double().t()).float()
+            torch.testing.assert_close(plain(x), wanted, rtol=2e-5, atol=2e-5)
+            torch.testing.assert_close(linear(x), wanted + bias, rtol=2e-5, atol=2e-5)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_a_row_does_not_depend_on_its_neighbours(format_: BlockFormat) -> None:
+    linear = NativeLinear(block_weight(format_, 208, 96))
+    x = random(17, 96, seed=1)
+    alone = torch.cat([linear(row) for row in x.split(1)])
+    for rows in (2, 3, 5, 6, 7, 17):
+        assert torch.equal(linear(x[:rows]), alone[:rows])
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_bytes_are_those_of_the_file(format_: BlockFormat) -> None:
+    weight = block_weight(format_, 64, 96)
+    assert NativeLinear(weight).num_bytes == weight.data.numel()
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_alternating_panels(format_: BlockFormat) -> None:
+    gate, up = (block_weight(format_, 48, 64, seed) for seed in (0, 1))
+    x = random(3, 64)
+    panels = NativeLinear(gate, up)(x).view(3, 3, 2, 16)
+    both = NativeLinear(stacked([gate, up]))(x)
+    assert torch.equal(panels[:, :, 0].flatten(1), both[:, :48])
+    assert torch.equal(panels[:, :, 1].flatten(1), both[:, 48:])
+
+
+def test_float16_is_taken_where_it_loses_nothing() -> None:
+    weight = random(32, 64).half().float()
+    weight[0, :4] = torch.tensor([6e-8, -6.1e-5, 65504.0, -0.0]).half().float()
+    exact = NativeLinear(weight)
+    assert (exact.storage, exact.num_bytes) == ("float16", weight.numel() * 2)
+    assert torch.equal(exact(torch.eye(64)).t(), weight)
+    for value in (70000.0, 1e-8, 1.0001):
+        changed = weight.clone()
+        changed[3, 5] = value
+        assert NativeLinear(changed).storage == "float32"
+
+
+def test_structures_are_laid_out_alike() -> None:
+    library = load_library()
+    assert library is not None
+    structures = (
+        native.LinearView,
+        native.LayerView,
+        native.NetworkView,
+        native.CacheView,
+        native.EmbeddingView,
+        native.DraftStopView,
+        native.SamplingView,
+    )
+    for place, structure in enumerate(structures):
+        assert library.layerskip_size_of(place) == ctypes.sizeof(structure), structure.__name__
+
+
+FAMILIES = {
+    "llama": {},
+    "qwen3": {},
+    "gemma3_text": {},
+    "phi3": {},
+    "qwen2": {"tie_word_embeddings": True},
+}
+Kept = tuple[LanguageModel, LanguageModel]
+
+
+@pytest.fixture(params=[(family, name) for family in FAMILIES for name in ("Q8_0", "Q4_0", "Q4_1")], ids=str)
+def kept(
+    request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Kept:
+    """A model whose weights stay in blocks, and the same in torch, dequantized."""
+    family, name = request.param
+    folder = tiny_checkpoint(family, hidden_size=64, intermediate_size=96, **FAMILIES[family])
+    path = convert(folder, tmp_path_factory.mktemp("gguf") / "model.gguf", type_=GGMLQuantizationType[name])
+    kernels = ("native", "torch")
+    native, dequantized = (layerskip.load(str(path), dtype="float32", device="cpu", kernels=k) for k in kernels)
+    return native, dequantized
+
+
+def test_a_network_with_the_numbers_of_the_file(kept: Kept) -> None:
+    ours, dequantized = kept
+    torch.testing.assert_close(ours.logits(TOKENS), dequantized.logits(TOKENS), rtol=1e-4, atol=1e-4)
+    network = ours.decoder._network
+    assert isinstance(network, NativeNetwork)
+    storages = {
+        linear.storage for layer in network.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)
+    }
+    assert {*storages, network.head.storage} <= {"q8_0", "q4_0", "q4_1"}
+
+
+def test_speculation_changes_nothing(kept: Kept) -> None:
+    lm = kept[0]
+    for options in ({"do_sample": False}, {"temperature": 0.9, "seed": 3}):
+        plain = lm.generate([TOKENS], generation_strategy="autoregressive", max_new_tokens=24, **options)[0]
+        for exit_layer in range(1, lm.decoder.num_layers):
+            for drafts in (1, 3, 6):
+                result = lm.generate(
+                    [TOKENS],
+                    generation_strategy="self_speculative",
+                    exit_layer=exit_layer,
+                    num_speculations=drafts,
+                    max_new_tokens=24,
+                    **options,
+                )[0]
+                assert result.token_ids == plain.token_ids
+
+
+def test_parts_of_a_weight_in_different_formats(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """q4_0 beside q8_0 is widened to q8_0, which holds its numbers; what has minima becomes float32."""
+    folder = tiny_checkpoint(hidden_size=64, intermediate_size=96)
+    for other, storage in (("Q4_0", "q8_0"), ("Q5_0", "q8_0"), ("Q4_1", "float32"), ("F32", "float32")):
+        path = convert(
+            folder,
+            tmp_path / f"{other}.gguf",
+            type_=GGMLQuantizationType.Q8_0,
+            types={"attn_v": GGMLQuantizationType[other], "ffn_up": GGMLQuantizationType[other]},
+        )
+        ours, dequantized = (
+            layerskip.load(str(path), dtype="float32", device="cpu", kernels=k) for k in ("native", "torch")
+        )
+        network = ours.decoder._network
+        assert isinstance(network, NativeNetwork)
+        assert (network.layers[0].qkv.storage, network.layers[0].gate_up.storage) == (storage, storage)
+        torch.testing.assert_close(ours.logits(TOKENS), dequantized.logits(TOKENS), rtol=1e-4, atol=1e-4)
+
+
+def test_quantizing_anew(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Other bits are made of the numbers that the blocks stand for; drafts in fewer bits change nothing."""
+    folder = tiny_checkpoint(hidden_size=64, intermediate_size=96)
+    path = convert(folder, tmp_path / "model.gguf", type_=GGMLQuantizationType.Q8_0)
+    other = layerskip.load(str(path), device="cpu", quantize="int4").decoder._network
+    assert isinstance(other, NativeNetwork)
+    assert other.head.storage == "int4"
+    texts = [
+        layerskip.load(str(path), device="cpu", quantize_draft=bits).generate(
+            [TOKENS], generation_strategy="self_speculative", exit_layer=2, num_speculations=3, max_new_tokens=16,
+            do_sample=False,
+        )[0].token_ids
+        for bits in (None, "int8")
+    ]  # fmt: skip
+    assert texts[0] == texts[1]
+
+
+def test_memory_is_counted_in_the_file_s_bytes(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from layerskip.checkpoint import checkpoint as checkpoint_module
+
+    folder = tiny_checkpoint(hidden_size=64, intermediate_size=96)
+    path = convert(folder, tmp_path / "model.gguf", type_=GGMLQuantizationType.Q4_0)
+    monkeypatch.setattr(checkpoint_module, "free_memory", lambda device: 2 * path.stat().st_size)
+    layerskip.load(str(path), device="cpu")
+    with pytest.raises(layerskip.LayerSkipError, match="needs"):
+        layerskip.load(str(path), device="cpu", kernels="torch")

@@ -1,0 +1,184 @@
+"""The cache: lengths move and tensors don't, rows leave, and what has no room lands in the scratch slot.
+
+Shapes: L layers, B rows, T capacity in tokens.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from layerskip.checkpoint.checkpoint import Checkpoint
+from layerskip.checkpoint.loading import LoadingConfig
+from layerskip.errors import InvalidArgumentError, OutOfMemoryError
+from layerskip.model import cache as cache_module
+from layerskip.model.cache import KVCache, free_memory
+from layerskip.model.config.families import parse_config
+from layerskip.model.decoder import Decoder
+
+CPU = torch.device("cpu")
+CONFIG = parse_config(
+    {
+        "model_type": "llama",
+        "vocab_size": 10,
+        "hidden_size": 32,
+        "intermediate_size": 8,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+)
+
+
+def make(num_rows: int = 3, capacity: int = 8, dtype: torch.dtype = torch.float32) -> KVCache:
+    return KVCache(CONFIG, num_rows=num_rows, capacity=capacity, dtype=dtype, device=CPU)
+
+
+def test_layout() -> None:
+    cache = make(dtype=torch.bfloat16)
+    assert cache.keys.shape == cache.values.shape == (3, 3, 9, 2, 8)  # one slot more than the capacity
+    assert cache.keys.dtype == cache.values.dtype == torch.bfloat16
+    assert not cache.keys.any()
+    assert not cache.values.any()
+    assert (cache.num_rows, cache.capacity, cache.lengths) == (3, 8, [0, 0, 0])
+
+
+def test_commit_and_rollback_move_lengths_only() -> None:
+    cache = make()
+    cache.keys.normal_()
+    before, address = cache.keys.clone(), cache.keys.data_ptr()
+    cache.commit(0, 5)
+    cache.commit(2, 8)
+    cache.commit(0, 0)
+    cache.commit(0, 2)
+    cache.rollback(2, 3)
+    cache.rollback(0, 7)
+    assert cache.lengths == [7, 0, 3]
+    cache.commit(2, 1)
+    assert cache.lengths == [7, 0, 4]
+    assert torch.equal(cache.keys, before)
+    assert cache.keys.data_ptr() == address
+
+
+@pytest.mark.parametrize("num_tokens", [9, -1])
+def test_commit_within_the_capacity(num_tokens: int) -> None:
+    with pytest.raises(AssertionError):
+        make().commit(0, num_tokens)
+
+
+@pytest.mark.parametrize("length", [3, -1])
+def test_rollback_goes_back_only(length: int) -> None:
+    cache = make()
+    cache.commit(0, 2)
+    with pytest.raises(AssertionError):
+        cache.rollback(0, length)
+
+
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_a_removed_row_is_replaced_by_the_last(row: int) -> None:
+    cache = make()
+    cache.keys.normal_()
+    cache.values.normal_()
+    for index, length in enumerate((2, 7, 5)):
+        cache.commit(index, length)
+    keys, values = cache.keys.clone(), cache.values.clone()
+    cache.remove_row(row)
+    order = [0, 1, 2]
+    order[row] = order[-1]
+    assert cache.num_rows == 2
+    assert cache.lengths == [(2, 7, 5)[index] for index in order[:2]]
+    for place, index in enumerate(order[:2]):
+        length = cache.lengths[place]
+        assert torch.equal(cache.keys[:, place, :length], keys[:, index, :length])
+        assert torch.equal(cache.values[:, place, :length], values[:, index, :length])
+
+
+@pytest.mark.parametrize(("num_rows", "capacity"), [(0, 8), (1, 0), (-1, 8), (2, -3)])
+def test_rows_and_capacity_must_be_positive(num_rows: int, capacity: int) -> None:
+    with pytest.raises(InvalidArgumentError, match=rf"at least 1 row and 1 token, got {num_rows} and {capacity}"):
+        make(num_rows, capacity)
+
+
+def test_a_cache_beyond_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = 2 * 3 * 2 * 101 * 2 * 8 * 4
+    monkeypatch.setattr(cache_module, "free_memory", lambda device: needed - 1)
+    with pytest.raises(OutOfMemoryError, match="2 x 100 tokens") as error:
+        make(2, 100)
+    for advice in ("GiB", "are free", "fewer prompts", "max_new_tokens"):
+        assert advice in str(error.value)
+    monkeypatch.setattr(cache_module, "free_memory", lambda device: needed)
+    assert make(2, 100).capacity == 100
+
+
+def test_a_huge_cache_is_refused_before_it_is_allocated() -> None:
+    if free_memory(CPU) is None:
+        pytest.skip("free memory can't be told here")
+    with pytest.raises(OutOfMemoryError):
+        make(1, 10**12)
+
+
+@pytest.mark.parametrize("capacity", [10**12, 10**18])
+def test_an_allocation_that_fails(capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "free_memory", lambda device: None)
+    with pytest.raises(OutOfMemoryError, match=f"1 x {capacity} tokens") as error:
+        make(1, capacity)
+    assert isinstance(error.value.__cause__, RuntimeError)
+
+
+def test_what_torch_keeps_on_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver counts memory of tensors that are gone as taken, though the next ones get it."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
+    assert free_memory(torch.device("cuda")) == 150
+
+
+def test_free_memory() -> None:
+    free = free_memory(CPU)
+    assert free is None or 2**20 < free < 2**50
+    assert free_memory(torch.device("meta")) is None
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny_checkpoint: Callable[..., Path]) -> Decoder:
+    return Checkpoint.in_folder(tiny_checkpoint(), "").load_decoder(LoadingConfig(device="cpu"))
+
+
+@torch.inference_mode()
+def write(decoder: Decoder, cache: KVCache, first: list[int], num_queries: int) -> Any:
+    """Run a block of tokens; returns which slots [B, T + 1] of any layer have changed."""
+    before = cache.keys.clone(), cache.values.clone()
+    tokens = torch.randint(0, 96, (len(first), num_queries), generator=torch.Generator().manual_seed(3))
+    positions = decoder.place(cache, first, num_queries)
+    decoder.run_layers(decoder.embed(tokens), positions, cache, 0, decoder.num_layers)
+    changed = [(new != old).flatten(3).any(-1) for new, old in zip((cache.keys, cache.values), before, strict=True)]
+    for each in changed:
+        assert all(torch.equal(layer, each[0]) for layer in each)  # every layer writes the same slots
+    assert torch.equal(*changed)
+    return [[slot for slot, hit in enumerate(row) if hit] for row in changed[0][0].tolist()]
+
+
+@pytest.mark.parametrize(
+    ("first", "num_queries", "slots"),
+    [
+        ([3, 3], 4, [[3, 4, 5, 6]] * 2),
+        ([0, 5], 2, [[0, 1], [5, 6]]),
+        ([4, 0], 4, [[4, 5, 6, 7], [0, 1, 2, 3]]),
+        ([6, 1], 4, [[6, 7, 8], [1, 2, 3, 4]]),  # 8 is the scratch slot
+        ([8, 2], 3, [[8], [2, 3, 4]]),
+        ([6, 6], 4, [[6, 7, 8]] * 2),
+        ([8, 8], 1, [[8]] * 2),
+    ],
+)
+def test_slots_written(decoder: Decoder, first: list[int], num_queries: int, slots: list[list[int]]) -> None:
+    assert write(decoder, decoder.new_cache(2, 8), first, num_queries) == slots
+
+
+def test_only_the_layers_that_run_write(decoder: Decoder) -> None:
+    cache = decoder.new_cache(1, 8)
+    positions = decoder.place(cache, [0], 2)
+    decoder.run_layers(decoder.embed(torch.tensor([[1, 2]])), positions, cache, 1, 3)
+    assert cache.keys.flatten(1).any(-1).tolist() == [False, True, True, False]

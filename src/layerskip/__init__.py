@@ -11,14 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from layerskip.decoding.config import GenerationConfig
-    from layerskip.decoding.output.stream import (
-        DraftEvent,
-        FinishEvent,
-        GenerationResult,
-        GenerationStream,
-        StreamEvent,
-        TokenEvent,
-    )
+    from layerskip.decoding.output.events import DraftEvent, FinishEvent, GenerationResult, StreamEvent, TokenEvent
+    from layerskip.decoding.output.stream import GenerationStream
     from layerskip.decoding.scoring import Score
     from layerskip.decoding.stats import GenerationStats
     from layerskip.errors import LayerSkipError
@@ -69,9 +63,9 @@ _MODULES = {
     "Score": "decoding.scoring",
     "GenerationStats": "decoding.stats",
     **dict.fromkeys(
-        ("DraftEvent", "FinishEvent", "GenerationResult", "GenerationStream", "StreamEvent", "TokenEvent"),
-        "decoding.output.stream",
+        ("DraftEvent", "FinishEvent", "GenerationResult", "StreamEvent", "TokenEvent"), "decoding.output.events"
     ),
+    "GenerationStream": "decoding.output.stream",
     "LayerSkipError": "errors",
     **dict.fromkeys(("LanguageModel", "Session", "load"), "language_model"),
     **dict.fromkeys(

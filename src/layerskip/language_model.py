@@ -10,14 +10,16 @@ from torch import Tensor
 
 from layerskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from layerskip.checkpoint.loading import Compile, DType, Kernels, LoadingConfig, Quantization
-from layerskip.checks import check_text
+from layerskip.checks import check_text, whole_number
 from layerskip.decoding.adaptive.experience import Experience
 from layerskip.decoding.config import GenerationConfig, make_config
-from layerskip.decoding.engine import check_prompt, choose_exit_layer, make_batch
-from layerskip.decoding.output.stream import GenerationResult, GenerationStream
+from layerskip.decoding.engine import Engine
+from layerskip.decoding.output.events import GenerationResult
+from layerskip.decoding.output.stream import GenerationStream
+from layerskip.decoding.output.writer import RowWriter
+from layerskip.decoding.request import Request, make_request
 from layerskip.decoding.scoring import Score, all_logits, score_tokens
 from layerskip.errors import InvalidArgumentError, TokenizerError
-from layerskip.model.cache import KVCache
 from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.decoder import Decoder
 from layerskip.text.chat_template import AnswerFrame, Message, answer_frame, render, require_template
@@ -95,13 +97,9 @@ def load(
 
 @dataclass(eq=False)
 class Session:
-    """Keys and values kept between calls, for texts that grow (a chat): only what is new is read."""
+    """Keys and values kept between calls, for prompts that begin like earlier ones (a chat): only what is new is read."""
 
-    cache: KVCache
-    tokens: list[int]
-    """Tokens whose keys and values the cache holds."""
-    num_layers: int
-    """Layers that have them."""
+    engine: Engine
 
 
 class LanguageModel:
@@ -111,8 +109,7 @@ class LanguageModel:
         self.checkpoint = checkpoint
         self.decoder = decoder
         self._frames: dict[str, AnswerFrame] = {}
-        tuned = checkpoint.tuned
-        self._experience = Experience() if tuned is None else Experience(tuned.agreement, tuned.exit_layer)
+        self._experience = Experience(decoder, checkpoint.tuned)
 
     @property
     def config(self) -> ModelConfig:
@@ -160,7 +157,7 @@ class LanguageModel:
             prompts: One or several: texts, token ids, or what a tokenizer returned (`encode` says more).
             config: How to decode.
             show_drafts: Also tell drafts before they are verified.
-            session: Keys and values of an earlier call (`new_session`), for a single prompt that begins alike.
+            session: Keys and values of earlier calls (`new_session`), for prompts that begin alike.
             **options: Fields of `GenerationConfig`; they win over `config`.
 
         Returns:
@@ -183,10 +180,19 @@ class LanguageModel:
             made = replace(made, num_speculations=tuned.num_speculations)
         return made
 
-    def new_session(self) -> Session:
-        """An empty session; its cache grows between calls, up to the model's context."""
-        cache = self.decoder.new_cache(1, min(SESSION_TOKENS, self.decoder.max_context))
-        return Session(cache, [], self.decoder.num_layers)
+    def new_session(self, slots: int = 1) -> Session:
+        """An empty session; it grows between calls, up to the model's context.
+
+        Args:
+            slots: Sequences whose keys and values are kept; the least recently used goes first.
+
+        Raises:
+            InvalidArgumentError: Fewer than 1 slot.
+            OutOfMemoryError: The cache doesn't fit.
+        """
+        slots = whole_number("slots", slots, least=1)
+        capacity = min(SESSION_TOKENS, self.decoder.max_context)
+        return Session(self._engine(slots, capacity, keeps_prefixes=True))
 
     def score(
         self,
@@ -311,48 +317,75 @@ class LanguageModel:
         self, prompts: Prompts, config: GenerationConfig, *, show_drafts: bool, session: Session | None
     ) -> GenerationStream:
         encoded = self.encode(prompts)
-        tokenizer = self._tokenizer_or_none(config)
         seed = secrets.randbits(63) if config.seed is None else config.seed
-        cache = self._resume(session, encoded, config) if session is not None else None
-        batch = make_batch(
+        if not encoded:
+            raise InvalidArgumentError("no prompts were given; give at least one")
+        requests = [self.request(prompt, config, seed=seed, index=index) for index, prompt in enumerate(encoded)]
+        return self.start(requests, show_drafts=show_drafts, session=session)
+
+    def request(self, prompt: Sequence[int], config: GenerationConfig, *, seed: int, index: int = 0) -> Request:
+        """What the engine is asked for a prompt, checked.
+
+        Args:
+            prompt: Token ids.
+            config: How to decode.
+            seed: Seed of sampling.
+            index: The prompt's place among the caller's, for errors.
+
+        Raises:
+            PromptError: The prompt is empty, too long, or has ids outside the vocabulary.
+            InvalidArgumentError: An exit layer that the network doesn't have.
+        """
+        ends = self.end_tokens(prompt)
+        return make_request(self.decoder, prompt, config, seed=seed, eos_token_ids=ends, index=index)
+
+    def start(
+        self, requests: Sequence[Request], *, show_drafts: bool = False, session: Session | None = None
+    ) -> GenerationStream:
+        """Generate for requests that begin together.
+
+        Args:
+            requests: From `request`; they may differ in everything.
+            show_drafts: Also report drafts.
+            session: Keys and values of earlier calls.
+
+        Raises:
+            InvalidArgumentError: More requests than the session has slots.
+            OutOfMemoryError: The cache doesn't fit.
+        """
+        tokenizer = self._tokenizer_or_none(requests)
+        capacity = max(len(request.tokens) + request.max_new_tokens for request in requests)
+        if session is None:
+            engine = self._engine(len(requests), capacity)
+        else:
+            engine = session.engine
+            for row in engine.rows:  # of a stream that was left before its end
+                engine.finish(row, "interrupted")
+            if len(requests) > engine.free_rows:
+                raise InvalidArgumentError(
+                    f"a session of {engine.free_rows} slots can't generate for {len(requests)} prompts at once; "
+                    "make one with new_session(slots=...)"
+                )
+            if capacity > engine.capacity:
+                engine.reserve(engine.free_rows, min(max(capacity, 2 * engine.capacity), self.decoder.max_context))
+        rows = [engine.add(request) for request in requests]
+        writers = [RowWriter(engine, row, tokenizer, index) for index, row in enumerate(rows)]
+        return GenerationStream(engine, writers, show_drafts=show_drafts)
+
+    def _engine(self, max_rows: int, capacity: int, *, keeps_prefixes: bool = False) -> Engine:
+        return Engine(
             self.decoder,
-            encoded,
-            config,
-            end_tokens=[self.end_tokens(prompt) for prompt in encoded],
-            seed=seed,
-            cache=cache,
+            max_rows=max_rows,
+            capacity=capacity,
             experience=self._experience,
+            keeps_prefixes=keeps_prefixes,
         )
-        if session is not None:
-            session.tokens = batch.rows[0].tokens
-        return GenerationStream(batch, tokenizer, show_drafts=show_drafts)
 
-    def _resume(self, session: Session, prompts: list[list[int]], config: GenerationConfig) -> KVCache:
-        """Roll a session back to what the prompt has in common with it."""
-        if len(prompts) != 1:
-            raise InvalidArgumentError(f"a session holds one text; got {len(prompts)} prompts")
-        room = check_prompt(prompts[0], config, self.decoder)
-        depth = self.decoder.num_layers if config.speculates else choose_exit_layer(config, self.decoder)
-        kept = session.tokens[: session.cache.lengths[0]] if depth <= session.num_layers else []
-        common = 0
-        for ours, theirs in zip(kept, prompts[0][:-1], strict=False):
-            if ours != theirs:
-                break
-            common += 1
-        session.cache.rollback(0, common)
-        session.num_layers = depth
-        needed = len(prompts[0]) + room
-        if needed > session.cache.capacity:
-            larger = self.decoder.new_cache(1, min(max(needed, 2 * session.cache.capacity), self.decoder.max_context))
-            larger.take(session.cache)
-            session.cache = larger
-        return session.cache
-
-    def _tokenizer_or_none(self, config: GenerationConfig) -> "PreTrainedTokenizerBase | None":
+    def _tokenizer_or_none(self, requests: Sequence[Request]) -> "PreTrainedTokenizerBase | None":
         """Token ids need no tokenizer, unless stop strings are to be found in their text."""
         try:
             return self.tokenizer
         except TokenizerError:
-            if config.stop:
+            if any(request.config.stop for request in requests):
                 raise
             return None

@@ -11,7 +11,8 @@ from layerskip.decoding.engine import decode, make_batch
 from layerskip.decoding.ngram import Match
 from layerskip.decoding.policy import Drafter, Outcome, Plan
 from layerskip.language_model import LanguageModel
-from layerskip.model.drafts import CONFIDENCE_CLASSES, DraftStop
+from layerskip.model.confidence import CONFIDENCE_CLASSES
+from layerskip.model.drafts import DraftStop
 
 SAMPLED = {"temperature": 0.9, "top_k": 12, "seed": 5}
 REPEATING = [3, 1, 4, 1, 5, 3, 1, 4, 1, 5, 3, 1, 4]

@@ -145,14 +145,11 @@ class LineDecoder:
             InvalidArgumentError: An exit layer that the model doesn't have.
             TokenizerError: There is no tokenizer.
         """
-        from layerskip.decoding.adaptive.experience import Experience
-        from layerskip.decoding.engine import choose_exit_layer
+        from layerskip.decoding.request import check_exit_layer
 
         self._lm, self._config, self._seed = lm, lm.configure(config), seed
-        choose_exit_layer(self._config, lm.decoder)
-        self._tokenizer = lm.tokenizer
-        tuned = lm.checkpoint.tuned
-        self._experience = Experience() if tuned is None else Experience(tuned.agreement, tuned.exit_layer)
+        check_exit_layer(self._config, lm.decoder)
+        lm.tokenizer  # noqa: B018  raises without one
 
     def __call__(self, lines: Sequence[Line]) -> list[Record]:
         """Records of lines that are decoded together, in their order; those that can't be have an `error`."""
@@ -167,7 +164,7 @@ class LineDecoder:
         return [records[line.index] for line in lines]
 
     def _encode(self, line: Line) -> list[int]:
-        from layerskip.decoding.engine import check_prompt
+        from layerskip.decoding.request import check_prompt
 
         prompt = line.fields["prompt"]
         if isinstance(prompt, str):
@@ -179,28 +176,20 @@ class LineDecoder:
 
     def _decode(self, lines: Sequence[Line], prompts: Mapping[int, list[int]]) -> dict[int, Record]:
         """Records by index. Where the cache doesn't fit, the batch is halved."""
-        from layerskip.decoding.engine import make_batch
-        from layerskip.decoding.output.stream import GenerationStream
-
         if not lines:
             return {}
+        requests = [
+            self._lm.request(prompts[line.index], self._config, seed=line_seed(self._seed, line.index))
+            for line in lines
+        ]
         try:
-            batch = make_batch(
-                self._lm.decoder,
-                [prompts[line.index] for line in lines],
-                self._config,
-                end_tokens=[self._lm.end_tokens(prompts[line.index]) for line in lines],
-                seed=self._seed,
-                experience=self._experience,
-            )
+            stream = self._lm.start(requests)
         except OutOfMemoryError as error:
             if len(lines) == 1:
                 return {lines[0].index: {**lines[0].fields, "error": str(error)}}
             half = len(lines) // 2
             return self._decode(lines[:half], prompts) | self._decode(lines[half:], prompts)
-        for line, row in zip(lines, batch.rows, strict=True):
-            row.seed = line_seed(self._seed, line.index)  # `generate` has one seed for all prompts of a call
-        results = GenerationStream(batch, self._tokenizer).run()
+        results = stream.run()
         return {
             line.index: {
                 **line.fields,

@@ -1,6 +1,6 @@
 """Where a network runs and in what form: the options of loading, held against the model and the machine."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -47,7 +47,7 @@ def choose_kernels(kernels: str, config: ModelConfig, device: torch.device, dtyp
     return kernels != "torch" and obstacle is None
 
 
-def choose_rounds(compile: str, kernels: str, device: torch.device) -> RoundMode:
+def choose_rounds(compile: str, kernels: str, device: torch.device) -> RoundMode | Literal["off"]:
     """How whole greedy rounds run.
 
     Args:

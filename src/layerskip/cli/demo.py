@@ -13,7 +13,7 @@ from layerskip.decoding.config import GenerationConfig
 from layerskip.files import to_json
 
 if TYPE_CHECKING:
-    from layerskip.decoding.output.stream import GenerationResult
+    from layerskip.decoding.output.events import GenerationResult
     from layerskip.language_model import LanguageModel
 
 PROMPTS = ("def fibonacci(n):", "import os\n\n\ndef read_file(path):")
@@ -145,7 +145,7 @@ def _show(lm: "LanguageModel", config: GenerationConfig, output: OutputArguments
     """Write after each prompt in both ways for all to see; False if the user stops it."""
     from layerskip.cli.terminal.stream import Painter, follow, write_plain
     from layerskip.cli.terminal.summary import autoregressive, warm_up
-    from layerskip.decoding.engine import choose_exit_layer
+    from layerskip.decoding.request import choose_exit_layer
 
     console = make_console(output)
     painter = Painter(console)

@@ -1,106 +1,136 @@
-"""The state of a generation: rows of text, the cache that belongs to them, and how tokens are chosen."""
+"""Rows that are decoded together: one plan, one block of the network, each row by its own rules."""
 
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
+from functools import cached_property
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.ngram import NgramIndex
-from layerskip.decoding.policy import Policy
+from layerskip.decoding.ngram import Match
+from layerskip.decoding.policy import Plan, Policy, RoundResult
+from layerskip.decoding.request import choose_exit_layer, depth_of
+from layerskip.decoding.row import Row
 from layerskip.decoding.sampler import Sampler
-from layerskip.decoding.stats import StatsRecorder, Stopwatch
 from layerskip.model.cache import KVCache
 from layerskip.model.decoder import Decoder
-from layerskip.model.drafts import Draw
-from layerskip.model.finite import NO_TOKEN, not_finite
+from layerskip.model.stopwatch import Stopwatch
 
-FinishReason = Literal["stop", "length", "interrupted"]
+Needs = Literal["tokens", "contexts", "distributions", "distributions one by one"]
+"""What the rows of a batch need of the network: tokens only; logits, because penalties look at the sequence; or
+distributions, because drafts are accepted by rejection sampling, as a block or one by one."""
 
 
-@dataclass(kw_only=True, eq=False)
-class Row:
-    """One prompt and what has been written after it."""
+def needs_of(config: GenerationConfig) -> Needs:
+    """What a row with these rules needs."""
+    if config.speculates and config.samples and config.acceptance == "rejection":
+        return "distributions" if config.block_verification else "distributions one by one"
+    return "contexts" if config.repetition_penalty != 1.0 or config.no_repeat_ngram_size else "tokens"
 
-    index: int
-    """The prompt's place among the caller's prompts."""
-    tokens: list[int]
-    """Prompt and output; the last one has no keys and values yet."""
-    prompt_length: int
-    max_new_tokens: int
-    seed: int
-    eos_token_ids: frozenset[int] = frozenset()
-    """Tokens that end it."""
-    finish_reason: FinishReason | None = None
-    round_start: int = 0
-    """Length of `tokens` before the last step."""
-    stop_reason: int | str | None = None
-    """The token or text that ended it, where the reason is `stop`."""
-    recorder: StatsRecorder = field(default_factory=StatsRecorder)
-    _ngrams: NgramIndex | None = None
+
+def batch_key(config: GenerationConfig, decoder: Decoder) -> Hashable:
+    """What rows must have in common to be decoded together: what they need, and the options of their strategy."""
+    strategy = config.strategy
+    match strategy:
+        case "autoregressive" | "early_exit":
+            return needs_of(config), "plain", depth_of(config, decoder)
+        case "self_speculative":
+            return needs_of(config), strategy, choose_exit_layer(config, decoder), config.draft_length
+        case "ngram":
+            return needs_of(config), strategy, config.draft_length
+        case _:
+            return needs_of(config), strategy, config.exit_layer, config.num_speculations
+
+
+class Batch:
+    """Rows that run in the same rounds. Row r of the cache view belongs to `rows[r]`, and holds all its tokens but one.
+
+    Everything that is put together from the rows is kept until rows come or go.
+    """
+
+    def __init__(self, decoder: Decoder, key: Hashable, needs: Needs, depth: int, policy: Policy | None) -> None:
+        """Begin without rows.
+
+        Args:
+            decoder: The network.
+            key: What the rows have in common.
+            needs: What they need of the network.
+            depth: Layers that run over every token in the end.
+            policy: Plans the rounds; None for rows that take one step after the other.
+        """
+        self.decoder, self.key, self.needs, self.depth, self.policy = decoder, key, needs, depth, policy
+        self.rows: list[Row] = []
+        self.prepared = False
+        """Whether the policy has measured what it needs."""
+        self.resting: Plan | None = None
+        """A plan of several steps that is under way."""
+        self.num_steps = 0
+        """Steps of it that were taken."""
+        self.step_seconds: list[float] = []
+        """Seconds of those that settled."""
+        self.stopwatch = Stopwatch(decoder.device)
+        self._cache: KVCache | None = None
+        self._placed: list[Row] = []
 
     @property
-    def output(self) -> list[int]:
-        """Tokens written so far."""
-        return self.tokens[self.prompt_length :]
+    def cache(self) -> KVCache:
+        """The rows' slots."""
+        assert self._cache is not None
+        return self._cache
+
+    def place(self, cache: KVCache) -> None:
+        """Take up another place in the cache, after rows have come or gone, here or elsewhere."""
+        self._cache = cache
+        if self._placed == self.rows:
+            return
+        self._placed = list(self.rows)
+        for name in ("seeds", "samples", "sampler"):
+            self.__dict__.pop(name, None)
+        self.end_rest()
+
+    def end_rest(self) -> None:
+        """Tell the policy of the steps that were taken; it is asked again from here on."""
+        if self.resting is not None and self.policy is not None:
+            seconds = tuple(self.step_seconds)
+            self.policy.observe(self.resting, RoundResult(drafts=(), num_accepted=(), tokens=(), step_seconds=seconds))
+        self.resting, self.num_steps, self.step_seconds = None, 0, []
 
     @property
-    def ngrams(self) -> NgramIndex:
-        """Runs of tokens in the text so far; made when first asked for."""
-        self._ngrams = self._ngrams or NgramIndex()
-        self._ngrams.extend(self.tokens[len(self._ngrams) :])
-        return self._ngrams
+    def num_rows(self) -> int:
+        """B."""
+        return len(self.rows)
 
     @property
     def remaining(self) -> int:
-        """Tokens that may still be written."""
-        return self.prompt_length + self.max_new_tokens - len(self.tokens)
+        """Tokens that the row with the most room may still generate."""
+        return max(row.remaining for row in self.rows)
 
-    def finish(self, reason: FinishReason, stop_reason: int | str | None = None, *, length: int | None = None) -> None:
-        """End the row, keeping the first `length` tokens of its output (all of them if not given)."""
-        self.finish_reason, self.stop_reason = reason, stop_reason
-        if length is not None:
-            self.recorder.cut_round(self.prompt_length + length - self.round_start)
-            del self.tokens[self.prompt_length + length :]
+    @cached_property
+    def seeds(self) -> list[int]:
+        """Seed of each row."""
+        return [row.request.seed for row in self.rows]
 
+    @cached_property
+    def samples(self) -> list[bool]:
+        """For each row, whether its tokens are drawn."""
+        return [row.request.config.samples for row in self.rows]
 
-@dataclass(kw_only=True, eq=False)
-class Batch:
-    """Rows that are still being written. Row r of the cache belongs to `rows[r]`, and holds all its tokens but one."""
+    @cached_property
+    def sampler(self) -> Sampler:
+        """The rows' distributions, and draws from them."""
+        return Sampler([row.request.config for row in self.rows], self.seeds)
 
-    decoder: Decoder
-    cache: KVCache
-    rows: list[Row]
-    config: GenerationConfig
-    sampler: Sampler
-    stopwatch: Stopwatch
-    policy: Policy
+    def sampler_of(self, places: Sequence[int]) -> Sampler:
+        """The sampler of some of the rows."""
+        if len(places) == self.num_rows:
+            return self.sampler
+        requests = [self.rows[place].request for place in places]
+        return Sampler([request.config for request in requests], [request.seed for request in requests])
 
     @property
     def by_distribution(self) -> bool:
         """Whether drafts are accepted by rejection sampling, and not by comparing tokens."""
-        return self.sampler.samples and self.config.acceptance == "rejection"
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the likeliest token is taken, whatever came before."""
-        return not (self.sampler.samples or self.sampler.needs_context)
-
-    @property
-    def chooses_directly(self) -> bool:
-        """Whether drafts and targets depend on nothing but their logits, and the noise of `draw`."""
-        return not (self.sampler.needs_context or self.by_distribution)
-
-    @property
-    def draw(self) -> Draw | None:
-        """How to draw tokens; None where the likeliest is taken."""
-        return self.sampler.draw(self.seeds)
-
-    @property
-    def seeds(self) -> list[int]:
-        """Seed of each row."""
-        return [row.seed for row in self.rows]
+        return self.needs.startswith("distributions")
 
     @property
     def last_tokens(self) -> list[int]:
@@ -108,45 +138,24 @@ class Batch:
         return [row.tokens[-1] for row in self.rows]
 
     def pending(self) -> Tensor:
-        """The last token of each row, [B, 1]."""
-        return torch.tensor([[token] for token in self.last_tokens], device=self.decoder.device)
+        """The last token of each row, [B, 1], on the device."""
+        return self.decoder.pending(self.last_tokens)
 
-    def contexts(self, drafts: list[list[int]] | None = None) -> list[list[list[int]]] | None:
-        """Tokens before each position that follows the row's text and 0, 1, ... of its drafts; None if not needed."""
+    def matches(self) -> list[Match | None]:
+        """For each row, what followed its last tokens where they occurred before."""
+        return [row.ngrams.match() for row in self.rows]
+
+    def draft_lengths(self, num_speculations: int) -> list[int]:
+        """Drafts that each row can use: no more than it may still generate, less the token that verification adds."""
+        return [min(num_speculations, row.remaining - 1) for row in self.rows]
+
+    def contexts(self, drafts: Sequence[Sequence[int]] | None = None) -> list[list[list[int]]] | None:
+        """Tokens before each position that follows a row's tokens and 0, 1, ... of its drafts; None if not needed."""
         if not self.sampler.needs_context:
             return None
         if drafts is None:
             return [[row.tokens] for row in self.rows]
         return [
-            [row.tokens + draft[:i] for i in range(len(draft) + 1)]
+            [[*row.tokens, *draft[:i]] for i in range(len(draft) + 1)]
             for row, draft in zip(self.rows, drafts, strict=True)
         ]
-
-    def round(self, token: int, drafts: tuple[int, ...] = (), num_accepted: int = 0) -> "Round":
-        """What a step gave a row.
-
-        Raises:
-            NotFiniteError: A token could not be chosen.
-        """
-        if token == NO_TOKEN or NO_TOKEN in drafts[:num_accepted]:
-            raise not_finite(self.decoder.dtype)
-        return Round(drafts=drafts, num_accepted=num_accepted, token=token)
-
-    def drop_finished(self) -> None:
-        """Free the cache rows of finished texts, while others go on."""
-        for position in range(len(self.rows) - 1, -1, -1):
-            if self.rows[position].finish_reason is not None:
-                last = self.rows.pop()
-                if position < len(self.rows):
-                    self.rows[position] = last
-                if self.rows:
-                    self.cache.remove_row(position)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Round:
-    """What one step gave one row: the drafts, how many of them hold, and the target's token after those."""
-
-    drafts: tuple[int, ...] = ()
-    num_accepted: int = 0
-    token: int

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from layerskip.checks import check_text, finite_number, whole_number
 from layerskip.errors import InvalidArgumentError
 
-Strategy = Literal["adaptive", "autoregressive", "self_speculative", "ngram"]
+Strategy = Literal["adaptive", "autoregressive", "self_speculative", "ngram", "early_exit"]
 Acceptance = Literal["coupled", "rejection"]
 
 DEFAULT_DRAFT_LENGTH = 4
@@ -26,10 +26,11 @@ class GenerationConfig:
     generation_strategy: Strategy | None = None
     """autoregressive: one token a step. self_speculative: draft with the early layers, verify with the rest. ngram:
     draft what followed the text's last tokens where they occurred before. adaptive: what is fastest, round by round.
-    If not given: self_speculative where exit_layer or num_speculations is given, else adaptive."""
+    early_exit: run the first exit_layer layers only, which is faster and changes the text. If not given:
+    self_speculative where exit_layer or num_speculations is given, else adaptive."""
     exit_layer: int | None = None
-    """Layers that draft (1..L); if not given, adaptive chooses, and self_speculative takes a quarter of them. With
-    autoregressive: layers that are run at all."""
+    """Layers that draft (1..L), or with early_exit layers that run at all; if not given, adaptive chooses, and others
+    take a quarter of the layers."""
     num_speculations: int | None = None
     """Most tokens to draft in a round; if not given, adaptive chooses, and others draft 4."""
     do_sample: bool | None = None
@@ -89,6 +90,11 @@ class GenerationConfig:
         )
         for name, allowed, check in reals:
             self._set(name, finite_number(name, getattr(self, name), allowed, check))
+        if self.generation_strategy == "autoregressive" and self.exit_layer is not None:
+            raise InvalidArgumentError(
+                f"generation_strategy 'autoregressive' runs all layers, and exit_layer {self.exit_layer} was given; use "
+                "generation_strategy 'early_exit' to run the first ones only"
+            )
         for name in ("do_sample", "block_verification", "ignore_eos"):
             value = getattr(self, name)
             if not isinstance(value, bool) and not (name == "do_sample" and value is None):
@@ -122,7 +128,7 @@ class GenerationConfig:
     @property
     def speculates(self) -> bool:
         """Whether there are drafts."""
-        return self.strategy != "autoregressive"
+        return self.strategy not in ("autoregressive", "early_exit")
 
 
 def make_config(config: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig:

@@ -1,332 +1,300 @@
-"""The loop of a generation: read the prompts, then step after step until every row has ended.
-
-It knows tokens only; text, stop strings and colours are `text` and `stream`.
-"""
+"""The engine: requests join, every step gives tokens, rows leave. It knows tokens only; text is `output`'s."""
 
 import time
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from layerskip.decoding.adaptive.experience import Experience
-from layerskip.decoding.batch import Batch, Round, Row
+from layerskip.decoding.batch import Batch, batch_key, needs_of
 from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.ngram import Match
-from layerskip.decoding.policy import FixedPolicy, Outcome, Plan, Policy
-from layerskip.decoding.rounds import plain as autoregressive
-from layerskip.decoding.rounds import verifying as self_speculative
-from layerskip.decoding.rounds.drafting import Draft, draft_early_exit, draft_ngram, draft_nothing
-from layerskip.decoding.rounds.verifying import Verification
-from layerskip.decoding.sampler import Sampler
-from layerskip.decoding.stats import Stopwatch
-from layerskip.errors import InvalidArgumentError, PromptError, PromptTooLongError
-from layerskip.model.cache import KVCache
+from layerskip.decoding.policy import FixedPolicy, Plan, Policy, RoundResult
+from layerskip.decoding.request import Request, choose_exit_layer, depth_of
+from layerskip.decoding.rounds.plain import PREFILL_CHUNK, read_chunk, step
+from layerskip.decoding.rounds.verifying import run_round
+from layerskip.decoding.row import FinishReason, Row
+from layerskip.decoding.slots import Slots
+from layerskip.errors import InvalidArgumentError
 from layerskip.model.decoder import Decoder
+from layerskip.model.finite import NO_TOKEN, not_finite
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drafted:
-    """Drafts of one row that are about to be verified."""
+class Event:
+    """Tokens that a row has gained: first accepted drafts, then the target's own token."""
 
     row: Row
     tokens: tuple[int, ...]
+    num_accepted: int = 0
+    drafts: tuple[int, ...] = ()
+    """The drafts that were verified."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Committed:
-    """Tokens that became part of a row's text: first accepted drafts, then the target's own token."""
-
-    row: Row
-    tokens: tuple[int, ...]
-    num_accepted: int
-    num_drafted: int
-
-
-def default_exit_layer(num_layers: int) -> int:
-    """The exit used for drafting where none is named: a quarter of the layers."""
-    return max(1, num_layers // 4)
-
-
-def choose_exit_layer(config: GenerationConfig, decoder: Decoder) -> int:
-    """The exit that a config means on this network, checked.
-
-    Raises:
-        InvalidArgumentError: `exit_layer` is outside 1..L.
-    """
-    if config.exit_layer is not None:
-        return decoder.config.check_exit_layer(config.exit_layer)
-    return default_exit_layer(decoder.num_layers) if config.speculates else decoder.num_layers
-
-
-def make_policy(
-    config: GenerationConfig, decoder: Decoder, num_rows: int, experience: Experience | None = None
-) -> Policy:
-    """The policy that a config asks for, on this network; `adaptive` starts from what is known of the network."""
+def make_policy(config: GenerationConfig, decoder: Decoder, experience: Experience) -> Policy | None:
+    """The policy that a config asks for; None where every row takes one step after the other."""
     match config.strategy:
+        case "autoregressive" | "early_exit":
+            return None
         case "adaptive":
-            return (experience or Experience()).policy(
-                decoder,
-                num_rows,
-                samples=config.samples,
-                exit_layer=config.exit_layer,
-                most_drafts=config.num_speculations,
-            )
+            return experience.policy(exit_layer=config.exit_layer, most_drafts=config.num_speculations)
         case "ngram":
-            return FixedPolicy(fixed=Plan(drafter="ngram", num_speculations=config.draft_length))
+            return FixedPolicy(fixed=Plan(source="text", num_speculations=config.draft_length))
         case _:
             exit_layer = choose_exit_layer(config, decoder)
-            return FixedPolicy(
-                fixed=Plan(drafter="early_exit", exit_layer=exit_layer, num_speculations=config.draft_length)
+            plan = Plan(source="layers", exit_layer=exit_layer, num_speculations=config.draft_length)
+            return FixedPolicy(fixed=plan)
+
+
+class Engine:
+    """Generates for requests that join and leave between steps.
+
+    Rows that can share rounds form a batch; a step runs one round of each batch, and reads one chunk of the prompts that
+    have joined. What is generated for a request depends on the request alone, except for kernels that round a product
+    of several rows otherwise than that of one (torch's), and for rejection sampling with adaptive decoding, whose plans
+    depend on measured times.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        max_rows: int,
+        capacity: int,
+        experience: Experience | None = None,
+        keeps_prefixes: bool = False,
+        prefill_chunk: int = PREFILL_CHUNK,
+        policy: Policy | None = None,
+    ) -> None:
+        """Allocate the cache.
+
+        Args:
+            decoder: The network.
+            max_rows: Rows that may run at once.
+            capacity: Tokens that a row can hold: its prompt and what is generated.
+            experience: What adaptive decoding knows of the network, and adds to.
+            keeps_prefixes: Keep the keys and values of rows that have ended, for requests that begin alike.
+            prefill_chunk: Tokens of each prompt that a step reads at most.
+            policy: Plans the rounds of all rows with drafts; that of each config if not given.
+
+        Raises:
+            InvalidArgumentError: No rows or no capacity.
+            OutOfMemoryError: The cache doesn't fit.
+        """
+        self.decoder = decoder
+        self._experience = experience or Experience(decoder)
+        self._slots = Slots(decoder, max_rows, capacity, keeps_prefixes=keeps_prefixes)
+        self._prefill_chunk, self._policy = prefill_chunk, policy
+        self._reading: list[Batch] = []
+        self._running: list[Batch] = []
+        self._new: list[tuple[Row, Batch]] = []
+        """Rows that have joined since the last step, and the batches that they will run in."""
+        self._homes: dict[Row, Batch] = {}
+        """The batch that each row runs in, or will run in once its prompt is read."""
+
+    @property
+    def rows(self) -> list[Row]:
+        """Rows that are read or generated at present."""
+        return list(self._homes)
+
+    @property
+    def free_rows(self) -> int:
+        """Requests that can join now."""
+        return self._slots.cache.num_rows - len(self._homes)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row can hold."""
+        return self._slots.cache.capacity
+
+    def policy_of(self, row: Row) -> Policy | None:
+        """What plans the rounds of a row that hasn't ended."""
+        return self._homes[row].policy
+
+    def reserve(self, max_rows: int, capacity: int) -> None:
+        """Make room for so many rows of so many tokens, at least.
+
+        Raises:
+            OutOfMemoryError: The cache doesn't fit; the engine is as it was.
+        """
+        self._slots.grow(max_rows, capacity)
+
+    def add(self, request: Request) -> Row:
+        """Let a request join; its prompt is read by the steps that follow.
+
+        Raises:
+            InvalidArgumentError: No row is free, or the request is longer than a row.
+        """
+        if not self.free_rows:
+            raise InvalidArgumentError(f"all {len(self._homes)} rows of the engine are in use; finish one first")
+        needed = len(request.tokens) + request.max_new_tokens
+        if needed > self.capacity:
+            raise InvalidArgumentError(
+                f"a request of {len(request.tokens)} + {request.max_new_tokens} tokens doesn't fit a row of "
+                f"{self.capacity}; shorten it, or reserve more capacity"
             )
+        row = Row(request=request, tokens=list(request.tokens))
+        home = self._home(request.config)
+        reading = next((batch for batch in self._reading if batch.depth == home.depth), None)
+        if reading is None:
+            reading = Batch(self.decoder, "reading", "tokens", home.depth, None)
+            self._reading.append(reading)
+        self._slots.batches = [*self._running, *self._reading]
+        row.recorder.cached_tokens = self._slots.claim(row, reading)
+        self._homes[row] = home
+        self._new.append((row, home))
+        self._settle()
+        return row
 
+    def step(self) -> list[Event]:
+        """One round of every batch, then one chunk of the prompts that are being read.
 
-def check_prompt(tokens: Sequence[int], config: GenerationConfig, decoder: Decoder, index: int = 0) -> int:
-    """Tokens that may be written after a prompt: `max_new_tokens`, or what the context leaves.
+        Returns:
+            What the rows have gained. Rows that have ended have left the engine.
 
-    Raises:
-        PromptError: The prompt is empty, has ids outside the vocabulary, or leaves no room.
-    """
-    if not tokens:
-        raise PromptError(f"prompt {index} is empty; give at least one token")
-    decoder.config.check_token_ids(tokens, f"prompt {index}")
-    room = decoder.max_context - len(tokens)
-    if room < 1:
-        raise PromptTooLongError(
-            f"prompt {index} has {len(tokens)} tokens, and the context of {decoder.max_context} must hold it and at "
-            "least one new token; shorten the prompt (max_context at loading sets the context, up to the model's own)"
-        )
-    return min(config.max_new_tokens, room)
+        Raises:
+            NotFiniteError: A token could not be chosen.
+        """
+        self._start_new()
+        events: list[Event] = []
+        for batch in list(self._running):
+            events += self._run(batch)
+        for batch in list(self._reading):
+            events += self._read(batch)
+        return events
 
+    def finish(
+        self, row: Row, reason: FinishReason, stop_reason: int | str | None = None, *, length: int | None = None
+    ) -> None:
+        """End a row, between steps; also one that has ended, whose text turns out to have ended earlier.
 
-def make_batch(
-    decoder: Decoder,
-    prompts: Sequence[Sequence[int]],
-    config: GenerationConfig,
-    *,
-    eos_token_ids: Sequence[int] = (),
-    end_tokens: Sequence[Sequence[int]] | None = None,
-    seed: int,
-    cache: KVCache | None = None,
-    policy: Policy | None = None,
-    experience: Experience | None = None,
-) -> Batch:
-    """Rows for prompts, with a cache of their own or one that holds a prefix of each already.
+        Args:
+            row: Any row of this engine.
+            reason: Why.
+            stop_reason: The token or text that ended it, where the reason is `stop`.
+            length: Tokens of its output to keep; all if not given.
+        """
+        row.finish_reason, row.stop_reason = reason, stop_reason
+        if length is not None:
+            row.cut(length)
+        if row in self._homes:
+            self._drop([row])
+            self._settle()
 
-    Args:
-        decoder: The network.
-        prompts: Token ids of each prompt.
-        config: How to decode.
-        eos_token_ids: Tokens that end every text, for a config that names none.
-        end_tokens: The same, but for each prompt its own.
-        seed: Seed of every row.
-        cache: Holds the first `cache.lengths[b]` tokens of prompt b, at most all but one; a new one if not given.
-        policy: Plans the rounds; that of the config if not given.
-        experience: What adaptive decoding knows of the network, and adds to.
+    def _home(self, config: GenerationConfig) -> Batch:
+        """The batch for rows with this config."""
+        key = batch_key(config, self.decoder)
+        for batch in [*self._running, *self._homes.values()]:
+            if batch.key == key:
+                return batch
+        policy = make_policy(config, self.decoder, self._experience)
+        if policy is not None and self._policy is not None:
+            policy = self._policy
+        return Batch(self.decoder, key, needs_of(config), depth_of(config, self.decoder), policy)
 
-    Raises:
-        PromptError: A prompt that can't be continued.
-        InvalidArgumentError: No prompts, or an exit layer that the network doesn't have.
-        OutOfMemoryError: The cache doesn't fit.
-    """
-    if not prompts:
-        raise InvalidArgumentError("no prompts were given; give at least one")
-    choose_exit_layer(config, decoder)
-    room = [check_prompt(prompt, config, decoder, index) for index, prompt in enumerate(prompts)]
-    capacity = max(len(prompt) + new for prompt, new in zip(prompts, room, strict=True))
-    cache = cache or decoder.new_cache(len(prompts), capacity)
-    rows = [
-        Row(
-            index=i,
-            tokens=list(prompt),
-            prompt_length=len(prompt),
-            max_new_tokens=room[i],
-            seed=seed,
-            eos_token_ids=_ends(config, eos_token_ids if end_tokens is None else end_tokens[i]),
-        )
-        for i, prompt in enumerate(prompts)
-    ]
-    for row, length in zip(rows, cache.lengths, strict=True):
-        row.recorder.cached_tokens = length
-    return Batch(
-        decoder=decoder,
-        cache=cache,
-        rows=rows,
-        config=config,
-        sampler=Sampler(config),
-        stopwatch=Stopwatch(decoder.device),
-        policy=policy or make_policy(config, decoder, len(prompts), experience),
-    )
+    def _start_new(self) -> None:
+        """Measure what the policies of new batches need; then the time of the new rows begins."""
+        homes = {id(home): home for _, home in self._new if not home.prepared}
+        for home in homes.values():
+            arrivals = Batch(self.decoder, home.key, home.needs, home.depth, None)
+            arrivals.rows = [row for row, other in self._new if other is home]
+            if home.policy is not None:
+                home.policy.prepare(arrivals)
+            home.prepared = True
+        for row, _ in self._new:
+            row.recorder.start()
+        self._new.clear()
 
+    def _read(self, batch: Batch) -> list[Event]:
+        """Read a chunk of prompts; rows that are done with theirs get their first token and join their batches."""
+        calls = self.decoder.calls.count
+        first = read_chunk(batch, self._prefill_chunk)
+        rows = [batch.rows[place] for place in first]
+        calls = self.decoder.calls.count - calls
+        for row in batch.rows:
+            row.recorder.layer_calls += calls
+        events = []
+        for row, token in zip(rows, first.values(), strict=True):
+            self._check([token])
+            kept = row.append((token,))
+            row.recorder.record_tokens()
+            events.append(Event(row=row, tokens=kept))
+        for row in rows:
+            home = self._homes[row]
+            if not any(home is other for other in self._running):
+                self._running.append(home)
+            self._slots.batches = [*self._running, *self._reading]
+            self._slots.move(row, batch, home)
+        self._drop([row for row in rows if row.finish_reason is not None])
+        self._settle()
+        return events
 
-def _ends(config: GenerationConfig, otherwise: Sequence[int]) -> frozenset[int]:
-    """Tokens that end a text: those of the config, if it names any."""
-    if config.ignore_eos:
-        return frozenset()
-    return frozenset(otherwise if config.eos_token_ids is None else config.eos_token_ids)
-
-
-def decode(batch: Batch, *, show_drafts: bool = False) -> Iterator[Drafted | Committed]:
-    """Write all rows to their ends, telling what happens.
-
-    A caller may end a row itself by `Row.finish` before it asks for the next event.
-
-    Args:
-        batch: From `make_batch`; empty when the iterator ends.
-        show_drafts: Tell drafts before they are verified, which waits for the device once more a round.
-    """
-    speculates = batch.config.speculates
-    depth = batch.decoder.num_layers if speculates else choose_exit_layer(batch.config, batch.decoder)
-    for row in batch.rows:
-        row.recorder.start()
-    calls = batch.decoder.layer_calls
-    rounds = autoregressive.prefill(batch, depth)
-    yield from _commit(batch, rounds, calls, first=True)
-    while batch.rows:
-        if not speculates:
-            yield from _take_step(batch, depth)
-        elif steps := batch.policy.rests():
-            yield from _rest(batch, steps)
+    def _run(self, batch: Batch) -> list[Event]:
+        """One round of a batch, as its policy plans it."""
+        decoder, policy, started = self.decoder, batch.policy, time.perf_counter()
+        calls, provisional = decoder.calls.count, decoder.provisional_rounds
+        if policy is None:
+            result = step(batch)
         else:
-            calls = batch.decoder.layer_calls
-            rounds = yield from _speculate(batch, show_drafts)
-            yield from _commit(batch, rounds, calls)
+            plan = batch.resting or policy.plan(batch)
+            if plan.steps:
+                result = self._rest(batch, plan)
+            else:
+                result = run_round(batch, plan)
+                settled = decoder.provisional_rounds == provisional
+                result = replace(result, seconds=time.perf_counter() - started, settled=settled)
+                policy.observe(plan, result)
+            if plan.source != "none" or plan.probe:
+                for row in batch.rows:
+                    row.recorder.seconds_drafting += result.seconds_drafting
+                    row.recorder.seconds_verifying += result.seconds_verifying
+        return self._extend(batch, result, decoder.calls.count - calls)
 
+    def _rest(self, batch: Batch, plan: Plan) -> RoundResult:
+        """The next of several steps without drafts that were planned at once."""
+        started, provisional = time.perf_counter(), self.decoder.provisional_rounds
+        result = step(batch)
+        batch.resting, batch.num_steps = plan, batch.num_steps + 1
+        if self.decoder.provisional_rounds == provisional:
+            batch.step_seconds.append(time.perf_counter() - started)
+        if batch.num_steps == plan.steps:
+            batch.end_rest()
+        return result
 
-def _take_step(batch: Batch, depth: int) -> Generator[Committed, None, float | None]:
-    """One token for each row; returns the seconds it took, or None where the same step will take less later."""
-    calls, provisional, started = batch.decoder.layer_calls, batch.decoder.provisional_rounds, time.perf_counter()
-    rounds = autoregressive.step(batch, depth)
-    seconds = time.perf_counter() - started
-    typical = batch.decoder.provisional_rounds == provisional
-    yield from _commit(batch, rounds, calls)
-    return seconds if typical else None
+    def _extend(self, batch: Batch, result: RoundResult, calls: int) -> list[Event]:
+        """Extend the rows by a round's tokens, and let those go that have ended."""
+        events = []
+        for place, row in enumerate(batch.rows):
+            tokens, drafts = result.gained(place), result.drafts[place]
+            self._check(tokens)
+            kept = row.append(tokens)
+            num_accepted = min(result.num_accepted[place], len(kept))
+            row.recorder.layer_calls += calls
+            row.recorder.record_tokens()
+            row.recorder.record_round(len(drafts), num_accepted)
+            events.append(Event(row=row, tokens=kept, num_accepted=num_accepted, drafts=drafts))
+            length = batch.cache.lengths[place]
+            if length >= len(row.tokens):  # the row was cut short: what lies beyond its end is forgotten
+                batch.cache.rollback(place, len(row.tokens) - 1)
+        ended = [row for row in reversed(batch.rows) if row.finish_reason is not None]
+        if ended:
+            self._drop(ended)
+            self._settle()
+        return events
 
+    def _check(self, tokens: tuple[int, ...] | list[int]) -> None:
+        if NO_TOKEN in tokens:
+            raise not_finite(self.decoder.dtype)
 
-def _rest(batch: Batch, steps: int) -> Iterator[Committed]:
-    """Steps that the policy needn't plan."""
-    seconds: list[float] = []
-    for _ in range(steps):
-        if not batch.rows:
-            break
-        taken = yield from _take_step(batch, batch.decoder.num_layers)
-        seconds += [] if taken is None else [taken]
-    batch.policy.observe_rest(seconds)
+    def _drop(self, rows: list[Row]) -> None:
+        """Take rows out of their batches."""
+        for row in rows:
+            del self._homes[row]
+            self._new = [pair for pair in self._new if pair[0] is not row]
+            batch = next(batch for batch in [*self._running, *self._reading] if row in batch.rows)
+            self._slots.forget_from(row, len(row.tokens) - 1)
+            self._slots.remove(row, batch)
 
-
-def _speculate(batch: Batch, show_drafts: bool) -> Generator[Drafted, None, list[Round]]:
-    """One round, as the policy plans it; returns its `Round`s."""
-    policy, provisional, started = batch.policy, batch.decoder.provisional_rounds, time.perf_counter()
-    matches = [row.ngrams.match() for row in batch.rows] if policy.uses_ngrams else []
-    plan = policy.plan(matches, max(row.remaining for row in batch.rows))
-    exits = policy.exits if policy.probes else ()
-    if plan.drafter == "none" and not exits and not batch.by_distribution:
-        verification = Verification(rounds=autoregressive.step(batch, batch.decoder.num_layers))
-        policy.observe(plan, matches, _outcome(verification, time.perf_counter() - started))
-        return verification.rounds
-    whole = None if show_drafts or exits else _whole_round(batch, plan)
-    confidences: list[list[float]] = []
-    away = 0.0
-    if whole is not None:
-        verification = whole
-    else:
-        mark = batch.stopwatch.mark
-        start, draft, middle = mark(), _draft(batch, plan, matches, exits), mark()
-        confidences = draft.confidences
-        if show_drafts:
-            away = time.perf_counter()
-            yield from _drafted(batch, draft)
-            away = time.perf_counter() - away
-        resumed, verification, end = mark(), self_speculative.verify(batch, draft, exits), mark()
-        _record(batch, batch.stopwatch.between(start, middle), batch.stopwatch.between(resumed, end))
-    outcome = _outcome(
-        verification,
-        time.perf_counter() - started - away,
-        confidences,
-        typical=batch.decoder.provisional_rounds == provisional,
-    )
-    if whole is not None:
-        _record(batch, *_shares(plan, batch, outcome.seconds))
-    policy.observe(plan, matches, outcome)
-    return verification.rounds
-
-
-def _drafted(batch: Batch, draft: Draft) -> Iterator[Drafted]:
-    for row, tokens, usable in zip(batch.rows, draft.tokens.tolist(), draft.num_drafts, strict=True):
-        yield Drafted(row=row, tokens=tuple(tokens[:usable]))
-
-
-def _record(batch: Batch, drafting: float, verifying: float) -> None:
-    for row in batch.rows:
-        row.recorder.seconds_drafting += drafting
-        row.recorder.seconds_verifying += verifying
-
-
-def _outcome(
-    verification: Verification,
-    seconds: float,
-    confidences: Sequence[Sequence[float]] = (),
-    *,
-    typical: bool = True,
-) -> Outcome:
-    rounds = verification.rounds
-    return Outcome(
-        seconds=seconds,
-        held=[round_.num_accepted for round_ in rounds],
-        drafted=[len(round_.drafts) for round_ in rounds],
-        tokens=[(*round_.drafts[: round_.num_accepted], round_.token) for round_ in rounds],
-        typical=typical,
-        confidences=confidences,
-        agreement=verification.agreement,
-    )
-
-
-def _whole_round(batch: Batch, plan: Plan) -> Verification | None:
-    """The plan's round in one call, where the network has compiled it."""
-    if plan.drafter == "ngram" or plan.stop is not None:  # their drafts are as many as a round happens to find
-        return None
-    drafts = plan.num_speculations if plan.drafter == "early_exit" else 0
-    return self_speculative.whole_round(batch, plan.exit_layer, drafts)
-
-
-def _shares(plan: Plan, batch: Batch, seconds: float) -> tuple[float, float]:
-    """A whole round's seconds, split between drafting and verification as they enter layers.
-
-    Nothing between them can be timed: a graph is one call.
-    """
-    drafting = (plan.num_speculations + 1) * plan.exit_layer
-    verifying = batch.decoder.num_layers - plan.exit_layer
-    share = drafting / (drafting + verifying)
-    return share * seconds, (1 - share) * seconds
-
-
-def _draft(batch: Batch, plan: Plan, matches: Sequence[Match | None], exits: tuple[int, ...]) -> Draft:
-    match plan.drafter:
-        case "early_exit":
-            return draft_early_exit(batch, plan.exit_layer, plan.num_speculations, exits, plan.stop)
-        case "ngram":
-            return draft_ngram(batch, matches, plan.num_speculations)
-        case _:
-            return draft_nothing(batch)
-
-
-def _commit(batch: Batch, rounds: list[Round], calls_before: int, *, first: bool = False) -> Iterator[Committed]:
-    """Extend the rows by a step's tokens, end those that are done, and drop them."""
-    calls = batch.decoder.layer_calls - calls_before
-    for row, result in zip(list(batch.rows), rounds, strict=True):
-        tokens = (*result.drafts[: result.num_accepted], result.token)
-        stop = next((i for i, token in enumerate(tokens) if token in row.eos_token_ids), None)
-        kept = tokens if stop is None else tokens[: stop + 1]
-        num_accepted = min(result.num_accepted, len(kept))
-        row.round_start = len(row.tokens)
-        row.tokens += kept
-        row.recorder.layer_calls += calls
-        row.recorder.record_tokens()
-        if not first:
-            row.recorder.record_round(len(result.drafts), num_accepted)
-        if stop is not None:
-            row.finish("stop", kept[-1])
-        elif row.remaining == 0:
-            row.finish("length")
-        yield Committed(row=row, tokens=kept, num_accepted=num_accepted, num_drafted=len(result.drafts))
-    for position, row in enumerate(batch.rows):  # texts that were cut short: forget what lies beyond their end
-        batch.cache.rollback(position, min(batch.cache.lengths[position], len(row.tokens) - 1))
-    batch.drop_finished()
+    def _settle(self) -> None:
+        """Bring batches and cache in line after rows have come, moved or gone."""
+        self._running = [batch for batch in self._running if batch.rows]
+        self._reading = [batch for batch in self._reading if batch.rows]
+        self._slots.batches = [*self._running, *self._reading]
+        self._slots.settle()

@@ -1,110 +1,114 @@
-"""What a round does, and who decides it: a fixed plan, or one that adapts (`adaptive.py`)."""
+"""What a round does, and who decides it: a fixed plan, or one that adapts (`adaptive/policy.py`)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from layerskip.decoding.ngram import Match
-from layerskip.model.drafts import DraftStop
+from layerskip.model.drafts import StopRule
 
-Drafter = Literal["none", "early_exit", "ngram"]
+DraftSource = Literal["none", "layers", "text"]
+"""Where drafts come from: nowhere, the first layers, or the sequence itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What one round does."""
+    """What one round does, or several steps without drafts."""
 
-    drafter: Drafter
+    source: DraftSource
     exit_layer: int = 0
     num_speculations: int = 0
     tokens_per_second: float = 0.0
-    """What it promises for each row."""
-    stop: DraftStop | None = None
-    """When to draft less."""
+    """Expected tokens/s of each row."""
+    stop: StopRule | None = None
+    """When to draft fewer."""
+    probe: tuple[int, ...] = ()
+    """Exits whose agreement with the target the round measures."""
+    steps: int = 0
+    """Steps without drafts to take before the policy is asked again; 0: one round, which is observed."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What came of a plan."""
+class RoundResult:
+    """What a plan gave."""
 
-    seconds: float
-    """Of the whole round, planning included."""
-    held: Sequence[int]
-    """Drafts of each row that were accepted."""
-    drafted: Sequence[int]
+    drafts: Sequence[tuple[int, ...]]
     """Drafts of each row."""
-    tokens: Sequence[Sequence[int]]
-    """What each row gained."""
-    typical: bool = True
-    """Whether the same round would take as long again: not so where it wasn't compiled yet, or was on the way."""
+    num_accepted: Sequence[int]
+    """Drafts of each row that were accepted."""
+    tokens: Sequence[int]
+    """The target's token after them."""
     confidences: Sequence[Sequence[float]] = ()
+    """Probabilities of each row's drafts, where the plan had a `StopRule`."""
     agreement: Mapping[int, tuple[float, int]] = field(default_factory=dict)
-    """Of a probe: by exit, tokens on which it agreed with the target, and tokens there were."""
+    """Of a probe: by exit, tokens on which it agreed with the target, and tokens that were compared."""
+    seconds: float = 0.0
+    """Of the whole round, planning included."""
+    seconds_drafting: float = 0.0
+    seconds_verifying: float = 0.0
+    settled: bool = True
+    """Whether the same round would take as long again; not if it wasn't compiled yet, or was compiled meanwhile."""
+    step_seconds: Sequence[float] = ()
+    """Seconds of each of the plan's `steps` that settled."""
+
+    def gained(self, row: int) -> tuple[int, ...]:
+        """Tokens that a row gained: its accepted drafts, then the target's own token."""
+        return (*self.drafts[row][: self.num_accepted[row]], self.tokens[row])
+
+
+class BatchView(Protocol):
+    """What a policy may know of the batch that it plans for."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows at this round."""
+        ...
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that the row with the most room may still generate."""
+        ...
+
+    @property
+    def samples(self) -> Sequence[bool]:
+        """For each row, whether its tokens are drawn; otherwise the most likely ones are taken."""
+        ...
+
+    def matches(self) -> Sequence[Match | None]:
+        """For each row, what followed its last tokens where they occurred before; looked up when asked for."""
+        ...
 
 
 class Policy(Protocol):
-    """Chooses the plan of each round of one batch, and learns from what came of it."""
+    """Plans the rounds of a batch, and learns from them."""
 
-    @property
-    def uses_ngrams(self) -> bool:
-        """Whether `plan` looks at matches."""
+    def prepare(self, view: BatchView) -> None:
+        """Measure what planning for such a batch needs, before its rows' time begins."""
         ...
 
-    @property
-    def exits(self) -> tuple[int, ...]:
-        """Exits that it wants to hear of, in rounds with `probes`."""
+    def plan(self, view: BatchView) -> Plan:
+        """The next round."""
         ...
 
-    @property
-    def probes(self) -> bool:
-        """Whether the next round should show what every exit would have drafted."""
-        ...
-
-    def rests(self) -> int:
-        """Steps without drafts to take now, before the next plan."""
-        ...
-
-    def observe_rest(self, seconds: Sequence[float]) -> None:
-        """Learn from such steps: the seconds of each."""
-        ...
-
-    def plan(self, matches: Sequence[Match | None], remaining: int) -> Plan:
-        """The next round.
-
-        Args:
-            matches: In each row, what followed the text's end where it occurred before; empty unless `uses_ngrams`.
-            remaining: Tokens that the row with the most room may still write.
-        """
-        ...
-
-    def observe(self, plan: Plan, matches: Sequence[Match | None], outcome: Outcome) -> None:
-        """Learn from a round, given what `plan` was given and gave."""
+    def observe(self, plan: Plan, result: RoundResult) -> None:
+        """Learn from what the last plan gave."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class FixedPolicy:
-    """The same plan for every round; where the text offers no match, n-gram rounds are steps without drafts."""
+    """The same plan for every round; where no row has a match, a round that drafts from the text is a plain step."""
 
     fixed: Plan
-    exits: tuple[int, ...] = ()
-    probes: bool = False
 
-    @property
-    def uses_ngrams(self) -> bool:
-        """Whether drafts come from the text."""
-        return self.fixed.drafter == "ngram"
+    def prepare(self, view: BatchView) -> None:
+        """Nothing to measure."""
 
-    def rests(self) -> int:
-        """Never: plans cost nothing."""
-        return 0
-
-    def observe_rest(self, seconds: Sequence[float]) -> None:
-        """There is none."""
-
-    def plan(self, matches: Sequence[Match | None], remaining: int) -> Plan:
+    def plan(self, view: BatchView) -> Plan:
         """The plan."""
-        return Plan(drafter="none") if self.uses_ngrams and not any(matches) else self.fixed
+        if self.fixed.source == "text" and not any(view.matches()):
+            return Plan(source="none")
+        return self.fixed
 
-    def observe(self, plan: Plan, matches: Sequence[Match | None], outcome: Outcome) -> None:
+    def observe(self, plan: Plan, result: RoundResult) -> None:
         """Nothing to learn."""

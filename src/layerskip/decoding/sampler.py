@@ -1,58 +1,47 @@
-"""From logits to tokens: transformers' logits processors, then argmax, with noise where tokens are sampled.
+"""From logits to tokens, each row of a block by its own rules: penalties, filters, then the best score or a draw.
 
-On a CPU the rules that depend on logits alone are compiled (`model.native_sampling`).
+Draft and target use the same rules and, where acceptance is coupled, the same noise.
 
 Shapes: B rows, Q positions a row, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from layerskip.decoding.config import GenerationConfig
-from layerskip.model.drafts import Draw
+from layerskip.decoding.penalties import Penalty, penalties_of
+from layerskip.model.draw import Draw
 from layerskip.model.finite import best_tokens
-from layerskip.model.native import sampling as native_sampling
 from layerskip.model.noise import Purpose, gumbel, make_key
-
-if TYPE_CHECKING:
-    from transformers import LogitsProcessor
+from layerskip.model.sampling import add_noise, filter_scores
 
 Contexts = Sequence[Sequence[Sequence[int]]]
 """[B][Q] token ids that precede each position."""
 
 
 class Sampler:
-    """The distribution that a config asks for, and draws from it; draft and target use the same one."""
+    """The distributions that the rows of a block ask for, and draws from them."""
 
-    def __init__(self, config: GenerationConfig) -> None:
-        """Build the processors that `config` needs, in transformers' order."""
-        self.samples = config.samples
-        self._context_processors = _context_processors(config)
-        self._draw = None
-        if config.samples:
-            self._draw = Draw(
-                temperature=config.temperature,
-                top_k=config.top_k,
-                top_p=config.top_p,
-                min_p=config.min_p,
-                seeds=(),
-            )
+    def __init__(self, configs: Sequence[GenerationConfig], seeds: Sequence[int]) -> None:
+        """Put rules together.
+
+        Args:
+            configs: Rules of each row.
+            seeds: Seed of each row.
+        """
+        self._penalties: list[list[Penalty]] = [penalties_of(config) for config in configs]
+        self._seeds = tuple(seeds)
+        self.draw = make_draw(configs, seeds)
+        """How a network draws the rows' tokens; None where every row takes the most likely one."""
 
     @property
     def needs_context(self) -> bool:
         """Whether scores depend on the tokens before a position, beyond what the logits know."""
-        return bool(self._context_processors)
-
-    def draw(self, seeds: Sequence[int]) -> Draw | None:
-        """How a network may draw the tokens of rows with these seeds itself; None where the likeliest is taken."""
-        return None if self._draw is None else replace(self._draw, seeds=seeds)
+        return any(self._penalties)
 
     def scores(self, logits: Tensor, contexts: Contexts | None = None) -> Tensor:
-        """Apply the processors.
+        """Apply penalties and filters.
 
         Args:
             logits: [B, Q, V], float32; not changed.
@@ -61,20 +50,18 @@ class Sampler:
         Returns:
             [B, Q, V], unnormalized log-probabilities; -inf for tokens that are filtered out.
         """
-        if self._context_processors:
+        if self.needs_context:
             assert contexts is not None
             logits = logits.clone()
-            for b, row in enumerate(contexts):
-                for q, context in enumerate(row):
-                    ids = torch.tensor([context], device=logits.device)
-                    for processor in self._context_processors:
-                        logits[b, q] = processor(ids, logits[b, q].unsqueeze(0)).squeeze(0)
-        return logits if self._draw is None else _filtered(self._draw, logits)
+            for b, (penalties, row) in enumerate(zip(self._penalties, contexts, strict=True)):
+                for q, context in enumerate(row if penalties else ()):
+                    for penalty in penalties:
+                        logits[b, q] = penalty(context, logits[b, q])
+        return logits if self.draw is None else filter_scores(self.draw, logits)
 
     def choose(
         self,
         scores: Tensor,
-        seeds: Sequence[int],
         first: Sequence[int],
         purpose: Purpose = Purpose.TARGET,
         counters: Sequence[int] | None = None,
@@ -83,22 +70,20 @@ class Sampler:
 
         Args:
             scores: [B, Q, V] from `scores`.
-            seeds: Seed of each row.
-            first: Position in its text of each row's first token to choose; the others follow.
+            first: Position in its sequence of each row's first token to choose; the others follow.
             purpose: Which noise to draw with.
             counters: Tells repeated draws at the same position apart; 0 if not given.
 
         Returns:
             [B, Q] token ids; `NO_TOKEN` where no score is a finite number.
         """
-        if not self.samples:
+        if self.draw is None:
             return best_tokens(scores)
-        return best_tokens(scores + self.noise(scores, seeds, first, purpose, counters))
+        return best_tokens(add_noise(scores, self.noise(scores, first, purpose, counters), self.draw))
 
     def noise(
         self,
         scores: Tensor,
-        seeds: Sequence[int],
         first: Sequence[int],
         purpose: Purpose = Purpose.TARGET,
         counters: Sequence[int] | None = None,
@@ -106,45 +91,19 @@ class Sampler:
         """[B, Q, V], what `choose` adds to scores of this shape."""
         keys = [
             [make_key(seed, purpose, start + q, counter) for q in range(scores.shape[1])]
-            for seed, start, counter in zip(seeds, first, counters or [0] * len(seeds), strict=True)
+            for seed, start, counter in zip(self._seeds, first, counters or [0] * len(self._seeds), strict=True)
         ]
         return gumbel(keys, scores.shape[-1], scores.device)
 
 
-def _context_processors(config: GenerationConfig) -> "list[LogitsProcessor]":
-    processors: list[LogitsProcessor] = []
-    if config.repetition_penalty != 1.0:
-        from transformers import RepetitionPenaltyLogitsProcessor
-
-        processors.append(RepetitionPenaltyLogitsProcessor(penalty=float(config.repetition_penalty)))
-    if config.no_repeat_ngram_size > 0:
-        from transformers import NoRepeatNGramLogitsProcessor
-
-        processors.append(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
-    return processors
-
-
-def _filtered(draw: Draw, logits: Tensor) -> Tensor:
-    """[B, Q, V] divided by the temperature, -inf where top-k, top-p or min-p leave a token out."""
-    if logits.device.type == "cpu" and native_sampling.is_available():
-        return native_sampling.filter_scores(draw, logits)
-    flat = logits.reshape(-1, logits.shape[-1])
-    no_ids = torch.empty((flat.shape[0], 0), dtype=torch.long, device=flat.device)
-    for warper in _warpers(draw):
-        flat = warper(no_ids, flat)
-    return flat.view(logits.shape)
-
-
-def _warpers(draw: Draw) -> "list[LogitsProcessor]":
-    from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-    warpers: list[LogitsProcessor] = []
-    if draw.temperature != 1.0:
-        warpers.append(TemperatureLogitsWarper(float(draw.temperature)))
-    if draw.top_k > 0:
-        warpers.append(TopKLogitsWarper(draw.top_k))
-    if draw.top_p < 1.0:
-        warpers.append(TopPLogitsWarper(float(draw.top_p)))
-    if draw.min_p > 0.0:
-        warpers.append(MinPLogitsWarper(float(draw.min_p)))
-    return warpers
+def make_draw(configs: Sequence[GenerationConfig], seeds: Sequence[int]) -> Draw | None:
+    """How to draw each row's tokens; None where every row takes the most likely one."""
+    if not any(config.samples for config in configs):
+        return None
+    return Draw(
+        temperatures=tuple(config.temperature if config.samples else 0.0 for config in configs),
+        top_k=tuple(config.top_k if config.samples else 0 for config in configs),
+        top_p=tuple(config.top_p if config.samples else 1.0 for config in configs),
+        min_p=tuple(config.min_p if config.samples else 0.0 for config in configs),
+        seeds=tuple(seeds),
+    )

@@ -94,14 +94,9 @@ def exit_states_in_chunks(
     for start in range(0, len(tokens), PREFILL_CHUNK):
         chunk = torch.tensor([list(tokens[start : start + PREFILL_CHUNK])], device=decoder.device)
         positions = decoder.place(cache, [start], chunk.shape[1])
-        states = []
-        hidden, done = decoder.embed(chunk), 0
-        for exit_layer in exits:
-            hidden = decoder.run_layers(hidden, positions, cache, done, exit_layer)
-            done = exit_layer
-            states.append(hidden)
+        _, states = decoder.run_exits(decoder.embed(chunk), positions, cache, 0, max(exits), exits)
         cache.commit(0, chunk.shape[1])
-        yield start, states
+        yield start, [states[exit_layer] for exit_layer in exits]
 
 
 def _check(decoder: Decoder, tokens: Sequence[int]) -> None:

@@ -3,8 +3,6 @@
 import time
 from dataclasses import dataclass, field
 
-import torch
-
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationStats:
@@ -110,26 +108,3 @@ class StatsRecorder:
             seconds_drafting=self.seconds_drafting,
             seconds_verifying=self.seconds_verifying,
         )
-
-
-class Stopwatch:
-    """Seconds between marks; on CUDA they are events, read once the device has been waited for anyway."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def mark(self) -> "float | torch.cuda.Event":
-        """The present moment on the device."""
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
-    @staticmethod
-    def between(start: "float | torch.cuda.Event", end: "float | torch.cuda.Event") -> float:
-        """Seconds from one mark to a later one that the device has passed."""
-        if isinstance(start, float) or isinstance(end, float):
-            return float(end) - float(start)  # type: ignore[arg-type]
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1000

@@ -6,18 +6,23 @@ The extra last slot is scratch: a row that has no room left writes there, and no
 """
 
 from pathlib import Path
+from types import EllipsisType
 
 import torch
+from torch import Tensor
 
 from layerskip.errors import InvalidArgumentError, OutOfMemoryError
 from layerskip.model.config.model_config import ModelConfig
+
+Slots = tuple[slice | Tensor | EllipsisType, ...]
+"""An index into [B, T + 1, ...]."""
 
 
 class KVCache:
     """Keys and values of every layer for B rows of up to T tokens.
 
-    A row's first `lengths[row]` slots are committed. Layers write beyond that at explicit positions; `commit` moves
-    the length forward over what was accepted and `rollback` back, both O(1).
+    The first `lengths[row]` slots of a row are committed. Layers write beyond that at explicit positions; `commit`
+    moves the length forward over accepted tokens and `rollback` moves it back, both O(1).
     """
 
     def __init__(
@@ -45,59 +50,90 @@ class KVCache:
             raise OutOfMemoryError(_memory_message(num_rows, capacity, needed, free))
         try:
             # Zeros, not garbage: a masked slot has weight 0, and 0 times NaN would still be NaN.
-            self.keys = torch.zeros(shape, dtype=dtype, device=device)
-            self.values = torch.zeros(shape, dtype=dtype, device=device)
+            keys = torch.zeros(shape, dtype=dtype, device=device)
+            values = torch.zeros(shape, dtype=dtype, device=device)
         except RuntimeError as error:  # torch reports an allocation that failed so, on CPU and CUDA alike
             raise OutOfMemoryError(_memory_message(num_rows, capacity, needed, free)) from error
-        self.capacity = capacity
-        self.lengths = [0] * num_rows
+        self._set(keys, values, [0] * num_rows, 0, num_rows)
 
     @classmethod
-    def over(cls, keys: torch.Tensor, values: torch.Tensor, num_rows: int) -> "KVCache":
+    def over(cls, keys: Tensor, values: Tensor, num_rows: int) -> "KVCache":
         """An empty cache of the first `num_rows` rows of buffers [L, B, T + 1, H_kv, D_head] that exist already."""
         cache = cls.__new__(cls)
-        cache.keys, cache.values = keys, values
-        cache.capacity = keys.shape[2] - 1
-        cache.lengths = [0] * num_rows
+        cache._set(keys, values, [0] * num_rows, 0, num_rows)
         return cache
 
-    @property
-    def num_rows(self) -> int:
+    def _set(self, keys: Tensor, values: Tensor, lengths: list[int], first: int, num_rows: int) -> None:
+        self.keys, self.values = keys, values
+        self.capacity = keys.shape[2] - 1
+        """T."""
+        self.num_rows = num_rows
         """B."""
-        return len(self.lengths)
+        self._lengths, self._first = lengths, first
+        self._parent: KVCache | None = None
+
+    def view(self, start: int, stop: int) -> "KVCache":
+        """Rows start..stop-1 as a cache of their own: buffers and lengths are shared.
+
+        The buffers of a view reach to the end of the whole cache, so that a compiled round for more rows than the view
+        has can run over it.
+        """
+        assert 0 <= start <= stop <= self.num_rows, (start, stop, self.num_rows)
+        view = KVCache.__new__(KVCache)
+        keys, values = (self.keys, self.values) if start == 0 else (self.keys[:, start:], self.values[:, start:])
+        view._set(keys, values, self._lengths, self._first + start, stop - start)
+        view._parent = self  # whose buffers may go to another cache as soon as it is collected
+        return view
+
+    @property
+    def lengths(self) -> list[int]:
+        """Committed tokens of each row."""
+        return self._lengths[self._first : self._first + self.num_rows]
 
     def commit(self, row: int, num_tokens: int) -> None:
-        """Count the next `num_tokens` written slots of a row as part of its text."""
-        length = self.lengths[row] + num_tokens
-        assert num_tokens >= 0 and length <= self.capacity, (row, num_tokens, self.lengths[row], self.capacity)
-        self.lengths[row] = length
+        """Count the next `num_tokens` written slots of a row as committed."""
+        length = self._lengths[self._first + row] + num_tokens
+        assert num_tokens >= 0 and length <= self.capacity, (row, num_tokens, length, self.capacity)
+        self._lengths[self._first + row] = length
 
     def rollback(self, row: int, length: int) -> None:
         """Forget a row's tokens from `length` on."""
-        assert 0 <= length <= self.lengths[row], (row, length, self.lengths[row])
-        self.lengths[row] = length
+        assert 0 <= length <= self._lengths[self._first + row], (row, length, self.lengths[row])
+        self._lengths[self._first + row] = length
+
+    def write(self, layer: int, slots: Slots, keys: Tensor, values: Tensor) -> None:
+        """Store a layer's keys and values [B, Q, H_kv, D_head] of a block; `slots` is an index into [B, T + 1]."""
+        self.keys[layer][slots] = keys
+        self.values[layer][slots] = values
+
+    def read(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values in slots start..stop-1 of every row: each [B, T, H_kv, D_head], not copied."""
+        return self.keys[layer, : self.num_rows, start:stop], self.values[layer, : self.num_rows, start:stop]
+
+    def copy_row(self, source: int, to: int, length: int) -> None:
+        """Give a row the first `length` tokens of another row, in place of its own."""
+        if source != to:
+            self.keys[:, to, :length] = self.keys[:, source, :length]
+            self.values[:, to, :length] = self.values[:, source, :length]
+        self._lengths[self._first + to] = length
+
+    def swap_rows(self, row: int, other: int) -> None:
+        """Exchange the committed tokens of two rows."""
+        longest = max(self.lengths[row], self.lengths[other])
+        for buffer in (self.keys, self.values):
+            kept = buffer[:, row, :longest].clone()
+            buffer[:, row, :longest] = buffer[:, other, :longest]
+            buffer[:, other, :longest] = kept
+        lengths, first = self._lengths, self._first
+        lengths[first + row], lengths[first + other] = lengths[first + other], lengths[first + row]
 
     def take(self, other: "KVCache") -> None:
-        """Copy the committed tokens of a cache with as many rows and no more capacity."""
-        assert self.num_rows == other.num_rows and self.capacity >= other.capacity
+        """Copy the committed tokens of a cache with no more rows and no more capacity."""
+        assert self.num_rows >= other.num_rows and self.capacity >= other.capacity
         for row, length in enumerate(other.lengths):
             self.keys[:, row, :length] = other.keys[:, row, :length]
             self.values[:, row, :length] = other.values[:, row, :length]
-        self.lengths = list(other.lengths)
-
-    def remove_row(self, row: int) -> None:
-        """Drop a finished row; the last row takes its place.
-
-        This copies one row's committed tokens, once for each finished row of a batch, so that the rows still running
-        stay at the front and finished ones cost nothing.
-        """
-        last = len(self.lengths) - 1
-        if row != last:
-            length = self.lengths[last]
-            self.keys[:, row, :length] = self.keys[:, last, :length]
-            self.values[:, row, :length] = self.values[:, last, :length]
-            self.lengths[row] = length
-        self.lengths.pop()
+            self._lengths[self._first + row] = length
 
 
 def free_memory(device: torch.device) -> int | None:

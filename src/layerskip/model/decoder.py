@@ -1,13 +1,19 @@
-"""The network: three verbs.
+"""The network: three primitives,
 
     hidden = decoder.embed(tokens)
     hidden = decoder.run_layers(hidden, positions, cache, start, stop)
     logits = decoder.unembed(hidden)
 
-Shapes: B rows, Q query tokens a row, D width, V vocabulary, L layers.
+and three compositions of them, which native kernels and CUDA graphs run in fewer calls:
+
+    tokens = decoder.choose(inputs, positions, cache, start, stop, draw)
+    drafts = decoder.draft(tokens, cache, request)
+    round_ = decoder.round(tokens, cache, request, num_layers)
+
+Shapes: B rows, Q query tokens a row, K drafts a row, D width, V vocabulary, L layers, E exit.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,17 +25,25 @@ from torch import Tensor
 from layerskip.model.blocks import BlockWeight
 from layerskip.model.cache import KVCache
 from layerskip.model.config.model_config import ModelConfig
-from layerskip.model.drafts import DraftRequest, Drafts, Draw, GreedyRound
-from layerskip.model.graphs.compiled import CompiledRound, CompiledRounds, RoundMode
-from layerskip.model.graphs.static import RoundParts
+from layerskip.model.drafts import DraftRequest, Drafts, RoundTokens
+from layerskip.model.draw import Draw
 from layerskip.model.positions import Positions
 from layerskip.model.rope import RopeTable
-from layerskip.model.torch.linear import Linear
-from layerskip.model.torch.network import LayerWeights, TorchNetwork
+from layerskip.model.sampling import choose_among, filter_scores
+from layerskip.model.stopwatch import Stopwatch
+
+
+class HasBytes(Protocol):
+    """Weights that know their size."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that a pass reads."""
+        ...
 
 
 class Network(Protocol):
-    """Layers and head with their weights: `torch_network.TorchNetwork`, or `native_network.NativeNetwork`."""
+    """Layers and head with their weights: `torch.network.TorchNetwork`, or `native.network.NativeNetwork`."""
 
     @property
     def kernels(self) -> str:
@@ -37,12 +51,12 @@ class Network(Protocol):
         ...
 
     @property
-    def layers(self) -> Sequence[LayerWeights]:
+    def layers(self) -> Sequence[HasBytes]:
         """Weights of each layer."""
         ...
 
     @property
-    def head(self) -> Linear:
+    def head(self) -> HasBytes:
         """D -> V."""
         ...
 
@@ -54,25 +68,25 @@ class Network(Protocol):
         """[B, Q, D] -> [B, Q, V] in float32, before any cap."""
         ...
 
-    def choose(
-        self, inputs: Tensor, positions: Positions, cache: KVCache, start: int, stop: int, draw: Draw | None
-    ) -> Tensor | None:
-        """`Decoder.choose`."""
-        ...
-
-    def draft(self, tokens: Tensor, cache: KVCache, request: DraftRequest) -> Drafts | None:
-        """`Decoder.draft`."""
-        ...
-
 
 @dataclass
-class _LayerCalls:
+class LayerCalls:
+    """Layers entered, and who wants to hear of them."""
+
     count: int = 0
+    observer: Callable[[int, int, int, int], None] | None = None
+    """Called with start, stop, B and Q before layers start..stop-1 run over a block [B, Q]."""
+
+    def add(self, start: int, stop: int, num_rows: int, num_queries: int) -> None:
+        """Count layers start..stop-1, once whatever the block's rows and tokens."""
+        self.count += stop - start
+        if self.observer is not None:
+            self.observer(start, stop, num_rows, num_queries)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drafter:
-    """What writes drafts."""
+    """What drafts at an exit."""
 
     decoder: "Decoder"
     num_layers: int
@@ -95,7 +109,6 @@ class Decoder:
         device: torch.device,
         max_context: int,
         token_ids: Tensor | None = None,
-        rounds: RoundMode = "off",
     ) -> None:
         """Put a network together from loaded weights (`weights.load_decoder` does that for a checkpoint).
 
@@ -108,26 +121,20 @@ class Decoder:
             device: Where everything lives.
             max_context: Longest sequence in tokens that may be run.
             token_ids: [N] ids of the head's outputs, where it has some only.
-            rounds: How `round_greedy` runs whole rounds; other than `off` it takes a network in torch.
         """
         self.config = config
         self.dtype = dtype
         self.device = device
         self.max_context = max_context
-        self._calls = _LayerCalls()
+        self._stopwatch = Stopwatch(device)
+        self.calls = LayerCalls()
+        """Layers entered so far, those of drafts included."""
         self._token_ids = token_ids
         self._drafter: Drafter | None = None
         self._embedding = embedding
         self._network = network
         self._ropes = ropes
         self._multiplier = torch.tensor(config.embedding_multiplier, dtype=dtype).item()
-        self._rounds: CompiledRounds | None = None
-        if rounds != "off":
-            assert isinstance(network, TorchNetwork), type(network)
-            parts = RoundParts(
-                config=config, network=network, embed=self.embed, unembed=self.unembed, ropes=ropes, dtype=dtype
-            )
-            self._rounds = CompiledRounds(parts, rounds, device=device, max_context=max_context)
 
     @property
     def num_layers(self) -> int:
@@ -135,19 +142,9 @@ class Decoder:
         return self.config.num_layers
 
     @property
-    def compiles_rounds(self) -> bool:
-        """Whether `round_greedy` ever does anything."""
-        return self._rounds is not None
-
-    @property
-    def compiled(self) -> tuple[CompiledRound, ...]:
-        """Rounds that were compiled or captured so far, with the seconds that this took."""
-        return () if self._rounds is None else tuple(self._rounds.report)
-
-    @property
     def provisional_rounds(self) -> int:
-        """Calls of `round_greedy` so far that took longer than the same ones will, once they are compiled."""
-        return 0 if self._rounds is None else self._rounds.provisional
+        """Rounds so far that took longer than the same ones will, once they are compiled."""
+        return 0
 
     @property
     def kernels(self) -> str:
@@ -162,32 +159,30 @@ class Decoder:
     @property
     def layer_calls(self) -> int:
         """Layers entered so far, while drafting too, each counted once a call whatever its rows and tokens."""
-        return self._calls.count
+        return self.calls.count
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
         """Layers entered meanwhile aren't counted."""
-        before = self._calls.count
+        before = self.calls.count
         try:
             yield
         finally:
-            self._calls.count = before
+            self.calls.count = before
 
     def set_drafter(self, decoder: "Decoder", *, num_layers: int, shares_states: bool) -> None:
-        """Let another decoder write drafts, at exits up to `num_layers`; it uses this one's caches."""
-        decoder._calls = self._calls
+        """Let another decoder draft, at exits up to `num_layers`; it uses this one's caches and counts its layers."""
+        decoder.calls = self.calls
         self._drafter = Drafter(decoder=decoder, num_layers=num_layers, shares_states=shares_states)
 
-    def drafter(self, exit_layer: int) -> "Drafter":
-        """What writes drafts at an exit."""
+    def drafter(self, exit_layer: int) -> Drafter:
+        """What drafts at an exit."""
         if self._drafter is not None and exit_layer <= self._drafter.num_layers:
             return self._drafter
         return Drafter(decoder=self, num_layers=self.num_layers, shares_states=True)
 
     def new_cache(self, num_rows: int, capacity: int) -> KVCache:
         """A cache of `num_rows` rows of at least `capacity` tokens for this network."""
-        if self._rounds is not None:
-            return self._rounds.new_cache(num_rows, capacity)
         return KVCache(self.config, num_rows=num_rows, capacity=capacity, dtype=self.dtype, device=self.device)
 
     def place(self, cache: KVCache, first: Sequence[int], num_queries: int) -> Positions:
@@ -218,7 +213,7 @@ class Decoder:
         """
         if start >= stop:
             return hidden
-        self._calls.count += stop - start
+        self.calls.add(start, stop, *hidden.shape[:2])
         return self._network.run_layers(hidden, positions, cache, start, stop)
 
     def unembed(self, hidden: Tensor) -> Tensor:
@@ -231,6 +226,20 @@ class Decoder:
         everything = logits.new_full((*logits.shape[:-1], self.config.vocab_size), -torch.inf)
         return everything.index_copy_(-1, self._token_ids, logits)
 
+    def run_exits(
+        self, hidden: Tensor, positions: Positions, cache: KVCache, start: int, stop: int, exits: Collection[int]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """`run_layers`, keeping the outputs of the exits on the way too: those above `start`, up to `stop`.
+
+        Returns:
+            The output of layer `stop - 1`, and [B, Q, D] by exit.
+        """
+        states = {}
+        for exit_layer in sorted(exit_ for exit_ in exits if start < exit_ <= stop):
+            hidden = self.run_layers(hidden, positions, cache, start, exit_layer)
+            states[exit_layer], start = hidden, exit_layer
+        return self.run_layers(hidden, positions, cache, start, stop), states
+
     def choose(
         self,
         inputs: Tensor,
@@ -239,8 +248,8 @@ class Decoder:
         start: int,
         stop: int,
         draw: Draw | None = None,
-    ) -> Tensor | None:
-        """The token after each of a block, in one call where the network can do that.
+    ) -> Tensor:
+        """The token after each of a block.
 
         Args:
             inputs: [B, Q] token ids, with `start` 0; or [B, Q, D], the input of layer `start`.
@@ -248,54 +257,108 @@ class Decoder:
             cache: As for `run_layers`.
             start: First layer, from 0.
             stop: One past the last layer.
-            draw: How to choose; the likeliest token if not given.
+            draw: How to choose; the most likely token if not given.
 
         Returns:
-            [B, Q] token ids, or None where it takes `embed`, `run_layers` and `unembed`.
+            [B, Q] token ids; `NO_TOKEN` where no logit is a finite number.
         """
-        chosen = self._network.choose(inputs, positions, cache, start, stop, draw)
-        if chosen is not None:
-            self._calls.count += stop - start
-        return chosen
+        hidden = self.embed(inputs) if inputs.dtype == torch.long else inputs
+        scores = self._scores(self.run_layers(hidden, positions, cache, start, stop), draw)
+        return choose_among(scores, draw, [first + 1 for first in positions.first])
 
-    def draft(self, tokens: Tensor, cache: KVCache, request: DraftRequest) -> Drafts | None:
-        """Write tokens with the first layers, in one call where the network can do that.
+    def draft(self, tokens: Tensor, cache: KVCache, request: DraftRequest) -> Drafts:
+        """Draft tokens with the first layers. Nothing is committed to the cache.
+
+        The last draft runs through the first layers too, without the head: verification needs its hidden state. Not so
+        where other weights draft: what they leave in the cache is overwritten by verification, which then begins with
+        the embedding.
 
         Args:
             tokens: [B, 1], the last token of each row, right after what its row of the cache has committed.
-            cache: Nothing is committed.
-            request: What to write.
-
-        Returns:
-            The drafts, or None where it takes `embed`, `run_layers` and `unembed`, K times over.
+            cache: Holds the committed tokens of the rows.
+            request: What to draft; at least one token.
         """
-        found = self._network.draft(tokens, cache, request)
-        if found is not None:
-            self._calls.count += (found.tokens.shape[1] + request.complete) * request.exit_layer
-        return found
+        drafter = self.drafter(request.exit_layer)
+        drafts = drafter.decoder._draft(tokens, cache, request, complete=drafter.shares_states)
+        if not drafter.shares_states:
+            drafts.exit_layer, drafts.hidden = 0, None
+        return drafts
 
-    def round_greedy(
-        self, tokens: Sequence[int], cache: KVCache, exit_layer: int, num_drafts: int, stop: int | None = None
-    ) -> GreedyRound | None:
-        """Draft with the first layers and verify with the others, all in one call where rounds are compiled.
+    def _draft(self, tokens: Tensor, cache: KVCache, request: DraftRequest, *, complete: bool) -> Drafts:
+        """`draft` with this network's own layers; `complete`: run the last draft through the layers too."""
+        first, exit_layer = cache.lengths, request.exit_layer
+        drafts: list[Tensor] = []
+        hidden: list[Tensor] = []
+        confidences: list[list[float]] = [[] for _ in first]
+        while len(drafts) < request.num_drafts and not (
+            request.stop is not None and drafts and request.stop.ends(confidences)
+        ):
+            at = [length + len(drafts) for length in first]
+            hidden.append(self._run_first(tokens, cache, at, exit_layer))
+            scores = self._scores(hidden[-1], request.draw)
+            tokens = choose_among(scores, request.draw, [position + 1 for position in at])
+            drafts.append(tokens)
+            if request.stop is not None:
+                chosen = scores.softmax(-1).gather(-1, tokens.clamp(min=0).unsqueeze(-1)).flatten()
+                for row, confidence in zip(confidences, chosen.tolist(), strict=True):
+                    row.append(confidence)
+        if complete:
+            hidden.append(self._run_first(tokens, cache, [length + len(drafts) for length in first], exit_layer))
+        return Drafts(
+            tokens=torch.cat(drafts, 1),
+            exit_layer=exit_layer,
+            hidden=torch.cat(hidden, 1),
+            confidences=() if request.stop is None else confidences,
+        )
 
-        With no drafts and exit 0 it is an autoregressive step.
+    def round(self, tokens: Sequence[int], cache: KVCache, request: DraftRequest, num_layers: int) -> RoundTokens:
+        """Draft with the first layers and verify with the others; without drafts, an autoregressive step.
 
         Args:
             tokens: B token ids, the last of each row, right after what its row of the cache has committed.
             cache: Nothing is committed. Drafts for which a row has no room go to the scratch slot; they, and the
                 targets after them, mean nothing.
-            exit_layer: E, layers that draft; 0 where nothing is drafted.
-            num_drafts: K.
-            stop: Layers in all; L if not given.
-
-        Returns:
-            Drafts and targets, or None where it takes the other verbs.
+            request: What to draft.
+            num_layers: Layers in all; fewer than L for early exit, without drafts.
         """
-        if self._rounds is None or (exit_layer > 0 and self.drafter(exit_layer).decoder is not self):
-            return None
-        stop = self.num_layers if stop is None else stop
-        found = self._rounds.run(tokens, cache, exit_layer=exit_layer, num_drafts=num_drafts, stop=stop)
-        if found is not None:
-            self._calls.count += num_drafts * exit_layer + stop
-        return found
+        start = self._stopwatch.mark()
+        pending = self.pending(tokens)
+        if request.exit_layer and request.num_drafts:
+            drafts = self.draft(pending, cache, request)
+        else:
+            drafts = Drafts(tokens=pending[:, :0])
+        middle = self._stopwatch.mark()
+        drafted, targets = self.verify(pending, drafts, cache, request.draw, num_layers)
+        end = self._stopwatch.mark()
+        between = self._stopwatch.between
+        return RoundTokens(
+            drafts=drafted,
+            targets=targets,
+            confidences=drafts.confidences,
+            seconds_drafting=between(start, middle) if drafts.tokens.shape[1] else 0.0,
+            seconds_verifying=between(middle, end),
+        )
+
+    def verify(
+        self, pending: Tensor, drafts: Drafts, cache: KVCache, draw: Draw | None, num_layers: int
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Drafts and targets on the host: B x K and B x (K + 1)."""
+        inputs = torch.cat((pending, drafts.tokens), 1) if drafts.hidden is None else drafts.hidden
+        positions = self.place(cache, cache.lengths, inputs.shape[1])
+        targets = self.choose(inputs, positions, cache, drafts.exit_layer, num_layers, draw)
+        both = torch.cat((drafts.tokens, targets), 1).tolist()  # the round's only device synchronisation
+        length = drafts.tokens.shape[1]
+        return [row[:length] for row in both], [row[length:] for row in both]
+
+    def pending(self, tokens: Sequence[int]) -> Tensor:
+        """Token ids of B rows as [B, 1] on the device."""
+        return torch.tensor([[token] for token in tokens], device=self.device)
+
+    def _run_first(self, tokens: Tensor, cache: KVCache, at: Sequence[int], exit_layer: int) -> Tensor:
+        """The first layers over one token of each row: [B, 1] -> [B, 1, D]."""
+        return self.run_layers(self.embed(tokens), self.place(cache, at, 1), cache, 0, exit_layer)
+
+    def _scores(self, hidden: Tensor, draw: Draw | None) -> Tensor:
+        """Logits, filtered where tokens are drawn."""
+        logits = self.unembed(hidden)
+        return logits if draw is None else filter_scores(draw, logits)

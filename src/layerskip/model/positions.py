@@ -7,17 +7,14 @@ D_head channels of a head.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from types import EllipsisType
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from layerskip.model.cache import KVCache
+from layerskip.model.cache import KVCache, Slots
 from layerskip.model.config.model_config import SLIDING, ModelConfig
 from layerskip.model.rope import RopeTable
-
-Slots = tuple[slice | Tensor | EllipsisType, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

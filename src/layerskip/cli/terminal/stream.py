@@ -13,14 +13,8 @@ from rich.text import Text
 
 from layerskip.decoding.adaptive.explain import Explanation, explain
 from layerskip.decoding.adaptive.policy import AdaptivePolicy
-from layerskip.decoding.output.stream import (
-    DraftEvent,
-    GenerationResult,
-    GenerationStream,
-    Source,
-    StreamEvent,
-    TokenEvent,
-)
+from layerskip.decoding.output.events import DraftEvent, GenerationResult, Source, StreamEvent, TokenEvent
+from layerskip.decoding.output.stream import GenerationStream
 
 STYLES: dict[Source, str] = {"accepted": "green", "corrected": "bold yellow", "bonus": "", "decoded": ""}
 PROMPT_STYLE, DRAFT_STYLE = "bold", "dim"

@@ -9,9 +9,10 @@ from rich.table import Table
 from layerskip.cli.terminal.stream import Run, follow, ignore
 from layerskip.decoding.adaptive.explain import Explanation
 from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.engine import choose_exit_layer
-from layerskip.decoding.output.stream import GenerationResult
+from layerskip.decoding.output.events import GenerationResult
+from layerskip.decoding.request import choose_exit_layer
 from layerskip.language_model import LanguageModel
+from layerskip.model.graphs.decoder import GraphDecoder
 
 WARM_UP_TOKENS = 8
 
@@ -27,7 +28,9 @@ def warm_up(lm: LanguageModel, prompt: str, config: GenerationConfig) -> None:
 
     Where rounds are compiled, write all: which ones are needed depends on the lengths that the text goes through.
     """
-    tokens = config.max_new_tokens if lm.decoder.compiles_rounds else min(WARM_UP_TOKENS, config.max_new_tokens)
+    tokens = (
+        config.max_new_tokens if isinstance(lm.decoder, GraphDecoder) else min(WARM_UP_TOKENS, config.max_new_tokens)
+    )
     short = replace(config, max_new_tokens=tokens)
     for each in (short, autoregressive(short)):
         lm.generate([prompt], each)
@@ -101,7 +104,7 @@ def explanation_lines(explanation: Explanation) -> list[str]:
 
 def _describe_compilation(lm: LanguageModel) -> str:
     """How many rounds have been compiled and how long that took, or why it failed; empty where nothing was tried."""
-    compiled = lm.decoder.compiled
+    compiled = lm.decoder.compiled if isinstance(lm.decoder, GraphDecoder) else ()
     if not compiled:
         return ""
     problem = compiled[-1].problem  # nothing is tried after a failure

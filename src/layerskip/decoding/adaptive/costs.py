@@ -146,31 +146,22 @@ class CallTimer:
             tokens = torch.zeros(shape, dtype=torch.long, device=decoder.device)
             positions = decoder.place(cache, cache.lengths, num_queries)
             inputs = tokens if start == 0 else decoder.embed(tokens)
-            chosen = decoder.choose(inputs, positions, cache, start, stop) if head else None
-            if chosen is None:
+            if head:
+                decoder.choose(inputs, positions, cache, start, stop).tolist()
+            else:
                 hidden = decoder.embed(tokens) if start == 0 else inputs
-                hidden = decoder.run_layers(hidden, positions, cache, start, stop)
-                chosen = decoder.unembed(hidden).argmax(-1) if head else None
-            if chosen is not None:
-                chosen.tolist()
+                decoder.run_layers(hidden, positions, cache, start, stop)
 
         return self._time(call, repetitions)
 
     def drafting(self, exit_layer: int, num_drafts: int) -> float:
-        """Seconds of writing drafts at an exit."""
-        drafter, cache = self._decoder.drafter(exit_layer), self._cache
-        decoder, complete = drafter.decoder, drafter.shares_states
+        """Seconds of drafting at an exit."""
+        decoder, cache = self._decoder, self._cache
         tokens = torch.zeros((self._rows, 1), dtype=torch.long, device=decoder.device)
+        request = DraftRequest(exit_layer=exit_layer, num_drafts=num_drafts)
 
         def call() -> None:
-            request = DraftRequest(exit_layer=exit_layer, num_drafts=num_drafts, complete=complete)
-            if decoder.draft(tokens, cache, request) is not None:
-                return
-            for i in range(num_drafts + complete):
-                positions = decoder.place(cache, [length + i for length in cache.lengths], 1)
-                hidden = decoder.run_layers(decoder.embed(tokens), positions, cache, 0, exit_layer)
-                if i < num_drafts:
-                    decoder.unembed(hidden).argmax(-1)
+            decoder.draft(tokens, cache, request)
 
         return self._time(call, REPETITIONS)
 

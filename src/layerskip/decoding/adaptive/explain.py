@@ -33,7 +33,7 @@ class Explanation:
     """What the policy saw and did."""
 
     rounds: dict[str, int]
-    """By drafter."""
+    """By source of the drafts: `layers`, `text` or `none`."""
     exits: list[ExitOutlook]
     step_ms: float
     """An autoregressive step."""
@@ -54,8 +54,8 @@ def explain(policy: AdaptivePolicy) -> Explanation:
     layers = depth * costs.draft_layer
     ratio = costs.verification(0, min(USUAL_DRAFTS, costs.most_drafts)) / costs.step()
     rounds = {
-        drafter: sum(count for (who, _), count in policy.counts.items() if who == drafter)
-        for drafter in ("early_exit", "ngram", "none")
+        source: sum(count for (who, _), count in policy.counts.items() if who == source)
+        for source in ("layers", "text", "none")
     }
     share = layers / max(layers + costs.draft_head, 1e-12)
     return Explanation(
@@ -69,7 +69,7 @@ def explain(policy: AdaptivePolicy) -> Explanation:
 
 
 def _outlook(policy: AdaptivePolicy, exit_layer: int) -> ExitOutlook:
-    rate = policy.rates.of_exit(exit_layer).overall.value
+    rate = policy.rates_of(exit_layer)
     length, speedup = _best_length(policy, exit_layer, rate)
     needed = next((r / 100 for r in range(101) if _best_length(policy, exit_layer, r / 100)[1] > 1.0), 1.0)
     return ExitOutlook(
@@ -78,17 +78,17 @@ def _outlook(policy: AdaptivePolicy, exit_layer: int) -> ExitOutlook:
         needed=needed,
         num_speculations=length,
         speedup=speedup,
-        rounds=policy.counts["early_exit", exit_layer],
+        rounds=policy.counts["layers", exit_layer],
     )
 
 
 def _best_length(policy: AdaptivePolicy, exit_layer: int, rate: float) -> tuple[int, float]:
     """The draft length with the highest predicted speedup, and that."""
-    step = policy.seconds(Plan(drafter="none"))
+    step = policy.seconds(Plan(source="none"))
     found = {}
     for drafts in range(1, policy.most_drafts + 1):
         tokens = sum(rate**i for i in range(drafts + 1))
-        plan = Plan(drafter="early_exit", exit_layer=exit_layer, num_speculations=drafts)
+        plan = Plan(source="layers", exit_layer=exit_layer, num_speculations=drafts)
         found[drafts] = tokens * step / policy.seconds(plan)
     length = max(found, key=found.__getitem__, default=0)
     return length, found.get(length, 0.0)
@@ -102,12 +102,12 @@ def _reasons(
     total = sum(rounds.values())
     main = max(rounds, key=rounds.__getitem__)
     words = {
-        "early_exit": f"drafts by the first layers (mostly {_favourite(policy)} of {policy.times.costs.num_layers})",
-        "ngram": "drafts taken from the text itself",
+        "layers": f"drafts by the first layers (mostly {_favourite(policy)} of {policy.times.costs.num_layers})",
+        "text": "drafts taken from the text itself",
         "none": "no drafts",
     }
     reasons = [f"{rounds[main]} of {total} rounds had {words[main]}: that promised the most tokens a second."]
-    if best.speedup >= GOOD_GAIN or main == "ngram":
+    if best.speedup >= GOOD_GAIN or main == "text":
         return reasons
     reasons.append(
         f"The best exit, {best.exit_layer}, is right {best.acceptance:.0%} of the time; "
@@ -131,4 +131,4 @@ def _reasons(
 
 
 def _favourite(policy: AdaptivePolicy) -> int:
-    return max(policy.exits, key=lambda exit_layer: policy.counts["early_exit", exit_layer])
+    return max(policy.exits, key=lambda exit_layer: policy.counts["layers", exit_layer])

@@ -1,51 +1,51 @@
-"""How often adaptive decoding looks at what it doesn't use at present: other exits, drafting, steps without drafts."""
+"""How often adaptive decoding re-evaluates the alternatives it is not using: other exits, drafting, plain steps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 MOST_REST = 64
-"""Steps without drafts from one look at the alternatives to the next, at most; at first fewer."""
+"""Plain steps between two evaluations of the alternatives, at most; the number grows from a small one."""
 FIRST_REST = 16
-"""Most such steps at the start of a text, where the last one ended with them."""
+"""Plain steps that a generation begins with at most, where the last one ended with plain steps."""
 LOOK_SHARE = 0.005
-"""Time that such looks may take, of all: planning, and a step that finds the caches cold after it."""
+"""Share of all time that evaluations may take: planning, and a step that finds the caches cold after it."""
 STEPS_EVERY = 192
-"""Rounds with drafts after which a few steps without are timed: what drafting is held against."""
+"""Rounds with drafts after which a few plain steps are timed: what drafting is compared with."""
 COLD_STEPS, TIMED_STEPS = 2, 4
-"""Steps after anything else that aren't timed, for their code and data have left the caches, and those that are."""
+"""Plain steps after a round with drafts: the first two run with cold caches and are not timed, the next four are."""
 PROBE_SHARE = 0.0075
-"""Time that probes may take, of all."""
+"""Share of all time that probes may take."""
 
 
 @dataclass(kw_only=True)
 class Pace:
-    """Counts of rounds and seconds since each of these, for batches of one kind."""
+    """Counts of rounds and seconds since the alternatives were evaluated, for batches of one kind and size."""
 
     probe_seconds: float = 0.0
-    """What the last probe took beyond what its round would have taken."""
+    """Seconds that the last probe took beyond those of its round."""
     since_probe: float = 0.0
-    """Seconds since then."""
+    """Seconds since the last probe."""
     since_steps: int = 0
-    """Rounds with drafts since steps without were timed."""
+    """Rounds with drafts since plain steps were timed."""
 
     rest: int = 0
-    """Steps that the last rest took; the next one, if nothing comes between, takes more."""
+    """Plain steps that were last planned at once; the next time, if nothing comes between, there are more."""
 
     def lengthen_rest(self, look_seconds: float, step_seconds: float) -> int:
-        """Steps without drafts to take now, since they are best, given what a look at the alternatives took."""
+        """Plain steps to plan at once, since they are best; both arguments in seconds: an evaluation, and a step."""
         enough = look_seconds / (LOOK_SHARE * step_seconds)
         self.rest = int(min(MOST_REST, max(2, 2 * self.rest), max(1, enough)))
         return self.rest
 
     def observe_drafts(self, seconds: float) -> None:
-        """Note a round with drafts: what follows is no rest."""
+        """Note a round with drafts: plain steps begin with few at once again."""
         self.rest = 0
         self.since_steps += 1
         self.since_probe += seconds
 
     def observe_steps(self, seconds: Sequence[float]) -> float | None:
-        """Note steps in a row; returns what one takes, in seconds, if they were enough to tell."""
+        """Note plain steps in a row; returns the seconds of one, if there were enough to tell."""
         self.since_probe += sum(seconds)
         if len(seconds) < COLD_STEPS + TIMED_STEPS:
             return None
@@ -54,11 +54,11 @@ class Pace:
 
     @property
     def steps_are_due(self) -> bool:
-        """Whether it is long since steps were timed."""
+        """Whether plain steps haven't been timed for long."""
         return self.since_steps >= STEPS_EVERY
 
     def observe_probe(self, seconds: float) -> None:
-        """Note what a probe took beyond its round."""
+        """Note the seconds that a probe took beyond those of its round."""
         self.probe_seconds, self.since_probe = seconds, 0.0
 
     def probe_is_due(self, step_seconds: float) -> bool:

@@ -1,31 +1,32 @@
-"""Who drafts in a round, at which exit, and how many tokens: what promises the most tokens a second.
+"""The adaptive policy: who drafts in a round, at which exit, and how many tokens, by the highest expected tokens/s.
 
-Costs are measured (`costs.py`) and corrected by the seconds that rounds really take (`round_times.py`); acceptance is
-tracked (`acceptance.py`), also for exits that aren't used: every so often a round keeps the hidden states that it
-passes anyway, and the head says what each exit would have drafted. Where no drafting promises a gain, the round is an
-autoregressive step, and while that goes on, planning rests. Source: arXiv:2504.05598 (exit and length chosen each round
-from the agreement seen so far).
+Costs are measured (`costs.py`) and corrected by the seconds that rounds really take (`round_times.py`), for the number of
+rows that run at present. Acceptance is tracked (`rates.py`), also for exits that aren't used: every so often a round
+keeps the hidden states that it passes anyway, and the head says what each exit would have drafted. Where no drafting is
+expected to gain, the round is an autoregressive step, and while that goes on, the policy plans several steps at once.
+Source: arXiv:2504.05598 (exit and length chosen each round from the agreement seen so far).
 """
 
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from layerskip.decoding.adaptive.pace import COLD_STEPS, FIRST_REST, TIMED_STEPS, Pace
 from layerskip.decoding.adaptive.rates import AcceptanceRates
 from layerskip.decoding.adaptive.round_times import RoundTimes
 from layerskip.decoding.ngram import Match
-from layerskip.decoding.policy import Drafter, Outcome, Plan
-from layerskip.model.drafts import DraftStop
+from layerskip.decoding.policy import BatchView, DraftSource, Plan, RoundResult
+from layerskip.model.drafts import StopRule
 
 MOST_DRAFTS = 12
 MARGIN = 1.04
-"""Gain that drafting must promise: less is within the error of the costs."""
+"""Speedup that drafting must be expected to bring: less is within the error of the costs."""
 PLAN_EVERY = 4
 """Rounds that keep an exit and a length: rates don't move faster."""
 FIRST_PROBES = 3
-"""Rounds that look at all exits, at the start of the first text."""
+"""Rounds that measure all exits, at the start of the first generation."""
 
 
 def candidate_exits(num_layers: int) -> tuple[int, ...]:
@@ -33,153 +34,232 @@ def candidate_exits(num_layers: int) -> tuple[int, ...]:
     return tuple(sorted({1, *(max(1, num_layers * i // 8) for i in range(1, 5))} - {num_layers}))
 
 
+class Knowledge(Protocol):
+    """What is known about a model on this machine (`experience.Experience`)."""
+
+    def measure(self, num_rows: int) -> None:
+        """Measure the costs of batches of this size, unless they are known."""
+        ...
+
+    def times(self, num_rows: int, *, samples: bool) -> RoundTimes:
+        """Predicted seconds of rounds with this many rows."""
+        ...
+
+    def pace(self, num_rows: int, *, samples: bool) -> Pace:
+        """Counts of rounds and seconds since the alternatives were evaluated, with this many rows."""
+        ...
+
+    def rates(self, *, samples: bool) -> AcceptanceRates:
+        """Acceptance rates of rows that sample, or of rows that don't."""
+        ...
+
+
 @dataclass(kw_only=True)
 class AdaptivePolicy:
-    """The plan that promises the most, from what was seen so far."""
+    """Plans each round by what has been observed so far; for the rows of one batch, which may come and go."""
 
-    times: RoundTimes
+    knowledge: Knowledge
     exits: tuple[int, ...]
-    rates: AcceptanceRates = field(default_factory=AcceptanceRates)
-    pace: Pace = field(default_factory=Pace)
+    """Exits that may draft."""
     most_drafts: int = MOST_DRAFTS
     stops_early: bool = True
     """Whether drafting may end when drafts become doubtful. On a GPU, asking costs more than it gives."""
-    uses_ngrams: bool = True
-    counts: Counter[tuple[Drafter, int]] = field(default_factory=Counter)
-    """Rounds by drafter and exit."""
+    uses_text: bool = True
+    """Whether the sequence itself may draft."""
+    counts: Counter[tuple[DraftSource, int]] = field(default_factory=Counter)
+    """Rounds by source of their drafts and exit."""
 
     def __post_init__(self) -> None:
-        self.most_drafts = min(self.most_drafts, self.times.costs.most_drafts)
+        self._num_rows, self._samples = 0, [False]
+        self._matches: Sequence[Match | None] = ()
         self._rounds = 0
-        self._early: Plan | None = None
+        self._best: Plan | None = None
         self._stale, self._planned_at = True, -PLAN_EVERY
         self._learning_seconds = 0.0
+        self._rest = 0
+
+    def prepare(self, view: BatchView) -> None:
+        """Measure costs for this many rows, and begin with other sequences than the last ones."""
+        self.knowledge.measure(view.num_rows)
+        self._see(view)
+        for samples in set(self._samples):
+            self.knowledge.rates(samples=samples).forget_recent()
         self._rest = min(FIRST_REST, self.pace.rest)
-        self.rates.begin_text()
 
     @property
-    def probes(self) -> bool:
+    def times(self) -> RoundTimes:
+        """Predicted seconds of rounds with the rows that run at present."""
+        return self._times
+
+    def rates_of(self, exit_layer: int) -> float:
+        """Acceptance rate of an exit's drafts, over the rows that run at present."""
+        return self._mean(lambda rates: rates.of_exit(exit_layer).overall.value)
+
+    def seconds(self, plan: Plan) -> float:
+        """Predicted seconds of a round."""
+        return self.times.seconds(plan.source, plan.exit_layer, plan.num_speculations)
+
+    def plan(self, view: BatchView) -> Plan:
+        """The round with the highest expected tokens/s; while that is a plain step, more and more of them at once."""
+        self._see(view)
+        if self._rest:
+            steps, self._rest = self._rest, 0
+            return Plan(source="none", steps=steps)
+        self._matches = view.matches() if self.uses_text else ()
+        plan = self._choose(view.remaining)
+        return replace(plan, probe=self.exits) if self._probe_is_due() else plan
+
+    def observe(self, plan: Plan, result: RoundResult) -> None:
+        """Learn from what the last plan gave."""
+        if plan.steps:
+            self._observe_steps(result.step_seconds)
+            return
+        started = time.perf_counter()
+        self._count(plan.source, plan.exit_layer)
+        self._observe_drafts(plan, result)
+        for row, match in enumerate(self._matches):
+            if match is not None:  # observed where it wasn't used, too
+                tokens = result.gained(row)
+                accepted = match.agreement(tokens)
+                rates = self.knowledge.rates(samples=self._samples[row])
+                rates.of_match(match.length).observe(accepted, min(accepted + 1, len(tokens)))
+        self._observe_time(plan, result)
+        if plan.source == "none" and not result.agreement:
+            step = self.times.seconds("none")
+            look = result.seconds + time.perf_counter() - started - step
+            self._rest = self.pace.lengthen_rest(look, step) if plan.tokens_per_second > 0 else COLD_STEPS + TIMED_STEPS
+        self._learning_seconds = time.perf_counter() - started
+
+    def _see(self, view: BatchView) -> None:
+        """Take note of the rows that run at present."""
+        if view.num_rows == self._num_rows and view.samples == self._samples:
+            return
+        self._num_rows, self._samples = view.num_rows, list(view.samples)
+        draws = any(self._samples)
+        self._times = self.knowledge.times(self._num_rows, samples=draws)
+        self.pace = self.knowledge.pace(self._num_rows, samples=draws)
+        self.most_drafts = min(self.most_drafts, self._times.costs.most_drafts)
+        self._best, self._stale, self._planned_at = None, True, self._rounds - PLAN_EVERY
+
+    def _mean(self, value: Callable[[AcceptanceRates], float]) -> float:
+        """A rate's mean over the rows."""
+        draws = sum(self._samples) / len(self._samples)
+        parts = ((1 - draws, False), (draws, True))
+        return sum(share * value(self.knowledge.rates(samples=samples)) for share, samples in parts if share)
+
+    def _chances(self, exit_layer: int, most: int) -> list[float]:
+        """Probability that the first 1, 2, ... `most` drafts of a round are all accepted: mean over the rows."""
+        kinds = set(self._samples)
+        chances = {
+            samples: list(self.knowledge.rates(samples=samples).of_exit(exit_layer).chances(most)) for samples in kinds
+        }
+        if len(kinds) == 1:
+            return chances[self._samples[0]]
+        return [sum(chances[samples][i] for samples in self._samples) / len(self._samples) for i in range(most)]
+
+    def _probe_is_due(self) -> bool:
         """At first, and whenever probes have taken no more than their share of the time."""
         if not self.exits:
             return False
         if self._rounds < FIRST_PROBES:
-            seen = min(self.rates.of_exit(exit_layer).overall.long.tried for exit_layer in self.exits)
-            if seen < 2 * FIRST_PROBES:
+            rates = [self.knowledge.rates(samples=samples) for samples in set(self._samples)]
+            tried = min(each.of_exit(exit_layer).overall.long.tried for each in rates for exit_layer in self.exits)
+            if tried < 2 * FIRST_PROBES:
                 return True
         return self.pace.probe_is_due(self.times.costs.step())
 
-    def rests(self) -> int:
-        """While steps without drafts turn out best, more and more of them are taken without asking."""
-        steps, self._rest = self._rest, 0
-        return steps
+    def _choose(self, remaining: int) -> Plan:
+        if remaining <= 1 or self._times_steps():
+            return Plan(source="none")
+        most = min(self.most_drafts, remaining - 1)
+        if self._stale and self._rounds - self._planned_at >= PLAN_EVERY:
+            self._best = self._best_layers(most)
+            self._stale, self._planned_at = False, self._rounds
+        step = self.times.seconds("none")
+        if self._best is not None and self._best.tokens_per_second * step > MARGIN:
+            best = self._best
+        else:
+            best = Plan(source="none", tokens_per_second=MARGIN / step)
+        return self._better_text(best, most) if any(self._matches) else best
 
-    def observe_rest(self, seconds: Sequence[float]) -> None:
-        """Time steps."""
+    def _count(self, source: DraftSource, exit_layer: int, rounds: int = 1) -> None:
+        self._rounds += rounds
+        self.counts[source, exit_layer] += rounds
+
+    def _observe_steps(self, seconds: Sequence[float]) -> None:
         self._count("none", 0, len(seconds))
         step = self.pace.observe_steps(seconds)
         if step is not None:
             self.times.observe("none", 0, 0, step)
 
-    def plan(self, matches: Sequence[Match | None], remaining: int) -> Plan:
-        """The round that promises the most."""
-        if remaining <= 1 or self._times_steps():
-            return Plan(drafter="none")
-        most = min(self.most_drafts, remaining - 1)
-        if self._stale and self._rounds - self._planned_at >= PLAN_EVERY:
-            self._early = self._best_early(most)
-            self._stale, self._planned_at = False, self._rounds
-        step = self.times.seconds("none")
-        if self._early is not None and self._early.tokens_per_second * step > MARGIN:
-            best = self._early
-        else:
-            best = Plan(drafter="none", tokens_per_second=MARGIN / step)
-        return self._better_ngram(best, matches, most) if any(matches) else best
+    def _observe_drafts(self, plan: Plan, result: RoundResult) -> None:
+        if plan.source == "layers":
+            for row, (accepted, drafts) in enumerate(zip(result.num_accepted, result.drafts, strict=True)):
+                rates = self.knowledge.rates(samples=self._samples[row]).of_exit(plan.exit_layer)
+                rates.observe(accepted, len(drafts), result.confidences[row] if result.confidences else ())
+        others = {exit_: seen for exit_, seen in result.agreement.items() if exit_ != plan.exit_layer}
+        for samples in set(self._samples):
+            share = self._samples.count(samples) / len(self._samples)
+            part = {exit_: (share * agreed, share * tokens) for exit_, (agreed, tokens) in others.items()}
+            self.knowledge.rates(samples=samples).observe_exits(part)
+        self._stale = self._stale or plan.source == "layers" or bool(others)
 
-    def observe(self, plan: Plan, matches: Sequence[Match | None], outcome: Outcome) -> None:
-        """Learn from a round."""
-        started = time.perf_counter()
-        self._count(plan.drafter, plan.exit_layer)
-        self._observe_drafts(plan, outcome)
-        for match, tokens in zip(matches, outcome.tokens, strict=False):
-            if match is not None:  # also where it wasn't used
-                held = match.agreement(tokens)
-                self.rates.of_match(match.length).observe(held, min(held + 1, len(tokens)))
-        self._observe_time(plan, outcome)
-        if plan.drafter == "none" and not outcome.agreement:
-            step = self.times.seconds("none")
-            look = outcome.seconds + time.perf_counter() - started - step
-            self._rest = self.pace.lengthen_rest(look, step) if plan.tokens_per_second > 0 else COLD_STEPS + TIMED_STEPS
-        self._learning_seconds = time.perf_counter() - started
-
-    def seconds(self, plan: Plan) -> float:
-        """Predicted seconds of a round."""
-        return self.times.seconds(plan.drafter, plan.exit_layer, plan.num_speculations)
-
-    def _count(self, drafter: Drafter, exit_layer: int, rounds: int = 1) -> None:
-        self._rounds += rounds
-        self.counts[drafter, exit_layer] += rounds
-
-    def _observe_drafts(self, plan: Plan, outcome: Outcome) -> None:
-        if plan.drafter == "early_exit":
-            rates = self.rates.of_exit(plan.exit_layer)
-            for row, (held, drafted) in enumerate(zip(outcome.held, outcome.drafted, strict=True)):
-                rates.observe(held, drafted, outcome.confidences[row] if outcome.confidences else ())
-        others = {exit_: seen for exit_, seen in outcome.agreement.items() if exit_ != plan.exit_layer}
-        self.rates.observe_exits(others)
-        self._stale = self._stale or plan.drafter == "early_exit" or bool(others)
-
-    def _observe_time(self, plan: Plan, outcome: Outcome) -> None:
-        drafted, seconds = max(outcome.drafted, default=0), outcome.seconds
-        if outcome.agreement:
-            self.pace.observe_probe(max(0.0, seconds - self.times.seconds(plan.drafter, plan.exit_layer, drafted)))
-        elif plan.drafter != "none":
+    def _observe_time(self, plan: Plan, result: RoundResult) -> None:
+        drafted, seconds = max(map(len, result.drafts), default=0), result.seconds
+        if result.agreement:
+            self.pace.observe_probe(max(0.0, seconds - self.times.seconds(plan.source, plan.exit_layer, drafted)))
+        elif plan.source != "none":
             self.pace.observe_drafts(seconds)
-            if outcome.typical:
-                self.times.observe(plan.drafter, plan.exit_layer, drafted, seconds + self._learning_seconds)
+            if result.settled:
+                self.times.observe(plan.source, plan.exit_layer, drafted, seconds + self._learning_seconds)
 
     def _times_steps(self) -> bool:
-        """Whether the next rounds should be without drafts, to know what drafting is held against."""
+        """Whether the next rounds should be without drafts, to know what drafting is compared with."""
         if self.times.timed("none") == 0:
             return self._rounds >= FIRST_PROBES
         return self.pace.steps_are_due
 
-    def _best_early(self, most: int) -> Plan | None:
-        """The best exit and length, however it compares with a step."""
+    def _best_layers(self, most: int) -> Plan | None:
+        """The best exit and length, however they compare with a step."""
         best: Plan | None = None
         for exit_layer in self.exits:
-            times, tokens, speed = self.times.of_lengths("early_exit", exit_layer), 1.0, 0.0
-            for drafts, chance in enumerate(self.rates.of_exit(exit_layer).chances(most), start=1):
+            times, tokens, speed = self.times.of_lengths("layers", exit_layer), 1.0, 0.0
+            for drafts, chance in enumerate(self._chances(exit_layer, most), start=1):
                 tokens += chance
                 if tokens / times[drafts] < speed:  # gains fall with depth
                     break
                 speed = tokens / times[drafts]
                 if best is None or speed > best.tokens_per_second:
                     best = Plan(
-                        drafter="early_exit", exit_layer=exit_layer, num_speculations=drafts, tokens_per_second=speed
+                        source="layers", exit_layer=exit_layer, num_speculations=drafts, tokens_per_second=speed
                     )
         return self._with_stop(best, most) if best is not None and self.stops_early else best
 
     def _with_stop(self, plan: Plan, most: int) -> Plan:
-        """The same exit with as many drafts as are likely to hold: another one must gain more time than it takes."""
-        rates, times = self.rates.of_exit(plan.exit_layer), self.times.of_lengths("early_exit", plan.exit_layer)
+        """The same exit with as many drafts as are likely to be accepted: each must gain more time than it takes."""
+        times = self.times.of_lengths("layers", plan.exit_layer)
+        classes = {
+            samples: self.knowledge.rates(samples=samples).of_exit(plan.exit_layer).by_confidence()
+            for samples in set(self._samples)
+        }
+        by_row = [classes[samples] for samples in self._samples]
+        rates = by_row[0] if len(classes) == 1 else tuple(sum(row) / len(row) for row in zip(*by_row, strict=True))
         slope = times[most] - times[1]
         worth = slope / max(1, most - 1) * plan.tokens_per_second  # tokens that the time of another draft is worth
-        stop = DraftStop(rates=rates.by_confidence(), least=worth / max(0.05, rates.overall.value))
-        return Plan(
-            drafter="early_exit",
-            exit_layer=plan.exit_layer,
-            num_speculations=most,
-            tokens_per_second=plan.tokens_per_second,
-            stop=stop,
-        )
+        stop = StopRule(rates=rates, least=worth / max(0.05, self.rates_of(plan.exit_layer)))
+        return replace(plan, num_speculations=most, stop=stop)
 
-    def _better_ngram(self, best: Plan, matches: Sequence[Match | None], most: int) -> Plan:
-        rates = [self.rates.of_match(match.length).value if match is not None else 0.0 for match in matches]
-        tokens, chances, times = float(len(rates)), [1.0] * len(rates), self.times.of_lengths("ngram", 0)
+    def _better_text(self, best: Plan, most: int) -> Plan:
+        """The best number of drafts from the sequences themselves, if it is better than `best`."""
+        rates = [
+            self.knowledge.rates(samples=samples).of_match(match.length).value if match is not None else 0.0
+            for match, samples in zip(self._matches, self._samples, strict=True)
+        ]
+        tokens, chances, times = float(len(rates)), [1.0] * len(rates), self.times.of_lengths("text", 0)
         for drafts in range(1, most + 1):
             chances = [chance * rate for chance, rate in zip(chances, rates, strict=True)]
             tokens += sum(chances)
             speed = tokens / len(rates) / times[drafts]
             if speed > best.tokens_per_second:
-                best = Plan(drafter="ngram", num_speculations=drafts, tokens_per_second=speed)
+                best = Plan(source="text", num_speculations=drafts, tokens_per_second=speed)
         return best

@@ -1,34 +1,35 @@
-"""How often drafts hold: tracked while decoding, for every exit, depth and confidence, and for matches in the text.
+"""Acceptance rates of drafts, tracked while decoding: by exit, depth and confidence, and by the length of a match.
 
-Each rate has a long memory, which later texts start from, and a recent one of the present text.
+Each rate has a long memory, which later sequences start from, and a recent one of the rows that run at present.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from layerskip.model.drafts import CONFIDENCE_CLASSES, confidence_class
+from layerskip.model.confidence import CONFIDENCE_CLASSES, confidence_class
 
 RECENT_DECAY, LONG_DECAY = 0.97, 0.998
-"""What an observation weighs after the next one."""
+"""Decay factors: the weight that an observation keeps each time a new one arrives."""
 LONG_WEIGHT = 12.0
-"""Observations of the present text that the long memory stands for."""
+"""Observations: the long-term rate counts as this many observations of the rows that run at present."""
 PRIOR_RATE, PRIOR_WEIGHT = 0.6, 2.0
+"""The rate that is assumed before anything is observed, and the observations that it counts as."""
 PART_WEIGHT = 4.0
-"""Observations that an exit's overall rate counts as for its depths and confidence classes."""
+"""Observations: how strongly rates by depth and by confidence are pulled towards the exit's overall rate."""
 
 
 @dataclass(kw_only=True)
 class Count:
-    """Drafts that held, of those tried; older ones weigh less."""
+    """Accepted drafts, of those that were tried; older ones weigh less."""
 
     decay: float
-    held: float = 0.0
+    accepted: float = 0.0
     tried: float = 0.0
 
-    def observe(self, held: float, tried: float) -> None:
+    def observe(self, accepted: float, tried: float) -> None:
         """Count drafts."""
         kept = self.decay**tried
-        self.held = kept * self.held + held
+        self.accepted = kept * self.accepted + accepted
         self.tried = kept * self.tried + tried
 
 
@@ -41,23 +42,23 @@ class Rate:
 
     @property
     def value(self) -> float:
-        """The present text's, with the long memory's where little was seen of it."""
-        prior = (self.long.held + PRIOR_WEIGHT * PRIOR_RATE) / (self.long.tried + PRIOR_WEIGHT)
+        """The recent rate, completed by the long-term one where little has been observed recently."""
+        prior = (self.long.accepted + PRIOR_WEIGHT * PRIOR_RATE) / (self.long.tried + PRIOR_WEIGHT)
         weight = min(LONG_WEIGHT, self.long.tried + PRIOR_WEIGHT)
-        return (self.recent.held + weight * prior) / (self.recent.tried + weight)
+        return (self.recent.accepted + weight * prior) / (self.recent.tried + weight)
 
-    def observe(self, held: float, tried: float) -> None:
-        """Count drafts that were tried, of which some held."""
+    def observe(self, accepted: float, tried: float) -> None:
+        """Count drafts that were tried, of which some were accepted."""
         if tried > 0:
-            self.recent.observe(held, tried)
-            self.long.observe(held, tried)
+            self.recent.observe(accepted, tried)
+            self.long.observe(accepted, tried)
 
     def within(self, overall: float) -> float:
-        """This part's rate, from the overall one where little was seen of the part."""
-        return (self.long.held + PART_WEIGHT * overall) / (self.long.tried + PART_WEIGHT)
+        """The rate of a part, completed by the overall one where little has been observed of the part."""
+        return (self.long.accepted + PART_WEIGHT * overall) / (self.long.tried + PART_WEIGHT)
 
-    def begin_text(self) -> None:
-        """Forget the present text."""
+    def forget_recent(self) -> None:
+        """Other rows run from here on."""
         self.recent = Count(decay=RECENT_DECAY)
 
 
@@ -67,40 +68,40 @@ class ExitRates:
 
     overall: Rate = field(default_factory=Rate)
     depths: list[Rate] = field(default_factory=list)
-    """Of the first, second, ... draft of a round, given that those before it held."""
+    """Of the first, second, ... draft of a round, given that those before it were accepted."""
     classes: list[Rate] = field(default_factory=lambda: [Rate() for _ in range(CONFIDENCE_CLASSES)])
     """By confidence."""
 
-    def observe(self, held: int, drafted: int, confidences: Sequence[float]) -> None:
-        """Learn from a round's drafts, up to the first that was rejected."""
-        tried = min(held + 1, drafted)
-        self.overall.observe(held, tried)
+    def observe(self, accepted: int, drafted: int, confidences: Sequence[float]) -> None:
+        """Learn from a row's drafts, up to the first that was rejected."""
+        tried = min(accepted + 1, drafted)
+        self.overall.observe(accepted, tried)
         self.depths += [Rate() for _ in range(tried - len(self.depths))]
         for depth in range(tried):
-            self.depths[depth].observe(depth < held, 1)
+            self.depths[depth].observe(depth < accepted, 1)
             if confidences:
-                self.classes[confidence_class(confidences[depth])].observe(depth < held, 1)
+                self.classes[confidence_class(confidences[depth])].observe(depth < accepted, 1)
 
     def chances(self, most: int) -> Iterator[float]:
-        """Probability that the first 1, 2, ... `most` drafts of a round all hold."""
+        """Probability that the first 1, 2, ... `most` drafts of a round are all accepted."""
         overall, chance = self.overall.value, 1.0
         for depth in range(most):
             chance *= self.depths[depth].within(overall) if depth < len(self.depths) else overall
             yield chance
 
     def by_confidence(self) -> tuple[float, ...]:
-        """Acceptance of a draft by its class of confidence."""
+        """Acceptance rate of a draft by its class of confidence."""
         overall = self.overall.value
         return tuple(rate.within(overall) for rate in self.classes)
 
 
 @dataclass(kw_only=True)
 class AcceptanceRates:
-    """All that was learned about one model's drafts."""
+    """Everything learned about the drafts of one model, for rows that sample or for rows that don't."""
 
     exits: dict[int, ExitRates] = field(default_factory=dict)
     matches: dict[int, Rate] = field(default_factory=dict)
-    """Of n-gram drafts, by the class of their match's length."""
+    """Of drafts from the sequence itself, by the class of their match's length."""
 
     def of_exit(self, exit_layer: int) -> ExitRates:
         """Rates of an exit."""
@@ -109,20 +110,20 @@ class AcceptanceRates:
         return self.exits[exit_layer]
 
     def of_match(self, length: int) -> Rate:
-        """Rate of drafts that follow a match of so many tokens."""
+        """Rate of drafts that follow a match of this many tokens."""
         length_class = min(length, 16).bit_length()
         if length_class not in self.matches:
             self.matches[length_class] = Rate()
         return self.matches[length_class]
 
-    def observe_exits(self, agreement: Mapping[int, tuple[float, int]]) -> None:
-        """Learn from a probe: of each exit, tokens on which it agreed with the target, and tokens there were."""
+    def observe_exits(self, agreement: Mapping[int, tuple[float, float]]) -> None:
+        """Learn from a probe: by exit, tokens on which it agreed with the target, and tokens that were compared."""
         for exit_layer, (agreed, tokens) in agreement.items():
             self.of_exit(exit_layer).overall.observe(agreed, tokens)
 
-    def begin_text(self) -> None:
-        """The next observations are of another text."""
+    def forget_recent(self) -> None:
+        """Other rows run from here on."""
         for rates in self.exits.values():
-            rates.overall.begin_text()
+            rates.overall.forget_recent()
         for rate in self.matches.values():
-            rate.begin_text()
+            rate.forget_recent()

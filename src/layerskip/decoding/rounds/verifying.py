@@ -1,155 +1,173 @@
-"""Drafting with the first E layers and verifying with the rest: same weights, same cache, same hidden states.
+"""A round: draft, verify with all layers, accept, and commit what was accepted to the cache.
 
-A round of K drafts costs (K + 1) x E + (L - E) layer calls: each token runs through layers 0..E-1 once, and the K + 1
-hidden states kept at the exit run through layers E..L-1 together. Source: arXiv:2404.16710, section 3.3.
+Drafts come from the first E layers (same weights, same cache, same hidden states) or from the sequence itself. A round of
+K drafts of exit E costs (K + 1) x E + (L - E) layer calls: each token runs through layers 0..E-1 once, and the K + 1
+hidden states at the exit run through layers E..L-1 together. Source: arXiv:2404.16710, section 3.3.
 
 Shapes: B rows, K drafts a row, D width, V vocabulary.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from layerskip.decoding.batch import Batch, Round
+from layerskip.decoding.batch import Batch
+from layerskip.decoding.policy import Plan, RoundResult
 from layerskip.decoding.rounds.acceptance import accept_block, accept_matching, accept_rejection
-from layerskip.decoding.rounds.drafting import Draft, draft_lengths, run_through
+from layerskip.decoding.rounds.drafting import draft_from_layers, draft_from_text
 from layerskip.decoding.sampler import Sampler
+from layerskip.model.drafts import DraftRequest, Drafts
 from layerskip.model.finite import best_tokens
 from layerskip.model.noise import Purpose, make_key, uniforms
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verification:
-    """What verification gave each row, and what it showed of other exits."""
-
-    rounds: list[Round]
-    agreement: dict[int, tuple[float, int]] = field(default_factory=dict)
-    """By exit: tokens of all rows on which it agreed with the target (or the probability that its drafts would have
-    been accepted, where distributions are compared), and how many tokens there were."""
+from layerskip.model.sampling import add_noise
 
 
 @torch.inference_mode()
-def verify(batch: Batch, draft: Draft, exits: Collection[int] = ()) -> Verification:
-    """Run the kept hidden states through the other layers, accept drafts, and commit what holds.
+def run_round(batch: Batch, plan: Plan) -> RoundResult:
+    """Do what a plan says, and commit each row's pending token and accepted drafts to the cache."""
+    result = _through_logits(batch, plan) if batch.needs != "tokens" or plan.probe else _through_tokens(batch, plan)
+    for row, num_accepted in enumerate(result.num_accepted):
+        batch.cache.commit(row, num_accepted + 1)
+    return result
 
-    Args:
-        batch: The rows.
-        draft: Their drafts.
-        exits: Exits of which to say how often they would have been right.
-    """
-    decoder, cache = batch.decoder, batch.cache
-    start, stop = draft.exit_layer, decoder.num_layers
-    inputs = torch.cat((batch.pending(), draft.tokens), 1) if draft.hidden is None else draft.hidden
+
+def _through_tokens(batch: Batch, plan: Plan) -> RoundResult:
+    """A round of rows that need tokens only."""
+    decoder, cache, draw = batch.decoder, batch.cache, batch.sampler.draw
+    confidences: Sequence[Sequence[float]] = ()
+    drafting = verifying = 0.0
+    if plan.source == "text":
+        drafts, num_drafts = draft_from_text(batch, batch.matches(), plan.num_speculations)
+        drafted, targets = decoder.verify(batch.pending(), drafts, cache, draw, decoder.num_layers)
+    else:
+        num_drafts = batch.draft_lengths(plan.num_speculations if plan.source == "layers" else 0)
+        request = DraftRequest(
+            exit_layer=plan.exit_layer,
+            num_drafts=max(num_drafts),
+            planned=plan.num_speculations,
+            stop=plan.stop,
+            draw=draw,
+        )
+        tokens = decoder.round(batch.last_tokens, cache, request, decoder.num_layers)
+        drafted, targets, confidences = tokens.drafts, tokens.targets, tokens.confidences
+        drafting, verifying = tokens.seconds_drafting, tokens.seconds_verifying
+    usable = [tuple(row[:number]) for row, number in zip(drafted, num_drafts, strict=True)]
+    num_accepted = [accept_matching(drafts, chosen) for drafts, chosen in zip(usable, targets, strict=True)]
+    return RoundResult(
+        drafts=usable,
+        num_accepted=num_accepted,
+        tokens=[chosen[number] for chosen, number in zip(targets, num_accepted, strict=True)],
+        confidences=confidences,
+        seconds_drafting=drafting,
+        seconds_verifying=verifying,
+    )
+
+
+def _through_logits(batch: Batch, plan: Plan) -> RoundResult:
+    """A round of rows whose drafts or targets depend on more than tokens, or one that probes exits."""
+    decoder, cache, watch = batch.decoder, batch.cache, batch.stopwatch
+    start = watch.mark()
+    drafts, num_drafts = _draft(batch, plan)
+    middle = watch.mark()
+    inputs = torch.cat((batch.pending(), drafts.tokens), 1) if drafts.hidden is None else drafts.hidden
     positions = decoder.place(cache, cache.lengths, inputs.shape[1])
-    if batch.chooses_directly and not exits:
-        targets = decoder.choose(inputs, positions, cache, start, stop, batch.draw)
-        if targets is not None:
-            return Verification(rounds=_commit(batch, draft, _compared(draft, targets)))
-    hidden = decoder.embed(inputs) if draft.hidden is None else inputs
-    hidden, states = run_through(decoder, hidden, positions, cache, start, stop, exits)
-    judge = _Judge(batch, draft, decoder.unembed(hidden))
-    rounds = _commit(batch, draft, judge.result())  # without exits, the round's only wait
+    hidden = decoder.embed(inputs) if drafts.hidden is None else inputs
+    first, last = drafts.exit_layer, decoder.num_layers
+    hidden, states = decoder.run_exits(hidden, positions, cache, first, last, plan.probe)
+    judge = _Judge(batch, drafts, num_drafts, decoder.unembed(hidden))
+    results = judge.result()  # the round's only device synchronisation, unless exits are probed
+    num_accepted = [number for number, _ in results]
     agreement = {
-        exit_layer: judge.agreement(decoder.unembed(state), rounds)
-        for exit_layer, state in {**draft.exit_states, **states}.items()
+        exit_layer: judge.agreement(decoder.unembed(state), num_accepted)
+        for exit_layer, state in {**drafts.exit_states, **states}.items()
     }
-    return Verification(rounds=rounds, agreement=agreement)
+    end = watch.mark()
+    tokens = drafts.tokens.tolist()
+    return RoundResult(
+        drafts=[tuple(row[:number]) for row, number in zip(tokens, num_drafts, strict=True)],
+        num_accepted=num_accepted,
+        tokens=[token for _, token in results],
+        confidences=drafts.confidences,
+        agreement=agreement,
+        seconds_drafting=watch.between(start, middle) if plan.source != "none" else 0.0,
+        seconds_verifying=watch.between(middle, end),
+    )
 
 
-@torch.inference_mode()
-def whole_round(batch: Batch, exit_layer: int, num_speculations: int) -> Verification | None:
-    """Draft and verify in one call, where the network has compiled that.
-
-    A row that can use fewer drafts than the others gets as many, and those beyond its end are ignored.
-
-    Args:
-        batch: The rows.
-        exit_layer: E; 0 for a step without drafts.
-        num_speculations: K, exactly.
-
-    Returns:
-        What holds, committed; or None where it takes drafting and verification.
-    """
-    num_drafts = draft_lengths(batch, num_speculations)
-    most = max(num_drafts)
-    if not batch.greedy or 2 * most < num_speculations:  # all rows end soon: most of the drafts would be in vain
-        return None
-    found = batch.decoder.round_greedy(batch.last_tokens, batch.cache, exit_layer, num_speculations)
-    if found is None:
-        return None
-    draft = Draft(exit_layer=exit_layer, num_drafts=num_drafts, tokens=found.drafts, hidden=None)
-    return Verification(rounds=_commit(batch, draft, _compared(draft, found.targets)))
+def _draft(batch: Batch, plan: Plan) -> tuple[Drafts, list[int]]:
+    """Drafts by a plan, and how many each row can use."""
+    match plan.source:
+        case "layers":
+            usable = batch.draft_lengths(plan.num_speculations)
+            drafts = draft_from_layers(batch, plan.exit_layer, max(usable), plan.probe, plan.stop)
+            return drafts, [min(number, drafts.tokens.shape[1]) for number in usable]
+        case "text":
+            return draft_from_text(batch, batch.matches(), plan.num_speculations)
+        case _:
+            return Drafts(tokens=batch.pending()[:, :0]), [0] * batch.num_rows
 
 
 class _Judge:
     """What the target says of the drafts, and of what other exits would have drafted."""
 
-    def __init__(self, batch: Batch, draft: Draft, logits: Tensor) -> None:
-        self._batch, self._draft = batch, draft
-        self._contexts = batch.contexts(draft.tokens.tolist()) if batch.sampler.needs_context else None
+    def __init__(self, batch: Batch, drafts: Drafts, num_drafts: Sequence[int], logits: Tensor) -> None:
+        self._batch, self._drafts, self._num_drafts = batch, drafts, num_drafts
+        self._contexts = batch.contexts(drafts.tokens.tolist()) if batch.sampler.needs_context else None
         self._first = [len(row.tokens) for row in batch.rows]
         self._scores = batch.sampler.scores(logits, self._contexts)
         self._noise: Tensor | None = None
         self._targets = None if batch.by_distribution else self._choose(self._scores)
 
     def result(self) -> list[tuple[int, int]]:
-        """Of each row, drafts that are accepted, and the token after those."""
-        batch, draft = self._batch, self._draft
+        """For each row, how many drafts are accepted, and the token after them."""
+        batch, drafts = self._batch, self._drafts
         if self._targets is not None:
-            return _compared(draft, self._targets)
+            return _compared(drafts.tokens, self._num_drafts, self._targets)
         drawn = draw_accepted(
             batch.sampler,
-            draft.tokens,
-            torch.stack(draft.probs, 1) if draft.probs else self._scores[:, :0],
+            drafts.tokens,
+            torch.stack(drafts.probs, 1) if drafts.probs else self._scores[:, :0],
             self._scores.softmax(-1),
-            num_drafts=torch.tensor(draft.num_drafts, device=self._scores.device),
+            num_drafts=torch.tensor(self._num_drafts, device=self._scores.device),
             seeds=batch.seeds,
             first=self._first,
             counters=[row.recorder.rounds for row in batch.rows],
-            block=batch.config.block_verification,
+            block=batch.needs == "distributions",
         )
         return [(num_accepted, token) for num_accepted, token in drawn[:, -2:].tolist()]
 
-    def agreement(self, logits: Tensor, rounds: Sequence[Round]) -> tuple[float, int]:
-        """Tokens on which an exit agreed with the target, of how many: what follows a rejected draft doesn't count."""
+    def agreement(self, logits: Tensor, num_accepted: Sequence[int]) -> tuple[float, int]:
+        """Tokens on which an exit agreed with the target, of how many: what follows a rejected draft doesn't count.
+
+        Where distributions are compared, a token counts by the probability that its draft would have been accepted.
+        """
         scores = self._batch.sampler.scores(logits, self._contexts)
         if self._targets is None:
             agrees = torch.minimum(scores.softmax(-1), self._scores.softmax(-1)).sum(-1)
         else:
             agrees = self._choose(scores) == self._targets
-        counted = [found[: round_.num_accepted + 1] for found, round_ in zip(agrees.tolist(), rounds, strict=True)]
+        counted = [row[: number + 1] for row, number in zip(agrees.tolist(), num_accepted, strict=True)]
         return float(sum(map(sum, counted))), sum(map(len, counted))
 
     def _choose(self, scores: Tensor) -> Tensor:
         """The target's choice, or an exit's: both with the same noise, which is drawn once."""
-        if not self._batch.sampler.samples:
+        sampler = self._batch.sampler
+        if sampler.draw is None:
             return best_tokens(scores)
         if self._noise is None:
-            self._noise = self._batch.sampler.noise(scores, self._batch.seeds, self._first)
-        return best_tokens(scores + self._noise)
+            self._noise = sampler.noise(scores, self._first)
+        return best_tokens(add_noise(scores, self._noise, sampler.draw))
 
 
-def _compared(draft: Draft, targets: Tensor) -> list[tuple[int, int]]:
-    """Of each row, drafts that the target chose too, and its token after those."""
+def _compared(drafts: Tensor, num_drafts: Sequence[int], targets: Tensor) -> list[tuple[int, int]]:
+    """For each row, how many drafts the target chose too, and its token after them."""
     results = []
-    found = torch.cat((draft.tokens, targets), 1).tolist()
-    for row, usable in zip(found, draft.num_drafts, strict=True):
-        drafts, chosen = row[:usable], row[draft.tokens.shape[1] :]
-        num_accepted = accept_matching(drafts, chosen)
+    for row, usable in zip(torch.cat((drafts, targets), 1).tolist(), num_drafts, strict=True):
+        chosen = row[drafts.shape[1] :]
+        num_accepted = accept_matching(row[:usable], chosen)
         results.append((num_accepted, chosen[num_accepted]))
     return results
-
-
-def _commit(batch: Batch, draft: Draft, results: Sequence[tuple[int, int]]) -> list[Round]:
-    """Commit the pending token and the accepted drafts of each row."""
-    rounds = []
-    for row, (tokens, (num_accepted, token)) in enumerate(zip(draft.tokens.tolist(), results, strict=True)):
-        batch.cache.commit(row, num_accepted + 1)
-        drafts = tuple(tokens[: draft.num_drafts[row]])
-        rounds.append(batch.round(token, drafts, num_accepted))
-    return rounds
 
 
 def draw_accepted(
@@ -173,12 +191,12 @@ def draw_accepted(
         target_probs: [B, K + 1, V].
         num_drafts: [B] drafts that each row can use.
         seeds: Seed of each row.
-        first: Position in its text of each row's first draft.
+        first: Position in its sequence of each row's first draft.
         counters: Number of the round in each row: a position may come up in several rounds, each with fresh noise.
         block: Block verification, or one draft after the other.
 
     Returns:
-        [B, K + 2]: the drafts, how many are accepted, and the token after those.
+        [B, K + 2]: the drafts, how many are accepted, and the token after them.
     """
     keys = [
         [make_key(seed, Purpose.ACCEPT, start + i, counter) for i in range(drafts.shape[1])]
@@ -189,5 +207,5 @@ def draw_accepted(
     else:
         accept = accept_block if block else accept_rejection
         accepted, probs = accept(drafts, draft_probs, target_probs, uniforms(keys, drafts.device), num_drafts)
-    token = sampler.choose(probs.log().unsqueeze(1), seeds, first, Purpose.RESIDUAL, counters)
+    token = sampler.choose(probs.log().unsqueeze(1), first, Purpose.RESIDUAL, counters)
     return torch.cat((drafts, accepted.unsqueeze(1), token), 1)

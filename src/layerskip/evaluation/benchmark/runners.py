@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.engine import choose_exit_layer
-from layerskip.decoding.output.stream import FinishEvent, TokenEvent
+from layerskip.decoding.output.events import FinishEvent, TokenEvent
+from layerskip.decoding.request import choose_exit_layer
 from layerskip.errors import InvalidArgumentError
 from layerskip.evaluation.benchmark.runner import Decoded, Runner
 from layerskip.language_model import LanguageModel
@@ -84,7 +84,7 @@ def _make_runner(lm: LanguageModel, name: str, config: GenerationConfig) -> Runn
     length = {} if config.num_speculations is None else {"num_speculations": config.num_speculations}
     options: dict[str, dict[str, Any]] = {
         "autoregressive": {"generation_strategy": "autoregressive", "exit_layer": None},
-        "early_exit": {"generation_strategy": "autoregressive", **early},
+        "early_exit": {"generation_strategy": "early_exit", **early},
         "self_speculative": {"generation_strategy": "self_speculative", **early, **length},
         "adaptive": {"generation_strategy": "adaptive", "exit_layer": None, "num_speculations": None},
         "ngram": {"generation_strategy": "ngram", "exit_layer": None, **length},

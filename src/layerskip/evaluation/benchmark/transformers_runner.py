@@ -7,7 +7,7 @@ import torch
 
 from layerskip.checkpoint.transformers_model import load_transformers_model
 from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.engine import choose_exit_layer
+from layerskip.decoding.request import choose_exit_layer
 from layerskip.evaluation.benchmark.runner import Decoded
 from layerskip.language_model import LanguageModel
 

@@ -112,7 +112,7 @@ def encode_examples(lm: "LanguageModel", examples: Sequence[Example], config: Ge
         TokenizerError: There is no tokenizer, or no chat template for messages.
     """
     from layerskip.checks import check_text
-    from layerskip.decoding.engine import check_prompt  # needs torch, and reading data sets doesn't
+    from layerskip.decoding.request import check_prompt  # needs torch, and reading data sets doesn't
 
     encoded = []
     for example in examples:

@@ -90,13 +90,13 @@ def writing_config(lm: LanguageModel, exit_layer: int, config: GenerationConfig 
     config = config or GenerationConfig()
     if not config.speculates and config.exit_layer is not None:
         raise InvalidArgumentError(
-            f"generation_strategy autoregressive takes no exit_layer ({config.exit_layer}) here; name the exits to "
+            f"generation_strategy early_exit takes no exit_layer ({config.exit_layer}) here; name the exits to "
             "evaluate in exit_layers"
         )
     config = replace(config, seed=config.seed or 0)
     if lm.config.check_exit_layer(exit_layer) == lm.decoder.num_layers:
         return config
-    return replace(config, generation_strategy="autoregressive", exit_layer=exit_layer, num_speculations=None)
+    return replace(config, generation_strategy="early_exit", exit_layer=exit_layer, num_speculations=None)
 
 
 def _generation_defaults(lm: LanguageModel) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.output.stream import GenerationResult
+from layerskip.decoding.output.events import GenerationResult
 from layerskip.decoding.sampler import Sampler
 from layerskip.errors import InvalidArgumentError
 from layerskip.language_model import LanguageModel
@@ -299,13 +299,13 @@ class _Scores:
 
     def __init__(self, lm: LanguageModel, config: GenerationConfig, context: Sequence[int]) -> None:
         self._config, self._context = config, list(context)
-        self._sampler = Sampler(config)
+        self._sampler = Sampler([config], [config.seed or 0])
         self._logits = lm.logits(context)[-1].cpu()
         self._noise = torch.zeros_like(self._logits)
-        if self._sampler.samples:
+        if config.samples:
             key = make_key(config.seed or 0, Purpose.TARGET, len(context))
             self._noise = gumbel([[key]], len(self._logits), self._logits.device)[0, 0]
-        self._scale = 1.0 / config.temperature if self._sampler.samples else 1.0
+        self._scale = 1.0 / config.temperature if config.samples else 1.0
         self._plain = self._of(self._logits)
 
     def gap(self, token: int, other: int) -> float | None:

@@ -72,14 +72,14 @@ def check_distribution(
     Raises:
         InvalidArgumentError: A config that doesn't sample, or too few draws.
     """
-    sampler = Sampler(config)
-    if not sampler.samples:
+    sampler = Sampler([config], [0])
+    if not config.samples:
         raise InvalidArgumentError("the distribution test needs sampling: set a temperature above 0")
     if draws < 1000:
         raise InvalidArgumentError(f"the distribution test needs at least 1000 draws, got {draws}")
     lm.config.check_exit_layer(exit_layer)
     model = _Model(lm, sampler, list(prompt), exit_layer)
-    pairs, accepted = _draw_pairs(model, sampler, draws, block, accept)
+    pairs, accepted = _draw_pairs(model, config, draws, block, accept)
     chi_square, cells = _chi_square(model, pairs, draws)
     p_value = float(torch.special.gammaincc(torch.tensor((cells - 1) / 2), torch.tensor(chi_square / 2)))
     return DistributionReport(
@@ -132,7 +132,7 @@ class _Model:
 
 
 @torch.inference_mode()
-def _draw_pairs(model: _Model, sampler: Sampler, draws: int, block: bool, accept: Accept) -> tuple[Tensor, int]:
+def _draw_pairs(model: _Model, config: GenerationConfig, draws: int, block: bool, accept: Accept) -> tuple[Tensor, int]:
     """First two tokens of each draw [N, 2], and the number of accepted drafts."""
     root_draft, root_target = model.draft(None), model.target(None)
     size = max(1, CHUNK_ELEMENTS // len(root_draft) // 4)
@@ -140,12 +140,13 @@ def _draw_pairs(model: _Model, sampler: Sampler, draws: int, block: bool, accept
     for start in range(0, draws, size):
         seeds = list(range(start, min(start + size, draws)))
         n, first = len(seeds), [model.length] * len(seeds)
+        sampler = Sampler([config] * n, seeds)
         counters = [0] * n
-        one = sampler.choose(root_draft.expand(n, 1, -1), seeds, first, Purpose.DRAFT, counters)
+        one = sampler.choose(root_draft.expand(n, 1, -1), first, Purpose.DRAFT, counters)
         drafts = torch.stack([model.draft(token) for (token,) in one.tolist()])
         targets = torch.stack([model.target(token) for (token,) in one.tolist()])
         second = [p + 1 for p in first]
-        two = sampler.choose(drafts.unsqueeze(1), seeds, second, Purpose.DRAFT, counters)
+        two = sampler.choose(drafts.unsqueeze(1), second, Purpose.DRAFT, counters)
         draft_probs = torch.stack((root_draft.expand(n, -1), drafts), 1).softmax(-1)
         # The token after two accepted drafts isn't looked at: any distribution does for it.
         target_probs = torch.stack((root_target.expand(n, -1), targets, targets), 1).softmax(-1)
@@ -160,18 +161,19 @@ def _draw_pairs(model: _Model, sampler: Sampler, draws: int, block: bool, accept
             counters=counters,
             block=block,
         )
-        pairs.append(_first_two(model, sampler, result, seeds))
+        pairs.append(_first_two(model, config, result, seeds))
         total += int(result[:, 2].sum())
     return torch.cat(pairs), total
 
 
-def _first_two(model: _Model, sampler: Sampler, result: Tensor, seeds: Sequence[int]) -> Tensor:
+def _first_two(model: _Model, config: GenerationConfig, result: Tensor, seeds: Sequence[int]) -> Tensor:
     """Output tokens 1 and 2 of rounds [N, 4]; a round that ends after one is followed by a plain step."""
     outputs = []
     for row, (one, two, accepted, token) in enumerate(result.tolist()):
         if accepted == 0:
             scores = model.target(token).view(1, 1, -1)
-            following = sampler.choose(scores, [seeds[row]], [model.length + 1], Purpose.TARGET, [1])
+            sampler = Sampler([config], [seeds[row]])
+            following = sampler.choose(scores, [model.length + 1], Purpose.TARGET, [1])
             outputs.append((token, int(following)))
         else:
             outputs.append((one, two if accepted == 2 else token))

@@ -16,8 +16,8 @@ from hashlib import sha256
 from typing import Any
 
 from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.engine import check_prompt
-from layerskip.decoding.output.stream import GenerationResult
+from layerskip.decoding.output.events import GenerationResult
+from layerskip.decoding.request import check_prompt
 from layerskip.errors import InvalidArgumentError, TokenizerError
 from layerskip.evaluation.run_folder import RunFolder
 from layerskip.evaluation.verify.compare import (

@@ -20,17 +20,15 @@ import torch
 from torch import Tensor
 
 from layerskip.model.cache import KVCache
-from layerskip.model.drafts import GreedyRound
 from layerskip.model.graphs.cache_pool import CachePool
 from layerskip.model.graphs.static import RoundParts, RoundShape, StaticRound, slots_for
 
-RoundMode = Literal["off", "static", "graphs", "max"]
-"""`off`: the decoder's other verbs. `static`: the function that the next two capture or compile, called as it is; for
-tests. `graphs`: captured, on CUDA. `max`: compiled by `torch.compile`, and on CUDA captured."""
+RoundMode = Literal["graphs", "max"]
+"""`graphs`: captured on CUDA, called as they are on a CPU. `max`: compiled by `torch.compile`, and on CUDA captured."""
 MOST_ROUNDS = 32
 """Rounds that are kept; those unused for longest go first."""
-USES_BEFORE = {"static": 0, "graphs": 3, "max": 3}
-"""Times that a round runs by the other verbs before it is captured, which takes as long as a handful of rounds."""
+USES_BEFORE = 3
+"""Times that a round runs uncompiled before it is captured, which takes as long as a handful of rounds."""
 WARM_UPS = 3
 """Runs before a capture, in which libraries choose kernels and allocate; PyTorch's documentation asks for them."""
 MOST_RECOMPILATIONS = 10_000
@@ -59,27 +57,35 @@ class CompiledRound:
     seconds: float
     """Time that it took, warm-up included."""
     problem: str | None = None
-    """Why it failed; the decoder's other verbs do everything then."""
+    """Why it failed; rounds run uncompiled then."""
 
 
 class CompiledRounds:
     """Runs rounds, compiling each when it has been asked for often enough."""
 
-    def __init__(self, parts: RoundParts, mode: RoundMode, *, device: torch.device, max_context: int) -> None:
+    def __init__(
+        self,
+        parts: RoundParts,
+        mode: RoundMode,
+        *,
+        device: torch.device,
+        max_context: int,
+        uses_before: int | None = None,
+    ) -> None:
         """Begin without any.
 
         Args:
             parts: The model.
-            mode: How to run them; `graphs` needs CUDA.
+            mode: How to run them.
             device: Where the model lives.
-            max_context: Longest text in tokens.
+            max_context: Longest sequence in tokens.
+            uses_before: Times that a round runs uncompiled before it is compiled; `USES_BEFORE` if not given.
         """
-        assert mode != "off"
-        assert mode != "graphs" or device.type == "cuda", device
         self.report: list[CompiledRound] = []
         self.provisional = 0
         """Rounds that took longer than the same ones will later: not compiled yet, or compiled on the way."""
         self._parts, self._mode, self._device = parts, mode, device
+        self._uses_before = USES_BEFORE if uses_before is None else uses_before
         self._programs: OrderedDict[Key, _Program] = OrderedDict()
         self._uses: Counter[Key] = Counter()
         self._recorder: _Recorder | None = None
@@ -93,8 +99,8 @@ class CompiledRounds:
     @torch.inference_mode()
     def run(
         self, tokens: Sequence[int], cache: KVCache, *, exit_layer: int, num_drafts: int, stop: int
-    ) -> GreedyRound | None:
-        """A round (`Decoder.round_greedy`), or None where it isn't compiled, or not yet."""
+    ) -> list[list[int]] | None:
+        """A round's drafts and targets, B x (2K + 1) token ids; None while it isn't compiled yet, or can't be."""
         assert exit_layer > 0 or num_drafts == 0
         if self._failed:
             return None
@@ -110,8 +116,8 @@ class CompiledRounds:
         program = self._program(shape, cache, tokens)
         if program is None:
             return None
-        found = program.run(tokens, cache.lengths)
-        return GreedyRound(drafts=found[:, :num_drafts], targets=found[:, num_drafts:])
+        result: list[list[int]] = program.run(tokens, cache.lengths).tolist()
+        return result
 
     def _program(self, shape: RoundShape, cache: KVCache, tokens: Sequence[int]) -> "_Program | None":
         """The round's program, made now if it has been asked for often enough."""
@@ -121,7 +127,7 @@ class CompiledRounds:
             self._programs.move_to_end(key)
             return program
         self.provisional += 1
-        if self._uses[key] < USES_BEFORE[self._mode]:
+        if self._uses[key] < self._uses_before:
             self._uses[key] += 1
             return None
         started = time.perf_counter()
@@ -147,7 +153,7 @@ class CompiledRounds:
         """Compile and capture, on the inputs of the round that is about to run: run again, it writes the same."""
         if self._mode == "max":
             program.compile()
-        if self._device.type == "cuda" and self._mode != "static":
+        if self._device.type == "cuda":
             self._recorder = self._recorder or _Recorder(self._device)
             program.capture(tokens, lengths, self._recorder)
         elif self._mode == "max":
@@ -195,6 +201,7 @@ class _Program:
 
     def __init__(self, function: StaticRound, device: torch.device) -> None:
         self._function: Callable[[Tensor], Tensor] = function
+        self._capacity = function.capacity
         self._device = device
         size, on_cuda = (function.shape.num_rows, 2), device.type == "cuda"
         self._staged = torch.zeros(size, dtype=torch.long, pin_memory=on_cuda)
@@ -233,11 +240,11 @@ class _Program:
     def _fill(self, tokens: Sequence[int], lengths: Sequence[int]) -> None:
         """Copy the inputs to where the function reads them.
 
-        Rows without a text write token 0 at the start of a cache row that no text has any more: there a query sees
-        itself at least, so that nothing becomes NaN.
+        Rows of the shape that have no sequence write token 0 into the scratch slot of a cache row that may belong to
+        somebody else: nobody reads that slot, and there a query sees numbers only, so that nothing becomes NaN.
         """
         filled = list(zip(tokens, lengths, strict=True))
-        filled += [(0, 0)] * (len(self._staged) - len(filled))
+        filled += [(0, self._capacity)] * (len(self._staged) - len(filled))
         self._staged.copy_(torch.tensor(filled))
         if self._inputs is not self._staged:
             self._inputs.copy_(self._staged, non_blocking=True)

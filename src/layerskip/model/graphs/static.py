@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layerskip.model.cache import KVCache
+from layerskip.model.cache import KVCache, Slots
 from layerskip.model.config.model_config import SLIDING, ModelConfig
 from layerskip.model.finite import best_tokens
-from layerskip.model.positions import AttentionSpan, Slots, causal_mask
+from layerskip.model.positions import AttentionSpan, causal_mask
 from layerskip.model.rope import RopeTable
 from layerskip.model.torch.network import TorchNetwork
 
@@ -94,7 +94,8 @@ def _span(parts: RoundParts, kind: str, positions: Tensor, num_slots: int) -> At
     config, rope = parts.config, parts.ropes[kind]
     window = config.sliding_window if kind == SLIDING else None
     groups = config.num_attention_heads // config.num_key_value_heads
-    mask = causal_mask(positions, 0, num_slots, window, parts.dtype).repeat(1, 1, groups, 1)
+    # A query in the scratch slot sees what the last slot does: seeing nothing would make NaN of it.
+    mask = causal_mask(positions.clamp(max=num_slots - 1), 0, num_slots, window, parts.dtype).repeat(1, 1, groups, 1)
     table = positions.clamp(max=rope.cos.shape[0] - 1)  # the scratch slot has no rotary factors of its own
     cos, sin = rope.cos[table].unsqueeze(2), rope.sin[table].unsqueeze(2)
     return AttentionSpan(first_slot=0, last_slot=num_slots, mask=mask, cos=cos, sin=sin)
@@ -114,6 +115,8 @@ class StaticRound:
         self.shape = shape
         self._parts = parts
         self._buffers = KVCache.over(cache.keys, cache.values, shape.num_rows)
+        self.capacity = self._buffers.capacity
+        """Position of the scratch slot."""
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Run the round; the same inputs give the same outputs, however often.

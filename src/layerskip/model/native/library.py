@@ -9,7 +9,7 @@ import functools
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
-from layerskip.model.drafts import CONFIDENCE_CLASSES
+from layerskip.model.confidence import CONFIDENCE_CLASSES
 
 INTERFACE = 3
 """Version of structures and functions; `layerskip_interface` must return it."""

@@ -19,7 +19,8 @@ from torch import Tensor
 from layerskip.model.blocks import BlockWeight
 from layerskip.model.cache import KVCache
 from layerskip.model.config.model_config import SLIDING, ModelConfig
-from layerskip.model.drafts import DraftRequest, Drafts, Draw
+from layerskip.model.drafts import DraftRequest, Drafts
+from layerskip.model.draw import Draw
 from layerskip.model.finite import not_finite
 from layerskip.model.native.library import (
     ACTIVATIONS,
@@ -222,17 +223,18 @@ class NativeNetwork:
         self._unembed(self._network, hidden.data_ptr(), rows * queries, logits.data_ptr())
         return logits[..., : self.head.outputs]
 
+    @property
+    def embeds(self) -> bool:
+        """Whether kernels can read the embedding table."""
+        return self._embedding is not None
+
     def choose(
         self, inputs: Tensor, positions: Positions, cache: KVCache, start: int, stop: int, draw: Draw | None
-    ) -> Tensor | None:
-        """`Decoder.choose` in one call."""
-        if self.config.final_logit_softcapping is not None:  # makes ties of what isn't one
-            return None
+    ) -> Tensor:
+        """`Decoder.choose` in one call; of token ids only if `embeds`, and not where logits are capped."""
         rows, queries = len(positions.first), positions.num_queries
         tokens = None
         if inputs.dtype == torch.long:
-            if self._embedding is None:
-                return None
             tokens, hidden = inputs.contiguous(), torch.empty(rows, queries, self.config.hidden_size)
         else:
             hidden = inputs.clone(memory_format=torch.contiguous_format)
@@ -254,11 +256,16 @@ class NativeNetwork:
         )
         return chosen
 
-    def draft(self, tokens: Tensor, cache: KVCache, request: DraftRequest) -> Drafts | None:
-        """`Decoder.draft` in one call."""
-        if self._embedding is None or (request.draw and self.config.final_logit_softcapping is not None):
-            return None
-        rows, stop, draw = len(cache.lengths), request.stop, request.draw
+    def draft(self, tokens: Tensor, cache: KVCache, request: DraftRequest, *, complete: bool) -> Drafts:
+        """`Decoder.draft` in one call; only if `embeds`.
+
+        Args:
+            tokens: [B, 1].
+            cache: Holds the committed tokens of the rows.
+            request: What to draft.
+            complete: Run the last draft through the layers as well.
+        """
+        rows, stop, draw = cache.num_rows, request.stop, request.draw
         hidden = torch.empty(request.num_drafts + 1, rows, self.config.hidden_size)
         drafts = torch.empty(request.num_drafts, rows, dtype=torch.long)
         confidences = (ctypes.c_float * (request.num_drafts * rows))()
@@ -274,7 +281,7 @@ class NativeNetwork:
             self._cache_view(cache),
             None if stop is None else DraftStopView(rates=stop.rates, least=stop.least),
             None if draw is None else sampling_view(draw),
-            request.complete,
+            complete,
             hidden.data_ptr(),
             drafts.data_ptr(),
             confidences,
@@ -283,8 +290,9 @@ class NativeNetwork:
             raise not_finite(torch.float32)
         return Drafts(
             tokens=drafts[:made].t(),
+            exit_layer=request.exit_layer,
             hidden=hidden[: made + 1].transpose(0, 1),
-            confidences=[] if stop is None else [confidences[row : made * rows : rows] for row in range(rows)],
+            confidences=() if stop is None else [confidences[row : made * rows : rows] for row in range(rows)],
         )
 
     def _cache_view(self, cache: KVCache) -> CacheView:

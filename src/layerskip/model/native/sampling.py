@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from layerskip.model.drafts import Draw
+from layerskip.model.draw import Draw
 from layerskip.model.native.library import SamplingView, load_library
 
 
@@ -24,10 +24,10 @@ def is_available() -> bool:
 def sampling_view(draw: Draw) -> SamplingView:
     """The structure for a `Draw`."""
     return SamplingView(
-        temperature=draw.temperature,
-        top_p=draw.top_p,
-        min_p=draw.min_p,
-        top_k=min(draw.top_k, 2**31 - 1),
+        temperature=draw.temperatures[0],
+        top_p=draw.top_p[0],
+        min_p=draw.min_p[0],
+        top_k=min(draw.top_k[0], 2**31 - 1),
         seeds=(ctypes.c_uint64 * len(draw.seeds))(*draw.seeds),
     )
 

@@ -27,8 +27,7 @@ def attend(query: Tensor, cache: KVCache, layer: int, span: AttentionSpan, scale
         [B, Q, H * D_head].
     """
     rows, num_queries, heads, channels = query.shape
-    keys = cache.keys[layer, :rows, span.first_slot : span.last_slot].transpose(1, 2)  # [B, H_kv, T, D_head]
-    values = cache.values[layer, :rows, span.first_slot : span.last_slot].transpose(1, 2)
+    keys, values = (part.transpose(1, 2) for part in cache.read(layer, span.first_slot, span.last_slot))
     kv_heads = keys.shape[1]
     folded = query.view(rows, num_queries, kv_heads, heads // kv_heads, channels).permute(0, 2, 3, 1, 4)
     folded = folded.reshape(rows, kv_heads, -1, channels)  # [B, H_kv, G * Q, D_head]

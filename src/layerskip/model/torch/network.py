@@ -15,7 +15,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from layerskip.model.cache import KVCache
 from layerskip.model.config.model_config import ModelConfig
-from layerskip.model.drafts import DraftRequest, Drafts, Draw
 from layerskip.model.positions import Placement
 from layerskip.model.rope import rotate
 from layerskip.model.torch.attention import attend
@@ -81,16 +80,6 @@ class TorchNetwork:
         """[B, Q, D] -> [B, Q, V] in float32, before any cap."""
         return self.head(self._norm(hidden, self.final_norm)).float()
 
-    def choose(
-        self, inputs: Tensor, positions: Placement, cache: KVCache, start: int, stop: int, draw: Draw | None
-    ) -> Tensor | None:
-        """There is no shorter way than the decoder's verbs."""
-        return None
-
-    def draft(self, tokens: Tensor, cache: KVCache, request: DraftRequest) -> Drafts | None:
-        """There is no shorter way than the decoder's verbs."""
-        return None
-
     def _attention_kernels(self) -> AbstractContextManager[None]:
         return nullcontext() if self._on_cpu else sdpa_kernel(ATTENTION_ON_CUDA)
 
@@ -115,8 +104,7 @@ class TorchNetwork:
             query = self._norm(query_key[:, :, :heads], weights.q_norm)
             query_key = torch.cat((query, self._norm(query_key[:, :, heads:], weights.k_norm)), 2)
         query_key = rotate(query_key, span.cos, span.sin)
-        cache.keys[index][positions.slots] = query_key[:, :, heads:]
-        cache.values[index][positions.slots] = value
+        cache.write(index, positions.slots, query_key[:, :, heads:], value)
         out = attend(query_key[:, :, :heads], cache, index, span, config.attention_scale)
         return weights.o(out)
 

@@ -5,7 +5,7 @@ Shapes: D width, V vocabulary, I width of the MLP, H and H_kv heads, D_head chan
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,11 @@ from layerskip.errors import WeightsError
 from layerskip.model.blocks import BLOCK, BLOCK_BYTES, BlockFormat, BlockWeight, stacked
 from layerskip.model.config.families import FAMILIES
 from layerskip.model.config.model_config import ModelConfig
-from layerskip.model.decoder import Decoder, Network
+from layerskip.model.decoder import Decoder
 from layerskip.model.drafts import DraftWeights
 from layerskip.model.graphs.compiled import RoundMode
+from layerskip.model.graphs.decoder import GraphDecoder
+from layerskip.model.native.decoder import NativeDecoder
 from layerskip.model.native.library import PANEL
 from layerskip.model.native.memory import WeightMemory, map_private
 from layerskip.model.native.network import NativeLinear, NativeNetwork, interleave
@@ -60,7 +62,8 @@ def load_decoder(
     native: bool = False,
     quantize: str | None = None,
     draft: DraftWeights | None = None,
-    rounds: RoundMode = "off",
+    rounds: RoundMode | Literal["off"] = "off",
+    uses_before: int | None = None,
 ) -> Decoder:
     """Build the network, copying one weight at a time.
 
@@ -97,7 +100,7 @@ def load_decoder(
         target=target,
         max_context=max_context,
     )
-    decoder = shared.decoder(layers, head, rounds=rounds)
+    decoder = shared.decoder(layers, head, rounds=rounds, uses_before=uses_before)
     if draft is not None:
         few = replace(target, quantize=draft.quantize or quantize)
         if draft.quantize is not None:
@@ -278,11 +281,20 @@ class _Shared:
         layers: list[LayerWeights],
         head: Linear,
         token_ids: Tensor | None = None,
-        rounds: RoundMode = "off",
+        rounds: RoundMode | Literal["off"] = "off",
+        uses_before: int | None = None,
     ) -> Decoder:
         """A decoder with these layers and this head."""
+        options: dict[str, Any] = {
+            "embedding": self.embedding,
+            "ropes": self.ropes,
+            "dtype": self.target.dtype,
+            "device": self.target.device,
+            "max_context": self.max_context,
+            "token_ids": token_ids,
+        }
         if isinstance(head, NativeLinear):
-            network: Network = NativeNetwork(
+            native = NativeNetwork(
                 self.config,
                 layers=layers,
                 final_norm=self.final_norm,
@@ -291,19 +303,11 @@ class _Shared:
                 ropes=self.ropes,
                 tokens=token_ids,
             )
-        else:
-            network = TorchNetwork(self.config, layers=layers, final_norm=self.final_norm, head=head)
-        return Decoder(
-            self.config,
-            embedding=self.embedding,
-            network=network,
-            ropes=self.ropes,
-            dtype=self.target.dtype,
-            device=self.target.device,
-            max_context=self.max_context,
-            token_ids=token_ids,
-            rounds=rounds,
-        )
+            return NativeDecoder(self.config, network=native, **options)
+        network = TorchNetwork(self.config, layers=layers, final_norm=self.final_norm, head=head)
+        if rounds == "off":
+            return Decoder(self.config, network=network, **options)
+        return GraphDecoder(self.config, network=network, rounds=rounds, uses_before=uses_before, **options)
 
 
 def _load_tables(config: ModelConfig, source: TensorSource, target: _Target) -> tuple[Tensor | BlockWeight, Linear]:

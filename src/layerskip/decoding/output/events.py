@@ -1,0 +1,64 @@
+"""Events and results of a generation, as its user sees them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from layerskip.decoding.row import FinishReason
+from layerskip.decoding.stats import GenerationStats
+
+Source = Literal["decoded", "accepted", "corrected", "bonus"]
+"""Where a token comes from: plain decoding; an accepted draft; the target, in place of a rejected draft; the target,
+after drafts that were all accepted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftEvent:
+    """Drafts that were verified; the next tokens of this prompt say which of them were accepted."""
+
+    index: int
+    """The prompt's place in the call."""
+    token_ids: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenEvent:
+    """One token of the result."""
+
+    index: int
+    """The prompt's place in the call."""
+    token_id: int
+    text: str
+    """Text that is certain with this token; empty while a character is incomplete or a stop string possible."""
+    source: Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationResult:
+    """What was generated after one prompt."""
+
+    text: str
+    """Without special tokens and without the stop string; empty if the checkpoint has no tokenizer."""
+    token_ids: list[int]
+    """Up to and including the end-of-sequence token, or the token that completed a stop string."""
+    finish_reason: FinishReason
+    """stop: end-of-sequence token or stop string; length: no more tokens allowed; interrupted: by the user."""
+    stop_reason: int | str | None
+    """Which token or string stopped it."""
+    seed: int
+    """Seed that was used; with it, the same call generates the same text."""
+    stats: GenerationStats
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishEvent:
+    """A prompt's generation has ended."""
+
+    index: int
+    """The prompt's place in the call."""
+    text: str
+    """Text that was held back and is certain now."""
+    result: GenerationResult
+
+
+StreamEvent = DraftEvent | TokenEvent | FinishEvent

@@ -1,0 +1,93 @@
+"""Text and events of one row, from the tokens that it gains."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from layerskip.decoding.engine import Engine, Event
+from layerskip.decoding.output.events import DraftEvent, FinishEvent, GenerationResult, Source, TokenEvent
+from layerskip.decoding.row import Row
+from layerskip.text.detokenizer import Detokenizer, special_tokens
+from layerskip.text.stop_strings import StopMatcher
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class RowWriter:
+    """Turns a row's tokens into text, and ends the row where a stop string is complete."""
+
+    def __init__(self, engine: Engine, row: Row, tokenizer: "PreTrainedTokenizerBase | None", index: int = 0) -> None:
+        """Begin after the row's prompt.
+
+        Args:
+            engine: Where the row runs.
+            row: The row.
+            tokenizer: Makes text; without one, events and results carry ids only.
+            index: The prompt's place among the caller's.
+        """
+        self._engine, self.row, self._index = engine, row, index
+        self._detokenizer = Detokenizer(tokenizer, row.tokens) if tokenizer is not None else None
+        self.stops: Sequence[str] = row.request.config.stop
+        named = special_tokens(tokenizer) if self.stops and tokenizer is not None else {}
+        self._matcher = StopMatcher(self.stops, named)
+        self._pieces: list[str] = []
+        self._num_written = 0
+        self.finished = False
+
+    def preview(self, event: Event) -> DraftEvent:
+        """The drafts that were verified, with the text that they would have given."""
+        text = self._detokenizer.peek(event.drafts) if self._detokenizer is not None else ""
+        return DraftEvent(index=self._index, token_ids=event.drafts, text=text)
+
+    def write(self, event: Event) -> Iterator[TokenEvent]:
+        """Events of the row's new tokens; ends the row where a stop string is complete."""
+        for i, token in enumerate(event.tokens):
+            piece, stop = "", None
+            if self._detokenizer is not None:
+                piece, stop = self._matcher.push(self._detokenizer.push(token) + self._matcher.marks.get(token, ""))
+            self._num_written += 1
+            self._pieces.append(piece)
+            if stop is not None:
+                self._engine.finish(self.row, "stop", stop, length=self._num_written)
+            yield TokenEvent(index=self._index, token_id=token, text=piece, source=_source(i, event))
+            if stop is not None:
+                return
+
+    def add(self, event: Event) -> None:
+        """Take new tokens without events; not with stop strings."""
+        self._num_written += len(event.tokens)
+        if self._detokenizer is not None:
+            self._pieces.append(self._detokenizer.push(*event.tokens))
+
+    def interrupt(self) -> None:
+        """End the row after the last token that was written; tokens without events are dropped."""
+        if self.row.finish_reason is None or self._num_written < len(self.row.output):
+            self._engine.finish(self.row, "interrupted", length=self._num_written)
+
+    def finish(self) -> FinishEvent:
+        """The end of the row: the text that was held back, and the result."""
+        text = self._matcher.flush()  # nothing after a stop string; otherwise what looked like the beginning of one
+        self._pieces.append(text)
+        self.finished = True
+        return FinishEvent(index=self._index, text=text, result=self.result())
+
+    def result(self) -> GenerationResult:
+        """What was generated; the row has ended."""
+        row = self.row
+        assert row.finish_reason is not None
+        return GenerationResult(
+            text="".join(self._pieces),
+            token_ids=row.output,
+            finish_reason=row.finish_reason,
+            stop_reason=row.stop_reason,
+            seed=row.request.seed,
+            stats=row.recorder.finish(row.prompt_length, len(row.output)),
+        )
+
+
+def _source(position: int, event: Event) -> Source:
+    if position < event.num_accepted:
+        return "accepted"
+    if not event.drafts:
+        return "decoded"
+    return "bonus" if event.num_accepted == len(event.drafts) else "corrected"

@@ -1,0 +1,48 @@
+"""A decoder whose compositions are single calls into compiled code, where these can do what is asked."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerskip.model.cache import KVCache
+from layerskip.model.decoder import Decoder
+from layerskip.model.drafts import DraftRequest, Drafts
+from layerskip.model.draw import Draw
+from layerskip.model.native.network import NativeNetwork
+from layerskip.model.positions import Positions
+
+
+class NativeDecoder(Decoder):
+    """A `Decoder` over a `NativeNetwork`."""
+
+    def __init__(self, *args: Any, network: NativeNetwork, **options: Any) -> None:
+        """Take what `Decoder` takes."""
+        super().__init__(*args, network=network, **options)
+        self._native = network
+        # Capping can turn distinct logits into ties, and the kernels don't cap.
+        self._can_choose = self.config.final_logit_softcapping is None
+
+    def choose(
+        self,
+        inputs: Tensor,
+        positions: Positions,
+        cache: KVCache,
+        start: int,
+        stop: int,
+        draw: Draw | None = None,
+    ) -> Tensor:
+        """As `Decoder.choose`."""
+        if not self._can_choose or (inputs.dtype == torch.long and not self._native.embeds):
+            return super().choose(inputs, positions, cache, start, stop, draw)
+        self.calls.add(start, stop, *inputs.shape[:2])
+        return self._native.choose(inputs, positions, cache, start, stop, draw)
+
+    def _draft(self, tokens: Tensor, cache: KVCache, request: DraftRequest, *, complete: bool) -> Drafts:
+        # The most likely draft stays the most likely one under a cap.
+        if not self._native.embeds or not (self._can_choose or request.draw is None):
+            return super()._draft(tokens, cache, request, complete=complete)
+        drafts = self._native.draft(tokens, cache, request, complete=complete)
+        for _ in range(drafts.tokens.shape[1] + complete):
+            self.calls.add(0, request.exit_layer, cache.num_rows, 1)
+        return drafts

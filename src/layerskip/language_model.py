@@ -97,7 +97,7 @@ def load(
 
 @dataclass(eq=False)
 class Session:
-    """Keys and values kept between calls, for prompts that begin like earlier ones (a chat): only what is new is read."""
+    """Keys and values kept between calls, for prompts that begin like earlier ones: only what is new is read."""
 
     engine: Engine
 

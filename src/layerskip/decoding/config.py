@@ -92,7 +92,7 @@ class GenerationConfig:
             self._set(name, finite_number(name, getattr(self, name), allowed, check))
         if self.generation_strategy == "autoregressive" and self.exit_layer is not None:
             raise InvalidArgumentError(
-                f"generation_strategy 'autoregressive' runs all layers, and exit_layer {self.exit_layer} was given; use "
+                f"generation_strategy 'autoregressive' runs all layers, but exit_layer is {self.exit_layer}; use "
                 "generation_strategy 'early_exit' to run the first ones only"
             )
         for name in ("do_sample", "block_verification", "ignore_eos"):

@@ -45,7 +45,7 @@ class PrefixStore:
         self._idle = {new.get(key, key): prefix for key, prefix in self._idle.items()}
 
     def oldest(self, places: Iterable[int]) -> int:
-        """Of some rows that aren't running, the one to give up: one that holds nothing, or else the least recently used.
+        """Of some idle rows, the one to give up: one that holds nothing, or else the least recently used.
 
         Args:
             places: Cache rows; at least one.

@@ -1,7 +1,7 @@
 """Where the rows of an engine lie in its cache: batch after batch, those that have ended behind them.
 
-A batch runs as one block over consecutive rows of the cache. Rows that join or leave therefore make others move, at most
-one of each batch behind them.
+A batch runs as one block over consecutive rows of the cache. Rows that join or leave therefore make others move, at
+most one of each batch behind them.
 """
 
 import torch
@@ -107,7 +107,7 @@ class Slots:
             start += batch.num_rows
 
     def _append(self, row: Row, batch: Batch, source: Batch | None = None) -> None:
-        """Add a row that comes from behind, or from the batch `source`: those between move their first row to the end."""
+        """Add a row that comes from behind, or from the batch `source`: batches between move their first row back."""
         places = {id(other): place for place, other in enumerate(self.batches)}
         last = len(self.batches) if source is None else places[id(source)]
         for other in self.batches[places[id(batch)] + 1 : last]:

@@ -1,10 +1,10 @@
-"""The network: three primitives,
+"""The network: three primitives, and three compositions of them.
 
     hidden = decoder.embed(tokens)
     hidden = decoder.run_layers(hidden, positions, cache, start, stop)
     logits = decoder.unembed(hidden)
 
-and three compositions of them, which native kernels and CUDA graphs run in fewer calls:
+Native kernels and CUDA graphs run the compositions in fewer calls:
 
     tokens = decoder.choose(inputs, positions, cache, start, stop, draw)
     drafts = decoder.draft(tokens, cache, request)

@@ -51,7 +51,7 @@ class StopRule:
     rates: tuple[float, ...]
     """Acceptance rate of a draft, by class of its confidence."""
     least: float
-    """Drafting ends once the probability that all drafts of a row are accepted, averaged over the rows, is below this."""
+    """Drafting ends once the probability that all drafts of a row are accepted, on average, is below this."""
 
     def ends(self, confidences: Sequence[Sequence[float]]) -> bool:
         """Whether drafting ends after drafts with these probabilities, given by row."""

@@ -1,9 +1,9 @@
 """The adaptive policy: who drafts in a round, at which exit, and how many tokens, by the highest expected tokens/s.
 
-Costs are measured (`costs.py`) and corrected by the seconds that rounds really take (`round_times.py`), for the number of
-rows that run at present. Acceptance is tracked (`rates.py`), also for exits that aren't used: every so often a round
-keeps the hidden states that it passes anyway, and the head says what each exit would have drafted. Where no drafting is
-expected to gain, the round is an autoregressive step, and while that goes on, the policy plans several steps at once.
+Costs are measured (`costs.py`) and corrected by the seconds that rounds really take (`round_times.py`), for the number
+of rows that run at present. Acceptance is tracked (`rates.py`), also for exits that aren't used: every so often a round
+keeps the hidden states that it passes anyway, and the head says what each exit would have drafted. Where no drafting
+is expected to gain, the round is a plain step, and while that goes on, the policy plans several steps at once.
 Source: arXiv:2504.05598 (exit and length chosen each round from the agreement seen so far).
 """
 

@@ -1,7 +1,7 @@
 """A round: draft, verify with all layers, accept, and commit what was accepted to the cache.
 
-Drafts come from the first E layers (same weights, same cache, same hidden states) or from the sequence itself. A round of
-K drafts of exit E costs (K + 1) x E + (L - E) layer calls: each token runs through layers 0..E-1 once, and the K + 1
+Drafts come from the first E layers (same weights, same cache, same hidden states) or from the sequence itself. A round
+of K drafts of exit E costs (K + 1) x E + (L - E) layer calls: each token runs through layers 0..E-1 once, and the K + 1
 hidden states at the exit run through layers E..L-1 together. Source: arXiv:2404.16710, section 3.3.
 
 Shapes: B rows, K drafts a row, D width, V vocabulary.

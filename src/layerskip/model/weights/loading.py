@@ -80,6 +80,7 @@ def load_decoder(
         quantize: Keep layers and head in fewer bits (`quantization.check_quantization` says whether that works here).
         draft: Other weights to draft with; None: the same.
         rounds: How whole greedy rounds run, in a network that is not native.
+        uses_before: Times that a round runs before it is compiled (`graphs.compiled.CompiledRounds`).
 
     Raises:
         WeightsError: A tensor is missing, unknown, or of the wrong shape.

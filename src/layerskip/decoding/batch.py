@@ -13,7 +13,7 @@ from layerskip.decoding.sampler import Sampler
 from layerskip.decoding.stats import StatsRecorder, Stopwatch
 from layerskip.model.cache import KVCache
 from layerskip.model.decoder import Decoder
-from layerskip.model.drafts import Draw
+from layerskip.model.draw import Draw
 from layerskip.model.finite import NO_TOKEN, not_finite
 
 FinishReason = Literal["stop", "length", "interrupted"]

@@ -19,7 +19,8 @@ from torch import Tensor
 from layerskip.model.blocks import BlockWeight
 from layerskip.model.cache import KVCache
 from layerskip.model.config.model_config import ModelConfig
-from layerskip.model.drafts import DraftRequest, Drafts, Draw, GreedyRound
+from layerskip.model.drafts import DraftRequest, Drafts, GreedyRound
+from layerskip.model.draw import Draw
 from layerskip.model.graphs.compiled import CompiledRound, CompiledRounds, RoundMode
 from layerskip.model.graphs.static import RoundParts
 from layerskip.model.positions import Positions

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from layerskip.model.draw import Draw
+
 CONFIDENCE_CLASSES = 8
 
 
@@ -60,21 +62,6 @@ class DraftStop:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draw:
-    """How tokens are drawn from logits with noise that depends on seed, position and token alone (`noise.gumbel`)."""
-
-    temperature: float
-    top_k: int
-    """0: all tokens."""
-    top_p: float
-    """1: all tokens."""
-    min_p: float
-    """0: all tokens."""
-    seeds: Sequence[int]
-    """Of each row."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class DraftRequest:
     """What drafting in one call is to do."""
 
@@ -85,7 +72,7 @@ class DraftRequest:
     stop: DraftStop | None = None
     """When to write fewer."""
     draw: Draw | None = None
-    """How to choose tokens; the likeliest if not given."""
+    """How to sample tokens; the likeliest ones are taken if not given."""
     complete: bool = True
     """Run the last draft through the layers as well."""
 

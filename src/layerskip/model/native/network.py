@@ -19,7 +19,8 @@ from torch import Tensor
 from layerskip.model.blocks import BlockWeight
 from layerskip.model.cache import KVCache
 from layerskip.model.config.model_config import SLIDING, ModelConfig
-from layerskip.model.drafts import DraftRequest, Drafts, Draw
+from layerskip.model.drafts import DraftRequest, Drafts
+from layerskip.model.draw import Draw
 from layerskip.model.finite import not_finite
 from layerskip.model.native.library import (
     ACTIVATIONS,
@@ -259,6 +260,7 @@ class NativeNetwork:
         if self._embedding is None or (request.draw and self.config.final_logit_softcapping is not None):
             return None
         rows, stop, draw = len(cache.lengths), request.stop, request.draw
+        tokens = tokens.contiguous()  # a copy must live until the call returns
         hidden = torch.empty(request.num_drafts + 1, rows, self.config.hidden_size)
         drafts = torch.empty(request.num_drafts, rows, dtype=torch.long)
         confidences = (ctypes.c_float * (request.num_drafts * rows))()
@@ -266,7 +268,7 @@ class NativeNetwork:
         made = self._draft(
             self._network,
             self._embedding,
-            tokens.contiguous().data_ptr(),
+            tokens.data_ptr(),
             rows,
             (ctypes.c_int64 * rows)(*cache.lengths),
             request.num_drafts,

@@ -15,7 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from layerskip.model.cache import KVCache
 from layerskip.model.config.model_config import ModelConfig
-from layerskip.model.drafts import DraftRequest, Drafts, Draw
+from layerskip.model.drafts import DraftRequest, Drafts
+from layerskip.model.draw import Draw
 from layerskip.model.positions import Placement
 from layerskip.model.rope import rotate
 from layerskip.model.torch.attention import attend

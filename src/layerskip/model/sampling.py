@@ -1,0 +1,88 @@
+"""From logits to tokens, on any device: temperature and filters, then the best score with noise added.
+
+On a CPU the filters are compiled, where the kernels were built (`native.sampling`).
+
+Shapes: B rows, Q positions a row, V vocabulary, N positions.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from layerskip.model.draw import Draw
+from layerskip.model.finite import best_tokens
+from layerskip.model.native import sampling as native_sampling
+from layerskip.model.noise import Purpose, gumbel, make_key
+
+
+def filter_scores(draw: Draw, logits: Tensor) -> Tensor:
+    """Divide by the temperature and leave tokens out by top-k, top-p and min-p, in this order, by each row's rules.
+
+    Args:
+        draw: The rules; seeds don't matter.
+        logits: [B, Q, V], float32; not changed.
+
+    Returns:
+        [B, Q, V], unnormalized log-probabilities; -inf for tokens left out. Rows with temperature 0 are as given.
+    """
+    assert len(logits) == draw.num_rows, (logits.shape, draw)
+    if logits.device.type == "cpu" and native_sampling.is_available():
+        return native_sampling.filter_scores(draw, logits)
+    return filter_in_torch(draw, logits)
+
+
+def filter_in_torch(draw: Draw, logits: Tensor) -> Tensor:
+    """`filter_scores` on any device; rows with the same rules are filtered together."""
+    rules = list(zip(draw.temperatures, draw.top_k, draw.top_p, draw.min_p, strict=True))
+    different = dict.fromkeys(rules)
+    if len(different) == 1:
+        return _filter(logits.flatten(0, 1), *rules[0]).view(logits.shape)
+    scores = torch.empty_like(logits)
+    for rule in different:
+        rows = [row for row, other in enumerate(rules) if other == rule]
+        scores[rows] = _filter(logits[rows].flatten(0, 1), *rule).view(len(rows), *logits.shape[1:])
+    return scores
+
+
+def choose_tokens(logits: Tensor, draw: Draw | None, first: Sequence[int]) -> Tensor:
+    """Sample tokens, or take the likeliest ones.
+
+    Args:
+        logits: [B, Q, V], float32; not changed.
+        draw: The rules; without them, the likeliest token is taken everywhere.
+        first: Position of each row's first token to choose; the others follow.
+
+    Returns:
+        [B, Q] token ids; `NO_TOKEN` where no score is a finite number.
+    """
+    sampled = [] if draw is None else [row for row, temperature in enumerate(draw.temperatures) if temperature > 0]
+    if draw is None or not sampled:
+        return best_tokens(logits)
+    scores, num_queries = filter_scores(draw, logits), logits.shape[1]
+    keys = [[make_key(draw.seeds[row], Purpose.TARGET, first[row] + q) for q in range(num_queries)] for row in sampled]
+    noise = gumbel(keys, logits.shape[-1], logits.device)
+    if len(sampled) == len(logits):
+        scores += noise
+    else:
+        scores[sampled] += noise
+    return best_tokens(scores)
+
+
+def _filter(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """[N, V] by one set of rules, to the last bit as transformers' logits warpers do it; returns a new tensor."""
+    if temperature == 0:
+        return logits.clone()
+    scores = logits / temperature
+    if top_k > 0:
+        least = scores.topk(min(top_k, scores.shape[-1])).values[:, -1:]
+        scores.masked_fill_(scores < least, -torch.inf)
+    if top_p < 1:
+        ascending, tokens = scores.sort()
+        left_out = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        left_out[:, -1] = False
+        scores.masked_fill_(left_out.scatter(1, tokens, left_out), -torch.inf)
+    if min_p > 0:
+        probs = scores.softmax(-1)
+        scores.masked_fill_(probs < min_p * probs.amax(-1, keepdim=True), -torch.inf)
+    return scores

@@ -260,23 +260,22 @@ bool all_finite(const float* numbers, int64_t count) {
     return sum(total) == 0.0f;
 }
 
-// The token of each row: drawn with its key, or the likeliest without `sampling`; -1 where a logit isn't finite. `logits` is
-// room for [rows, V padded].
-void choose(const Network& network, const float* hidden, int32_t rows, float* logits, const Sampling* sampling,
-            const uint64_t* keys, int64_t* out) {
+// The token after each position, `queries` positions to a text: sampled with the position's key by the text's rules, or
+// the likeliest where there are none; -1 where a logit isn't finite. `logits` is room for [texts * queries, V padded].
+void choose(const Network& network, const float* hidden, int32_t texts, int32_t queries, float* logits,
+            const Sampling* sampling, const uint64_t* keys, int64_t* out) {
+    const int32_t rows = texts * queries;
     unembed(network, hidden, rows, logits);
     const auto choose_one = [&](int64_t row) {
         float* scores = logits + row * network.head.outputs;
         if (!all_finite(scores, network.head.outputs)) {
             out[row] = -1;
-            return;
-        }
-        if (sampling == nullptr) {
+        } else if (sampling == nullptr || !sampling->samples(row / queries)) {
             out[row] = std::max_element(scores, scores + network.vocabulary) - scores;
-            return;
+        } else {
+            filter(*sampling, row / queries, scores, network.vocabulary);
+            out[row] = sample(scores, network.vocabulary, keys[row], network.tokens);
         }
-        filter(*sampling, scores, network.vocabulary);
-        out[row] = draw(scores, network.vocabulary, keys[row], network.tokens);
     };
     if (sampling == nullptr || rows == 1) {
         for (int row = 0; row < rows; ++row) choose_one(row);
@@ -317,7 +316,7 @@ void layerskip_choose(const Network* network, const Embedding* embedding, const 
     std::vector<uint64_t> keys(rows);
     for (int row = 0; sampling != nullptr && row < rows; ++row)
         keys[row] = noise_key(sampling->seeds[row / queries], starts[row / queries] + row % queries + 1);
-    choose(*network, hidden, rows, logits.data(), sampling, keys.data(), out);
+    choose(*network, hidden, texts, queries, logits.data(), sampling, keys.data(), out);
     for (int row = 0; network->tokens != nullptr && row < rows; ++row)
         if (out[row] >= 0) out[row] = network->tokens[out[row]];
 }
@@ -342,7 +341,7 @@ int32_t layerskip_draft(const Network* network, const Embedding* embedding, cons
             ++at[text];
             if (sampling != nullptr) keys[text] = noise_key(sampling->seeds[text], at[text]);
         }
-        choose(*network, states, texts, logits.data(), sampling, keys.data(), chosen);
+        choose(*network, states, texts, 1, logits.data(), sampling, keys.data(), chosen);
         if (*std::min_element(chosen, chosen + texts) < 0) return -1;
         float total = 0;
         for (int text = 0; stop != nullptr && text < texts; ++text) {
@@ -408,7 +407,7 @@ void layerskip_multiply(const Linear* w, const float* x, int32_t rows, float* y,
     });
 }
 
-int32_t layerskip_interface() { return 3; }
+int32_t layerskip_interface() { return 4; }
 
 int32_t layerskip_size_of(int32_t structure) {
     constexpr size_t sizes[] = {sizeof(Linear), sizeof(Layer),     sizeof(Network), sizeof(Cache),

@@ -14,13 +14,20 @@ namespace layerskip {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int64_t kFirstSorted = 64;  // likeliest tokens that are sorted at first; most often the nucleus is among them
+constexpr int64_t kFirstSorted = 64;  // likeliest tokens that are sorted first; they usually contain the nucleus
 
 // SplitMix64's finalizer.
 uint64_t mix(uint64_t x) {
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
     x = (x ^ x >> 27) * 0x94D049BB133111EBu;
     return x ^ x >> 31;
+}
+
+// Filters order scores, which needs numbers.
+bool any_not_a_number(const float* scores, int64_t count) {
+    bool found = false;
+    for (int64_t i = 0; i < count; ++i) found |= scores[i] != scores[i];
+    return found;
 }
 
 float largest(const float* scores, int64_t count) { return *std::max_element(scores, scores + count); }
@@ -48,12 +55,12 @@ void keep_top_k(float* scores, int64_t count, int64_t k) {
         if (scores[i] < sorted[k - 1]) scores[i] = -kInfinity;
 }
 
-// Keep the likeliest tokens until those above hold `share` of the probability, and at least one.
+// Keep the likeliest tokens up to the one with which they reach `share` of the probability.
 void keep_top_p(float* scores, int64_t count, float share) {
     std::vector<float> weights(count);
     const float total = exponentials(scores, count, largest(scores, count), weights.data());
     const double wanted = static_cast<double>(share) * total;
-    // Tokens below this weight hold less than the rest of the probability all together: none of them is kept.
+    // All tokens below this weight have less than the remaining probability together: none of them is kept.
     const float least = static_cast<float>((total - wanted) / (2.0 * static_cast<double>(count)));
     std::vector<std::pair<float, int64_t>> found;  // by -weight, then number
     for (int64_t i = 0; i < count; ++i)
@@ -108,15 +115,17 @@ Vector gumbel(uint64_t key, WordVector tokens) {
     return -logarithm(-exponent);
 }
 
-void filter(const Sampling& sampling, float* scores, int64_t count) {
-    if (sampling.temperature != 1.0f)
-        for (int64_t i = 0; i < count; ++i) scores[i] /= sampling.temperature;
-    if (sampling.top_k > 0) keep_top_k(scores, count, sampling.top_k);
-    if (sampling.top_p < 1.0f) keep_top_p(scores, count, sampling.top_p);
-    if (sampling.min_p > 0.0f) keep_min_p(scores, count, sampling.min_p);
+void filter(const Sampling& sampling, int64_t row, float* scores, int64_t count) {
+    const float temperature = sampling.temperatures[row];
+    if (temperature == 0.0f) return;
+    if (temperature != 1.0f)
+        for (int64_t i = 0; i < count; ++i) scores[i] /= temperature;
+    if (sampling.top_k[row] > 0) keep_top_k(scores, count, sampling.top_k[row]);
+    if (sampling.top_p[row] < 1.0f) keep_top_p(scores, count, sampling.top_p[row]);
+    if (sampling.min_p[row] > 0.0f) keep_min_p(scores, count, sampling.min_p[row]);
 }
 
-int64_t draw(const float* scores, int64_t count, uint64_t key, const int64_t* tokens) {
+int64_t sample(const float* scores, int64_t count, uint64_t key, const int64_t* tokens) {
     int64_t best = 0;
     float most = -kInfinity;
     for (int64_t first = 0; first < count; first += kLanes) {
@@ -141,15 +150,20 @@ float probability(const float* scores, int64_t count, int64_t chosen) {
     return weights[chosen] / total;
 }
 
-void layerskip_filter(const Sampling* sampling, float* scores, int64_t rows, int64_t count, int32_t threads) {
-    Team::share_rows(threads, rows, [&](int64_t row) { filter(*sampling, scores + row * count, count); });
+void layerskip_filter(const Sampling* sampling, float* scores, int64_t rows, int64_t queries, int64_t count,
+                      int32_t threads) {
+    Team::share_out(threads, rows * queries, [&](int64_t position) {
+        float* logits = scores + position * count;
+        if (!any_not_a_number(logits, count)) filter(*sampling, position / queries, logits, count);
+    });
 }
 
-void layerskip_gumbel(const uint64_t* keys, int64_t rows, int64_t count, float* out, int32_t threads) {
-    Team::share_rows(threads, rows, [&](int64_t row) {
+void layerskip_gumbel(const uint64_t* keys, int64_t positions, int64_t count, float* out, int32_t threads) {
+    Team::share_out(threads, positions, [&](int64_t position) {
         for (int64_t first = 0; first < count; first += kLanes) {
-            const Vector noise = gumbel(keys[row], consecutive(first));
-            std::memcpy(out + row * count + first, &noise, std::min<int64_t>(kLanes, count - first) * sizeof(float));
+            const Vector noise = gumbel(keys[position], consecutive(first));
+            const int64_t size = std::min<int64_t>(kLanes, count - first);
+            std::memcpy(out + position * count + first, &noise, size * sizeof(float));
         }
     });
 }

@@ -37,13 +37,13 @@ class Team {
     // Held by whoever uses a team: one call at a time.
     static std::mutex& in_use();
 
-    // Call body(row) for every row, on up to `threads` members; a single row on the caller alone.
+    // Call body(item) for items 0..count-1, on up to `threads` members; a single item on the caller alone.
     template <typename Body>
-    static void share_rows(int threads, int64_t rows, const Body& body) {
-        if (rows == 1) return body(0);
+    static void share_out(int threads, int64_t count, const Body& body) {
+        if (count == 1) return body(0);
         std::lock_guard<std::mutex> lock(in_use());
         of(threads).run([&](int member, int size) {
-            for (int64_t row = member; row < rows; row += size) body(row);
+            for (int64_t item = member; item < count; item += size) body(item);
         });
     }
 

@@ -11,7 +11,7 @@ from layerskip.decoding.ngram import Match
 from layerskip.decoding.policy import Plan, Policy, RoundResult
 from layerskip.decoding.request import choose_exit_layer, depth_of
 from layerskip.decoding.row import Row
-from layerskip.decoding.sampler import Sampler
+from layerskip.decoding.sampler import Sampler, looks_back
 from layerskip.model.cache import KVCache
 from layerskip.model.decoder import Decoder
 from layerskip.model.stopwatch import Stopwatch
@@ -25,7 +25,7 @@ def needs_of(config: GenerationConfig) -> Needs:
     """What a row with these rules needs."""
     if config.speculates and config.samples and config.acceptance == "rejection":
         return "distributions" if config.block_verification else "distributions one by one"
-    return "contexts" if config.repetition_penalty != 1.0 or config.no_repeat_ngram_size else "tokens"
+    return "contexts" if looks_back(config) else "tokens"
 
 
 def batch_key(config: GenerationConfig, decoder: Decoder) -> Hashable:

@@ -47,9 +47,9 @@ class Engine:
     """Generates for requests that join and leave between steps.
 
     Rows that can share rounds form a batch; a step runs one round of each batch, and reads one chunk of the prompts
-    that have joined. What is generated for a request depends on the request alone, except for kernels that round a product
-    of several rows otherwise than that of one (torch's), and for rejection sampling with adaptive decoding, whose plans
-    depend on measured times.
+    that have joined. What is generated for a request depends on the request alone, with two exceptions: kernels that
+    round a product of several rows otherwise than that of one (torch's), and rejection sampling with adaptive
+    decoding, whose plans depend on measured times.
     """
 
     def __init__(

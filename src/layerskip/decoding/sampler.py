@@ -2,19 +2,18 @@
 
 Draft and target use the same rules and, where acceptance is coupled, the same noise.
 
-Shapes: B rows, Q positions a row, V vocabulary.
+Shapes: B rows, Q positions a row, V vocabulary, T tokens before a position.
 """
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.penalties import Penalty, penalties_of
 from layerskip.model.draw import Draw
-from layerskip.model.finite import best_tokens
-from layerskip.model.noise import Purpose, gumbel, make_key
-from layerskip.model.sampling import add_noise, filter_scores
+from layerskip.model.noise import Purpose
+from layerskip.model.sampling import choose_among, filter_scores
 
 Contexts = Sequence[Sequence[Sequence[int]]]
 """[B][Q] token ids that precede each position."""
@@ -30,15 +29,11 @@ class Sampler:
             configs: Rules of each row.
             seeds: Seed of each row.
         """
-        self._penalties: list[list[Penalty]] = [penalties_of(config) for config in configs]
-        self._seeds = tuple(seeds)
+        self._configs = configs
         self.draw = make_draw(configs, seeds)
         """How a network draws the rows' tokens; None where every row takes the most likely one."""
-
-    @property
-    def needs_context(self) -> bool:
+        self.needs_context = any(map(looks_back, configs))
         """Whether scores depend on the tokens before a position, beyond what the logits know."""
-        return any(self._penalties)
 
     def scores(self, logits: Tensor, contexts: Contexts | None = None) -> Tensor:
         """Apply penalties and filters.
@@ -53,10 +48,9 @@ class Sampler:
         if self.needs_context:
             assert contexts is not None
             logits = logits.clone()
-            for b, (penalties, row) in enumerate(zip(self._penalties, contexts, strict=True)):
-                for q, context in enumerate(row if penalties else ()):
-                    for penalty in penalties:
-                        logits[b, q] = penalty(context, logits[b, q])
+            for row, row_contexts, config in zip(logits, contexts, self._configs, strict=True):
+                for scores, context in zip(row, row_contexts, strict=True):
+                    penalize(scores, context, config.repetition_penalty, config.no_repeat_ngram_size)
         return logits if self.draw is None else filter_scores(self.draw, logits)
 
     def choose(
@@ -66,7 +60,7 @@ class Sampler:
         purpose: Purpose = Purpose.TARGET,
         counters: Sequence[int] | None = None,
     ) -> Tensor:
-        """Take the best token, or draw one by adding Gumbel noise.
+        """Take the best token, or draw one by adding Gumbel noise (`model.sampling.choose_among`).
 
         Args:
             scores: [B, Q, V] from `scores`.
@@ -77,23 +71,12 @@ class Sampler:
         Returns:
             [B, Q] token ids; `NO_TOKEN` where no score is a finite number.
         """
-        if self.draw is None:
-            return best_tokens(scores)
-        return best_tokens(add_noise(scores, self.noise(scores, first, purpose, counters), self.draw))
+        return choose_among(scores, self.draw, first, purpose, counters)
 
-    def noise(
-        self,
-        scores: Tensor,
-        first: Sequence[int],
-        purpose: Purpose = Purpose.TARGET,
-        counters: Sequence[int] | None = None,
-    ) -> Tensor:
-        """[B, Q, V], what `choose` adds to scores of this shape."""
-        keys = [
-            [make_key(seed, purpose, start + q, counter) for q in range(scores.shape[1])]
-            for seed, start, counter in zip(self._seeds, first, counters or [0] * len(self._seeds), strict=True)
-        ]
-        return gumbel(keys, scores.shape[-1], scores.device)
+
+def looks_back(config: GenerationConfig) -> bool:
+    """Whether penalties look at the tokens before a position."""
+    return config.repetition_penalty != 1.0 or config.no_repeat_ngram_size > 0
 
 
 def make_draw(configs: Sequence[GenerationConfig], seeds: Sequence[int]) -> Draw | None:
@@ -107,3 +90,23 @@ def make_draw(configs: Sequence[GenerationConfig], seeds: Sequence[int]) -> Draw
         min_p=tuple(config.min_p if config.samples else 0.0 for config in configs),
         seeds=tuple(seeds),
     )
+
+
+def penalize(scores: Tensor, context: Sequence[int], repetition_penalty: float, no_repeat_ngram_size: int) -> None:
+    """Apply what depends on the tokens before a position, to the last bit as transformers' logits processors do it.
+
+    Args:
+        scores: [V], the logits of one position; changed in place.
+        context: T token ids before it.
+        repetition_penalty: Divides the positive scores of tokens that occurred and multiplies the negative ones.
+        no_repeat_ngram_size: Length of runs of tokens of which none may occur twice; 0 is off.
+    """
+    tokens = torch.tensor(context, dtype=torch.long)
+    if repetition_penalty != 1.0:
+        seen = tokens.to(scores.device)
+        score = scores[seen]
+        scores[seen] = torch.where(score < 0, score * repetition_penalty, score / repetition_penalty)
+    if 0 < no_repeat_ngram_size <= len(tokens):
+        runs = tokens.unfold(0, no_repeat_ngram_size, 1)
+        same_beginning = (runs[:, :-1] == tokens[len(tokens) + 1 - no_repeat_ngram_size :]).all(-1)
+        scores[runs[same_beginning, -1].to(scores.device)] = -torch.inf

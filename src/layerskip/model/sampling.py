@@ -1,4 +1,9 @@
-"""TEMPORARY"""
+"""From logits to tokens, on any device: temperature and filters, then the best score with noise added.
+
+On a CPU the filters are compiled, where the kernels were built (`native.sampling`).
+
+Shapes: B rows, Q positions a row, V vocabulary, N positions.
+"""
 
 from collections.abc import Sequence
 
@@ -7,40 +12,111 @@ from torch import Tensor
 
 from layerskip.model.draw import Draw
 from layerskip.model.finite import best_tokens
+from layerskip.model.native import sampling as native_sampling
 from layerskip.model.noise import Purpose, gumbel, make_key
 
 
 def filter_scores(draw: Draw, logits: Tensor) -> Tensor:
-    from layerskip.model.native import sampling as native_sampling
+    """Divide by the temperature and leave tokens out by top-k, top-p and min-p, in this order, by each row's rules.
 
-    out = []
-    for b in range(logits.shape[0]):
-        if draw.temperatures[b] == 0:
-            out.append(logits[b : b + 1])
-        else:
-            one = Draw(
-                temperatures=draw.temperatures[b : b + 1],
-                top_k=draw.top_k[b : b + 1],
-                top_p=draw.top_p[b : b + 1],
-                min_p=draw.min_p[b : b + 1],
-                seeds=draw.seeds[b : b + 1],
-            )
-            out.append(native_sampling.filter_scores(one, logits[b : b + 1]))
-    return torch.cat(out)
+    Args:
+        draw: The rules; seeds don't matter.
+        logits: [B, Q, V], float32; not changed.
+
+    Returns:
+        [B, Q, V], unnormalized log-probabilities; -inf for tokens left out. Rows with temperature 0 are as given.
+    """
+    assert len(logits) == draw.num_rows, (logits.shape, draw)
+    if logits.device.type == "cpu" and native_sampling.is_available():
+        return native_sampling.filter_scores(draw, logits)
+    return filter_in_torch(draw, logits)
+
+
+def filter_in_torch(draw: Draw, logits: Tensor) -> Tensor:
+    """`filter_scores` on any device; rows with the same rules are filtered together."""
+    rules = list(zip(draw.temperatures, draw.top_k, draw.top_p, draw.min_p, strict=True))
+    different = dict.fromkeys(rules)
+    if len(different) == 1:
+        return _filter(logits.flatten(0, 1), *rules[0]).view(logits.shape)
+    scores = torch.empty_like(logits)
+    for rule in different:
+        rows = [row for row, other in enumerate(rules) if other == rule]
+        scores[rows] = _filter(logits[rows].flatten(0, 1), *rule).view(len(rows), *logits.shape[1:])
+    return scores
+
+
+def choose_tokens(logits: Tensor, draw: Draw | None, first: Sequence[int]) -> Tensor:
+    """Draw tokens, or take the most likely ones.
+
+    Args:
+        logits: [B, Q, V], float32; not changed.
+        draw: The rules; without them, the most likely token is taken everywhere.
+        first: Position of each row's first token to choose; the others follow.
+
+    Returns:
+        [B, Q] token ids; `NO_TOKEN` where no score is a finite number.
+    """
+    return choose_among(logits if draw is None else filter_scores(draw, logits), draw, first)
+
+
+def choose_among(
+    scores: Tensor,
+    draw: Draw | None,
+    first: Sequence[int],
+    purpose: Purpose = Purpose.TARGET,
+    counters: Sequence[int] | None = None,
+) -> Tensor:
+    """`choose_tokens` from scores [B, Q, V] that have been filtered.
+
+    Args:
+        scores: [B, Q, V], unnormalized log-probabilities.
+        draw: The rules; without them, the most likely token is taken everywhere.
+        first: Position of each row's first token to choose; the others follow.
+        purpose: Which noise to draw with.
+        counters: Tells repeated draws at the same position apart; 0 if not given.
+    """
+    if draw is None or not any(draw.temperatures):
+        return best_tokens(scores)
+    return best_tokens(add_noise(scores, noise_for(draw, scores, first, purpose, counters), draw))
+
+
+def noise_for(
+    draw: Draw,
+    scores: Tensor,
+    first: Sequence[int],
+    purpose: Purpose = Purpose.TARGET,
+    counters: Sequence[int] | None = None,
+) -> Tensor:
+    """[B, Q, V], the Gumbel noise for scores of this shape; arguments are those of `choose_among`."""
+    keys = [
+        [make_key(seed, purpose, start + q, counter) for q in range(scores.shape[1])]
+        for seed, start, counter in zip(draw.seeds, first, counters or [0] * draw.num_rows, strict=True)
+    ]
+    return gumbel(keys, scores.shape[-1], scores.device)
 
 
 def add_noise(scores: Tensor, noise: Tensor, draw: Draw) -> Tensor:
+    """Scores [B, Q, V] with noise added in rows that draw; in the others the most likely token stays the best."""
     if all(draw.temperatures):
         return scores + noise
-    draws = torch.tensor([t > 0 for t in draw.temperatures], device=scores.device)[:, None, None]
-    return torch.where(draws, scores + noise, scores)
+    draws = torch.tensor([temperature > 0 for temperature in draw.temperatures], device=scores.device)
+    return torch.where(draws[:, None, None], scores + noise, scores)
 
 
-def choose_among(scores: Tensor, draw: Draw | None, first: Sequence[int]) -> Tensor:
-    if draw is None:
-        return best_tokens(scores)
-    keys = [
-        [make_key(seed, Purpose.TARGET, start + q) for q in range(scores.shape[1])]
-        for seed, start in zip(draw.seeds, first, strict=True)
-    ]
-    return best_tokens(add_noise(scores, gumbel(keys, scores.shape[-1], scores.device), draw))
+def _filter(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """[N, V] by one set of rules, to the last bit as transformers' logits warpers do it; returns a new tensor."""
+    if temperature == 0:
+        return logits.clone()
+    scores = logits / temperature
+    if top_k > 0:
+        least = scores.topk(min(top_k, scores.shape[-1])).values[:, -1:]
+        scores.masked_fill_(scores < least, -torch.inf)
+    if top_p < 1:
+        ascending, tokens = scores.sort()
+        left_out = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        left_out[:, -1] = False
+        scores.masked_fill_(left_out.scatter(1, tokens, left_out), -torch.inf)
+    if min_p > 0:
+        probs = scores.softmax(-1)
+        scores.masked_fill_(probs < min_p * probs.amax(-1, keepdim=True), -torch.inf)
+    return scores

@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.sampler import Sampler
+from layerskip.decoding.sampler import Sampler, penalize
 from layerskip.model.native import sampling as native_sampling
 from layerskip.model.noise import Purpose
 
@@ -66,6 +68,24 @@ def test_greedy_keeps_context_processors_only(reference: LlamaForCausalLM, logit
     sampler = Sampler(GenerationConfig(do_sample=False, temperature=0.5, top_k=3, **options))
     expected = processed_by_transformers(reference, logits, {"do_sample": False, **options})
     assert torch.equal(sampler.scores(logits, [[CONTEXT]])[0], expected)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.integers(0, 7), min_size=1, max_size=30),
+    st.one_of(st.just(1.0), st.floats(0.1, 10.0)),
+    st.integers(0, 6),
+    st.integers(0, 99),
+)
+def test_penalties_equal_transformers(context: list[int], penalty: float, size: int, seed: int) -> None:
+    logits = 3 * torch.randn(1, 8, generator=torch.Generator().manual_seed(seed))
+    ids, expected = torch.tensor([context]), logits.clone()
+    if penalty != 1.0:
+        expected = transformers.RepetitionPenaltyLogitsProcessor(penalty)(ids, expected)
+    if size > 0:
+        expected = transformers.NoRepeatNGramLogitsProcessor(size)(ids, expected)
+    penalize(logits[0], context, penalty, size)
+    assert torch.equal(logits, expected)
 
 
 def test_each_position_sees_its_own_context() -> None:

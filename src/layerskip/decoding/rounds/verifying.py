@@ -20,7 +20,7 @@ from layerskip.decoding.sampler import Sampler
 from layerskip.model.drafts import DraftRequest, Drafts
 from layerskip.model.finite import best_tokens
 from layerskip.model.noise import Purpose, make_key, uniforms
-from layerskip.model.sampling import add_noise
+from layerskip.model.sampling import add_noise, noise_for
 
 
 @torch.inference_mode()
@@ -156,7 +156,7 @@ class _Judge:
         if sampler.draw is None:
             return best_tokens(scores)
         if self._noise is None:
-            self._noise = sampler.noise(scores, self._first)
+            self._noise = noise_for(sampler.draw, scores, self._first)
         return best_tokens(add_noise(scores, self._noise, sampler.draw))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from layerskip.model.confidence import CONFIDENCE_CLASSES
 
-INTERFACE = 3
+INTERFACE = 4
 """Version of structures and functions; `layerskip_interface` must return it."""
 LIBRARY = Path(__file__).parents[2] / "_native.so"
 PANEL = 16
@@ -108,10 +108,10 @@ class SamplingView(Structure):
     """`Sampling` of native/sampling.h."""
 
     _fields_ = (
-        ("temperature", c_float),
-        ("top_p", c_float),
-        ("min_p", c_float),
-        ("top_k", c_int32),
+        ("temperatures", POINTER(c_float)),
+        ("top_p", POINTER(c_float)),
+        ("min_p", POINTER(c_float)),
+        ("top_k", POINTER(c_int32)),
         ("seeds", POINTER(c_uint64)),
     )
 
@@ -142,7 +142,7 @@ def load_library(path: Path = LIBRARY) -> ctypes.CDLL | None:
         POINTER(NetworkView), POINTER(EmbeddingView), c_void_p, c_void_p, c_int32, c_int32, c_void_p,
         POINTER(CacheView), c_int32, c_int32, POINTER(SamplingView), c_void_p,
     ]  # fmt: skip
-    library.layerskip_filter.argtypes = [POINTER(SamplingView), c_void_p, c_int64, c_int64, c_int32]
+    library.layerskip_filter.argtypes = [POINTER(SamplingView), c_void_p, c_int64, c_int64, c_int64, c_int32]
     library.layerskip_gumbel.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int32]
     library.layerskip_packed_bytes.argtypes = [c_int32, c_int32, c_int32]
     library.layerskip_packed_bytes.restype = c_int64

@@ -266,6 +266,7 @@ class NativeNetwork:
             complete: Run the last draft through the layers as well.
         """
         rows, stop, draw = cache.num_rows, request.stop, request.draw
+        tokens = tokens.contiguous()  # a copy must live until the call returns
         hidden = torch.empty(request.num_drafts + 1, rows, self.config.hidden_size)
         drafts = torch.empty(request.num_drafts, rows, dtype=torch.long)
         confidences = (ctypes.c_float * (request.num_drafts * rows))()
@@ -273,7 +274,7 @@ class NativeNetwork:
         made = self._draft(
             self._network,
             self._embedding,
-            tokens.contiguous().data_ptr(),
+            tokens.data_ptr(),
             rows,
             (ctypes.c_int64 * rows)(*cache.lengths),
             request.num_drafts,

@@ -1,4 +1,4 @@
-"""Temperature, filters and noise of sampling, compiled: what `decoding.sampling` does with transformers' processors.
+"""Temperature, filters and noise of sampling, compiled: the results of `model.sampling` and `model.noise` in torch.
 
 Torch's logarithms and sorts of a vocabulary take longer than a small network's layers, and wake up threads of their own
 that compete with the kernels'.
@@ -7,6 +7,7 @@ Shapes: B rows, Q positions a row, V vocabulary.
 """
 
 import ctypes
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -15,39 +16,36 @@ from torch import Tensor
 from layerskip.model.draw import Draw
 from layerskip.model.native.library import SamplingView, load_library
 
+MOST_TOP_K = 2**31 - 1
+"""Tokens: the largest number that the structure holds."""
+
 
 def is_available() -> bool:
     """Whether these functions can be called here."""
     return load_library() is not None
 
 
+@functools.lru_cache(maxsize=64)
 def sampling_view(draw: Draw) -> SamplingView:
-    """The structure for a `Draw`."""
+    """The structure for a `Draw`, which keeps its arrays alive; built once, because every round asks for it."""
+    floats, integers = ctypes.c_float * draw.num_rows, ctypes.c_int32 * draw.num_rows
     return SamplingView(
-        temperature=draw.temperatures[0],
-        top_p=draw.top_p[0],
-        min_p=draw.min_p[0],
-        top_k=min(draw.top_k[0], 2**31 - 1),
-        seeds=(ctypes.c_uint64 * len(draw.seeds))(*draw.seeds),
+        temperatures=floats(*draw.temperatures),
+        top_p=floats(*draw.top_p),
+        min_p=floats(*draw.min_p),
+        top_k=integers(*(min(k, MOST_TOP_K) for k in draw.top_k)),
+        seeds=(ctypes.c_uint64 * draw.num_rows)(*draw.seeds),
     )
 
 
 def filter_scores(draw: Draw, logits: Tensor) -> Tensor:
-    """Divide by the temperature, and make -inf of what top-k, top-p and min-p leave out, in transformers' order.
-
-    Args:
-        draw: The rules; seeds don't matter.
-        logits: [B, Q, V], float32 on the CPU; not changed.
-
-    Returns:
-        [B, Q, V].
-    """
+    """`sampling.filter_scores`: [B, Q, V] for logits [B, Q, V], float32 on the CPU, which aren't changed."""
     library = load_library()
     assert library is not None
     scores = logits.clone(memory_format=torch.contiguous_format)
-    vocab_size = scores.shape[-1]
-    rows, threads = scores.numel() // vocab_size, torch.get_num_threads()
-    library.layerskip_filter(sampling_view(draw), scores.data_ptr(), rows, vocab_size, threads)
+    rows, queries, vocab_size = scores.shape
+    threads = torch.get_num_threads()
+    library.layerskip_filter(sampling_view(draw), scores.data_ptr(), rows, queries, vocab_size, threads)
     return scores
 
 

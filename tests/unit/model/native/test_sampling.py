@@ -1,4 +1,4 @@
-"""The compiled rules of sampling against torch's and transformers'."""
+"""The compiled rules of sampling against those in torch."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +13,10 @@ from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.sampler import Sampler
 from layerskip.model.confidence import CONFIDENCE_CLASSES
 from layerskip.model.drafts import DraftRequest, DraftStop
+from layerskip.model.draw import Draw
 from layerskip.model.native import sampling as native_sampling
 from layerskip.model.noise import Purpose, gumbel_in_torch, make_key
+from layerskip.model.sampling import choose_tokens
 
 pytestmark = pytest.mark.skipif(not native_sampling.is_available(), reason="the compiled kernels weren't built")
 
@@ -41,7 +43,7 @@ def test_noise_equals_torchs_up_to_rounding() -> None:
 
 
 @pytest.mark.parametrize("rules", RULES, ids=str)
-def test_filters_equal_transformers(rules: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_filters_equal_torchs(rules: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     sampler, logits = Sampler(GenerationConfig(do_sample=True, **rules)), random_logits(2, 3, 5_003)
     found = sampler.scores(logits)
     monkeypatch.setattr(native_sampling, "is_available", lambda: False)
@@ -60,6 +62,41 @@ def test_a_network_draws_what_the_sampler_draws(tiny_checkpoint: Callable[..., P
     wanted = sampler.choose(sampler.scores(logits), seeds, [1, 1])
     assert found is not None
     assert torch.equal(found, wanted)
+
+
+def test_a_network_samples_each_row_by_its_own_rules(tiny_checkpoint: Callable[..., Path]) -> None:
+    """Rows of one block, those that take the likeliest token among them, as if each were alone."""
+    decoder = layerskip.load(str(tiny_checkpoint()), kernels="native").decoder
+    draw = Draw(
+        temperatures=(0.0, 0.7, 1.0, 1.4),
+        top_k=(7, 0, 5, 0),
+        top_p=(0.5, 0.9, 1.0, 1.0),
+        min_p=(0.1, 0.0, 0.0, 0.05),
+        seeds=(1, 2, 3, 2),
+    )
+    tokens = torch.randint(0, 96, (4, 20), generator=torch.Generator().manual_seed(2))
+    cache = decoder.new_cache(4, 40)
+    positions = decoder.place(cache, cache.lengths, 20)
+    logits = decoder.unembed(decoder.run_layers(decoder.embed(tokens), positions, cache, 0, 4))
+    found = decoder.choose(tokens, positions, cache, 0, 4, draw)
+    assert found is not None
+    assert torch.equal(found, choose_tokens(logits, draw, [1] * 4))
+    assert torch.equal(found[0], logits[0].argmax(-1))
+    request = DraftRequest(exit_layer=2, num_drafts=6, draw=draw)
+    drafts, greedy = (
+        decoder.draft(tokens[:, :1], decoder.new_cache(4, 40), part)
+        for part in (request, DraftRequest(exit_layer=2, num_drafts=6))
+    )
+    assert drafts is not None
+    assert greedy is not None
+    assert torch.equal(drafts.tokens[0], greedy.tokens[0])
+    assert torch.equal(drafts.hidden[0], greedy.hidden[0])
+    for row in range(1, 4):
+        values = {name: value[row : row + 1] for name, value in vars(draw).items()}
+        alone = DraftRequest(exit_layer=2, num_drafts=6, draw=Draw(**values))
+        one = decoder.draft(tokens[row : row + 1, :1], decoder.new_cache(1, 40), alone)
+        assert one is not None
+        assert torch.equal(one.tokens[0], drafts.tokens[row])
 
 
 @pytest.mark.parametrize("draft_vocabulary", [None, 40])

@@ -14,7 +14,6 @@ from layerskip.decoding.row import Row
 from layerskip.decoding.sampler import Sampler, looks_back
 from layerskip.model.cache import KVCache
 from layerskip.model.decoder import Decoder
-from layerskip.model.stopwatch import Stopwatch
 
 Needs = Literal["tokens", "contexts", "distributions", "distributions one by one"]
 """What the rows of a batch need of the network: tokens only; logits, because penalties look at the sequence; or
@@ -68,7 +67,6 @@ class Batch:
         """Steps of it that were taken."""
         self.step_seconds: list[float] = []
         """Seconds of those that settled."""
-        self.stopwatch = Stopwatch(decoder.device)
         self._cache: KVCache | None = None
         self._placed: list[Row] = []
 

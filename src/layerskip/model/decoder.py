@@ -126,7 +126,7 @@ class Decoder:
         self.dtype = dtype
         self.device = device
         self.max_context = max_context
-        self._stopwatch = Stopwatch(device)
+        self.stopwatch = Stopwatch(device)
         self.calls = LayerCalls()
         """Layers entered so far, those of drafts included."""
         self._token_ids = token_ids
@@ -311,44 +311,42 @@ class Decoder:
             confidences=() if request.stop is None else confidences,
         )
 
-    def round(self, tokens: Sequence[int], cache: KVCache, request: DraftRequest, num_layers: int) -> RoundTokens:
+    def round(
+        self,
+        tokens: Sequence[int],
+        cache: KVCache,
+        request: DraftRequest,
+        num_layers: int,
+        drafts: Drafts | None = None,
+    ) -> RoundTokens:
         """Draft with the first layers and verify with the others; without drafts, an autoregressive step.
 
         Args:
             tokens: B token ids, the last of each row, right after what its row of the cache has committed.
             cache: Nothing is committed. Drafts for which a row has no room go to the scratch slot; they, and the
                 targets after them, mean nothing.
-            request: What to draft.
+            request: What to draft, and how tokens are chosen.
             num_layers: Layers in all; fewer than L for early exit, without drafts.
+            drafts: Drafts from elsewhere, in place of the first layers'.
         """
-        start = self._stopwatch.mark()
+        start = self.stopwatch.mark()
         pending = self.pending(tokens)
-        if request.exit_layer and request.num_drafts:
+        if drafts is None and request.exit_layer and request.num_drafts:
             drafts = self.draft(pending, cache, request)
-        else:
-            drafts = Drafts(tokens=pending[:, :0])
-        middle = self._stopwatch.mark()
-        drafted, targets = self.verify(pending, drafts, cache, request.draw, num_layers)
-        end = self._stopwatch.mark()
-        between = self._stopwatch.between
-        return RoundTokens(
-            drafts=drafted,
-            targets=targets,
-            confidences=drafts.confidences,
-            seconds_drafting=between(start, middle) if drafts.tokens.shape[1] else 0.0,
-            seconds_verifying=between(middle, end),
-        )
-
-    def verify(
-        self, pending: Tensor, drafts: Drafts, cache: KVCache, draw: Draw | None, num_layers: int
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        """Drafts and targets on the host: B x K and B x (K + 1)."""
+        drafts = drafts or Drafts(tokens=pending[:, :0])
+        middle, length = self.stopwatch.mark(), drafts.tokens.shape[1]
         inputs = torch.cat((pending, drafts.tokens), 1) if drafts.hidden is None else drafts.hidden
         positions = self.place(cache, cache.lengths, inputs.shape[1])
-        targets = self.choose(inputs, positions, cache, drafts.exit_layer, num_layers, draw)
+        targets = self.choose(inputs, positions, cache, drafts.exit_layer, num_layers, request.draw)
         both = torch.cat((drafts.tokens, targets), 1).tolist()  # the round's only device synchronisation
-        length = drafts.tokens.shape[1]
-        return [row[:length] for row in both], [row[length:] for row in both]
+        end = self.stopwatch.mark()
+        return RoundTokens(
+            drafts=[row[:length] for row in both],
+            targets=[row[length:] for row in both],
+            confidences=drafts.confidences,
+            seconds_drafting=self.stopwatch.between(start, middle),
+            seconds_verifying=self.stopwatch.between(middle, end),
+        )
 
     def pending(self, tokens: Sequence[int]) -> Tensor:
         """Token ids of B rows as [B, 1] on the device."""

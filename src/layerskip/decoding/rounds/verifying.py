@@ -8,6 +8,8 @@ Shapes: B rows, K drafts a row, D width, V vocabulary.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,39 +36,40 @@ def run_round(batch: Batch, plan: Plan) -> RoundResult:
 
 def _through_tokens(batch: Batch, plan: Plan) -> RoundResult:
     """A round of rows that need tokens only."""
-    decoder, cache, draw = batch.decoder, batch.cache, batch.sampler.draw
-    confidences: Sequence[Sequence[float]] = ()
-    drafting = verifying = 0.0
+    drafts, num_drafts = None, batch.draft_lengths(plan.num_speculations if plan.source == "layers" else 0)
     if plan.source == "text":
         drafts, num_drafts = draft_from_text(batch, batch.matches(), plan.num_speculations)
-        drafted, targets = decoder.verify(batch.pending(), drafts, cache, draw, decoder.num_layers)
-    else:
-        num_drafts = batch.draft_lengths(plan.num_speculations if plan.source == "layers" else 0)
-        request = DraftRequest(
-            exit_layer=plan.exit_layer,
-            num_drafts=max(num_drafts),
-            planned=plan.num_speculations,
-            stop=plan.stop,
-            draw=draw,
-        )
-        tokens = decoder.round(batch.last_tokens, cache, request, decoder.num_layers)
-        drafted, targets, confidences = tokens.drafts, tokens.targets, tokens.confidences
-        drafting, verifying = tokens.seconds_drafting, tokens.seconds_verifying
-    usable = [tuple(row[:number]) for row, number in zip(drafted, num_drafts, strict=True)]
-    num_accepted = [accept_matching(drafts, chosen) for drafts, chosen in zip(usable, targets, strict=True)]
-    return RoundResult(
-        drafts=usable,
-        num_accepted=num_accepted,
-        tokens=[chosen[number] for chosen, number in zip(targets, num_accepted, strict=True)],
-        confidences=confidences,
-        seconds_drafting=drafting,
-        seconds_verifying=verifying,
+    request = DraftRequest(
+        exit_layer=plan.exit_layer,
+        num_drafts=max(num_drafts),
+        planned=plan.num_speculations,
+        stop=plan.stop,
+        draw=batch.sampler.draw,
     )
+    tokens = batch.decoder.round(batch.last_tokens, batch.cache, request, batch.depth, drafts)
+    return _accepted(
+        tokens.drafts,
+        num_drafts,
+        tokens.targets,
+        confidences=tokens.confidences,
+        seconds_drafting=tokens.seconds_drafting,
+        seconds_verifying=tokens.seconds_verifying,
+    )
+
+
+def _accepted(
+    drafts: Sequence[Sequence[int]], num_drafts: Sequence[int], targets: Sequence[Sequence[int]], **rest: Any
+) -> RoundResult:
+    """Accept the drafts that the target chose too; the token after them is the target's."""
+    usable = [tuple(row[:number]) for row, number in zip(drafts, num_drafts, strict=True)]
+    num_accepted = [accept_matching(row, chosen) for row, chosen in zip(usable, targets, strict=True)]
+    tokens = [chosen[number] for chosen, number in zip(targets, num_accepted, strict=True)]
+    return RoundResult(drafts=usable, num_accepted=num_accepted, tokens=tokens, **rest)
 
 
 def _through_logits(batch: Batch, plan: Plan) -> RoundResult:
     """A round of rows whose drafts or targets depend on more than tokens, or one that probes exits."""
-    decoder, cache, watch = batch.decoder, batch.cache, batch.stopwatch
+    decoder, cache, watch = batch.decoder, batch.cache, batch.decoder.stopwatch
     start = watch.mark()
     drafts, num_drafts = _draft(batch, plan)
     middle = watch.mark()
@@ -76,21 +79,17 @@ def _through_logits(batch: Batch, plan: Plan) -> RoundResult:
     first, last = drafts.exit_layer, decoder.num_layers
     hidden, states = decoder.run_exits(hidden, positions, cache, first, last, plan.probe)
     judge = _Judge(batch, drafts, num_drafts, decoder.unembed(hidden))
-    results = judge.result()  # the round's only device synchronisation, unless exits are probed
-    num_accepted = [number for number, _ in results]
+    result = judge.result()  # the round's only device synchronisation, unless exits are probed
     agreement = {
-        exit_layer: judge.agreement(decoder.unembed(state), num_accepted)
+        exit_layer: judge.agreement(decoder.unembed(state), result.num_accepted)
         for exit_layer, state in {**drafts.exit_states, **states}.items()
     }
     end = watch.mark()
-    tokens = drafts.tokens.tolist()
-    return RoundResult(
-        drafts=[tuple(row[:number]) for row, number in zip(tokens, num_drafts, strict=True)],
-        num_accepted=num_accepted,
-        tokens=[token for _, token in results],
+    return replace(
+        result,
         confidences=drafts.confidences,
         agreement=agreement,
-        seconds_drafting=watch.between(start, middle) if plan.source != "none" else 0.0,
+        seconds_drafting=watch.between(start, middle),
         seconds_verifying=watch.between(middle, end),
     )
 
@@ -119,11 +118,13 @@ class _Judge:
         self._noise: Tensor | None = None
         self._targets = None if batch.by_distribution else self._choose(self._scores)
 
-    def result(self) -> list[tuple[int, int]]:
-        """For each row, how many drafts are accepted, and the token after them."""
+    def result(self) -> RoundResult:
+        """Accepted drafts, and the token after them."""
         batch, drafts = self._batch, self._drafts
+        length = drafts.tokens.shape[1]
         if self._targets is not None:
-            return _compared(drafts.tokens, self._num_drafts, self._targets)
+            both = torch.cat((drafts.tokens, self._targets), 1).tolist()
+            return _accepted([row[:length] for row in both], self._num_drafts, [row[length:] for row in both])
         drawn = draw_accepted(
             batch.sampler,
             drafts.tokens,
@@ -134,8 +135,12 @@ class _Judge:
             first=self._first,
             counters=[row.recorder.rounds for row in batch.rows],
             block=batch.needs == "distributions",
+        ).tolist()
+        return RoundResult(
+            drafts=[tuple(row[:number]) for row, number in zip(drawn, self._num_drafts, strict=True)],
+            num_accepted=[row[-2] for row in drawn],
+            tokens=[row[-1] for row in drawn],
         )
-        return [(num_accepted, token) for num_accepted, token in drawn[:, -2:].tolist()]
 
     def agreement(self, logits: Tensor, num_accepted: Sequence[int]) -> tuple[float, int]:
         """Tokens on which an exit agreed with the target, of how many: what follows a rejected draft doesn't count.
@@ -158,16 +163,6 @@ class _Judge:
         if self._noise is None:
             self._noise = noise_for(sampler.draw, scores, self._first)
         return best_tokens(add_noise(scores, self._noise, sampler.draw))
-
-
-def _compared(drafts: Tensor, num_drafts: Sequence[int], targets: Tensor) -> list[tuple[int, int]]:
-    """For each row, how many drafts the target chose too, and its token after them."""
-    results = []
-    for row, usable in zip(torch.cat((drafts, targets), 1).tolist(), num_drafts, strict=True):
-        chosen = row[drafts.shape[1] :]
-        num_accepted = accept_matching(row[:usable], chosen)
-        results.append((num_accepted, chosen[num_accepted]))
-    return results
 
 
 def draw_accepted(

@@ -5,7 +5,7 @@ from typing import Any
 
 from layerskip.model.cache import KVCache
 from layerskip.model.decoder import Decoder
-from layerskip.model.drafts import DraftRequest, RoundTokens
+from layerskip.model.drafts import DraftRequest, Drafts, RoundTokens
 from layerskip.model.graphs.compiled import CompiledRound, CompiledRounds, RoundMode
 from layerskip.model.graphs.static import RoundParts
 from layerskip.model.torch.network import TorchNetwork
@@ -53,18 +53,26 @@ class GraphDecoder(Decoder):
         """A cache in buffers that earlier ones may have used: rounds are compiled for these."""
         return self._rounds.new_cache(num_rows, capacity)
 
-    def round(self, tokens: Sequence[int], cache: KVCache, request: DraftRequest, num_layers: int) -> RoundTokens:
+    def round(
+        self,
+        tokens: Sequence[int],
+        cache: KVCache,
+        request: DraftRequest,
+        num_layers: int,
+        drafts: Drafts | None = None,
+    ) -> RoundTokens:
         """As `Decoder.round`, in one call where the round is greedy, of a fixed length, and compiled."""
         exit_layer, planned = request.exit_layer, max(request.planned, request.num_drafts)
         own = exit_layer == 0 or self.drafter(exit_layer).decoder is self
         useful = 2 * request.num_drafts >= planned  # otherwise rows end soon, and most of the drafts would be in vain
-        if not own or not useful or request.draw is not None or request.stop is not None:
-            return super().round(tokens, cache, request, num_layers)
-        start = self._stopwatch.mark()
+        greedy = request.draw is None and request.stop is None
+        if not (own and useful and greedy and drafts is None):
+            return super().round(tokens, cache, request, num_layers, drafts)
+        start = self.stopwatch.mark()
         result = self._rounds.run(tokens, cache, exit_layer=exit_layer, num_drafts=planned, stop=num_layers)
         if result is None:
             return super().round(tokens, cache, request, num_layers)
-        seconds = self._stopwatch.between(start, self._stopwatch.mark())
+        seconds = self.stopwatch.between(start, self.stopwatch.mark())
         for _ in range(planned):
             self.calls.add(0, exit_layer, len(tokens), 1)
         self.calls.add(0, num_layers, len(tokens), planned + 1)

@@ -11,7 +11,7 @@ from rich.control import Control
 from rich.segment import ControlType
 from rich.text import Text
 
-from layerskip.decoding.adaptive.explain import Explanation, explain
+from layerskip.cli.terminal.explanation import Explanation, explain
 from layerskip.decoding.adaptive.policy import AdaptivePolicy
 from layerskip.decoding.output.events import DraftEvent, GenerationResult, Source, StreamEvent, TokenEvent
 from layerskip.decoding.output.stream import GenerationStream

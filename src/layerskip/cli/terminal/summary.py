@@ -6,8 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
+from layerskip.cli.terminal.explanation import Explanation
 from layerskip.cli.terminal.stream import Run, follow, ignore
-from layerskip.decoding.adaptive.explain import Explanation
 from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.output.events import GenerationResult
 from layerskip.decoding.request import choose_exit_layer

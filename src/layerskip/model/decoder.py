@@ -37,7 +37,7 @@ class Network(Protocol):
         ...
 
     @property
-    def layers(self) -> Sequence[LayerWeights]:
+    def layers(self) -> Sequence[LayerWeights[Linear]]:
         """Weights of each layer."""
         ...
 

@@ -1,9 +1,8 @@
-"""With what drafts are written, when to stop, and what drafting in one call, or a whole round, gives.
+"""Inputs and outputs of drafting: the stop rule, the request, the drafts, and whole rounds.
 
 Shapes: B rows, K drafts a row, D width.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,36 +16,6 @@ def confidence_class(confidence: float) -> int:
     if not confidence > 0:  # nor a number
         return 0
     return min(CONFIDENCE_CLASSES - 1, int(confidence * confidence * CONFIDENCE_CLASSES))
-
-
-@dataclass(frozen=True, kw_only=True)
-class DraftWeights:
-    """How the weights that draft differ from those that verify."""
-
-    quantize: str | None = None
-    """Fewer bits, for a copy of the first half of the layers and of the head; None: the same layers."""
-    tokens: tuple[int, ...] | None = None
-    """Ids among which drafts are chosen; None: all."""
-
-
-def frequent_tokens(text: Sequence[int], count: int, vocab_size: int, first: Sequence[int] = ()) -> tuple[int, ...]:
-    """The ids that drafts are chosen among (FR-Spec).
-
-    Source: arXiv:2502.14856. Byte-pair tokenizers number their tokens by the frequency of the pair that made them, so
-    that their order serves where no text is given.
-
-    Args:
-        text: Token ids of a text; its most frequent ones come first.
-        count: Ids to return.
-        vocab_size: V; ids beyond those of the text follow in their order.
-        first: Ids to include in any case.
-
-    Returns:
-        `count` different ids, in ascending order.
-    """
-    ranked = (id_ for id_, _ in Counter(text).most_common())
-    chosen = dict.fromkeys(id_ for id_ in (*first, *ranked, *range(vocab_size)) if id_ < vocab_size)
-    return tuple(sorted(list(chosen)[:count]))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import torch
 from synthetic import SHAPES, make_synthetic, make_untrained, random_prompts
 
 import layerskip
-from layerskip.checkpoint.checkpoint import open_checkpoint
+from layerskip.checkpoint.checkpoint import DEMO_FOLDER
 from layerskip.checkpoint.names import MODELS, resolve
 from layerskip.errors import TokenizerError
 
@@ -60,7 +60,7 @@ def prepare(
         print(f"{model}: random weights, the exit agrees on {reached:.2f} of random tokens")
         return str(scratch)
     if model in UNTRAINED:
-        make_untrained(scratch, UNTRAINED[model] or open_checkpoint("demo").folder)
+        make_untrained(scratch, UNTRAINED[model] or DEMO_FOLDER)
         return str(scratch)
     return model
 

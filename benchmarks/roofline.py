@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from layerskip.model.native.library import load_library
-from layerskip.model.native.network import NativeLinear
+from layerskip.model.native.linear import NativeLinear
 from layerskip.model.torch.linear import OneDNNLinear, has_onednn, pack
 
 INPUTS, OUTPUTS = 4096, 32_768

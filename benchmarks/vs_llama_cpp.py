@@ -31,7 +31,7 @@ from rich.table import Table
 import layerskip
 from layerskip.checkpoint.transformers_model import load_transformers_model
 from layerskip.model.config.model_config import ModelConfig
-from layerskip.model.weights.loading import EMBEDDING, FINAL_NORM, HEAD, TensorSource
+from layerskip.model.weights.tensors import EMBEDDING, FINAL_NORM, HEAD, TensorSource
 
 LLAMA, OURS, SPECULATIVE, ADAPTIVE = "llama.cpp", "autoregressive", "self-speculative", "adaptive"
 NAMES = {

@@ -109,20 +109,20 @@ def load_static() -> Callable[..., Any]:
         import torch
 
         from layerskip.checkpoint.checkpoint import open_checkpoint
-        from layerskip.checkpoint.placement import choose_context
+        from layerskip.checkpoint.loading.placement import choose_context
         from layerskip.language_model import LanguageModel
         from layerskip.model.weights.loading import load_decoder
+        from layerskip.model.weights.plan import LoadingPlan
 
         checkpoint = open_checkpoint(str(folder))
-        decoder = load_decoder(
-            checkpoint.config,
-            checkpoint.weights,
+        plan = LoadingPlan(
             dtype=getattr(torch, dtype),
             device=torch.device("cpu"),
-            max_context=choose_context(checkpoint.config, None),
-            rounds="static",
+            context=choose_context(checkpoint.config, None),
+            rounds="graphs",
+            uses_before=0,
         )
-        return LanguageModel(checkpoint, decoder)
+        return LanguageModel(checkpoint, load_decoder(checkpoint.config, checkpoint.weights, plan))
 
     return load
 

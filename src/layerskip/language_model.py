@@ -2,14 +2,13 @@
 
 import secrets
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from layerskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from layerskip.checkpoint.loading import Compile, DType, Kernels, LoadingConfig, Quantization
+from layerskip.checkpoint.loading.config import LoadingConfig, make_loading_config
 from layerskip.checks import check_text, whole_number
 from layerskip.decoding.adaptive.experience import Experience
 from layerskip.decoding.config import GenerationConfig, make_config
@@ -33,64 +32,29 @@ SESSION_TOKENS = 1024
 
 
 def load(
-    name: str,
-    *,
-    dtype: DType = "auto",
-    device: str = "auto",
-    revision: str | None = None,
-    max_context: int | None = None,
-    kernels: Kernels = "auto",
-    quantize: Quantization | None = None,
-    quantize_draft: Quantization | None = None,
-    draft_vocabulary: int | None = None,
-    draft_text: str | Path | None = None,
-    compile: Compile = "auto",
-    **unknown: Any,
+    name: str, config: LoadingConfig | None = None, *, revision: str | None = None, **options: Any
 ) -> "LanguageModel":
     """Load a checkpoint.
 
     Args:
         name: `demo` (the embedded model), `smollm2` or `gemma3-270m` (from packages of the Python registry where these
             are installed, else from the hub), a folder, a GGUF file, or a hub id (`owner/name`).
-        dtype: `float32`, `bfloat16`, `float16`, or `auto`: float32 on a CPU, the checkpoint's own elsewhere.
-        device: `cpu`, `cuda`, `cuda:1`, ..., or `auto`: a CUDA GPU if there is one.
+        config: How to load it.
         revision: Branch, tag or commit of a hub repository.
-        max_context: Longest sequence in tokens; the model's own context if not given (for LongRoPE models the one
-            before scaling: ask for more to select the long factors).
-        kernels: `native` (compiled, float32 on a CPU), `torch`, or `auto`: native where it can run the model.
-        quantize: Keep weights in `int8`, `int4` or `fp8` (CUDA): less memory, more tokens/s, and another model.
-        quantize_draft: The same for a copy that drafts only; the text stays that of the weights as they are.
-        draft_vocabulary: Draft among so many of the most frequent tokens only; the text stays the same.
-        draft_text: A text file that says which tokens are frequent; the tokenizer's order if not given.
-        compile: How whole greedy rounds run. `auto`: captured as CUDA graphs on CUDA; not at all on a CPU, where native
-            kernels are faster. `max`: compiled by `torch.compile` (in place of native kernels on a CPU), which takes
-            minutes for each shape. `off`: neither. `LanguageModel.decoder.compiled` tells what was compiled.
-        **unknown: Nothing else; named in the error.
+        **options: Fields of `LoadingConfig`, such as `dtype`, `device`, `kernels` or `quantize`; they win over
+            `config`.
 
     Raises:
         CheckpointError: The checkpoint can't be found, read or understood; its subclasses say which.
         OutOfMemoryError: The weights don't fit.
-        InvalidArgumentError: A bad dtype, device or context, kernels that can't run the model, or `max` where there is
-            no compiler.
+        InvalidArgumentError: An unknown option, a bad dtype, device or context, kernels that can't run the model, or
+            `max` where there is no compiler.
 
     Example:
         >>> lm = load("demo")
         >>> lm.generate(["def add(a, b):"], max_new_tokens=20)[0].text
     """
-    if unknown:
-        known = ", ".join(["revision", *(field.name for field in fields(LoadingConfig))])
-        raise InvalidArgumentError(f"unknown option {next(iter(unknown))!r}; known: {known}")
-    loading = LoadingConfig(
-        dtype=dtype,
-        device=device,
-        max_context=max_context,
-        kernels=kernels,
-        quantize=quantize,
-        quantize_draft=quantize_draft,
-        draft_vocabulary=draft_vocabulary,
-        draft_text=draft_text,
-        compile=compile,
-    )
+    loading = make_loading_config(config, options)
     checkpoint = open_checkpoint(name, revision=revision)
     return LanguageModel(checkpoint, checkpoint.load_decoder(loading))
 

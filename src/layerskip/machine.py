@@ -1,4 +1,4 @@
-"""What figures were measured on: processor, versions, commit."""
+"""This machine: what figures were measured on (processor, versions, commit), and memory that is in use and free."""
 
 import os
 import platform
@@ -6,9 +6,12 @@ import subprocess
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layerskip import __version__
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("torch", "transformers", "datasets", "lm_eval", "ray")
 
@@ -68,3 +71,18 @@ def resident_bytes() -> int:
     except (OSError, ValueError, IndexError):
         return 0
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def free_memory(device: "torch.device") -> int | None:
+    """Bytes that are free on a device, or None where the system doesn't tell."""
+    import torch
+
+    if device.type == "cuda":  # what torch keeps for later allocations is free as well, though the driver counts it
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
+    meminfo = Path("/proc/meminfo")
+    if device.type == "cpu" and meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None

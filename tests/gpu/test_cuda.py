@@ -11,7 +11,7 @@ from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.rounds.acceptance import accept_block, accept_rejection
 from layerskip.evaluation.verify.compare import verify_lossless
 from layerskip.language_model import LanguageModel
-from layerskip.model.cache import free_memory
+from layerskip.machine import free_memory
 from layerskip.model.noise import Purpose, gumbel, make_key, uniforms
 
 pytestmark = pytest.mark.gpu

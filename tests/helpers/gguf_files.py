@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
-from gguf.quants import quantize
+from gguf.constants import GGML_QUANT_SIZES
+from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file
 
 ARCHITECTURES = {
@@ -189,3 +190,25 @@ def add_tensor(
 def in_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
     """Rows of each head so that the two channels of a rotary pair follow one another."""
     return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def write_random(path: Path, type_: GGMLQuantizationType, rows: int, inputs: int) -> torch.Tensor:
+    """Write a file with one tensor `weight` of random blocks; returns the numbers that the gguf package reads there."""
+    weights, size = GGML_QUANT_SIZES[type_]
+    random = np.random.default_rng(0)
+    data = random.integers(0, 256, (rows, inputs // weights, size), dtype=np.uint8)
+    scales = random.normal(size=(rows, inputs // weights, size // 2)).astype(np.float16).view(np.uint8)
+    if weights > 1:  # scales and minima are float16, which random bytes aren't always
+        for place in range(0, size - 1, 2):
+            data[..., place : place + 2] = scales[..., place : place + 2]
+    else:
+        numbers = random.normal(size=(rows, inputs)).astype(np.float32)
+        dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[type_.name]
+        data = torch.from_numpy(numbers).to(dtype).view(torch.uint8).numpy()
+    writer = GGUFWriter(path, "llama")
+    writer.add_tensor("weight", data.reshape(rows, -1), raw_dtype=type_)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return torch.from_numpy(dequantize(data.reshape(rows, -1), type_).reshape(rows, inputs).copy())

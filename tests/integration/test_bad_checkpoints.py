@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import layerskip
-from layerskip.checkpoint import checkpoint as checkpoint_module
+from layerskip.checkpoint.checkpoint import open_checkpoint
+from layerskip.checkpoint.loading import plan as plan_module
 from layerskip.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -273,15 +274,15 @@ def test_context_beyond_the_model(folder: Path, max_context: int) -> None:
 
 
 def test_weights_that_do_not_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_module, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(plan_module, "free_memory", lambda device: 1000)
     refusal(OutOfMemoryError, folder, str(folder), "GiB", "free on cpu", "16-bit dtype", "smaller model")
-    monkeypatch.setattr(checkpoint_module, "free_memory", lambda device: None)
+    monkeypatch.setattr(plan_module, "free_memory", lambda device: None)
     layerskip.load(str(folder), device="cpu")
 
 
 def test_a_16_bit_dtype_needs_half(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    size = checkpoint_module.open_checkpoint(str(folder)).num_parameters
-    monkeypatch.setattr(checkpoint_module, "free_memory", lambda device: 3 * size)
+    size = open_checkpoint(str(folder)).num_parameters
+    monkeypatch.setattr(plan_module, "free_memory", lambda device: 3 * size)
     refusal(OutOfMemoryError, folder, "16-bit")
     layerskip.load(str(folder), device="cpu", dtype="bfloat16")
 

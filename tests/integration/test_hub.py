@@ -35,7 +35,8 @@ results = []
 for name, revision in json.loads(sys.argv[1]):
     lm = layerskip.load(name, revision=revision, dtype="float32", device="cpu")
     tokens = lm.encode(["hello"])[0]
-    results.append({"logits": lm.logits([1, 2, 3]).tolist(), "folder": str(lm.checkpoint.folder), "tokens": tokens})
+    folder = str(lm.checkpoint.hugging_face_folder)
+    results.append({"logits": lm.logits([1, 2, 3]).tolist(), "folder": folder, "tokens": tokens})
 print(json.dumps(results))
 """
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from layerskip.checkpoint.checkpoint import Checkpoint
 from layerskip.model.native.library import load_library
 from layerskip.model.torch.linear import WIDE
-from layerskip.model.weights.loading import tensor_shapes
+from layerskip.model.weights.tensors import tensor_shapes
 
 SRC = Path(__file__).parents[2] / "src"
 
@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from layerskip.checkpoint.checkpoint import open_checkpoint
-from layerskip.checkpoint.loading import LoadingConfig
+from layerskip.checkpoint.loading.config import LoadingConfig
 
 torch.set_num_threads(1)
 how = LoadingConfig(dtype=sys.argv[3], device="cpu", max_context=16, kernels=sys.argv[4])

@@ -97,7 +97,9 @@ def lm(make_lm: Callable[..., LanguageModel], request: pytest.FixtureRequest) ->
 @pytest.fixture(scope="session")
 def lm_folder(make_lm: Callable[..., LanguageModel]) -> Path:
     """The checkpoint of the network of most tests."""
-    return make_lm().checkpoint.folder
+    folder = make_lm().checkpoint.hugging_face_folder
+    assert folder is not None
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.engine import decode, make_batch
 from layerskip.errors import InvalidArgumentError
 from layerskip.language_model import LanguageModel
-from layerskip.model.drafts import frequent_tokens
 from layerskip.model.native.library import load_library
 
 SAMPLED = {"temperature": 0.9, "top_k": 12, "seed": 5}
@@ -102,13 +101,6 @@ def test_drafts_keep_to_the_vocabulary(reload: Callable[..., LanguageModel]) -> 
         drafts = [token for event in stream if isinstance(event, layerskip.DraftEvent) for token in event.token_ids]
         assert drafts
         assert max(drafts) < 10
-
-
-def test_frequent_tokens() -> None:
-    assert frequent_tokens([], 3, 10) == (0, 1, 2)
-    assert frequent_tokens([7, 7, 5, 5, 5, 9], 2, 10) == (5, 7)
-    assert frequent_tokens([7, 7], 3, 10, first=(4,)) == (0, 4, 7)
-    assert frequent_tokens([3], 10, 10) == tuple(range(10))
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,6 @@ def test_demo(demo: Any, prompt: str) -> None:
 @pytest.fixture(scope="module")
 def demo() -> Any:
     lm = layerskip.load("demo", dtype="float32", device="cpu")
-    folder = lm.checkpoint.folder
+    folder = lm.checkpoint.hugging_face_folder
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return lm, theirs, AutoTokenizer.from_pretrained(folder)

@@ -6,8 +6,7 @@ import inspect
 import layerskip
 
 SIGNATURES = {
-    "load": "name, *, dtype, device, revision, max_context, kernels, quantize, quantize_draft, "
-    "draft_vocabulary, draft_text, compile, **unknown",
+    "load": "name, config, *, revision, **options",
     "LanguageModel.generate": "self, prompts, config, **options",
     "LanguageModel.stream": "self, prompts, config, *, show_drafts, session, **options",
     "LanguageModel.score": "self, prompts, continuations, *, exit_layer",

@@ -6,41 +6,23 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-
 from layerskip.checkpoint.contents import Contents
 from layerskip.checkpoint.folder import HuggingFaceFolder
 from layerskip.checkpoint.gguf.file import SUFFIX, GGUFFile, find_gguf
 from layerskip.checkpoint.hub import download
 from layerskip.checkpoint.known_file import Report
-from layerskip.checkpoint.loading import LoadingConfig
+from layerskip.checkpoint.loading.config import LoadingConfig
+from layerskip.checkpoint.loading.plan import plan_loading
 from layerskip.checkpoint.names import MODELS, explain_absence, resolve
-from layerskip.checkpoint.placement import choose_context, choose_device, choose_dtype, choose_kernels, choose_rounds
 from layerskip.checkpoint.tuned import TunedSettings, read_tuned
-from layerskip.errors import (
-    CheckpointError,
-    CheckpointNotFoundError,
-    InvalidArgumentError,
-    OutOfMemoryError,
-    TokenizerError,
-)
+from layerskip.errors import CheckpointError, CheckpointNotFoundError, InvalidArgumentError, TokenizerError
 from layerskip.files import cache_folder
-from layerskip.model.cache import free_memory
 from layerskip.model.config.families import parse_config
 from layerskip.model.config.model_config import ModelConfig, read_eos
 from layerskip.model.config.values import shown
 from layerskip.model.decoder import Decoder
-from layerskip.model.drafts import DraftWeights, frequent_tokens
-from layerskip.model.rope import rope_bytes
-from layerskip.model.weights.loading import (
-    TensorSource,
-    check_names,
-    load_decoder,
-    tensor_shapes,
-    weight_bytes,
-    with_own_head,
-)
-from layerskip.model.weights.quantization import check_quantization
+from layerskip.model.weights.loading import load_decoder
+from layerskip.model.weights.tensors import TensorSource, parameter_count, with_own_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,8 +37,8 @@ class CheckpointFiles(Protocol):
     """What a checkpoint consists of, in whatever format; each part is read when it is first asked for."""
 
     @property
-    def folder(self) -> Path:
-        """Where it is."""
+    def hugging_face_folder(self) -> Path | None:
+        """The folder that transformers can read; None where the checkpoint is in another format."""
         ...
 
     @property
@@ -104,9 +86,9 @@ class Checkpoint:
         return cls(HuggingFaceFolder(folder), str(folder) if name is None else name)
 
     @property
-    def folder(self) -> Path:
-        """Where it is."""
-        return self.files.folder
+    def hugging_face_folder(self) -> Path | None:
+        """The folder that transformers can read; None where the checkpoint is in another format."""
+        return self.files.hugging_face_folder
 
     @property
     def raw_config(self) -> dict[str, Any]:
@@ -154,7 +136,7 @@ class Checkpoint:
     @property
     def num_parameters(self) -> int:
         """Weights of the network; a tied head counts once."""
-        return sum(torch.Size(shape).numel() for shape in tensor_shapes(self.network_config).values())
+        return parameter_count(self.network_config)
 
     @property
     def weights(self) -> TensorSource:
@@ -171,11 +153,11 @@ class Checkpoint:
         """Format, bytes and types of the weights on disk."""
         return self.files.contents
 
-    def load_decoder(self, loading: LoadingConfig | None = None) -> Decoder:
+    def load_decoder(self, config: LoadingConfig | None = None) -> Decoder:
         """Load the network.
 
         Args:
-            loading: How; as the defaults say if not given.
+            config: How; as the defaults say if not given.
 
         Raises:
             InvalidArgumentError: Unknown dtype or device, a context beyond the model's, kernels that can't run it, or
@@ -183,35 +165,8 @@ class Checkpoint:
             OutOfMemoryError: The weights don't fit.
             CheckpointError: Anything wrong with the files.
         """
-        how, config = loading or LoadingConfig(), self.network_config
-        check_names(config, self.weights.names())
-        device = choose_device(how.device)
-        dtype = choose_dtype(how.dtype, device, self.raw_config)
-        context = choose_context(config, how.max_context)
-        rounds = choose_rounds(how.compile, how.kernels, device)
-        native = choose_kernels(how.kernels, config, device, dtype) and rounds == "off"
-        for name, value in (("quantize", how.quantize), ("quantize_draft", how.quantize_draft)):
-            if value is not None:
-                check_quantization(name, value, native=native, device=device, dtype=dtype)
-        draft = self._draft_weights(how)
-        weights = self.weights
-        if how.quantize is None:
-            needed = weight_bytes(config, weights, dtype, keeps_blocks=native)
-        else:
-            needed = self.num_parameters
-        needed += sum(rope_bytes(rope, context, dtype) for rope in config.ropes.values())
-        self._check_memory(needed, dtype, device)
-        return load_decoder(
-            config,
-            weights,
-            dtype=dtype,
-            device=device,
-            max_context=context,
-            native=native,
-            quantize=how.quantize,
-            draft=draft,
-            rounds=rounds,
-        )
+        plan = plan_loading(self, config or LoadingConfig())
+        return load_decoder(self.network_config, self.weights, plan)
 
     def _tokenizer_eos(self) -> tuple[int, ...]:
         try:
@@ -219,36 +174,6 @@ class Checkpoint:
         except TokenizerError:
             return ()
         return (int(end),) if end is not None and end < self.config.vocab_size else ()
-
-    def _draft_weights(self, how: LoadingConfig) -> DraftWeights | None:
-        tokens = None
-        if how.draft_vocabulary is not None:
-            tokens = self._frequent_tokens(how.draft_vocabulary, how.draft_text)
-        elif how.draft_text is not None:
-            raise InvalidArgumentError("draft_text ranks tokens for draft_vocabulary; give that as well")
-        return DraftWeights(quantize=how.quantize_draft, tokens=tokens) if how.quantize_draft or tokens else None
-
-    def _check_memory(self, needed: int, dtype: torch.dtype, device: torch.device) -> None:
-        free = free_memory(device)
-        if free is not None and needed > free:
-            raise OutOfMemoryError(
-                f"{self.name} needs {needed / 2**30:.2f} GiB in {dtype} and {free / 2**30:.2f} GiB are free on "
-                f"{device}; use a 16-bit dtype, a smaller model or another device"
-            )
-
-    def _frequent_tokens(self, count: int, text: str | Path | None) -> tuple[int, ...]:
-        """The tokens that drafts may be: end-of-sequence tokens, then the most frequent ones."""
-        size = self.config.vocab_size
-        if not 1 <= count <= size:
-            raise InvalidArgumentError(f"draft_vocabulary must be from 1 to the vocabulary's {size}, got {count}")
-        found: list[int] = []
-        if text is not None:
-            try:
-                content = Path(text).read_text("utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise InvalidArgumentError(f"draft_text {str(text)!r} can't be read: {error}") from error
-            found = self.tokenizer(content, add_special_tokens=False)["input_ids"]
-        return frequent_tokens(found, count, size, self.eos_token_ids)
 
 
 def open_checkpoint(name: str, *, revision: str | None = None, report: Report | None = None) -> Checkpoint:
@@ -292,11 +217,11 @@ def _open_named(name: str, revision: str | None, report: Report | None) -> Check
     """A model of `names.MODELS`, from its packages or from the hub."""
     if revision is not None:
         return Checkpoint.in_folder(download(MODELS[name].hub_id, revision), name)
-    found = resolve(name, report)
-    if isinstance(found, Path):
-        return Checkpoint(GGUFFile(found, own_folder=cache_folder() / "models"), name)
+    source = resolve(name, report)
+    if isinstance(source, Path):
+        return Checkpoint(GGUFFile(source, own_folder=cache_folder() / "models"), name)
     try:
-        return Checkpoint.in_folder(download(found), name)
+        return Checkpoint.in_folder(download(source), name)
     except CheckpointError as error:
         raise type(error)(explain_absence(name, str(error).rstrip("."))) from error
 

@@ -23,6 +23,11 @@ class HuggingFaceFolder:
 
     folder: Path
 
+    @property
+    def hugging_face_folder(self) -> Path:
+        """The folder itself."""
+        return self.folder
+
     @cached_property
     def raw_config(self) -> dict[str, Any]:
         """Contents of config.json."""

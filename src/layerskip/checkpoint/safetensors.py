@@ -9,6 +9,7 @@ from torch import Tensor
 from layerskip.checkpoint.contents import Contents, share_of_types
 from layerskip.checkpoint.json_file import read_json
 from layerskip.errors import WeightsError, brief
+from layerskip.model.weights.tensors import Part
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 CONVERT = "convert it with transformers: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
@@ -50,8 +51,8 @@ class SafetensorsFiles:
         """Names of all tensors."""
         return frozenset(self._file_of)
 
-    def get(self, name: str) -> Tensor:
-        """One tensor, in a mapping of its own.
+    def get(self, name: str, part: Part | None = None) -> Tensor:
+        """A tensor, or only some of its rows or columns, in a mapping of its own.
 
         Tensors that are read through one handle share a mapping of the whole file, and the pages of those that were
         copied long ago would stay resident until the last of them goes.
@@ -59,13 +60,19 @@ class SafetensorsFiles:
         from safetensors import safe_open
 
         with safe_open(self._file_of[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
+            if part is None:
+                tensor: Tensor = file.get_tensor(name)
+                return tensor
+            stored = file.get_slice(name)
+            part.check(name, tuple(stored.get_shape()))
+            wanted = slice(part.start, part.stop)
+            some: Tensor = stored[wanted] if part.dim == 0 else stored[:, wanted]
+        return some
 
     def block_format(self, name: str) -> None:
         """None: this format has no blocks."""
 
-    def blocks(self, name: str) -> Never:
+    def blocks(self, name: str, part: Part | None = None) -> Never:
         """Nothing has blocks."""
         raise AssertionError(name)
 
@@ -134,9 +141,9 @@ def instead(folder: Path) -> str:
             "save the result with save_pretrained"
         )
     for suffixes, advice in FOREIGN.items():
-        found = [name for name in names if name.endswith(suffixes)]
-        if found:
-            return f"; there is {found[0]!r}: {advice}"
+        foreign = [name for name in names if name.endswith(suffixes)]
+        if foreign:
+            return f"; there is {foreign[0]!r}: {advice}"
     return ""
 
 

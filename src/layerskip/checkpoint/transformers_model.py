@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from layerskip.checkpoint.checkpoint import Checkpoint
-from layerskip.checkpoint.folder import HuggingFaceFolder
 from layerskip.errors import UnsupportedModelError, brief
 
 if TYPE_CHECKING:
@@ -34,12 +33,12 @@ def load_transformers_model(
     from transformers import GenerationConfig
 
     source = checkpoint.weights  # its errors name what is missing; transformers would start with random weights
-    in_folder = isinstance(checkpoint.files, HuggingFaceFolder)
-    tensors = {} if in_folder else {name: source.get(name).to(dtype) for name in source.names()}
+    folder = checkpoint.hugging_face_folder
+    tensors = {} if folder is not None else {name: source.get(name).to(dtype) for name in source.names()}
     settings = generation_config or GenerationConfig()  # type: ignore[no-untyped-call]
     try:
-        if in_folder:
-            return _from_folder(checkpoint.folder, dtype, settings)
+        if folder is not None:
+            return _from_folder(folder, dtype, settings)
         return _from_tensors(checkpoint.raw_config, tensors, dtype, settings)
     except Exception as error:  # transformers raises nearly anything here
         raise UnsupportedModelError(

@@ -5,13 +5,13 @@ The layout is [L, B, T + 1, H_kv, D_head]: a token's heads lie together, so that
 The extra last slot is scratch: a row that has no room left writes there, and no query that counts ever reads it.
 """
 
-from pathlib import Path
 from types import EllipsisType
 
 import torch
 from torch import Tensor
 
 from layerskip.errors import InvalidArgumentError, OutOfMemoryError
+from layerskip.machine import free_memory
 from layerskip.model.config.model_config import ModelConfig
 
 Slots = tuple[slice | Tensor | EllipsisType, ...]
@@ -134,19 +134,6 @@ class KVCache:
             self.keys[:, row, :length] = other.keys[:, row, :length]
             self.values[:, row, :length] = other.values[:, row, :length]
             self._lengths[self._first + row] = length
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Free bytes on a device, or None where that can't be told."""
-    if device.type == "cuda":  # what torch keeps for later allocations is free as well, though the driver counts it
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + kept
-    meminfo = Path("/proc/meminfo")
-    if device.type == "cpu" and meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None
 
 
 def _memory_message(num_rows: int, capacity: int, needed: int, free: int | None) -> str:

@@ -4,7 +4,6 @@ Shapes: B rows, K drafts a row, D width.
 """
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,36 +11,6 @@ from torch import Tensor
 
 from layerskip.model.confidence import confidence_class
 from layerskip.model.draw import Draw
-
-
-@dataclass(frozen=True, kw_only=True)
-class DraftWeights:
-    """How the weights that draft differ from those that verify."""
-
-    quantize: str | None = None
-    """Fewer bits, for a copy of the first half of the layers and of the head; None: the same layers."""
-    tokens: tuple[int, ...] | None = None
-    """Ids among which drafts are chosen; None: all."""
-
-
-def frequent_tokens(text: Sequence[int], count: int, vocab_size: int, first: Sequence[int] = ()) -> tuple[int, ...]:
-    """The ids that drafts are chosen among (FR-Spec).
-
-    Source: arXiv:2502.14856. Byte-pair tokenizers number their tokens by the frequency of the pair that made them, so
-    that their order serves where no text is given.
-
-    Args:
-        text: Token ids of a text; its most frequent ones come first.
-        count: Ids to return.
-        vocab_size: V; ids beyond those of the text follow in their order.
-        first: Ids to include in any case.
-
-    Returns:
-        `count` different ids, in ascending order.
-    """
-    ranked = (id_ for id_, _ in Counter(text).most_common())
-    chosen = dict.fromkeys(id_ for id_ in (*first, *ranked, *range(vocab_size)) if id_ < vocab_size)
-    return tuple(sorted(list(chosen)[:count]))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from layerskip.checkpoint.checkpoint import WAYS_TO_NAME, Checkpoint, open_checkpoint
-from layerskip.checkpoint.placement import DTYPES
+from layerskip.checkpoint.loading.placement import DTYPES
 from layerskip.checkpoint.transformers_model import load_transformers_model
 from layerskip.errors import CheckpointError, InvalidArgumentError, TokenizerError, UnsupportedModelError
 from layerskip.training.config import StartConfig, TrainingConfig
@@ -109,8 +109,16 @@ def _read_shape(start: StartConfig) -> "PreTrainedConfig":
     if name in SIZES:
         return LlamaConfig(**SIZES[name], tie_word_embeddings=True)
     path = Path(name).expanduser()
-    folder = path.parent if path.suffix == ".json" and path.is_file() else open_checkpoint(name).folder
-    file = path if path.is_file() else folder / "config.json"
+    if path.suffix == ".json" and path.is_file():
+        file = path
+    else:
+        folder = open_checkpoint(name).hugging_face_folder
+        if folder is None:
+            raise CheckpointError(
+                f"{name} is a GGUF file, which has no config.json; name a config.json, a checkpoint in Hugging Face's "
+                f"format, or one of the shapes {', '.join(SIZES)}"
+            )
+        file = folder / "config.json"
     try:
         shape: PreTrainedConfig = AutoConfig.from_pretrained(file, local_files_only=True)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Finding checkpoints, and choosing device, dtype and context."""
+"""Finding checkpoints, and what they consist of."""
 
 import json
 import shutil
@@ -13,13 +13,11 @@ from transformers import AutoModelForCausalLM
 
 import layerskip
 from layerskip.checkpoint import checkpoint as checkpoint_module
-from layerskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from layerskip.checkpoint.placement import choose_context, choose_device, choose_dtype
-from layerskip.errors import InvalidArgumentError
-from layerskip.model.config.families import parse_config
+from layerskip.checkpoint.checkpoint import DEMO_FOLDER, Checkpoint, open_checkpoint
+from layerskip.checkpoint.gguf.file import GGUFFile
+from layerskip.files import cache_folder
 
 TOKENS = [5, 3, 80, 41]
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_shards_hold_the_same_network(tiny_checkpoint: Callable[..., Path]) -> None:
@@ -63,7 +61,7 @@ def test_demo() -> None:
     ids = checkpoint.tokenizer("hello world")["input_ids"]
     assert checkpoint.tokenizer.decode(ids, skip_special_tokens=True).strip() == "hello world"
     assert checkpoint.num_parameters == sum(
-        tensor.numel() for tensor in load_file(checkpoint.folder / "model.safetensors").values()
+        tensor.numel() for tensor in load_file(DEMO_FOLDER / "model.safetensors").values()
     )
 
 
@@ -82,14 +80,15 @@ def test_a_name_wins_over_a_folder_of_that_name(tmp_path: Path, monkeypatch: pyt
     """As with `demo`; the folder is ./NAME."""
     model, contents = packages.make_model(1)
     site = tmp_path / "site"
-    shutil.copytree(open_checkpoint("demo").folder, tmp_path / "some")
+    shutil.copytree(DEMO_FOLDER, tmp_path / "some")
     packages.install_all(site, model, contents)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checkpoint_module, "MODELS", {"some": model})
     with packages.named("some", model, site):
         path = checkpoint_module.resolve("some")
-        folders = [open_checkpoint(name).folder for name in ("some", "./some")]
-    assert folders == [path.parent, Path("some")]
+        named, folder = open_checkpoint("some"), open_checkpoint("./some")
+    assert named.files == GGUFFile(path, own_folder=cache_folder() / "models")
+    assert (named.hugging_face_folder, folder.hugging_face_folder) == (None, Path("some"))
 
 
 @pytest.mark.parametrize(
@@ -97,53 +96,12 @@ def test_a_name_wins_over_a_folder_of_that_name(tmp_path: Path, monkeypatch: pyt
     [(None, 3, (3,)), ([4, 5], 3, (4, 5)), (6, 3, (6,)), ("silent", 3, (3,)), (None, None, ())],
 )
 def test_end_of_sequence(tmp_path: Path, generation: object, own: object, wanted: tuple[int, ...]) -> None:
-    raw = json.loads((open_checkpoint("demo").folder / "config.json").read_text())
+    raw = json.loads((DEMO_FOLDER / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**raw, "eos_token_id": own}))
     if generation is not None:
         content = {} if generation == "silent" else {"eos_token_id": generation}
         (tmp_path / "generation_config.json").write_text(json.dumps(content))
     assert Checkpoint.in_folder(tmp_path, "").eos_token_ids == wanted
-
-
-def test_devices() -> None:
-    assert choose_device("cpu") == CPU
-    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    for device in ("gpu", "cpu:x", "", "meta", "cuda:99"):
-        with pytest.raises(InvalidArgumentError) as error:
-            choose_device(device)
-        assert repr(device) in str(error.value)
-
-
-def test_dtypes() -> None:
-    assert choose_dtype("bfloat16", CPU, {}) == torch.bfloat16
-    assert choose_dtype("auto", CPU, {"dtype": "bfloat16"}) == torch.float32
-    assert choose_dtype("auto", CUDA, {"dtype": "bfloat16"}) == torch.bfloat16
-    assert choose_dtype("auto", CUDA, {"torch_dtype": "float16"}) == torch.float16
-    assert choose_dtype("auto", CUDA, {}) == torch.float32
-    with pytest.raises(InvalidArgumentError, match=r"dtype 'int8'.*auto, float32, bfloat16, float16"):
-        choose_dtype("int8", CPU, {})
-
-
-def test_contexts() -> None:
-    raw = {
-        "model_type": "phi3",
-        "vocab_size": 8,
-        "hidden_size": 32,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 64,
-        "original_max_position_embeddings": 16,
-    }
-    assert choose_context(parse_config(raw), None) == 64
-    scaling = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
-    config = parse_config({**raw, "rope_scaling": scaling})
-    assert choose_context(config, None) == 16
-    assert choose_context(config, 64) == 64
-    assert choose_context(config, 1) == 1
-    for bad in (0, -1, 65):
-        with pytest.raises(InvalidArgumentError, match=rf"max_context {bad} is outside 1\.\.64"):
-            choose_context(config, bad)
 
 
 def test_mixed_dtypes(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> None:

@@ -17,7 +17,8 @@ from layerskip.language_model import LanguageModel
 from layerskip.model.blocks import BLOCK_BYTES, BlockFormat, BlockWeight, stacked
 from layerskip.model.native import library as native
 from layerskip.model.native.library import load_library
-from layerskip.model.native.network import NativeLinear, NativeNetwork
+from layerskip.model.native.linear import NativeLinear
+from layerskip.model.native.network import NativeNetwork
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="the compiled kernels weren't built")
 FORMATS: list[BlockFormat] = ["q8_0", "q4_0", "q4_1"]
@@ -221,11 +222,11 @@ def test_quantizing_anew(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -
 def test_memory_is_counted_in_the_file_s_bytes(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from layerskip.checkpoint import checkpoint as checkpoint_module
+    from layerskip.checkpoint.loading import plan as plan_module
 
     folder = tiny_checkpoint(hidden_size=64, intermediate_size=96)
     path = convert(folder, tmp_path / "model.gguf", type_=GGMLQuantizationType.Q4_0)
-    monkeypatch.setattr(checkpoint_module, "free_memory", lambda device: 2 * path.stat().st_size)
+    monkeypatch.setattr(plan_module, "free_memory", lambda device: 2 * path.stat().st_size)
     layerskip.load(str(path), device="cpu")
     with pytest.raises(layerskip.LayerSkipError, match="needs"):
         layerskip.load(str(path), device="cpu", kernels="torch")

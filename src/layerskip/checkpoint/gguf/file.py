@@ -31,9 +31,8 @@ class GGUFFile:
     """Where to keep what belongs to the file, if not beside it: a file of an installed package isn't the user's."""
 
     @property
-    def folder(self) -> Path:
-        """Where the file is."""
-        return self.path.parent
+    def hugging_face_folder(self) -> None:
+        """None: the file is in llama.cpp's format."""
 
     @property
     def tuned_file(self) -> Path:

@@ -6,16 +6,17 @@ Shapes: O output width, I input width.
 import mmap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
-import numpy as np
 import torch
-from gguf.constants import GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
 from layerskip.checkpoint.gguf.container import Container, TensorEntry
 from layerskip.errors import WeightsError
-from layerskip.model.blocks import BLOCK_BYTES, BlockFormat, BlockWeight
+from layerskip.model.blocks import BLOCK, BLOCK_BYTES, BlockFormat, BlockWeight
+from layerskip.model.weights.tensors import Part
 
 TYPES = tuple(
     GGMLQuantizationType[name]
@@ -118,11 +119,11 @@ class GGUFTensors:
         """Names of all tensors."""
         return frozenset(self._entries)
 
-    def get(self, name: str) -> Tensor:
-        """One tensor: as it is in the file if it is plain, else dequantized to float32."""
+    def get(self, name: str, part: Part | None = None) -> Tensor:
+        """A tensor, or only some of its rows or columns: as in the file if it is plain, else dequantized to float32."""
         entry = self._entries[name]
-        tensor = read_tensor(entry)
-        order = self._order(entry)
+        stored, order = self._place(name, part)
+        tensor = read_tensor(entry, stored)
         if order is not None:
             tensor = tensor[order]
         if self._conventions.norm_offset and entry.name.endswith("norm.weight"):
@@ -133,16 +134,36 @@ class GGUFTensors:
         """The blocks that hold the tensor's numbers exactly, its own or wider ones; None where there are none."""
         return block_format(self._entries[name])
 
-    def blocks(self, name: str) -> BlockWeight:
-        """A tensor that has a `block_format`, in these blocks."""
-        entry = self._entries[name]
-        weight, order = read_blocks(entry), self._order(entry)
+    def blocks(self, name: str, part: Part | None = None) -> BlockWeight:
+        """A tensor that has a `block_format`, or some of its rows or columns, in these blocks."""
+        if part is not None and part.dim == 1 and (part.start % BLOCK or part.stop % BLOCK):
+            raise WeightsError(
+                f"tensor {name!r} is in blocks of {BLOCK} columns, and columns {part.start} to {part.stop - 1} would "
+                f"cut them; take a multiple of {BLOCK}, or the tensor's numbers without blocks"
+            )
+        stored, order = self._place(name, part)
+        weight = read_blocks(self._entries[name], stored)
         return weight if order is None else weight.rows(order)
+
+    def _place(self, name: str, part: Part | None) -> tuple[Part | None, Tensor | None]:
+        """Which part of the file's tensor to read, and the order in which its rows make up the part that is wanted.
+
+        Rows that lie in another order in the file stay within their head, so that a part of them is read in the heads
+        that it touches. The order is None where it is the file's.
+        """
+        entry = self._entries[name]
+        if part is not None:
+            part.check(name, entry.shape)
+        order = self._order(entry)
+        if order is None or part is None or part.dim == 1:
+            return part, order
+        rows = order[part.start : part.stop]
+        first = int(rows.min())
+        return Part.rows(first, int(rows.max()) + 1), rows - first
 
     def _order(self, entry: TensorEntry) -> Tensor | None:
         """Rows in Hugging Face's order, where the file has another one."""
-        part = entry.name.split(".")[-2]
-        heads = (self._conventions.pairs or {}).get(part)
+        heads = (self._conventions.pairs or {}).get(entry.name.split(".")[-2])
         rows = entry.shape[0]
         if heads is None or rows % (2 * heads):
             return None
@@ -168,17 +189,25 @@ def check_type(entry: TensorEntry) -> None:
         )
 
 
-def read_tensor(entry: TensorEntry) -> Tensor:
-    """A tensor of a file: mapped if it is plain, else dequantized to float32."""
-    data = _map(entry)
+def read_tensor(entry: TensorEntry, part: Part | None = None) -> Tensor:
+    """A tensor of a file, or only some of its rows or columns: mapped if it is plain, else dequantized to float32."""
+    rows, columns = _region(entry, part)
+    size, _ = GGML_QUANT_SIZES[entry.type]
+    first = columns.start - columns.start % size  # blocks that the part cuts are read whole
+    blocks = _map(entry, rows, range(first, -(-columns.stop // size) * size))
+    tensor = _numbers(entry, blocks)[:, columns.start - first : columns.stop - first]
+    return tensor.reshape(entry.shape if part is None else part.shape_of(entry.shape))
+
+
+def _numbers(entry: TensorEntry, data: Tensor) -> Tensor:
+    """The numbers [rows, columns] of a tensor, or of a part of it, from their bytes [rows, bytes]."""
     if entry.type in _PLAIN:
-        return data.view(_PLAIN[entry.type]).reshape(entry.shape)
+        return data.view(_PLAIN[entry.type])
     if block_format(entry) is not None:
-        return read_blocks(entry).dequantize()
+        return _in_blocks(entry, data).dequantize()
     from gguf.quants import dequantize
 
-    rows = data.view(-1, entry.num_bytes * entry.shape[-1] // _count(entry)).numpy()
-    return torch.from_numpy(dequantize(rows, entry.type)).reshape(entry.shape)
+    return torch.from_numpy(dequantize(data.contiguous().numpy(), entry.type))
 
 
 def block_format(entry: TensorEntry) -> BlockFormat | None:
@@ -188,12 +217,16 @@ def block_format(entry: TensorEntry) -> BlockFormat | None:
     return "q8_0" if entry.type in _WIDENED else _KEPT.get(entry.type)
 
 
-def read_blocks(entry: TensorEntry) -> BlockWeight:
-    """A matrix that has a `block_format`, in these blocks."""
-    rows = _map(entry).view(entry.shape[0], -1)
+def read_blocks(entry: TensorEntry, part: Part | None = None) -> BlockWeight:
+    """A matrix that has a `block_format`, or some of its rows, or of its columns by whole blocks, in these blocks."""
+    return _in_blocks(entry, _map(entry, *_region(entry, part)))
+
+
+def _in_blocks(entry: TensorEntry, data: Tensor) -> BlockWeight:
+    """The bytes [rows, bytes] of a matrix, or of a part of it, in blocks that native kernels read."""
     if entry.type in _WIDENED:
-        return BlockWeight("q8_0", _WIDENED[entry.type](rows))
-    return BlockWeight(_KEPT[entry.type], rows)
+        return BlockWeight("q8_0", _WIDENED[entry.type](data))
+    return BlockWeight(_KEPT[entry.type], data)
 
 
 def _five_bits(rows: Tensor) -> Tensor:
@@ -226,13 +259,27 @@ _WIDENED: Mapping[GGMLQuantizationType, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _count(entry: TensorEntry) -> int:
-    return int(np.prod(entry.shape))
+def _region(entry: TensorEntry, part: Part | None) -> tuple[range, range]:
+    """Rows and columns of a part, the last dimension being the columns; of all without one."""
+    *outer, width = entry.shape
+    rows, columns = range(prod(outer)), range(width)
+    if part is None:
+        return rows, columns
+    assert len(entry.shape) <= 2, entry.shape
+    wanted = range(part.start, part.stop)
+    return (rows, wanted) if part.dim == len(outer) else (wanted, columns)
 
 
-def _map(entry: TensorEntry) -> Tensor:
-    """[bytes] of a tensor, uint8, in a mapping of its own: its pages go when it does."""
-    first = entry.offset - entry.offset % mmap.ALLOCATIONGRANULARITY
+def _map(entry: TensorEntry, rows: range, columns: range) -> Tensor:
+    """[rows, bytes] of whole blocks of a tensor, uint8, in a mapping of its own: its pages go when it does.
+
+    Only these rows are mapped; of the bytes between the columns, only those in the same pages are ever read.
+    """
+    block, num_bytes = GGML_QUANT_SIZES[entry.type]
+    row_bytes = entry.shape[-1] // block * num_bytes
+    offset, length = entry.offset + rows.start * row_bytes, len(rows) * row_bytes
+    first = offset - offset % mmap.ALLOCATIONGRANULARITY
     with entry.path.open("rb") as file:
-        memory = mmap.mmap(file.fileno(), entry.offset + entry.num_bytes - first, access=mmap.ACCESS_COPY, offset=first)
-    return torch.frombuffer(memory, dtype=torch.uint8)[entry.offset - first :]
+        memory = mmap.mmap(file.fileno(), offset + length - first, access=mmap.ACCESS_COPY, offset=first)
+    data = torch.frombuffer(memory, dtype=torch.uint8)[offset - first :].view(len(rows), row_bytes)
+    return data[:, columns.start // block * num_bytes : columns.stop // block * num_bytes]

@@ -29,7 +29,7 @@ from typing import Annotated, Any, TextIO, TypeVar
 import tyro
 from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes, UseAppendAction, arg
 
-from layerskip.checkpoint.loading import LoadingConfig
+from layerskip.checkpoint.loading.config import LoadingConfig
 from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import InvalidArgumentError
 

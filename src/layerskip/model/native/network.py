@@ -1,11 +1,10 @@
 """The layers and the head as two calls into compiled code, for float32 on a CPU.
 
 A layer of a small model is some twenty operators in torch, each with microseconds of fixed cost: here a pass over any
-number of layers is one call. Weights lie in panels that serve one row and many; those that bfloat16 holds exactly are
-kept in it, which halves the bytes that a token moves and changes nothing. A row's result doesn't depend on the rows
-beside it, to the last bit: verification of several tokens gives what one after the other gives.
+number of layers is one call. A row's result doesn't depend on the rows beside it, to the last bit: verification of
+several tokens gives what one after the other gives.
 
-Shapes: B rows, Q query tokens a row, D width, V vocabulary, I input width, O output width.
+Shapes: B rows, Q query tokens a row, D width, V vocabulary.
 """
 
 import ctypes
@@ -13,7 +12,6 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from layerskip.model.blocks import BlockWeight
@@ -25,17 +23,15 @@ from layerskip.model.finite import not_finite
 from layerskip.model.native.library import (
     ACTIVATIONS,
     FORMATS,
-    GROUP,
     PANEL,
     CacheView,
     DraftStopView,
     EmbeddingView,
     LayerView,
-    LinearView,
     NetworkView,
     load_library,
 )
-from layerskip.model.native.memory import WeightMemory
+from layerskip.model.native.linear import NativeLinear
 from layerskip.model.native.sampling import sampling_view
 from layerskip.model.positions import Positions
 from layerskip.model.rope import RopeTable
@@ -59,95 +55,6 @@ def why_not_native(config: ModelConfig, device: torch.device, dtype: torch.dtype
     return None
 
 
-class NativeLinear:
-    """A weight in panels (`linear.Linear`)."""
-
-    def __init__(
-        self,
-        *weights: Tensor | BlockWeight,
-        bias: Tensor | None = None,
-        storage: str | None = None,
-        memory: WeightMemory | None = None,
-    ) -> None:
-        """Lay out a weight.
-
-        Args:
-            weights: [O, I], float32 or all in blocks of one format, which they keep; of several, panels alternate.
-            bias: For all of them, in the order of the outputs (`interleave`), float32, or None.
-            storage: A key of `FORMATS`; if not given, the smallest that holds the numbers exactly. Not for blocks.
-            memory: Where panels are kept; memory of its own if not given.
-        """
-        library = load_library()
-        assert library is not None
-        memory = memory or WeightMemory()
-        rows, inputs = weights[0].shape
-        panels, step = -(-rows // PANEL), len(weights)
-        self.outputs, padded = rows * step, panels * PANEL * step
-        pack, data = library.layerskip_pack, [_numbers(weight) for weight in weights]
-        if isinstance(weights[0], BlockWeight):
-            pack, self.storage = library.layerskip_pack_blocks, str(weights[0].format)
-        else:
-            self.storage = storage or _exact_storage(library, data)
-        number = FORMATS[self.storage]
-        self._panels = memory.empty(library.layerskip_packed_bytes(inputs, padded, number))
-        self._scales = memory.empty(_scale_bytes(inputs, padded, self.storage))
-        self._bias = None if bias is None else F.pad(bias.float(), (0, padded - len(bias))).contiguous()
-        places = self._panels.data_ptr(), self._scales.data_ptr()
-        for first, part in enumerate(data):
-            pack(part.data_ptr(), inputs, rows, number, *places, first, step, torch.get_num_threads())
-        self.view = LinearView(
-            panels=self._panels.data_ptr(),
-            scales=self._scales.data_ptr(),
-            bias=None if self._bias is None else self._bias.data_ptr(),
-            inputs=inputs,
-            outputs=padded,
-            format=number,
-        )
-        self._multiply = library.layerskip_multiply
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that a product reads."""
-        return self._panels.nbytes + self._scales.nbytes
-
-    def __call__(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        out = torch.empty(len(rows), self.view.outputs)
-        self._multiply(ctypes.byref(self.view), rows.data_ptr(), len(rows), out.data_ptr(), torch.get_num_threads())
-        return out[:, : self.outputs].reshape(*x.shape[:-1], self.outputs)
-
-
-def _numbers(weight: Tensor | BlockWeight) -> Tensor:
-    """What a weight is read from, in one piece of memory."""
-    return (weight.data if isinstance(weight, BlockWeight) else weight).contiguous()
-
-
-def _exact_storage(library: ctypes.CDLL, weights: Sequence[Tensor]) -> str:
-    """The smallest format that holds these numbers exactly."""
-    for name, fits in (("bfloat16", library.layerskip_fits_bfloat16), ("float16", library.layerskip_fits_float16)):
-        if all(fits(weight.data_ptr(), weight.numel()) for weight in weights):
-            return name
-    return "float32"
-
-
-def _scale_bytes(inputs: int, outputs: int, storage: str) -> int:
-    match storage:
-        case "int8":
-            return 4 * outputs
-        case "int4" | "q8_0" | "q4_0":
-            return 2 * outputs * (inputs // GROUP)
-        case "q4_1":
-            return 4 * outputs * (inputs // GROUP)
-        case _:
-            return 0
-
-
-def interleave(bias: Tensor) -> Tensor:
-    """[2 I] gate above up -> [2 I'], 16 of gate and 16 of up in turn, I' being I up to a whole panel."""
-    parts = [F.pad(part, (0, -len(part) % PANEL)) for part in bias.chunk(2)]
-    return torch.stack([part.view(-1, PANEL) for part in parts], 1).flatten()
-
-
 class NativeNetwork:
     """Layers and head in compiled code (`decoder.Network`)."""
 
@@ -157,7 +64,7 @@ class NativeNetwork:
         self,
         config: ModelConfig,
         *,
-        layers: Sequence[LayerWeights],
+        layers: Sequence[LayerWeights[NativeLinear]],
         final_norm: Tensor,
         head: NativeLinear,
         embedding: Tensor | BlockWeight,
@@ -168,7 +75,7 @@ class NativeNetwork:
 
         Args:
             config: Sizes and switches; `why_not_native` finds nothing against them.
-            layers: L layers of `NativeLinear`, gate and up interleaved.
+            layers: L layers, gate and up interleaved.
             final_norm: [D].
             head: D -> V.
             embedding: [V, D].
@@ -198,7 +105,7 @@ class NativeNetwork:
             kv_heads=config.num_key_value_heads,
             head_channels=config.head_dim,
             rotary_channels=next(iter(ropes.values())).rotary_dim,
-            mlp_width=self.layers[0].gate_up.view.outputs // 2,  # type: ignore[attr-defined]
+            mlp_width=self.layers[0].gate_up.view.outputs // 2,
             vocabulary=head.outputs,
             activation=ACTIVATIONS[config.hidden_act],
             epsilon=config.rms_norm_eps,
@@ -309,7 +216,7 @@ class NativeNetwork:
             )
         return self._last_view
 
-    def _view(self, index: int, layer: LayerWeights) -> LayerView:
+    def _view(self, index: int, layer: LayerWeights[NativeLinear]) -> LayerView:
         rope = self._ropes[self.config.layer_types[index]]
         window = self.config.sliding_window if self.config.layer_types[index] == SLIDING else None
         norms = {

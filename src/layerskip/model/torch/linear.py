@@ -3,7 +3,7 @@
 Shapes: N any leading dimensions, I input width, O output width.
 """
 
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +30,23 @@ class Linear(Protocol):
         ...
 
 
+AnyLinear = TypeVar("AnyLinear", bound=Linear)
+"""The kind of linear layer that a network is built of."""
+Linear_co = TypeVar("Linear_co", bound=Linear, covariant=True)
+"""The same, of what is only read."""
+
+
 class DenseLinear:
     """Weights as torch keeps them, [O, I], and torch's own product; may be shared with the embedding table."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, num_bytes: int | None = None) -> None:
+        """Take a weight as it is.
+
+        Args:
+            weight: [O, I], of any dtype, or one of torchao's quantized tensors.
+            bias: [O], or None.
+            num_bytes: Bytes that a product reads, where the dtype doesn't tell.
+        """
         self.weight = weight
         self.bias = bias
         self.num_bytes = weight.numel() * weight.itemsize if num_bytes is None else num_bytes

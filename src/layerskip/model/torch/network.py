@@ -7,6 +7,7 @@ V vocabulary, L layers.
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Generic
 
 import torch
 import torch.nn.functional as F
@@ -18,26 +19,26 @@ from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.positions import Placement
 from layerskip.model.rope import rotate
 from layerskip.model.torch.attention import attend
-from layerskip.model.torch.linear import Linear
+from layerskip.model.torch.linear import Linear, Linear_co
 
 ATTENTION_ON_CUDA = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """All but cuDNN's, which torch prefers on Hopper: it builds a plan for every new shape, which takes tens of
 milliseconds, and while decoding the keys are one more at each step."""
 
 
-@dataclass(kw_only=True)
-class LayerWeights:
-    """Weights of one layer; a norm is None where the family has none."""
+@dataclass(frozen=True, kw_only=True)
+class LayerWeights(Generic[Linear_co]):
+    """Weights of one layer, its matrices of one kind; a norm is None where the family has none."""
 
     attention_norm: Tensor
-    qkv: Linear
+    qkv: Linear_co
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
-    o: Linear
+    o: Linear_co
     post_attention_norm: Tensor | None = None
     mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: Linear_co
+    down: Linear_co
     post_mlp_norm: Tensor | None = None
 
     @property
@@ -52,7 +53,7 @@ class TorchNetwork:
     kernels = "torch"
 
     def __init__(
-        self, config: ModelConfig, *, layers: Sequence[LayerWeights], final_norm: Tensor, head: Linear
+        self, config: ModelConfig, *, layers: Sequence[LayerWeights[Linear]], final_norm: Tensor, head: Linear
     ) -> None:
         """Put loaded weights together.
 
@@ -108,7 +109,7 @@ class TorchNetwork:
         out = attend(query_key[:, :, :heads], cache, index, span, config.attention_scale)
         return weights.o(out)
 
-    def _mlp(self, weights: LayerWeights, x: Tensor) -> Tensor:
+    def _mlp(self, weights: LayerWeights[Linear], x: Tensor) -> Tensor:
         gate, up = weights.gate_up(x).chunk(2, -1)
         match self.config.hidden_act:
             case "silu":

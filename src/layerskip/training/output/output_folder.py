@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from layerskip.checkpoint.placement import DTYPES
+from layerskip.checkpoint.loading.placement import DTYPES
 from layerskip.errors import CheckpointError, InvalidArgumentError
 from layerskip.files import write_atomically
 from layerskip.locks import Lock

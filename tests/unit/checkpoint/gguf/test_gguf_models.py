@@ -4,11 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType
-from gguf.quants import dequantize
 from gguf_files import convert
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +14,6 @@ import layerskip
 from layerskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from layerskip.checkpoint.gguf.container import read_container
 from layerskip.checkpoint.gguf.file import GGUFFile
-from layerskip.checkpoint.gguf.tensors import TYPES, block_format, read_blocks, read_tensor
 from layerskip.checkpoint.transformers_model import load_transformers_model
 from layerskip.language_model import LanguageModel
 
@@ -169,49 +166,6 @@ def test_types_that_converters_write(name: str, tiny_checkpoint: Tiny, tmp_path:
         assert (weight - other).abs().max() <= step, key
     theirs = model(torch.tensor([TOKENS])).logits[0]
     torch.testing.assert_close(load(file).logits(TOKENS), theirs, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("type_", TYPES, ids=lambda type_: type_.name)
-def test_numbers_of_all_types(type_: GGMLQuantizationType, tmp_path: Path) -> None:
-    """Random blocks, against the gguf package's reading of them."""
-    from gguf import GGUFWriter
-    from gguf.constants import GGML_QUANT_SIZES
-
-    weights, size = GGML_QUANT_SIZES[type_]
-    rows, inputs = 24, 512
-    random = np.random.default_rng(0)
-    data = random.integers(0, 256, (rows, inputs // weights, size), dtype=np.uint8)
-    scales = random.normal(size=(rows, inputs // weights, size // 2)).astype(np.float16).view(np.uint8)
-    if weights > 1:  # scales and minima are float16, which random bytes aren't always
-        for place in range(0, size - 1, 2):
-            data[..., place : place + 2] = scales[..., place : place + 2]
-    else:
-        numbers = random.normal(size=(rows, inputs)).astype(np.float32)
-        dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[type_.name]
-        data = torch.from_numpy(numbers).to(dtype).view(torch.uint8).numpy()
-    writer = GGUFWriter(tmp_path / "model.gguf", "llama")
-    writer.add_tensor("weight", data.reshape(rows, -1), raw_dtype=type_)
-    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
-        write()
-    writer.close()
-    container = read_container(tmp_path / "model.gguf")
-    entry = container.tensors["weight"]
-    assert entry.shape == (rows, inputs)
-    expected = torch.from_numpy(dequantize(data.reshape(rows, -1), type_).reshape(rows, inputs).copy())
-    assert torch.equal(read_tensor(entry).float(), expected)
-    kept = {"Q8_0": "q8_0", "Q4_0": "q4_0", "Q4_1": "q4_1", "Q5_0": "q8_0", "IQ4_NL": "q8_0"}.get(type_.name)
-    assert block_format(entry) == kept
-    if kept is not None:
-        assert torch.equal(read_blocks(entry).dequantize(), expected)
-
-
-def test_rows_of_blocks_are_put_in_order(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
-    folder = tiny_checkpoint("llama", hidden_size=64)
-    file = convert(folder, tmp_path / "model.gguf", type_=GGMLQuantizationType.Q8_0)
-    source = open_checkpoint(str(file)).weights
-    for part in ("q_proj", "k_proj", "v_proj"):
-        name = f"model.layers.0.self_attn.{part}.weight"
-        assert torch.equal(GGUFFile(file).weights.blocks(name).dequantize(), source.get(name))
 
 
 def test_parts_of_a_split_file(tiny_checkpoint: Tiny, tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from layerskip.decoding.adaptive.costs import Costs
 from layerskip.cli.terminal.explanation import explain
+from layerskip.decoding.adaptive.costs import Costs
 from layerskip.decoding.adaptive.pace import COLD_STEPS, TIMED_STEPS
 from layerskip.decoding.adaptive.policy import AdaptivePolicy
 from layerskip.decoding.adaptive.round_times import RoundTimes

@@ -144,7 +144,7 @@ def test_log_likelihoods_are_those_of_the_harness(
     name: str, request: pytest.FixtureRequest, make_hf: Callable[[Path], Any]
 ) -> None:
     lm: layerskip.LanguageModel = request.getfixturevalue(name)
-    ours, theirs = make_model(lm, lm.decoder.num_layers), make_hf(lm.checkpoint.folder)
+    ours, theirs = make_model(lm, lm.decoder.num_layers), make_hf(lm.checkpoint.hugging_face_folder)
     # What greedy decoding writes is likeliest, and only that.
     greedy = lm.generate([lm.tokenizer("import")["input_ids"]], max_new_tokens=3, generation_strategy="autoregressive")
     pairs = [*PAIRS, ("import", greedy[0].text), ("import", greedy[0].text + "zq")]
@@ -179,7 +179,7 @@ def test_texts_are_those_of_the_harness_with_every_strategy(
     contexts = ["def add(a, b):\n    return", "import os\n" * 60, "class A:\n", "for i in"]
     options = [{"until": ["\n\n", "("], "max_gen_toks": 30, "do_sample": False}, {"max_gen_toks": 12}]
     requests = instances("generate_until", [(c, o) for o in options for c in contexts])
-    expected = make_hf(lm.checkpoint.folder).generate_until(requests)
+    expected = make_hf(lm.checkpoint.hugging_face_folder).generate_until(requests)
     assert len(set(expected)) > 3
     for strategy in ("autoregressive", "self_speculative", "adaptive", "ngram"):
         config = GenerationConfig(generation_strategy=strategy)

@@ -1,68 +1,25 @@
 """From named tensors to a network: which names and shapes are asked for, and how they are stacked."""
 
-from typing import Any, Never
-
 import pytest
 import torch
 import torch.nn.functional as F
+from tensor_sources import Tensors, make_source
 from torch import Tensor
 
 from layerskip.errors import WeightsError
-from layerskip.model.config.families import FAMILIES, parse_config
+from layerskip.model.config.families import FAMILIES
 from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.decoder import Decoder
 from layerskip.model.torch.linear import WIDE, DenseLinear, OneDNNLinear, has_onednn
 from layerskip.model.torch.network import TorchNetwork
-from layerskip.model.weights.loading import check_names, load_decoder, tensor_shapes
+from layerskip.model.weights.loading import load_decoder
+from layerskip.model.weights.plan import LoadingPlan
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 24,
-    "hidden_size": 32,
-    "intermediate_size": 12,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 16,
-    "sliding_window": 8,
-    "tie_word_embeddings": False,
-}
 CPU = torch.device("cpu")
 
 
-class Tensors:
-    """Tensors in memory (`model.weights.TensorSource`), counting what is read."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
-        self.read: list[str] = []
-
-    def names(self) -> frozenset[str]:
-        return frozenset(self.tensors)
-
-    def get(self, name: str) -> Tensor:
-        self.read.append(name)
-        return self.tensors[name]
-
-    def block_format(self, name: str) -> None:
-        """None has blocks."""
-
-    def blocks(self, name: str) -> Never:
-        raise AssertionError(name)
-
-
-def make(model_type: str = "llama", **changes: Any) -> tuple[ModelConfig, Tensors]:
-    raw = {"model_type": model_type, **SIZES, **changes}
-    if model_type == "llama":
-        raw.pop("sliding_window")
-    config = parse_config(raw)
-    generator = torch.Generator().manual_seed(0)
-    shapes = tensor_shapes(config)
-    return config, Tensors({name: torch.randn(shape, generator=generator) for name, shape in shapes.items()})
-
-
 def load(config: ModelConfig, source: Tensors, dtype: torch.dtype = torch.float32) -> Decoder:
-    return load_decoder(config, source, dtype=dtype, device=CPU, max_context=16)
+    return load_decoder(config, source, LoadingPlan(dtype=dtype, device=CPU, context=16))
 
 
 def network_of(decoder: Decoder) -> TorchNetwork:
@@ -72,14 +29,14 @@ def network_of(decoder: Decoder) -> TorchNetwork:
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_tensor_is_used(model_type: str) -> None:
-    config, source = make(model_type)
+    config, source = make_source(model_type)
     load(config, source)
     assert set(source.read) == source.names()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_stacking_order(dtype: torch.dtype) -> None:
-    config, source = make(attention_bias=True, mlp_bias=True)
+    config, source = make_source(attention_bias=True, mlp_bias=True)
     decoder = load(config, source, dtype)
     x = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
 
@@ -98,7 +55,7 @@ def test_stacking_order(dtype: torch.dtype) -> None:
 
 
 def test_fused_checkpoints_are_taken_as_they_are() -> None:
-    config, source = make("phi3")
+    config, source = make_source("phi3")
     name = "model.layers.1.self_attn.qkv_proj.weight"
     assert source.tensors[name].shape == ((4 + 2 * 2) * 8, 32)
     x = torch.ones(1, 32)
@@ -107,7 +64,7 @@ def test_fused_checkpoints_are_taken_as_they_are() -> None:
 
 def test_norms_stay_in_float32_and_carry_the_family_s_offset() -> None:
     for model_type, offset in (("llama", 0.0), ("gemma3_text", 1.0)):
-        config, source = make(model_type)
+        config, source = make_source(model_type)
         decoder = load(config, source, torch.bfloat16)
         stored = source.tensors["model.layers.0.input_layernorm.weight"]
         assert torch.equal(network_of(decoder).layers[0].attention_norm, stored + offset)
@@ -115,7 +72,7 @@ def test_norms_stay_in_float32_and_carry_the_family_s_offset() -> None:
 
 
 def test_a_tied_head_is_the_embedding_table() -> None:
-    config, source = make(tie_word_embeddings=True)
+    config, source = make_source(tie_word_embeddings=True)
     assert "lm_head.weight" not in source.names()
     hidden = torch.randn(1, 2, 32)
     normed = F.rms_norm(hidden, (32,), source.tensors["model.norm.weight"], config.rms_norm_eps)
@@ -124,7 +81,7 @@ def test_a_tied_head_is_the_embedding_table() -> None:
 
 
 def test_a_tied_table_that_is_not_packed_is_held_once() -> None:
-    config, source = make(tie_word_embeddings=True)
+    config, source = make_source(tie_word_embeddings=True)
     decoder = load(config, source, torch.float16)
     assert isinstance(network_of(decoder).head, DenseLinear)
     assert network_of(decoder).head.weight is decoder._embedding
@@ -132,7 +89,7 @@ def test_a_tied_table_that_is_not_packed_is_held_once() -> None:
 
 
 def test_a_wide_tied_table_is_held_once_and_is_no_view_of_the_file() -> None:
-    config, source = make(tie_word_embeddings=True, hidden_size=WIDE)
+    config, source = make_source(tie_word_embeddings=True, hidden_size=WIDE)
     decoder = load(config, source)
     if not has_onednn(decoder.device, decoder.dtype):
         pytest.skip("oneDNN multiplies nothing here")
@@ -154,7 +111,7 @@ def test_a_wide_tied_table_is_held_once_and_is_no_view_of_the_file() -> None:
 
 def test_plain_weights_are_copies() -> None:
     """Not views of the file, which may change or go."""
-    config, source = make()
+    config, source = make_source()
     source.tensors = {name: tensor.half() for name, tensor in source.tensors.items()}
     decoder = load(config, source, torch.float16)
     tokens, cache = torch.tensor([[1, 2]]), decoder.new_cache(1, 4)
@@ -169,29 +126,6 @@ def test_plain_weights_are_copies() -> None:
     assert torch.equal(run(), before)
 
 
-def test_missing_tensors() -> None:
-    config, source = make()
-    names = source.names() - {"model.norm.weight", "model.layers.1.mlp.up_proj.weight"}
-    with pytest.raises(WeightsError) as error:
-        check_names(config, names)
-    for words in ("lacks 2 of 21", "'model.layers.1.mlp.up_proj.weight'", "incomplete"):
-        assert words in str(error.value)
-
-
-def test_unknown_tensors() -> None:
-    config, source = make()
-    with pytest.raises(WeightsError) as error:
-        check_names(config, source.names() | {"model.layers.0.self_attn.q_proj.bias"})
-    for words in ("1 tensors", "'llama'", "'model.layers.0.self_attn.q_proj.bias'", "config.json"):
-        assert words in str(error.value)
-
-
-def test_tensors_that_never_matter() -> None:
-    """A copy of a tied head, and the tables of frequencies that old checkpoints carry."""
-    config, source = make(tie_word_embeddings=True)
-    check_names(config, source.names() | {"lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"})
-
-
 @pytest.mark.parametrize(
     "name",
     [
@@ -204,7 +138,7 @@ def test_tensors_that_never_matter() -> None:
     ],
 )
 def test_bad_tensors(name: str) -> None:
-    config, source = make()
+    config, source = make_source()
     good = source.tensors[name]
     source.tensors[name] = torch.cat((good, good))
     with pytest.raises(WeightsError) as error:

@@ -1,8 +1,11 @@
-"""How a checkpoint becomes a network: the options of `layerskip.load`, and of every command that takes a model."""
+"""The options of loading: those of `layerskip.load`, and of every command that takes a model.
 
-from dataclasses import dataclass
+Nothing here imports torch: help must come at once.
+"""
+
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from layerskip.checks import whole_number
 from layerskip.errors import InvalidArgumentError
@@ -15,26 +18,28 @@ Compile = Literal["auto", "off", "max"]
 
 @dataclass(frozen=True, kw_only=True)
 class LoadingConfig:
-    """How to load a model; `Checkpoint.load_decoder` checks it against the checkpoint and the machine."""
+    """How to load a model; `plan.plan_loading` checks it against the checkpoint and the machine."""
 
     dtype: DType = "auto"
     """Type of the weights; auto: float32 on a CPU, the checkpoint's own elsewhere."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: a CUDA GPU if there is one."""
     max_context: int | None = None
-    """Longest text in tokens, prompt included; the model's own context if not given."""
+    """Longest sequence in tokens, prompt included; the model's own context if not given.
+    For LongRoPE models that is the context before scaling; ask for more to select the long factors."""
     kernels: Kernels = "auto"
     """native: compiled, for float32 on a CPU; torch: all else; auto: native where it can run the model."""
     quantize: Quantization | None = None
-    """Keep weights in fewer bits: less memory, more tokens/s, and another model."""
+    """Keep weights in fewer bits (fp8 on CUDA only): less memory, more tokens/s, and another model."""
     quantize_draft: Quantization | None = None
-    """The same for a copy that drafts only; the text stays that of the weights as they are."""
+    """The same for a copy that only drafts; the text stays that of the weights as they are."""
     draft_vocabulary: int | None = None
     """Draft among the N most frequent tokens only; the text stays the same."""
     draft_text: str | Path | None = None
-    """A text that says which tokens are frequent; the tokenizer's order if not given."""
+    """A text file in which tokens are counted to find the most frequent; the tokenizer's order if not given."""
     compile: Compile = "auto"
-    """Whole greedy rounds: auto: CUDA graphs on CUDA; max: torch.compile as well, also on a CPU; off: neither."""
+    """Whole greedy rounds: auto: CUDA graphs on CUDA; max: torch.compile as well, also on a CPU; off: neither.
+    torch.compile takes minutes for each shape, and on a CPU native kernels are faster than what it makes."""
 
     def __post_init__(self) -> None:
         """Check the kinds of all fields; what their values mean depends on the checkpoint and the machine.
@@ -52,3 +57,18 @@ class LoadingConfig:
                 object.__setattr__(self, name, whole_number(name, value, least=-(2**63)))
         if self.draft_text is not None and not isinstance(self.draft_text, str | Path):
             raise InvalidArgumentError(f"draft_text must be the path of a file, got {self.draft_text!r}")
+
+
+def make_loading_config(config: LoadingConfig | None, options: dict[str, Any]) -> LoadingConfig:
+    """A config from a config, keyword arguments of `layerskip.load`, or both (the arguments win).
+
+    Raises:
+        InvalidArgumentError: An argument that isn't a field, or a bad value.
+    """
+    names = [field.name for field in fields(LoadingConfig)]
+    unknown = [name for name in options if name not in names]
+    if unknown:
+        raise InvalidArgumentError(f"unknown option {unknown[0]!r}; known: {', '.join(['revision', *names])}")
+    if config is not None and not isinstance(config, LoadingConfig):
+        raise InvalidArgumentError(f"config must be a LoadingConfig, got {type(config).__name__}")
+    return replace(config or LoadingConfig(), **options)

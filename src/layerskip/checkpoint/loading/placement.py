@@ -1,6 +1,6 @@
 """Where a network runs and in what form: the options of loading, held against the model and the machine."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -47,7 +47,7 @@ def choose_kernels(kernels: str, config: ModelConfig, device: torch.device, dtyp
     return kernels != "torch" and obstacle is None
 
 
-def choose_rounds(compile: str, kernels: str, device: torch.device) -> RoundMode | Literal["off"]:
+def choose_rounds(compile: str, kernels: str, device: torch.device) -> RoundMode | None:
     """How whole greedy rounds run.
 
     Args:
@@ -62,7 +62,7 @@ def choose_rounds(compile: str, kernels: str, device: torch.device) -> RoundMode
     if compile not in ("auto", "off", "max"):
         raise InvalidArgumentError(f"compile {compile!r} is not known; use auto, off or max")
     if compile != "max":
-        return "graphs" if compile == "auto" and device.type == "cuda" else "off"
+        return "graphs" if compile == "auto" and device.type == "cuda" else None
     if kernels == "native":
         raise InvalidArgumentError("compile 'max' compiles torch's operators, and kernels 'native' has none; drop one")
     obstacle = why_not_compile(device)

@@ -1,0 +1,137 @@
+"""The options of loading, held against a checkpoint and this machine: what will be built, decided and checked once."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from layerskip.checkpoint.loading.config import LoadingConfig
+from layerskip.checkpoint.loading.placement import (
+    choose_context,
+    choose_device,
+    choose_dtype,
+    choose_kernels,
+    choose_rounds,
+)
+from layerskip.checkpoint.loading.vocabulary import frequent_tokens
+from layerskip.errors import InvalidArgumentError, OutOfMemoryError
+from layerskip.machine import free_memory
+from layerskip.model.config.model_config import ModelConfig
+from layerskip.model.rope import rope_bytes
+from layerskip.model.weights.plan import DraftWeights, LoadingPlan
+from layerskip.model.weights.quantization import check_quantization
+from layerskip.model.weights.tensors import TensorSource, check_names, parameter_count, weight_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class LoadableCheckpoint(Protocol):
+    """What a plan depends on (`checkpoint.Checkpoint`)."""
+
+    @property
+    def name(self) -> str:
+        """What the user called it."""
+        ...
+
+    @property
+    def raw_config(self) -> dict[str, Any]:
+        """config.json in Hugging Face's terms."""
+        ...
+
+    @property
+    def network_config(self) -> ModelConfig:
+        """Sizes and switches of the network that the weights make."""
+        ...
+
+    @property
+    def weights(self) -> TensorSource:
+        """The tensors."""
+        ...
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end a sequence."""
+        ...
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer; only asked for where the most frequent tokens of a text are wanted."""
+        ...
+
+
+def plan_loading(checkpoint: LoadableCheckpoint, config: LoadingConfig) -> LoadingPlan:
+    """Decide how a checkpoint is loaded on this machine.
+
+    Args:
+        checkpoint: What to load.
+        config: What the user asks for.
+
+    Raises:
+        InvalidArgumentError: Unknown dtype or device, a context beyond the model's, kernels that can't run it, or
+            rounds that can't be compiled.
+        OutOfMemoryError: The weights don't fit.
+        CheckpointError: The tensors aren't those of the configuration, or a file can't be read.
+    """
+    network_config = checkpoint.network_config
+    check_names(network_config, checkpoint.weights.names())
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device, checkpoint.raw_config)
+    context = choose_context(network_config, config.max_context)
+    rounds = choose_rounds(config.compile, config.kernels, device)
+    native = choose_kernels(config.kernels, network_config, device, dtype) and rounds is None
+    for name, value in (("quantize", config.quantize), ("quantize_draft", config.quantize_draft)):
+        if value is not None:
+            check_quantization(name, value, native=native, device=device, dtype=dtype)
+    plan = LoadingPlan(
+        device=device,
+        dtype=dtype,
+        context=context,
+        network="native" if native else "torch",
+        rounds=rounds,
+        quantize=config.quantize,
+        draft=_draft_weights(checkpoint, config),
+    )
+    _check_memory(checkpoint, plan)
+    return plan
+
+
+def _draft_weights(checkpoint: LoadableCheckpoint, config: LoadingConfig) -> DraftWeights | None:
+    """Weights that only draft; None where drafts come from the network's own."""
+    tokens = None
+    if config.draft_vocabulary is not None:
+        tokens = _draft_tokens(checkpoint, config.draft_vocabulary, config.draft_text)
+    elif config.draft_text is not None:
+        raise InvalidArgumentError("draft_text ranks tokens for draft_vocabulary; give that as well")
+    if config.quantize_draft is None and tokens is None:
+        return None
+    return DraftWeights(quantize=config.quantize_draft, tokens=tokens)
+
+
+def _draft_tokens(checkpoint: LoadableCheckpoint, count: int, text: str | Path | None) -> tuple[int, ...]:
+    """The tokens that drafts may be: those that end a sequence, then the most frequent ones."""
+    size = checkpoint.network_config.vocab_size
+    if not 1 <= count <= size:
+        raise InvalidArgumentError(f"draft_vocabulary must be from 1 to the vocabulary's {size}, got {count}")
+    token_ids: list[int] = []
+    if text is not None:
+        try:
+            content = Path(text).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidArgumentError(f"draft_text {str(text)!r} can't be read: {error}") from error
+        token_ids = checkpoint.tokenizer(content, add_special_tokens=False)["input_ids"]
+    return frequent_tokens(token_ids, count, size, checkpoint.eos_token_ids)
+
+
+def _check_memory(checkpoint: LoadableCheckpoint, plan: LoadingPlan) -> None:
+    """Raise `OutOfMemoryError` unless weights and rotary tables fit into what is free."""
+    config = checkpoint.network_config
+    if plan.quantize is None:
+        needed = weight_bytes(config, checkpoint.weights, plan.dtype, keeps_blocks=plan.keeps_blocks)
+    else:
+        needed = parameter_count(config)  # a byte each
+    needed += sum(rope_bytes(rope, plan.context, plan.dtype) for rope in config.ropes.values())
+    free = free_memory(plan.device)
+    if free is not None and needed > free:
+        raise OutOfMemoryError(
+            f"{checkpoint.name} needs {needed / 2**30:.2f} GiB in {plan.dtype} and {free / 2**30:.2f} GiB are free on "
+            f"{plan.device}; use a 16-bit dtype, a smaller model or another device"
+        )

@@ -1,0 +1,210 @@
+"""The kinds of networks, as builders: what each makes of a weight, and the network that it puts together.
+
+Shapes: O output width, I input width, D width, V vocabulary, N outputs of a head that has some tokens only.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from layerskip.model.blocks import BlockWeight, stacked
+from layerskip.model.config.model_config import ModelConfig
+from layerskip.model.decoder import Decoder
+from layerskip.model.graphs.compiled import RoundMode
+from layerskip.model.graphs.decoder import GraphDecoder
+from layerskip.model.native.decoder import NativeDecoder
+from layerskip.model.native.library import PANEL
+from layerskip.model.native.linear import NativeLinear, interleave
+from layerskip.model.native.memory import WeightMemory
+from layerskip.model.native.network import NativeNetwork
+from layerskip.model.rope import RopeTable
+from layerskip.model.torch.linear import AnyLinear, DenseLinear, Linear, make_linear, packs
+from layerskip.model.torch.network import LayerWeights, TorchNetwork
+from layerskip.model.weights.plan import LoadingPlan
+from layerskip.model.weights.quantization import native_storage, quantize_linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedWeights:
+    """What all networks of a checkpoint have in common: the one that verifies and the one that drafts."""
+
+    config: ModelConfig
+    embedding: Tensor | BlockWeight
+    """[V, D]."""
+    final_norm: Tensor
+    """[D]."""
+    ropes: Mapping[str, RopeTable]
+    """By kind of layer."""
+
+
+class NetworkBuilder(Protocol[AnyLinear]):
+    """Makes linear layers of one kind, and a network of them."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights go."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights that aren't in blocks."""
+        ...
+
+    @property
+    def keeps_blocks(self) -> bool:
+        """Whether `linear` takes weights in the blocks of a file, and keeps them so."""
+        ...
+
+    def copies(self, inputs: int) -> bool:
+        """Whether `linear` copies a weight [O, I] of I inputs, so that what it is given lives for a moment only."""
+        ...
+
+    def linear(self, ours: str, weight: Tensor | Sequence[BlockWeight], bias: Tensor | None = None) -> AnyLinear:
+        """A linear layer.
+
+        Args:
+            ours: The layer's part (`qkv`, `o`, `gate_up`, `down`) or `head`.
+            weight: [O, I]; or the checkpoint's tensors of it, one below the other, in blocks of one format.
+            bias: [O], or None.
+        """
+        ...
+
+    def decoder(
+        self, shared: SharedWeights, layers: Sequence[LayerWeights[AnyLinear]], head: AnyLinear, **options: Any
+    ) -> Decoder:
+        """The decoder.
+
+        Args:
+            shared: What it has in common with the checkpoint's other network.
+            layers: L layers.
+            head: D -> V, or D -> N.
+            **options: As for `Decoder`.
+        """
+        ...
+
+    def for_drafts(self, quantize: str | None) -> "NetworkBuilder[AnyLinear]":
+        """A builder of the same kind that keeps weights in these bits, without compiled rounds; both share memory."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchBuilder:
+    """Builds networks of torch's operators, on any device."""
+
+    device: torch.device
+    dtype: torch.dtype
+    quantize: str | None = None
+    rounds: RoundMode | None = None
+    """How whole greedy rounds are compiled."""
+    uses_before: int | None = None
+    """Times that a round runs before it is compiled."""
+    plain: bool = False
+    """Weights as torch keeps them: `torch.compile` can't look into those that oneDNN has reordered."""
+
+    @classmethod
+    def of(cls, plan: LoadingPlan) -> "TorchBuilder":
+        """The one that builds what is planned."""
+        return cls(
+            device=plan.device,
+            dtype=plan.dtype,
+            quantize=plan.quantize,
+            rounds=plan.rounds,
+            uses_before=plan.uses_before,
+            plain=plan.rounds == "max",
+        )
+
+    @property
+    def keeps_blocks(self) -> bool:
+        """Torch has no products with blocks."""
+        return False
+
+    def copies(self, inputs: int) -> bool:
+        """A quantized weight is a copy, and so is one that oneDNN reorders."""
+        return self.quantize is not None or (not self.plain and packs(self.device, self.dtype, inputs))
+
+    def linear(self, ours: str, weight: Tensor | Sequence[BlockWeight], bias: Tensor | None = None) -> Linear:
+        """The fastest layer for the device, dtype and width."""
+        assert isinstance(weight, Tensor), "this builder doesn't keep blocks"
+        if self.quantize is not None:
+            return quantize_linear(weight, bias, self.quantize)
+        return DenseLinear(weight, bias) if self.plain else make_linear(weight, bias)
+
+    def decoder(
+        self, shared: SharedWeights, layers: Sequence[LayerWeights[Linear]], head: Linear, **options: Any
+    ) -> Decoder:
+        """The decoder, with compiled rounds where they are planned."""
+        network = TorchNetwork(shared.config, layers=layers, final_norm=shared.final_norm, head=head)
+        if self.rounds is None:
+            return Decoder(shared.config, network=network, **options)
+        rounds, uses_before = self.rounds, self.uses_before
+        return GraphDecoder(shared.config, network=network, rounds=rounds, uses_before=uses_before, **options)
+
+    def for_drafts(self, quantize: str | None) -> "TorchBuilder":
+        """The same with these bits."""
+        return replace(self, quantize=quantize, rounds=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeBuilder:
+    """Builds networks of compiled kernels, whose weights lie in panels."""
+
+    device: torch.device
+    dtype: torch.dtype
+    quantize: str | None = None
+    memory: WeightMemory = field(default_factory=WeightMemory)
+    """Where the panels are kept."""
+
+    @classmethod
+    def of(cls, plan: LoadingPlan) -> "NativeBuilder":
+        """The one that builds what is planned."""
+        return cls(device=plan.device, dtype=plan.dtype, quantize=plan.quantize)
+
+    @property
+    def keeps_blocks(self) -> bool:
+        """A file's blocks are kept unless other bits are asked for."""
+        return self.quantize is None
+
+    def copies(self, inputs: int) -> bool:
+        """All weights are copied into panels."""
+        return True
+
+    def linear(self, ours: str, weight: Tensor | Sequence[BlockWeight], bias: Tensor | None = None) -> NativeLinear:
+        """The weight in panels, those of gate and up in turn."""
+        if ours == "gate_up" and bias is not None:
+            bias = interleave(bias)
+        if not isinstance(weight, Tensor):
+            blocks = _halves(weight) if ours == "gate_up" else [stacked(weight)]
+            return NativeLinear(*blocks, bias=bias, memory=self.memory)
+        if ours == "down" and weight.shape[1] % PANEL:  # as many inputs as gate and up have outputs
+            weight = F.pad(weight, (0, -weight.shape[1] % PANEL))
+        storage = native_storage(self.quantize, weight.shape[1])
+        tensors = weight.chunk(2) if ours == "gate_up" else [weight]
+        return NativeLinear(*tensors, bias=bias, storage=storage, memory=self.memory)
+
+    def decoder(
+        self, shared: SharedWeights, layers: Sequence[LayerWeights[NativeLinear]], head: NativeLinear, **options: Any
+    ) -> Decoder:
+        """The decoder, whose network looks tokens up in the embedding table and rotates by itself."""
+        network = NativeNetwork(
+            shared.config,
+            layers=layers,
+            final_norm=shared.final_norm,
+            head=head,
+            embedding=shared.embedding,
+            ropes=shared.ropes,
+            tokens=options["token_ids"],
+        )
+        return NativeDecoder(shared.config, network=network, **options)
+
+    def for_drafts(self, quantize: str | None) -> "NativeBuilder":
+        """The same with these bits, in the same memory."""
+        return replace(self, quantize=quantize)
+
+
+def _halves(parts: Sequence[BlockWeight]) -> Sequence[BlockWeight]:
+    """Gate and up, which a checkpoint may have as two tensors or as one."""
+    return parts if len(parts) == 2 else [BlockWeight(parts[0].format, half) for half in parts[0].data.chunk(2)]

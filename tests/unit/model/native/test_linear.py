@@ -1,0 +1,111 @@
+"""Products with weights in panels, against torch's."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from layerskip.model.native.library import GROUP, load_library
+from layerskip.model.native.linear import NativeLinear, interleave
+
+needs_library = pytest.mark.skipif(load_library() is None, reason="the compiled kernels weren't built")
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rounded(weight: Tensor, storage: str) -> Tensor:
+    """What a weight is after it was stored."""
+    match storage:
+        case "bfloat16":
+            return weight.bfloat16().float()
+        case "int8":
+            step = weight.abs().amax(1, keepdim=True) / 127
+            return (weight / step).round().clamp(-128, 127) * step
+        case "int4":
+            groups = weight.view(len(weight), -1, GROUP)
+            step = (groups.abs().amax(-1, keepdim=True) / 7).bfloat16().float()
+            return ((groups / step).round().clamp(-8, 7) * step).view_as(weight)
+        case _:
+            return weight
+
+
+@needs_library
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize(("outputs", "inputs"), [(16, 32), (48, 96), (70, 64), (333, 160)])
+def test_products(storage: str, outputs: int, inputs: int, threads: int) -> None:
+    weight, bias = random(outputs, inputs), random(outputs, seed=1)
+    linear = NativeLinear(weight, bias=bias, storage=storage)
+    plain = NativeLinear(weight, storage=storage)
+    for rows in (1, 2, 3, 4, 5, 6, 7, 9, 13):
+        x = random(rows, inputs, seed=rows)
+        wanted = x @ rounded(weight, storage).t()
+        torch.testing.assert_close(linear(x), wanted + bias, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(plain(x), wanted, rtol=1e-4, atol=1e-4)
+
+
+@needs_library
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8", "int4"])
+def test_a_row_does_not_depend_on_its_neighbours(storage: str) -> None:
+    linear = NativeLinear(random(208, 96), storage=storage)
+    x = random(17, 96, seed=1)
+    alone = torch.cat([linear(row) for row in x.split(1)])
+    for rows in (2, 3, 5, 6, 7, 17):
+        assert torch.equal(linear(x[:rows]), alone[:rows])
+
+
+@needs_library
+def test_bfloat16_is_taken_where_it_loses_nothing() -> None:
+    weight = random(32, 64)
+    exact = NativeLinear(weight.bfloat16().float())
+    assert exact.storage == "bfloat16"
+    assert NativeLinear(weight).storage == "float32"
+    assert exact.num_bytes == NativeLinear(weight).num_bytes / 2
+    x = random(3, 64, seed=1)
+    assert torch.equal(exact(x), NativeLinear(weight.bfloat16().float(), storage="float32")(x))
+
+
+@needs_library
+def test_bytes_of_quantized_weights() -> None:
+    weight = random(256, 512)
+    floats = NativeLinear(weight).num_bytes
+    assert NativeLinear(weight, storage="int8").num_bytes < 0.26 * floats
+    assert NativeLinear(weight, storage="int4").num_bytes < 0.15 * floats
+
+
+def test_interleaving_fills_up_panels() -> None:
+    bias = torch.arange(1, 41)
+    mixed = interleave(bias)
+    assert mixed.tolist() == [*range(1, 17), *range(21, 37), *range(17, 21), *[0] * 12, *range(37, 41), *[0] * 12]
+    if load_library() is not None:
+        weight, x = random(40, 32), random(3, 32, seed=1)
+        product, rows = NativeLinear(*weight.chunk(2), bias=mixed), x @ weight.t() + bias
+        out = torch.stack([product(row) for row in x.split(1)]).view(3, -1)
+        assert out.shape == (3, 40)
+        torch.testing.assert_close(out[:, :16], rows[:, :16])
+        torch.testing.assert_close(out[:, 16:32], rows[:, 20:36])
+        torch.testing.assert_close(out[:, 32:36], rows[:, 16:20])
+
+
+@needs_library
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_process_has_threads_of_its_own(threads: int) -> None:
+    linear, x = NativeLinear(random(64, 64)), random(2, 64)
+    wanted = linear(x)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(linear(x), wanted) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert torch.equal(linear(x), wanted)

@@ -1,7 +1,7 @@
-// How a panel holds 16 weights of one input, and how they become two vectors, for each format.
+// How a panel stores its 16 weights of one input in each format, and how they become two vectors.
 //
-// Unit: what a panel holds for one input. decode: its weights as vectors; of a format with groups, before scale and
-// minimum, which scale() and minimum() give for a panel's group of 32 inputs.
+// Unit: what a panel stores for one input. decode(): its weights as vectors, in formats with groups before scale and
+// minimum, which scale() and minimum() return for a panel's group of 32 inputs.
 #pragma once
 
 #include <cstring>
@@ -13,10 +13,10 @@ namespace layerskip {
 
 // What most formats have in common: no groups, no scale of each output, not fetched ahead.
 struct PlainFormat {
-    static constexpr bool kGrouped = false;   // scales of their own for each group of inputs
-    static constexpr bool kMinimum = false;   // and a minimum, which is added
-    static constexpr bool kScaled = false;    // one scale for each output
-    static constexpr bool kFetches = false;   // bound by memory: worth fetching ahead
+    static constexpr bool kGrouped = false;  // scales for each group of inputs
+    static constexpr bool kMinimum = false;  // and a minimum, which is added
+    static constexpr bool kScaled = false;   // one scale for each output
+    static constexpr bool kFetches = false;  // limited by memory: worth fetching ahead
 };
 
 struct Float32 : PlainFormat {
@@ -84,7 +84,7 @@ struct Int4 : PlainFormat {  // outputs j and j + 8 share a byte, each with a si
 struct Q8_0 : PlainFormat {
     using Unit = Int8::Unit;
     static constexpr bool kGrouped = true;
-    static constexpr int kHalves = kPanel;  // of a group of 32 inputs
+    static constexpr int kHalves = kPanel;  // float16 numbers for a group of 32 inputs
     static void decode(const Unit& unit, Vector& low, Vector& high) { Int8::decode(unit, low, high); }
     static void scale(const void* scales, int64_t group, Vector& low, Vector& high) {
         const uint16_t* halves = static_cast<const uint16_t*>(scales) + group * kHalves;

@@ -9,29 +9,29 @@
 namespace layerskip {
 namespace {
 
-// The rows of a product: y = x W^T, or y += where `add`.
-struct Rows {
+// The tokens of a product: y = x W^T, or y += where `add`.
+struct Tokens {
     const float* x;
     int64_t ldx;
     float* y;
     int64_t ldy;
     bool add;
-    const float* group_sums;  // of x, [rows, I / 32], for formats with minima
+    const float* group_sums;  // of x, [tokens, I / 32], for formats with minima
 };
 
-constexpr int kMaxRows = 6;
-constexpr int64_t kAhead = 1024;  // bytes
+constexpr int kMostTokens = 6;    // tokens of a tile
+constexpr int64_t kAhead = 1024;  // bytes to fetch ahead
 
-// Most panels at once for a number of rows: enough sums to hide the latency of a product, few enough for 16 registers.
-constexpr int most_panels(int rows) { return rows == 1 ? 6 : rows == 2 ? 3 : 1; }
+// Most panels at once for a number of tokens: enough sums to hide a product's latency, few enough for 16 registers.
+constexpr int most_panels(int tokens) { return tokens == 1 ? 6 : tokens == 2 ? 3 : 1; }
 
-// `Panels` panels times `Count` rows at once; their sums stay in registers. A single panel is one stream of memory, which
-// doesn't keep it busy: bytes `ahead` of it are fetched on the way.
+// `Panels` panels times `Count` tokens at once; their sums stay in registers. A single panel is one stream of memory,
+// which alone doesn't use all of its bandwidth: bytes are fetched `ahead` of those that are multiplied.
 template <typename Type, int Count, int Panels>
-void tile(const Linear& w, const Rows& rows, int64_t panel, int64_t ahead) {
+void tile(const Linear& w, const Tokens& tokens, int64_t panel, int64_t ahead) {
     using Unit = typename Type::Unit;
-    const int64_t inputs = w.inputs, ldx = rows.ldx;
-    const float* x = rows.x;
+    const int64_t inputs = w.inputs, ldx = tokens.ldx;
+    const float* x = tokens.x;
     const Unit* units = static_cast<const Unit*>(w.panels) + panel * inputs;
     Vector sums[Count][Panels][2] = {};
     if constexpr (Type::kGrouped) {
@@ -42,26 +42,26 @@ void tile(const Linear& w, const Rows& rows, int64_t panel, int64_t ahead) {
                 for (int p = 0; p < Panels; ++p) {
                     Vector low, high;
                     Type::decode(units[p * inputs + i], low, high);
-                    for (int r = 0; r < Count; ++r) {
-                        const Vector value = broadcast(x[r * ldx + i]);
-                        partial[r][p][0] += low * value;
-                        partial[r][p][1] += high * value;
+                    for (int t = 0; t < Count; ++t) {
+                        const Vector value = broadcast(x[t * ldx + i]);
+                        partial[t][p][0] += low * value;
+                        partial[t][p][1] += high * value;
                     }
                 }
             }
             for (int p = 0; p < Panels; ++p) {
                 Vector low, high;
                 Type::scale(w.scales, (panel + p) * groups + group, low, high);
-                for (int r = 0; r < Count; ++r) {
-                    sums[r][p][0] += low * partial[r][p][0];
-                    sums[r][p][1] += high * partial[r][p][1];
+                for (int t = 0; t < Count; ++t) {
+                    sums[t][p][0] += low * partial[t][p][0];
+                    sums[t][p][1] += high * partial[t][p][1];
                 }
                 if constexpr (Type::kMinimum) {
                     Type::minimum(w.scales, (panel + p) * groups + group, low, high);
-                    for (int r = 0; r < Count; ++r) {
-                        const Vector total = broadcast(rows.group_sums[r * groups + group]);
-                        sums[r][p][0] += low * total;
-                        sums[r][p][1] += high * total;
+                    for (int t = 0; t < Count; ++t) {
+                        const Vector total = broadcast(tokens.group_sums[t * groups + group]);
+                        sums[t][p][0] += low * total;
+                        sums[t][p][1] += high * total;
                     }
                 }
             }
@@ -73,10 +73,10 @@ void tile(const Linear& w, const Rows& rows, int64_t panel, int64_t ahead) {
             for (int p = 0; p < Panels; ++p) {
                 Vector low, high;
                 Type::decode(units[p * inputs + i], low, high);
-                for (int r = 0; r < Count; ++r) {
-                    const Vector value = broadcast(x[r * ldx + i]);
-                    sums[r][p][0] += low * value;
-                    sums[r][p][1] += high * value;
+                for (int t = 0; t < Count; ++t) {
+                    const Vector value = broadcast(x[t * ldx + i]);
+                    sums[t][p][0] += low * value;
+                    sums[t][p][1] += high * value;
                 }
             }
         }
@@ -84,12 +84,12 @@ void tile(const Linear& w, const Rows& rows, int64_t panel, int64_t ahead) {
     for (int p = 0; p < Panels; ++p) {
         for (int half = 0; half < 2; ++half) {
             const int64_t output = (panel + p) * kPanel + half * kLanes;
-            for (int r = 0; r < Count; ++r) {
-                Vector value = sums[r][p][half];
+            for (int t = 0; t < Count; ++t) {
+                Vector value = sums[t][p][half];
                 if constexpr (Type::kScaled) value *= load(static_cast<const float*>(w.scales) + output);
                 if (w.bias != nullptr) value += load(w.bias + output);
-                float* to = rows.y + r * rows.ldy + output;
-                if (rows.add) value += load(to);
+                float* to = tokens.y + t * tokens.ldy + output;
+                if (tokens.add) value += load(to);
                 store(to, value);
             }
         }
@@ -97,40 +97,40 @@ void tile(const Linear& w, const Rows& rows, int64_t panel, int64_t ahead) {
 }
 
 template <typename Type, int Count>
-void tile_of(const Linear& w, const Rows& rows, int64_t panel, int panels, int64_t ahead) {
+void tile_of(const Linear& w, const Tokens& tokens, int64_t panel, int panels, int64_t ahead) {
     switch (panels) {
-        case 1: return tile<Type, Count, 1>(w, rows, panel, ahead);
-        case 2: return tile<Type, Count, std::min(2, most_panels(Count))>(w, rows, panel, ahead);
-        case 3: return tile<Type, Count, std::min(3, most_panels(Count))>(w, rows, panel, ahead);
-        case 4: return tile<Type, Count, std::min(4, most_panels(Count))>(w, rows, panel, ahead);
-        case 5: return tile<Type, Count, std::min(5, most_panels(Count))>(w, rows, panel, ahead);
-        default: return tile<Type, Count, most_panels(Count)>(w, rows, panel, ahead);
+        case 1: return tile<Type, Count, 1>(w, tokens, panel, ahead);
+        case 2: return tile<Type, Count, std::min(2, most_panels(Count))>(w, tokens, panel, ahead);
+        case 3: return tile<Type, Count, std::min(3, most_panels(Count))>(w, tokens, panel, ahead);
+        case 4: return tile<Type, Count, std::min(4, most_panels(Count))>(w, tokens, panel, ahead);
+        case 5: return tile<Type, Count, std::min(5, most_panels(Count))>(w, tokens, panel, ahead);
+        default: return tile<Type, Count, most_panels(Count)>(w, tokens, panel, ahead);
     }
 }
 
-// Few rows: as many panels at once as there is room for.
+// Few tokens: as many panels at once as there is room for.
 template <typename Type, int Count>
-void multiply_few(const Linear& w, const Rows& rows, int first, int last) {
-    const int most = most_panels(Count), tiles = (last - first + most - 1) / most;
+void multiply_few(const Linear& w, const Tokens& tokens, int start, int stop) {
+    const int most = most_panels(Count), tiles = (stop - start + most - 1) / most;
     for (int i = 0; i < tiles; ++i) {
         int from, to;
-        share(last - first, i, tiles, from, to);
-        tile_of<Type, Count>(w, rows, first + from, to - from, kAhead);
+        share(stop - start, i, tiles, from, to);
+        tile_of<Type, Count>(w, tokens, start + from, to - from, kAhead);
     }
 }
 
-// More rows: block after block of them through one panel, which stays in the cache. Meanwhile the last block fetches the
+// More tokens: one block of them after another through one panel, which stays in the cache. The last block fetches the
 // next panel.
 template <typename Type>
-void multiply_many(const Linear& w, const Rows& rows, int count, int first, int last) {
-    const int blocks = (count + kMaxRows - 1) / kMaxRows;
+void multiply_many(const Linear& w, const Tokens& tokens, int count, int start, int stop) {
+    const int blocks = (count + kMostTokens - 1) / kMostTokens;
     const int64_t panel_bytes = w.inputs * static_cast<int64_t>(sizeof(typename Type::Unit));
-    for (int panel = first; panel < last; ++panel) {
+    for (int panel = start; panel < stop; ++panel) {
         for (int block = 0; block < blocks; ++block) {
             int from, to;
             share(count, block, blocks, from, to);
-            const Rows part{rows.x + from * rows.ldx, rows.ldx, rows.y + from * rows.ldy, rows.ldy, rows.add,
-                            rows.group_sums + from * (w.inputs / kGroup)};
+            const Tokens part{tokens.x + from * tokens.ldx, tokens.ldx, tokens.y + from * tokens.ldy, tokens.ldy,
+                              tokens.add, tokens.group_sums + from * (w.inputs / kGroup)};
             const int64_t ahead = blocks > 1 && block == blocks - 1 ? panel_bytes : kAhead;
             switch (to - from) {
                 case 3: tile<Type, 3, 1>(w, part, panel, ahead); break;
@@ -143,23 +143,23 @@ void multiply_many(const Linear& w, const Rows& rows, int count, int first, int 
 }
 
 template <typename Type>
-void multiply_as(const Linear& w, const Rows& rows, int count, int first, int last) {
+void multiply_as(const Linear& w, const Tokens& tokens, int count, int start, int stop) {
     switch (count) {
-        case 1: return multiply_few<Type, 1>(w, rows, first, last);
-        case 2: return multiply_few<Type, 2>(w, rows, first, last);
-        default: return multiply_many<Type>(w, rows, count, first, last);
+        case 1: return multiply_few<Type, 1>(w, tokens, start, stop);
+        case 2: return multiply_few<Type, 2>(w, tokens, start, stop);
+        default: return multiply_many<Type>(w, tokens, count, start, stop);
     }
 }
 
-// Sums of x over each group of inputs: what a minimum is multiplied by. One row after the other, so that a row's sums
-// don't depend on the rows beside it.
-const float* sum_groups(const float* x, int64_t ldx, int rows, int64_t groups) {
+// Sums of x over each group of inputs, which minima are multiplied by. Each token's are computed by themselves, so that
+// they don't depend on the tokens beside it.
+const float* sum_groups(const float* x, int64_t ldx, int tokens, int64_t groups) {
     thread_local std::vector<float> sums;
-    if (static_cast<int64_t>(sums.size()) < rows * groups) sums.resize(rows * groups);
-    for (int row = 0; row < rows; ++row) {
+    if (static_cast<int64_t>(sums.size()) < tokens * groups) sums.resize(tokens * groups);
+    for (int token = 0; token < tokens; ++token) {
         for (int64_t group = 0; group < groups; ++group) {
-            const float* from = x + row * ldx + group * kGroup;
-            sums[row * groups + group] =
+            const float* from = x + token * ldx + group * kGroup;
+            sums[token * groups + group] =
                 sum((load(from) + load(from + kLanes)) + (load(from + 2 * kLanes) + load(from + 3 * kLanes)));
         }
     }
@@ -168,19 +168,19 @@ const float* sum_groups(const float* x, int64_t ldx, int rows, int64_t groups) {
 
 }  // namespace
 
-void multiply(const Linear& w, const float* x, int64_t ldx, int rows, float* y, int64_t ldy, int first, int last,
+void multiply(const Linear& w, const float* x, int64_t ldx, int tokens, float* y, int64_t ldy, int start, int stop,
               bool add) {
     const bool minima = w.format == kQ4_0 || w.format == kQ4_1;
-    const Rows all{x, ldx, y, ldy, add, minima ? sum_groups(x, ldx, rows, w.inputs / kGroup) : nullptr};
+    const Tokens all{x, ldx, y, ldy, add, minima ? sum_groups(x, ldx, tokens, w.inputs / kGroup) : nullptr};
     switch (w.format) {
-        case kFloat32: return multiply_as<Float32>(w, all, rows, first, last);
-        case kBFloat16: return multiply_as<BFloat16>(w, all, rows, first, last);
-        case kInt8: return multiply_as<Int8>(w, all, rows, first, last);
-        case kFloat16: return multiply_as<Float16>(w, all, rows, first, last);
-        case kQ8_0: return multiply_as<Q8_0>(w, all, rows, first, last);
-        case kQ4_0: return multiply_as<Q4_0>(w, all, rows, first, last);
-        case kQ4_1: return multiply_as<Q4_1>(w, all, rows, first, last);
-        default: return multiply_as<Int4>(w, all, rows, first, last);
+        case kFloat32: return multiply_as<Float32>(w, all, tokens, start, stop);
+        case kBFloat16: return multiply_as<BFloat16>(w, all, tokens, start, stop);
+        case kInt8: return multiply_as<Int8>(w, all, tokens, start, stop);
+        case kFloat16: return multiply_as<Float16>(w, all, tokens, start, stop);
+        case kQ8_0: return multiply_as<Q8_0>(w, all, tokens, start, stop);
+        case kQ4_0: return multiply_as<Q4_0>(w, all, tokens, start, stop);
+        case kQ4_1: return multiply_as<Q4_1>(w, all, tokens, start, stop);
+        default: return multiply_as<Int4>(w, all, tokens, start, stop);
     }
 }
 

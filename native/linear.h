@@ -1,15 +1,17 @@
-// y = x W^T + b for few rows of x, with W in panels: 16 outputs side by side, one input after the other.
+// y = x W^T + b for few tokens, with W in panels: 16 outputs side by side, one input after the other.
 //
-// Every output is one sum over the inputs in ascending order, however many rows or panels are computed together: a row's
-// result doesn't depend, to the last bit, on the rows beside it. That is what makes speculation lossless in float32.
+// Every output is one sum over the inputs in ascending order, however many tokens or panels are computed together: a
+// token's result doesn't depend, to the last bit, on the tokens beside it. This makes speculation lossless in float32.
 #pragma once
 
 #include "vector.h"
 
 namespace layerskip {
 
-constexpr int kPanel = 2 * kLanes;  // outputs of a panel
-constexpr int kGroup = 32;          // inputs that share a scale in int4 and in blocks
+// The same for every instruction set, so that packed weights and orders of summation are the same too.
+constexpr int kPanel = 16;  // outputs of a panel
+constexpr int kGroup = 32;  // inputs that share a scale in int4 and in blocks
+static_assert(kPanel == 2 * kLanes, "formats unpack a panel's weights of one input as two vectors");
 
 enum Format : int32_t {
     kFloat32 = 0,
@@ -17,7 +19,7 @@ enum Format : int32_t {
     kInt8 = 2,
     kInt4 = 3,
     kFloat16 = 4,
-    kQ8_0 = 5,  // blocks of GGUF files: the same numbers in panels
+    kQ8_0 = 5,  // blocks of GGUF files, the same numbers laid out in panels
     kQ4_0 = 6,
     kQ4_1 = 7,
 };
@@ -33,15 +35,15 @@ struct Linear {
     int32_t padding;
 };
 
-// Bytes that pack() writes, without scales.
+// Bytes of all panels, without scales.
 int64_t packed_bytes(int32_t inputs, int32_t outputs, int32_t format);
 
-// Lay out one panel from weight [rows, I] (row-major float32, up to 16 rows; those that are missing are zeros); scales are
-// written where the format has some.
-void pack(const float* weight, int64_t inputs, int rows, int32_t format, void* panels, void* scales, int64_t panel);
+// Lay out one panel from weight [count, I] in float32, `count` being 16 or fewer outputs; the others become zeros.
+// Scales are written in formats that have some.
+void pack(const float* weight, int64_t inputs, int count, int32_t format, void* panels, void* scales, int64_t panel);
 
-// Lay out one panel from weight [rows, I / 32] blocks of a GGUF file (q8_0, q4_0 or q4_1).
-void pack_blocks(const uint8_t* weight, int64_t inputs, int rows, int32_t format, void* panels, void* scales,
+// Lay out one panel from weight [count, I / 32] blocks of a GGUF file (q8_0, q4_0 or q4_1).
+void pack_blocks(const uint8_t* weight, int64_t inputs, int count, int32_t format, void* panels, void* scales,
                  int64_t panel);
 
 // The 32 numbers that a block stands for.
@@ -53,14 +55,17 @@ int64_t block_bytes(int32_t format);
 // Whether float16 holds all of these numbers exactly.
 bool fits_float16(const float* numbers, int64_t count);
 
-// Panels first..last-1 of y = x W^T + b, or y += where `add`. x: [rows, ldx], y: [rows, ldy].
-void multiply(const Linear& w, const float* x, int64_t ldx, int rows, float* y, int64_t ldy, int first, int last,
+// Whether bfloat16 holds all of these numbers exactly.
+bool fits_bfloat16(const float* numbers, int64_t count);
+
+// Panels start..stop-1 of y = x W^T + b, or y += where `add`. x: [tokens, ldx], y: [tokens, ldy].
+void multiply(const Linear& w, const float* x, int64_t ldx, int tokens, float* y, int64_t ldy, int start, int stop,
               bool add);
 
-// What member `member` of `size` does of `count` things: [first, last).
-inline void share(int count, int member, int size, int& first, int& last) {
-    first = static_cast<int>(static_cast<int64_t>(count) * member / size);
-    last = static_cast<int>(static_cast<int64_t>(count) * (member + 1) / size);
+// Which of `count` things member `member` of `size` does: [start, stop).
+inline void share(int count, int member, int size, int& start, int& stop) {
+    start = static_cast<int>(static_cast<int64_t>(count) * member / size);
+    stop = static_cast<int>(static_cast<int64_t>(count) * (member + 1) / size);
 }
 
 }  // namespace layerskip

@@ -1,4 +1,4 @@
-// Weights into panels, and blocks of GGUF files into numbers.
+// Lays out weights in panels, and turns blocks of GGUF files into numbers.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -15,7 +15,7 @@ uint16_t to_bfloat16(float value) {  // to the nearest, ties to even
     return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// Of a number that float16 holds exactly.
+// For a number that float16 holds exactly.
 uint16_t to_float16(float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
@@ -32,10 +32,10 @@ float from_bfloat16(uint16_t value) {
     return result;
 }
 
-// Largest magnitude of weight[first..last) over `limit`: the step between neighbouring integers.
-float step_of(const float* weight, int64_t first, int64_t last, float limit) {
+// The step between neighbouring integers: the largest magnitude of weight[start..stop-1] over `limit`.
+float step_of(const float* weight, int64_t start, int64_t stop, float limit) {
     float largest = 0;
-    for (int64_t i = first; i < last; ++i) largest = std::max(largest, std::fabs(weight[i]));
+    for (int64_t i = start; i < stop; ++i) largest = std::max(largest, std::fabs(weight[i]));
     return largest / limit;
 }
 
@@ -44,13 +44,13 @@ int8_t quantize(float value, float step, int limit) {
     return static_cast<int8_t>(std::min<float>(limit, std::max<float>(-limit - 1, scaled)));
 }
 
-void pack_int4(const float* const* rows, int64_t inputs, void* panels, void* scales, int64_t panel) {
+void pack_int4(const float* const* outputs, int64_t inputs, void* panels, void* scales, int64_t panel) {
     const int64_t groups = inputs / kGroup;
     for (int64_t group = 0; group < groups; ++group) {
         const int64_t from = group * kGroup, to = from + kGroup;
         auto& words = static_cast<BFloat16::Unit*>(scales)[panel * groups + group];
         for (int64_t lane = 0; lane < kLanes; ++lane) {
-            const float *low = rows[lane], *high = rows[lane + kLanes];
+            const float *low = outputs[lane], *high = outputs[lane + kLanes];
             const uint16_t steps[2] = {to_bfloat16(step_of(low, from, to, 7)), to_bfloat16(step_of(high, from, to, 7))};
             words.values[lane] = steps[0] | static_cast<uint32_t>(steps[1]) << 16;
             for (int64_t i = from; i < to; ++i)
@@ -59,6 +59,12 @@ void pack_int4(const float* const* rows, int64_t inputs, void* panels, void* sca
                                         (quantize(high[i], from_bfloat16(steps[1]), 7) & 0xf) << 4);
         }
     }
+}
+
+// Number i of a block of 32, whose numbers begin at `from`.
+uint8_t number_of(const uint8_t* from, int i, int32_t format) {
+    if (format == kQ8_0) return from[i];
+    return i < kGroup / 2 ? from[i] & 0xf : from[i - kGroup / 2] >> 4;
 }
 
 }  // namespace
@@ -77,16 +83,16 @@ int64_t packed_bytes(int32_t inputs, int32_t outputs, int32_t format) {
 
 void pack(const float* weight, int64_t inputs, int count, int32_t format, void* panels, void* scales, int64_t panel) {
     const std::vector<float> zeros(count < kPanel ? inputs : 0);
-    const float* rows[kPanel];
-    for (int64_t j = 0; j < kPanel; ++j) rows[j] = j < count ? weight + j * inputs : zeros.data();
-    if (format == kInt4) return pack_int4(rows, inputs, panels, scales, panel);
+    const float* outputs[kPanel];
+    for (int64_t j = 0; j < kPanel; ++j) outputs[j] = j < count ? weight + j * inputs : zeros.data();
+    if (format == kInt4) return pack_int4(outputs, inputs, panels, scales, panel);
     float steps[kPanel];
     for (int64_t j = 0; format == kInt8 && j < kPanel; ++j)
-        static_cast<float*>(scales)[panel * kPanel + j] = steps[j] = step_of(rows[j], 0, inputs, 127);
+        static_cast<float*>(scales)[panel * kPanel + j] = steps[j] = step_of(outputs[j], 0, inputs, 127);
     for (int64_t i = 0; i < inputs; ++i) {
         const int64_t unit = panel * inputs + i;
         for (int64_t j = 0; j < kPanel; ++j) {
-            const float value = rows[j][i];
+            const float value = outputs[j][i];
             switch (format) {
                 case kFloat32: static_cast<Float32::Unit*>(panels)[unit].values[j] = value; break;
                 case kBFloat16: {
@@ -113,6 +119,16 @@ bool fits_float16(const float* numbers, int64_t count) {
     return true;
 }
 
+bool fits_bfloat16(const float* numbers, int64_t count) {
+    uint32_t lost = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, numbers + i, sizeof bits);
+        lost |= bits & 0xffff;
+    }
+    return lost == 0;
+}
+
 int64_t block_bytes(int32_t format) {
     switch (format) {
         case kQ8_0: return 34;
@@ -120,16 +136,6 @@ int64_t block_bytes(int32_t format) {
         default: return 20;
     }
 }
-
-namespace {
-
-// Number i of a block of 32, whose numbers begin at `from`.
-uint8_t number_of(const uint8_t* from, int i, int32_t format) {
-    if (format == kQ8_0) return from[i];
-    return i < kGroup / 2 ? from[i] & 0xf : from[i - kGroup / 2] >> 4;
-}
-
-}  // namespace
 
 void pack_blocks(const uint8_t* weight, int64_t inputs, int count, int32_t format, void* panels, void* scales,
                  int64_t panel) {

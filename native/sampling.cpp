@@ -7,8 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "linear.h"
-#include "threads.h"
+#include "vector.h"
 
 namespace layerskip {
 namespace {
@@ -21,13 +20,6 @@ uint64_t mix(uint64_t x) {
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
     x = (x ^ x >> 27) * 0x94D049BB133111EBu;
     return x ^ x >> 31;
-}
-
-// Filters order scores, which needs numbers.
-bool any_not_a_number(const float* scores, int64_t count) {
-    bool found = false;
-    for (int64_t i = 0; i < count; ++i) found |= scores[i] != scores[i];
-    return found;
 }
 
 float largest(const float* scores, int64_t count) { return *std::max_element(scores, scores + count); }
@@ -62,18 +54,18 @@ void keep_top_p(float* scores, int64_t count, float share) {
     const double wanted = static_cast<double>(share) * total;
     // All tokens below this weight have less than the remaining probability together: none of them is kept.
     const float least = static_cast<float>((total - wanted) / (2.0 * static_cast<double>(count)));
-    std::vector<std::pair<float, int64_t>> found;  // by -weight, then number
+    std::vector<std::pair<float, int64_t>> candidates;  // -weight and number, so that they sort by descending weight
     for (int64_t i = 0; i < count; ++i)
-        if (weights[i] >= least) found.emplace_back(-weights[i], i);
+        if (weights[i] >= least) candidates.emplace_back(-weights[i], i);
     std::fill(weights.begin(), weights.end(), -kInfinity);  // from here on, the scores that stay
-    const int64_t size = static_cast<int64_t>(found.size());
+    const int64_t size = static_cast<int64_t>(candidates.size());
     double above = 0;
     for (int64_t done = 0, step = kFirstSorted; done < size && (done == 0 || above < wanted); step *= 4) {
         const int64_t end = std::min(size, done + step);
-        std::partial_sort(found.begin() + done, found.begin() + end, found.end());
+        std::partial_sort(candidates.begin() + done, candidates.begin() + end, candidates.end());
         for (; done < end && (done == 0 || above < wanted); ++done) {
-            weights[found[done].second] = scores[found[done].second];
-            above -= found[done].first;
+            weights[candidates[done].second] = scores[candidates[done].second];
+            above -= candidates[done].first;
         }
     }
     std::copy(weights.begin(), weights.end(), scores);
@@ -89,16 +81,8 @@ WordVector consecutive(int64_t first) {
     return WordVector{0, 1, 2, 3, 4, 5, 6, 7} + static_cast<uint32_t>(first);
 }
 
-}  // namespace
-
-uint64_t noise_key(uint64_t seed, int64_t position) {
-    uint64_t key = mix(seed);
-    for (uint64_t part : {uint64_t{0}, static_cast<uint64_t>(position), uint64_t{0}})
-        key = mix(key ^ mix(part + 0x9E3779B97F4A7C15u));
-    return key;
-}
-
-Vector gumbel(uint64_t key, WordVector tokens) {
+// Standard Gumbel noise of kLanes tokens.
+Vector noise_of(uint64_t key, WordVector tokens) {
     WordVector x = tokens * 0x9E3779B1u + static_cast<uint32_t>(key);
     x ^= x >> 16;
     x *= 0x21F0AAADu;
@@ -113,6 +97,15 @@ Vector gumbel(uint64_t key, WordVector tokens) {
     const Vector rest = 1.0f - uniform, lost = 1.0f - rest;
     const Vector exponent = lost > 0.0f ? logarithm(rest) * (uniform / lost) : -uniform;
     return -logarithm(-exponent);
+}
+
+}  // namespace
+
+uint64_t noise_key(uint64_t seed, int64_t position) {
+    uint64_t key = mix(seed);
+    for (uint64_t part : {uint64_t{0}, static_cast<uint64_t>(position), uint64_t{0}})
+        key = mix(key ^ mix(part + 0x9E3779B97F4A7C15u));
+    return key;
 }
 
 void filter(const Sampling& sampling, int64_t row, float* scores, int64_t count) {
@@ -132,7 +125,7 @@ int64_t sample(const float* scores, int64_t count, uint64_t key, const int64_t* 
         const int64_t size = std::min<int64_t>(kLanes, count - first);
         WordVector ids = consecutive(first);
         for (int64_t i = 0; tokens != nullptr && i < size; ++i) ids[i] = static_cast<uint32_t>(tokens[first + i]);
-        const Vector noise = gumbel(key, ids);
+        const Vector noise = noise_of(key, ids);
         for (int64_t i = 0; i < size; ++i) {
             const float score = scores[first + i] + noise[i];
             if (score > most) {
@@ -144,28 +137,23 @@ int64_t sample(const float* scores, int64_t count, uint64_t key, const int64_t* 
     return best;
 }
 
+void gumbel(uint64_t key, int64_t count, float* out) {
+    for (int64_t first = 0; first < count; first += kLanes) {
+        const Vector noise = noise_of(key, consecutive(first));
+        std::memcpy(out + first, &noise, std::min<int64_t>(kLanes, count - first) * sizeof(float));
+    }
+}
+
+bool any_not_a_number(const float* scores, int64_t count) {
+    bool found = false;
+    for (int64_t i = 0; i < count; ++i) found |= scores[i] != scores[i];
+    return found;
+}
+
 float probability(const float* scores, int64_t count, int64_t chosen) {
     std::vector<float> weights(count);
     const float total = exponentials(scores, count, largest(scores, count), weights.data());
     return weights[chosen] / total;
-}
-
-void layerskip_filter(const Sampling* sampling, float* scores, int64_t rows, int64_t queries, int64_t count,
-                      int32_t threads) {
-    Team::share_out(threads, rows * queries, [&](int64_t position) {
-        float* logits = scores + position * count;
-        if (!any_not_a_number(logits, count)) filter(*sampling, position / queries, logits, count);
-    });
-}
-
-void layerskip_gumbel(const uint64_t* keys, int64_t positions, int64_t count, float* out, int32_t threads) {
-    Team::share_out(threads, positions, [&](int64_t position) {
-        for (int64_t first = 0; first < count; first += kLanes) {
-            const Vector noise = gumbel(keys[position], consecutive(first));
-            const int64_t size = std::min<int64_t>(kLanes, count - first);
-            std::memcpy(out + position * count + first, &noise, size * sizeof(float));
-        }
-    });
 }
 
 }  // namespace layerskip

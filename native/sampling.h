@@ -6,8 +6,6 @@
 
 #include <cstdint>
 
-#include "vector.h"
-
 namespace layerskip {
 
 // Rules of sampling, [B] values each: one for every row.
@@ -24,8 +22,11 @@ struct Sampling {
 // Key of the noise at one place, `noise.make_key` with purpose TARGET and counter 0.
 uint64_t noise_key(uint64_t seed, int64_t position);
 
-// Standard Gumbel noise of kLanes tokens.
-Vector gumbel(uint64_t key, WordVector tokens);
+// out [count], standard Gumbel noise of tokens 0..count-1.
+void gumbel(uint64_t key, int64_t count, float* out);
+
+// Whether some score [count] isn't a number: filters order scores, which needs numbers.
+bool any_not_a_number(const float* scores, int64_t count);
 
 // By the rules of `row`: divide scores [count] by the temperature, and make -infinity of those that top-k, top-p and
 // min-p leave out. Without a temperature they stay as they are.
@@ -36,15 +37,5 @@ int64_t sample(const float* scores, int64_t count, uint64_t key, const int64_t* 
 
 // exp(score of `chosen`) / sum of exp(scores).
 float probability(const float* scores, int64_t count, int64_t chosen);
-
-extern "C" {
-
-// `filter` of scores [rows, queries, count] by each row's rules.
-void layerskip_filter(const Sampling* sampling, float* scores, int64_t rows, int64_t queries, int64_t count,
-                      int32_t threads);
-
-// out [positions, count], the noise of tokens 0..count-1 for the key of each position.
-void layerskip_gumbel(const uint64_t* keys, int64_t positions, int64_t count, float* out, int32_t threads);
-}
 
 }  // namespace layerskip

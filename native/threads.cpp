@@ -9,12 +9,12 @@ namespace {
 using namespace std::chrono_literals;
 
 constexpr int64_t kMostMembers = 1 << 12;
-constexpr int kSpins = 20000;  // some hundred microseconds, then a member without work sleeps
-constexpr int kPolite = 2000;  // spins after which a waiting member offers its core to others
-// A wait this long, and for half of the call, is for a member that isn't running.
+constexpr int kSpins = 20000;  // a few hundred microseconds, after which a member without work goes to sleep
+constexpr int kPolite = 2000;  // spins after which a waiting member yields its core to other threads
+// Waiting this long, and for half of the call, means that a member wasn't running.
 constexpr auto kLate = 500us;
 constexpr int kLateShare = 2;
-// Time lost within a window that makes the team smaller.
+// The team gets smaller when it has lost this much time within a window.
 constexpr auto kMostLost = 6ms, kWindow = 100ms;
 constexpr auto kShortestRest = 10ms, kLongestRest = 640ms;
 
@@ -38,7 +38,7 @@ Team& Team::of(int members) {
     static std::unique_ptr<Team> team;
     static pid_t owner = 0;
     std::lock_guard<std::mutex> lock(mutex);
-    if (team && owner != getpid()) team.release();  // its threads belong to the parent; there is nothing to join
+    if (team && owner != getpid()) team.release();  // its threads are the parent's; there is nothing to join
     if (!team || team->all_ != members) {
         team = std::make_unique<Team>(members);
         owner = getpid();
@@ -48,7 +48,7 @@ Team& Team::of(int members) {
 
 Team::Team(int members) : all_(members), size_(members), rest_(kShortestRest) {
     for (int member = 1; member < members; ++member) others_.push_back(std::make_unique<Member>());
-    // A member finds itself in others_, which is complete before the first of them starts.
+    // Threads read others_, which is complete before the first of them starts.
     for (int member = 1; member < members; ++member)
         others_[member - 1]->thread = std::thread([this, member] { work(member); });
 }
@@ -76,7 +76,7 @@ void Team::run(const std::function<void(int, int)>& body) {
     if (waited >= kLate && waited * kLateShare >= now - started) note_late(waited, now);
 }
 
-// One late member is chance: any machine has its moments. If it goes on, the team gets smaller; next time for longer.
+// A single late member is noise. If it persists, shrink the team, for longer each time.
 void Team::note_late(Clock::duration waited, Clock::time_point now) {
     if (now - lost_since_ > kWindow) {
         lost_since_ = now;
@@ -90,7 +90,7 @@ void Team::note_late(Clock::duration waited, Clock::time_point now) {
     rest_ = std::min<Clock::duration>(4 * rest_, kLongestRest);
 }
 
-// A small team grows when its rest is over. Rests grow shorter again while nobody is late.
+// A small team grows again after its rest. Rests get shorter while no member is late.
 void Team::choose_size(Clock::time_point now) {
     if (now < grows_) return;
     if (size_ < all_) {
@@ -116,16 +116,16 @@ void Team::start(int size) {
 void Team::work(int member) {
     Member& self = *others_[member - 1];
     int64_t seen = 0;
-    const auto called = [&] {  // one look at the call's number and size: those of different calls don't mix
+    const auto called = [&] {  // number and size are read together, so that they belong to the same call
         const int64_t call = call_.load();
         if (call == seen || call % kMostMembers <= member) return false;
         seen = call;
         return true;
     };
     while (true) {
-        bool found = false;
-        for (int i = 0; i < kSpins && !(found = called()); ++i) pause();
-        if (!found) {
+        bool has_work = false;
+        for (int i = 0; i < kSpins && !(has_work = called()); ++i) pause();
+        if (!has_work) {
             std::unique_lock<std::mutex> lock(mutex_);
             self.asleep.store(true);
             self.wake.wait(lock, called);

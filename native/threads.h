@@ -1,8 +1,8 @@
 // A team of threads that runs one function on its members, with a barrier between the function's steps.
 //
-// A forward pass has several steps a layer, of microseconds each: members wait for each other by spinning, and go to
-// sleep only when no work comes for a while. Where other processes want the cores too, a member that isn't running is
-// waited for by all others, for milliseconds: the team then makes do with fewer members for a while.
+// A layer has several steps of some microseconds each: members wait for each other by spinning, and go to sleep only
+// when no work comes for a while. Where other processes use the cores too, all members may wait milliseconds for one
+// that the system isn't running: the team then works with fewer members for a while.
 #pragma once
 
 #include <atomic>
@@ -19,22 +19,22 @@ namespace layerskip {
 
 class Team {
   public:
-    // The process's team; made anew where it has another number of members, and in a forked child.
+    // The process's team; a new one if the number of members changes, and in a forked child.
     static Team& of(int members);
 
     explicit Team(int members);
     ~Team();
 
-    // Members of the current call.
+    // Number of members of the current call.
     int size() const { return size_; }
 
-    // Call body(member, size) on the members of this call, the caller being member 0; returns when all have.
+    // Call body(member, size) on the members of this call, the caller being member 0; returns when all have returned.
     void run(const std::function<void(int, int)>& body);
 
-    // Wait until every member of the call is here.
+    // Wait until every member of the call has come here.
     void barrier();
 
-    // Held by whoever uses a team: one call at a time.
+    // Locked by whoever uses a team: one call at a time.
     static std::mutex& in_use();
 
     // Call body(item) for items 0..count-1, on up to `threads` members; a single item on the caller alone.
@@ -75,9 +75,9 @@ class Team {
     std::atomic<int64_t> waited_{0};  // nanoseconds of the current call's longest wait
     int size_;
     Clock::time_point lost_since_{};
-    Clock::duration lost_{};          // waited for late members since
-    Clock::duration rest_;            // how long the team stays small, the next time that a member is late
-    Clock::time_point grows_{};       // when a small team takes in another member
+    Clock::duration lost_{};     // time waited for late members since `lost_since_`
+    Clock::duration rest_;       // how long the team stays smaller, the next time that members are late
+    Clock::time_point grows_{};  // when a small team may grow by a member
 };
 
 }  // namespace layerskip

@@ -26,7 +26,7 @@ inline void store(float* to, Vector value) { std::memcpy(to, &value, sizeof valu
 
 inline Vector broadcast(float value) { return Vector{value, value, value, value, value, value, value, value}; }
 
-// Eight bytes as numbers. Compilers make a detour through 64-bit halves of the generic form on x86.
+// Eight bytes as numbers. On x86, compilers translate the generic form into slower code.
 inline IntVector widen(const int8_t* from) {
 #if defined(__AVX2__)
     return (IntVector)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
@@ -49,8 +49,8 @@ inline IntVector widen(const uint8_t* from) {
 #endif
 }
 
-// Eight numbers of float16. Without an instruction for it: the bits moved to where float32 has them make a number that is
-// too small by a power of two, also where it is subnormal.
+// Eight float16 numbers. Without an instruction for it, the bits are moved to where float32 has them, which gives
+// numbers that are too small by a power of two, subnormal ones included.
 inline Vector load_halves(const uint16_t* from) {
 #if defined(__F16C__)
     return (Vector)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));

@@ -1,6 +1,5 @@
 """Weights that stay in the blocks of a GGUF file: the same numbers, row by row the same products, the same text."""
 
-import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from torch import Tensor
 import layerskip
 from layerskip.language_model import LanguageModel
 from layerskip.model.blocks import BLOCK_BYTES, BlockFormat, BlockWeight, stacked
-from layerskip.model.native import library as native
 from layerskip.model.native.library import load_library
 from layerskip.model.native.linear import NativeLinear
 from layerskip.model.native.network import NativeNetwork
@@ -114,22 +112,6 @@ def test_float16_is_taken_where_it_loses_nothing() -> None:
         changed = weight.clone()
         changed[3, 5] = value
         assert NativeLinear(changed).storage == "float32"
-
-
-def test_structures_are_laid_out_alike() -> None:
-    library = load_library()
-    assert library is not None
-    structures = (
-        native.LinearView,
-        native.LayerView,
-        native.NetworkView,
-        native.CacheView,
-        native.EmbeddingView,
-        native.DraftStopView,
-        native.SamplingView,
-    )
-    for place, structure in enumerate(structures):
-        assert library.layerskip_size_of(place) == ctypes.sizeof(structure), structure.__name__
 
 
 FAMILIES = {

@@ -1,23 +1,24 @@
 """The compiled kernels (`native/`), their structures and functions as ctypes sees them.
 
 The library is built when the package is installed, where a C++ compiler is at hand. Without it, or on a processor that
-lacks what it was built for, `load_library` returns None, and everything runs in torch.
+lacks the instructions that it was built with, `load_library` returns None, and everything runs in torch.
 """
 
 import ctypes
 import functools
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
+from typing import Any
 
 from layerskip.model.confidence import CONFIDENCE_CLASSES
 
-INTERFACE = 4
-"""Version of structures and functions; `layerskip_interface` must return it."""
+INTERFACE = 5
+"""Version of what the functions do; `layerskip_interface` must return it."""
 LIBRARY = Path(__file__).parents[2] / "_native.so"
 PANEL = 16
-"""Outputs that lie side by side; widths are filled up to a multiple of it."""
+"""Number of outputs that lie side by side; weights are filled up to a multiple of it."""
 GROUP = 32
-"""Inputs that share a scale in int4 and in blocks."""
+"""Number of inputs that share a scale in int4 and in blocks."""
 FORMATS = {
     "float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "float16": 4, "q8_0": 5, "q4_0": 6, "q4_1": 7,
 }  # fmt: skip
@@ -65,17 +66,17 @@ class NetworkView(Structure):
         ("layers", c_void_p),
         ("final_norm", c_void_p),
         ("head", LinearView),
-        ("tokens", c_void_p),
-        ("width", c_int32),
-        ("heads", c_int32),
-        ("kv_heads", c_int32),
-        ("head_channels", c_int32),
-        ("rotary_channels", c_int32),
-        ("mlp_width", c_int32),
-        ("vocabulary", c_int32),
+        ("token_ids", c_void_p),
+        ("hidden_size", c_int32),
+        ("num_heads", c_int32),
+        ("num_kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("rotary_dim", c_int32),
+        ("intermediate_size", c_int32),
+        ("vocab_size", c_int32),
         ("activation", c_int32),
         ("threads", c_int32),
-        ("epsilon", c_float),
+        ("rms_norm_eps", c_float),
         ("attention_scale", c_float),
     )
 
@@ -98,8 +99,8 @@ class EmbeddingView(Structure):
     _fields_ = (("table", c_void_p), ("format", c_int32), ("multiplier", c_float))
 
 
-class DraftStopView(Structure):
-    """`DraftStop` of native/network.h."""
+class StopRuleView(Structure):
+    """`StopRule` of native/network.h."""
 
     _fields_ = (("rates", c_float * CONFIDENCE_CLASSES), ("least", c_float))
 
@@ -116,6 +117,111 @@ class SamplingView(Structure):
     )
 
 
+class RunLayersCall(Structure):
+    """`RunLayersCall` of native/interface.h."""
+
+    _fields_ = (
+        ("network", c_void_p),
+        ("cache", c_void_p),
+        ("starts", c_void_p),
+        ("hidden", c_void_p),
+        ("rows", c_int32),
+        ("queries", c_int32),
+        ("start", c_int32),
+        ("stop", c_int32),
+    )
+
+
+class ChooseCall(Structure):
+    """`ChooseCall` of native/interface.h."""
+
+    _fields_ = (
+        ("network", c_void_p),
+        ("cache", c_void_p),
+        ("embedding", c_void_p),
+        ("sampling", c_void_p),
+        ("tokens", c_void_p),
+        ("starts", c_void_p),
+        ("hidden", c_void_p),
+        ("chosen", c_void_p),
+        ("rows", c_int32),
+        ("queries", c_int32),
+        ("start", c_int32),
+        ("stop", c_int32),
+    )
+
+
+class DraftCall(Structure):
+    """`DraftCall` of native/interface.h."""
+
+    _fields_ = (
+        ("network", c_void_p),
+        ("cache", c_void_p),
+        ("embedding", c_void_p),
+        ("stop_rule", c_void_p),
+        ("sampling", c_void_p),
+        ("tokens", c_void_p),
+        ("starts", c_void_p),
+        ("hidden", c_void_p),
+        ("drafts", c_void_p),
+        ("confidences", c_void_p),
+        ("rows", c_int32),
+        ("num_drafts", c_int32),
+        ("exit_layer", c_int32),
+        ("complete", c_int32),
+    )
+
+
+class PackCall(Structure):
+    """`PackCall` of native/interface.h."""
+
+    _fields_ = (
+        ("weight", c_void_p),
+        ("panels", c_void_p),
+        ("scales", c_void_p),
+        ("inputs", c_int32),
+        ("outputs", c_int32),
+        ("format", c_int32),
+        ("first", c_int32),
+        ("step", c_int32),
+        ("threads", c_int32),
+    )
+
+
+STRUCTURES: tuple[type[Structure], ...] = (
+    LinearView,
+    LayerView,
+    NetworkView,
+    CacheView,
+    EmbeddingView,
+    StopRuleView,
+    SamplingView,
+    RunLayersCall,
+    ChooseCall,
+    DraftCall,
+    PackCall,
+)
+"""All of them, in the order of native/layout.cpp."""
+FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "run_layers": (None, [POINTER(RunLayersCall)]),
+    "unembed": (None, [POINTER(NetworkView), c_void_p, c_int32, c_void_p]),
+    "choose": (None, [POINTER(ChooseCall)]),
+    "draft": (c_int32, [POINTER(DraftCall)]),
+    "packed_bytes": (c_int64, [c_int32, c_int32, c_int32]),
+    "pack": (None, [POINTER(PackCall)]),
+    "pack_blocks": (None, [POINTER(PackCall)]),
+    "fits_float16": (c_int32, [c_void_p, c_int64]),
+    "fits_bfloat16": (c_int32, [c_void_p, c_int64]),
+    "multiply": (None, [POINTER(LinearView), c_void_p, c_int32, c_void_p, c_int32]),
+    "filter": (None, [POINTER(SamplingView), c_void_p, c_int64, c_int64, c_int64, c_int32]),
+    "gumbel": (None, [c_void_p, c_int64, c_int64, c_void_p, c_int32]),
+    "interface": (c_int32, []),
+    "runs_here": (c_int32, []),
+    "layout": (c_char_p, []),
+}
+"""Result and parameters of each function of native/interface.h, whose name begins with `layerskip_`."""
+
+
 @functools.cache
 def load_library(path: Path = LIBRARY) -> ctypes.CDLL | None:
     """The library with its functions declared, or None where it can't be used."""
@@ -123,39 +229,29 @@ def load_library(path: Path = LIBRARY) -> ctypes.CDLL | None:
         return None
     try:
         library = ctypes.CDLL(str(path))
-        library.layerskip_interface.restype = c_int32
-        library.layerskip_runs_here.restype = c_int32
-        if library.layerskip_interface() != INTERFACE or not library.layerskip_runs_here():
-            return None
+        for name, (result, parameters) in FUNCTIONS.items():
+            function = getattr(library, f"layerskip_{name}")
+            function.restype, function.argtypes = result, parameters
     except (OSError, AttributeError):  # another system's, or another version's
         return None
-    library.layerskip_run_layers.argtypes = [
-        POINTER(NetworkView), c_void_p, c_int32, c_int32, c_void_p, POINTER(CacheView), c_int32, c_int32,
-    ]  # fmt: skip
-    library.layerskip_unembed.argtypes = [POINTER(NetworkView), c_void_p, c_int32, c_void_p]
-    library.layerskip_draft.argtypes = [
-        POINTER(NetworkView), POINTER(EmbeddingView), c_void_p, c_int32, c_void_p, c_int32, c_int32,
-        POINTER(CacheView), POINTER(DraftStopView), POINTER(SamplingView), c_int32, c_void_p, c_void_p, c_void_p,
-    ]  # fmt: skip
-    library.layerskip_draft.restype = c_int32
-    library.layerskip_choose.argtypes = [
-        POINTER(NetworkView), POINTER(EmbeddingView), c_void_p, c_void_p, c_int32, c_int32, c_void_p,
-        POINTER(CacheView), c_int32, c_int32, POINTER(SamplingView), c_void_p,
-    ]  # fmt: skip
-    library.layerskip_filter.argtypes = [POINTER(SamplingView), c_void_p, c_int64, c_int64, c_int64, c_int32]
-    library.layerskip_gumbel.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int32]
-    library.layerskip_packed_bytes.argtypes = [c_int32, c_int32, c_int32]
-    library.layerskip_packed_bytes.restype = c_int64
-    library.layerskip_pack.argtypes = [
-        c_void_p, c_int32, c_int32, c_int32, c_void_p, c_void_p, c_int32, c_int32, c_int32,
-    ]  # fmt: skip
-    library.layerskip_pack_blocks.argtypes = library.layerskip_pack.argtypes
-    for name in ("fits_bfloat16", "fits_float16"):
-        getattr(library, f"layerskip_{name}").argtypes = [c_void_p, c_int64]
-        getattr(library, f"layerskip_{name}").restype = c_int32
-    library.layerskip_size_of.argtypes = [c_int32]
-    library.layerskip_size_of.restype = c_int32
-    library.layerskip_multiply.argtypes = [POINTER(LinearView), c_void_p, c_int32, c_void_p, c_int32]
-    for name in ("run_layers", "unembed", "choose", "filter", "gumbel", "pack", "pack_blocks", "multiply"):
-        getattr(library, f"layerskip_{name}").restype = None
-    return library
+    if library.layerskip_interface() != INTERFACE or not library.layerskip_runs_here():
+        return None
+    return library if library.layerskip_layout().decode() == layout() else None
+
+
+def layout() -> str:
+    """Size of every structure, and offset and size of each of its fields, as `layerskip_layout` describes them."""
+    text = ""
+    for structure in STRUCTURES:
+        fields = [(field[0], getattr(structure, field[0])) for field in structure._fields_]
+        places = " ".join(f"{name} {field.offset}+{field.size}" for name, field in fields)
+        text += f"{structure.__name__.removesuffix('View')} {ctypes.sizeof(structure)}: {places}\n"
+    return text
+
+
+def address(structure: Structure | ctypes.Array[Any] | None) -> int | None:
+    """Where a structure or an array lies, for a field of a call; None stays a null pointer.
+
+    The caller keeps it alive until the call has returned.
+    """
+    return None if structure is None else ctypes.addressof(structure)

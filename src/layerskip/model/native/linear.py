@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerskip.model.blocks import BlockWeight
-from layerskip.model.native.library import FORMATS, GROUP, PANEL, LinearView, load_library
+from layerskip.model.native.library import FORMATS, GROUP, PANEL, LinearView, PackCall, load_library
 from layerskip.model.native.memory import WeightMemory
 
 
@@ -53,7 +53,7 @@ class NativeLinear:
         self._bias = None if bias is None else F.pad(bias.float(), (0, padded - len(bias))).contiguous()
         places = self._panels.data_ptr(), self._scales.data_ptr()
         for first, part in enumerate(data):
-            pack(part.data_ptr(), inputs, rows, number, *places, first, step, torch.get_num_threads())
+            pack(PackCall(part.data_ptr(), *places, inputs, rows, number, first, step, torch.get_num_threads()))
         self.view = LinearView(
             panels=self._panels.data_ptr(),
             scales=self._scales.data_ptr(),

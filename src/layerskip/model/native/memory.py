@@ -1,7 +1,7 @@
-"""Memory for packed weights: mapped by itself, on large pages where the system has them.
+"""Memory for packed weights, on large pages where the system has them.
 
-Decoding reads all weights for each token. On large pages a core spends less time on addresses: a quarter more bytes a
-second were measured (`benchmarks/engine.py` prints this machine's).
+Decoding reads all weights for each token. On large pages a core spends less time on translating addresses: reading was
+measured to be a quarter faster (`benchmarks/engine.py` prints this machine's bytes per second).
 """
 
 import contextlib
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 32 * 2**20
-"""Mapped at once; what isn't written to takes no memory."""
+"""Bytes to map at once; pages that are never written to take no memory."""
 LARGE_PAGE_BYTES = 2 * 2**20
 ALIGNMENT = 64
-"""Bytes of a cache line."""
+"""Bytes of a cache line, to which tensors are aligned."""
 
 
 class WeightMemory:
-    """Hands out pieces of large mappings, which live as long as any tensor in them."""
+    """Divides large mappings among tensors; a mapping lives as long as any tensor in it."""
 
     def __init__(self) -> None:
         self._chunk = torch.empty(0, dtype=torch.uint8)
@@ -33,14 +33,14 @@ class WeightMemory:
 
 
 def map_private(num_bytes: int) -> mmap.mmap:
-    """A mapping of its own. Python's default, one shared with children, doesn't get large pages."""
+    """A private mapping: Python's default, which is shared with child processes, doesn't get large pages."""
     if hasattr(mmap, "MAP_PRIVATE"):
         return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return mmap.mmap(-1, num_bytes)
 
 
 def _map(num_bytes: int) -> Tensor:
-    """A mapping that begins and ends with a large page."""
+    """A mapping that begins and ends at the border of a large page."""
     rounded = -(-num_bytes // LARGE_PAGE_BYTES) * LARGE_PAGE_BYTES
     memory = map_private(rounded + LARGE_PAGE_BYTES)
     if hasattr(mmap, "MADV_HUGEPAGE"):

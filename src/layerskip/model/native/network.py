@@ -1,10 +1,11 @@
-"""The layers and the head as two calls into compiled code, for float32 on a CPU.
+"""Layers and head in compiled code, for float32 on a CPU.
 
-A layer of a small model is some twenty operators in torch, each with microseconds of fixed cost: here a pass over any
-number of layers is one call. A row's result doesn't depend on the rows beside it, to the last bit: verification of
-several tokens gives what one after the other gives.
+In torch, a layer of a small model is some twenty operators with microseconds of fixed cost each; here, a pass over any
+number of layers is one call. Weights that bfloat16 holds exactly are stored in it, which halves the bytes read for each
+token and changes no result. A token's result doesn't depend, to the last bit, on the tokens computed with it: verifying
+several tokens at once gives the same results as computing one after the other.
 
-Shapes: B rows, Q query tokens a row, D width, V vocabulary.
+Shapes: B rows, Q query tokens a row, D width, V vocabulary, I input width, O output width.
 """
 
 import ctypes
@@ -25,10 +26,14 @@ from layerskip.model.native.library import (
     FORMATS,
     PANEL,
     CacheView,
-    DraftStopView,
+    ChooseCall,
+    DraftCall,
     EmbeddingView,
     LayerView,
     NetworkView,
+    RunLayersCall,
+    StopRuleView,
+    address,
     load_library,
 )
 from layerskip.model.native.linear import NativeLinear
@@ -38,13 +43,13 @@ from layerskip.model.rope import RopeTable
 from layerskip.model.torch.network import LayerWeights
 
 LANES = 8
-"""Channels that kernels take at once."""
+"""Number of channels that kernels take at once."""
 EMBEDDING_FORMATS = ("float32", "bfloat16", "q8_0", "q4_0", "q4_1")
-"""Formats of embedding tables that kernels read."""
+"""Formats of embedding tables that kernels can read."""
 
 
 def why_not_native(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why `NativeNetwork` can't run a model of these sizes here, or None where it can."""
+    """The reason why `NativeNetwork` can't run this model on this device, or None if it can."""
     if device.type != "cpu" or dtype != torch.float32:
         return f"they compute in float32 on a CPU, not in {dtype} on {device}"
     if load_library() is None:
@@ -75,12 +80,12 @@ class NativeNetwork:
 
         Args:
             config: Sizes and switches; `why_not_native` finds nothing against them.
-            layers: L layers, gate and up interleaved.
+            layers: L layers of `NativeLinear`, gate and up interleaved.
             final_norm: [D].
             head: D -> V.
             embedding: [V, D].
             ropes: Rotary table of each kind of layer.
-            tokens: [N] ids of the head's outputs, where it has some only; `unembed` still gives N logits.
+            tokens: [N] ids of the head's outputs, if they are a part of the vocabulary; `unembed` then gives N logits.
         """
         library = load_library()
         assert library is not None
@@ -93,32 +98,42 @@ class NativeNetwork:
         self._run_layers, self._unembed = library.layerskip_run_layers, library.layerskip_unembed
         self._choose, self._draft = library.layerskip_choose, library.layerskip_draft
         self._embedding = _embedding_view(embedding, config)
-        self._cache: Callable[[], KVCache | None] = lambda: None
+        self._latest_cache: tuple[Callable[[], KVCache | None], CacheView] = (lambda: None), CacheView()
         self._views = (LayerView * len(self.layers))(*(self._view(*pair) for pair in enumerate(self.layers)))
         self._network = NetworkView(
             layers=ctypes.addressof(self._views),
             final_norm=final_norm.data_ptr(),
             head=head.view,
-            tokens=None if tokens is None else tokens.data_ptr(),
-            width=config.hidden_size,
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            head_channels=config.head_dim,
-            rotary_channels=next(iter(ropes.values())).rotary_dim,
-            mlp_width=self.layers[0].gate_up.view.outputs // 2,
-            vocabulary=head.outputs,
+            token_ids=None if tokens is None else tokens.data_ptr(),
+            hidden_size=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            rotary_dim=next(iter(ropes.values())).rotary_dim,
+            intermediate_size=self.layers[0].gate_up.view.outputs // 2,
+            vocab_size=head.outputs,
             activation=ACTIVATIONS[config.hidden_act],
-            epsilon=config.rms_norm_eps,
+            rms_norm_eps=config.rms_norm_eps,
             attention_scale=config.attention_scale,
         )
 
     def run_layers(self, hidden: Tensor, positions: Positions, cache: KVCache, start: int, stop: int) -> Tensor:
         """[B, Q, D], the input of layer `start` -> [B, Q, D], the output of layer `stop - 1`."""
         out = hidden.clone(memory_format=torch.contiguous_format)
+        view, starts = self._cache_view(cache), _int64s(positions.first)
         self._network.threads = torch.get_num_threads()
-        rows, queries = len(positions.first), positions.num_queries
-        first = (ctypes.c_int64 * rows)(*positions.first)
-        self._run_layers(self._network, out.data_ptr(), rows, queries, first, self._cache_view(cache), start, stop)
+        self._run_layers(
+            RunLayersCall(
+                network=address(self._network),
+                cache=address(view),
+                starts=address(starts),
+                hidden=out.data_ptr(),
+                rows=len(positions.first),
+                queries=positions.num_queries,
+                start=start,
+                stop=stop,
+            )
+        )
         return out
 
     def unembed(self, hidden: Tensor) -> Tensor:
@@ -146,20 +161,24 @@ class NativeNetwork:
         else:
             hidden = inputs.clone(memory_format=torch.contiguous_format)
         chosen = torch.empty(rows, queries, dtype=torch.long)
+        view, starts = self._cache_view(cache), _int64s(positions.first)
+        sampling = None if draw is None else sampling_view(draw)
         self._network.threads = torch.get_num_threads()
         self._choose(
-            self._network,
-            self._embedding,
-            None if tokens is None else tokens.data_ptr(),
-            hidden.data_ptr(),
-            rows,
-            queries,
-            (ctypes.c_int64 * rows)(*positions.first),
-            self._cache_view(cache),
-            start,
-            stop,
-            None if draw is None else sampling_view(draw),
-            chosen.data_ptr(),
+            ChooseCall(
+                network=address(self._network),
+                cache=address(view),
+                embedding=address(self._embedding),
+                sampling=address(sampling),
+                tokens=None if tokens is None else tokens.data_ptr(),
+                starts=address(starts),
+                hidden=hidden.data_ptr(),
+                chosen=chosen.data_ptr(),
+                rows=rows,
+                queries=queries,
+                start=start,
+                stop=stop,
+            )
         )
         return chosen
 
@@ -172,49 +191,54 @@ class NativeNetwork:
             request: What to draft.
             complete: Run the last draft through the layers as well.
         """
-        rows, stop, draw = cache.num_rows, request.stop, request.draw
-        tokens = tokens.contiguous()  # a copy must live until the call returns
-        hidden = torch.empty(request.num_drafts + 1, rows, self.config.hidden_size)
-        drafts = torch.empty(request.num_drafts, rows, dtype=torch.long)
-        confidences = (ctypes.c_float * (request.num_drafts * rows))()
+        rows, most, stop = cache.num_rows, request.num_drafts, request.stop
+        tokens, view, starts = tokens.contiguous(), self._cache_view(cache), _int64s(cache.lengths)
+        hidden = torch.empty(most + 1, rows, self.config.hidden_size)
+        drafts, confidences = torch.empty(most, rows, dtype=torch.long), torch.empty(most, rows)
+        stop_rule = None if stop is None else StopRuleView(rates=stop.rates, least=stop.least)
+        sampling = None if request.draw is None else sampling_view(request.draw)
         self._network.threads = torch.get_num_threads()
-        made = self._draft(
-            self._network,
-            self._embedding,
-            tokens.data_ptr(),
-            rows,
-            (ctypes.c_int64 * rows)(*cache.lengths),
-            request.num_drafts,
-            request.exit_layer,
-            self._cache_view(cache),
-            None if stop is None else DraftStopView(rates=stop.rates, least=stop.least),
-            None if draw is None else sampling_view(draw),
-            complete,
-            hidden.data_ptr(),
-            drafts.data_ptr(),
-            confidences,
+        num_drafts = self._draft(
+            DraftCall(
+                network=address(self._network),
+                cache=address(view),
+                embedding=address(self._embedding),
+                stop_rule=address(stop_rule),
+                sampling=address(sampling),
+                tokens=tokens.data_ptr(),
+                starts=address(starts),
+                hidden=hidden.data_ptr(),
+                drafts=drafts.data_ptr(),
+                confidences=confidences.data_ptr(),
+                rows=rows,
+                num_drafts=most,
+                exit_layer=request.exit_layer,
+                complete=complete,
+            )
         )
-        if made < 0:
+        if num_drafts < 0:
             raise not_finite(torch.float32)
         return Drafts(
-            tokens=drafts[:made].t(),
+            tokens=drafts[:num_drafts].t(),
             exit_layer=request.exit_layer,
-            hidden=hidden[: made + 1].transpose(0, 1),
-            confidences=() if stop is None else [confidences[row : made * rows : rows] for row in range(rows)],
+            hidden=hidden[: num_drafts + 1].transpose(0, 1),
+            confidences=() if stop is None else confidences[:num_drafts].t().tolist(),
         )
 
     def _cache_view(self, cache: KVCache) -> CacheView:
-        """The structure for a cache, kept until another one is used."""
-        if self._cache() is not cache:
-            self._cache = weakref.ref(cache)
-            self._last_view = CacheView(
-                keys=cache.keys.data_ptr(),
-                values=cache.values.data_ptr(),
-                layer_stride=cache.keys.stride(0),
-                row_stride=cache.keys.stride(1),
-                capacity=cache.capacity,
-            )
-        return self._last_view
+        """The structure for a cache; the latest one is kept, since most calls come with the same cache."""
+        known, view = self._latest_cache  # read and written as one, because threads may share a network
+        if known() is cache:
+            return view
+        view = CacheView(
+            keys=cache.keys.data_ptr(),
+            values=cache.values.data_ptr(),
+            layer_stride=cache.keys.stride(0),
+            row_stride=cache.keys.stride(1),
+            capacity=cache.capacity,
+        )
+        self._latest_cache = weakref.ref(cache), view
+        return view
 
     def _view(self, index: int, layer: LayerWeights[NativeLinear]) -> LayerView:
         rope = self._ropes[self.config.layer_types[index]]
@@ -227,8 +251,12 @@ class NativeNetwork:
         return LayerView(**linears, **norms, cosines=rope.cos.data_ptr(), sines=rope.sin.data_ptr(), window=window or 0)
 
 
+def _int64s(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
 def _embedding_view(table: Tensor | BlockWeight, config: ModelConfig) -> EmbeddingView | None:
-    """The structure for an embedding table, or None where kernels can't read it."""
+    """The structure for an embedding table, or None if kernels can't read its format."""
     data = table.data if isinstance(table, BlockWeight) else table
     name = table.format if isinstance(table, BlockWeight) else str(table.dtype).removeprefix("torch.")
     if name not in EMBEDDING_FORMATS or not data.is_contiguous():

@@ -116,10 +116,3 @@ def test_widths_that_do_not_fit(tiny_checkpoint: Callable[..., Path]) -> None:
     with pytest.raises(InvalidArgumentError, match="heads of 12 channels"):
         layerskip.load(folder, kernels="native")
     assert isinstance(layerskip.load(folder).decoder._network, TorchNetwork)
-
-
-@needs_library
-def test_what_is_no_library(tmp_path: Path) -> None:
-    (tmp_path / "other.so").write_text("not a library")
-    assert load_library(tmp_path / "other.so") is None
-    assert load_library(tmp_path / "missing.so") is None

@@ -1,0 +1,121 @@
+#include "choosing.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "elementwise.h"
+#include "linear.h"
+#include "pass.h"
+#include "sampling.h"
+#include "threads.h"
+
+namespace layerskip {
+namespace {
+
+void embed(const Embedding& embedding, int64_t token, int64_t size, float* to) {
+    switch (embedding.format) {
+        case kFloat32:
+            std::memcpy(to, static_cast<const float*>(embedding.table) + token * size, size * sizeof(float));
+            break;
+        case kBFloat16:
+            for (int64_t i = 0; i < size; ++i) {
+                const uint16_t half = static_cast<const uint16_t*>(embedding.table)[token * size + i];
+                const uint32_t bits = static_cast<uint32_t>(half) << 16;
+                std::memcpy(to + i, &bits, sizeof bits);
+            }
+            break;
+        default:
+            const int64_t blocks = size / kGroup, bytes = block_bytes(embedding.format);
+            const uint8_t* from = static_cast<const uint8_t*>(embedding.table) + token * blocks * bytes;
+            for (int64_t i = 0; i < blocks; ++i) unpack_block(from + i * bytes, embedding.format, to + i * kGroup);
+    }
+    for (int64_t i = 0; i < size; ++i) to[i] *= embedding.multiplier;
+}
+
+// Tokens for positions first[b], first[b] + 1, ... of row b from hidden [rows, queries, D], as indices of the head's
+// outputs: sampled by the row's rules, or the likeliest; -1 where a logit isn't finite. `logits` is room for [rows,
+// queries, V padded]; the scores stay in it.
+void choose_outputs(const Network& network, const float* hidden, int32_t rows, int32_t queries, const int64_t* first,
+                    const Sampling* sampling, float* logits, int64_t* chosen) {
+    const int32_t tokens = rows * queries;
+    unembed(network, hidden, tokens, logits);
+    const auto choose_one = [&](int64_t token) {
+        const int64_t row = token / queries;
+        float* scores = logits + token * network.head.outputs;
+        if (!all_finite(scores, network.head.outputs)) {
+            chosen[token] = -1;
+        } else if (sampling == nullptr || !sampling->samples(row)) {
+            chosen[token] = std::max_element(scores, scores + network.vocab_size) - scores;
+        } else {
+            filter(*sampling, row, scores, network.vocab_size);
+            const uint64_t key = noise_key(sampling->seeds[row], first[row] + token % queries);
+            chosen[token] = sample(scores, network.vocab_size, key, network.token_ids);
+        }
+    };
+    if (sampling == nullptr || tokens == 1) {
+        for (int token = 0; token < tokens; ++token) choose_one(token);
+        return;
+    }
+    Team::of(network.threads).run([&](int member, int size) {
+        for (int token = member; token < tokens; token += size) choose_one(token);
+    });
+}
+
+// Indices of the head's outputs -> token ids.
+void name_tokens(const Network& network, int64_t* tokens, int64_t count) {
+    for (int64_t i = 0; network.token_ids != nullptr && i < count; ++i)
+        if (tokens[i] >= 0) tokens[i] = network.token_ids[tokens[i]];
+}
+
+// As `confidence_class` in layerskip/model/drafts.py.
+int confidence_class(float confidence) {
+    return std::min(kConfidenceClasses - 1, static_cast<int>(confidence * confidence * kConfidenceClasses));
+}
+
+}  // namespace
+
+void choose(const ChooseCall& call) {
+    const Network& network = *call.network;
+    const int64_t tokens = static_cast<int64_t>(call.rows) * call.queries, size = network.hidden_size;
+    for (int64_t token = 0; call.tokens != nullptr && token < tokens; ++token)
+        embed(*call.embedding, call.tokens[token], size, call.hidden + token * size);
+    run_layers(network, call.hidden, call.rows, call.queries, call.starts, *call.cache, call.start, call.stop);
+    std::vector<float> logits(tokens * network.head.outputs);
+    std::vector<int64_t> first(call.starts, call.starts + call.rows);
+    for (int64_t& position : first) ++position;
+    choose_outputs(network, call.hidden, call.rows, call.queries, first.data(), call.sampling, logits.data(),
+                   call.chosen);
+    name_tokens(network, call.chosen, tokens);
+}
+
+int32_t draft(const DraftCall& call) {
+    const Network& network = *call.network;
+    const int64_t rows = call.rows, size = network.hidden_size, outputs = network.head.outputs;
+    std::vector<float> logits(rows * outputs), chances(rows, 1.0f);
+    std::vector<int64_t> positions(call.starts, call.starts + rows);
+    int32_t num_drafts = call.num_drafts;
+    for (int32_t index = 0; index < num_drafts + (call.complete ? 1 : 0); ++index) {
+        float* hidden = call.hidden + index * rows * size;
+        const int64_t* last = index == 0 ? call.tokens : call.drafts + (index - 1) * rows;
+        for (int64_t row = 0; row < rows; ++row) embed(*call.embedding, last[row], size, hidden + row * size);
+        run_layers(network, hidden, call.rows, 1, positions.data(), *call.cache, 0, call.exit_layer);
+        if (index == num_drafts) break;
+        int64_t* chosen = call.drafts + index * rows;
+        for (int64_t& position : positions) ++position;
+        choose_outputs(network, hidden, call.rows, 1, positions.data(), call.sampling, logits.data(), chosen);
+        if (*std::min_element(chosen, chosen + rows) < 0) return -1;
+        float total = 0;
+        for (int64_t row = 0; call.stop_rule != nullptr && row < rows; ++row) {
+            const float confidence = probability(logits.data() + row * outputs, network.vocab_size, chosen[row]);
+            call.confidences[index * rows + row] = confidence;
+            total += chances[row] *= call.stop_rule->rates[confidence_class(confidence)];
+        }
+        name_tokens(network, chosen, rows);
+        if (call.stop_rule != nullptr && total < call.stop_rule->least * static_cast<float>(rows))
+            num_drafts = index + 1;
+    }
+    return num_drafts;
+}
+
+}  // namespace layerskip

@@ -1,0 +1,15 @@
+// Passes that end with tokens: the token after each of a block, and drafts, each from the one before.
+#pragma once
+
+#include <cstdint>
+
+#include "interface.h"
+
+namespace layerskip {
+
+void choose(const ChooseCall& call);
+
+// Returns how many drafts a row were written; -1 where a logit isn't finite.
+int32_t draft(const DraftCall& call);
+
+}  // namespace layerskip

@@ -1,0 +1,62 @@
+#include "elementwise.h"
+
+#include <cmath>
+
+#include "network.h"
+#include "vector.h"
+
+namespace layerskip {
+namespace {
+
+Vector activated(Vector x, int32_t activation) {
+    switch (activation) {
+        case kSilu: return x / (exponential(-x) + 1.0f);
+        case kGeluTanh: {  // x (1 + tanh z) / 2 = x / (1 + e^-2z)
+            const Vector z = (x + x * x * x * 0.044715f) * 0.79788456080286536f;
+            return x / (exponential(z * -2.0f) + 1.0f);
+        }
+        default:
+            for (int i = 0; i < kLanes; ++i) x[i] = 0.5f * x[i] * (1.0f + std::erf(x[i] * 0.70710678118654752f));
+            return x;
+    }
+}
+
+}  // namespace
+
+void normalize(const float* x, const float* weight, int64_t size, float epsilon, float* y) {
+    Vector squares{};
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) squares += load(x + i) * load(x + i);
+    float total = sum(squares);
+    for (; i < size; ++i) total += x[i] * x[i];
+    const float scale = 1.0f / std::sqrt(total / static_cast<float>(size) + epsilon);
+    for (i = 0; i + kLanes <= size; i += kLanes) store(y + i, load(x + i) * scale * load(weight + i));
+    for (; i < size; ++i) y[i] = x[i] * scale * weight[i];
+}
+
+void activate(const float* gate, const float* up, int64_t size, int32_t activation, float* to) {
+    for (int64_t i = 0; i < size; i += kLanes) store(to + i, activated(load(gate + i), activation) * load(up + i));
+}
+
+void rotate(const float* x, const float* cosines, const float* sines, int64_t rotary_dim, int64_t head_dim, float* to) {
+    const int64_t half = rotary_dim / 2;
+    for (int64_t i = 0; i < half; ++i) {
+        const float a = x[i], b = x[i + half];
+        to[i] = a * cosines[i] + b * sines[i];
+        to[i + half] = b * cosines[i + half] + a * sines[i + half];
+    }
+    for (int64_t i = rotary_dim; i < head_dim; ++i) to[i] = x[i];
+}
+
+void add(const float* x, int64_t size, float* y) {
+    for (int64_t i = 0; i < size; ++i) y[i] += x[i];
+}
+
+// The product of zero with an infinite number, or with one that is none, isn't zero, and neither is a sum with it.
+bool all_finite(const float* numbers, int64_t size) {
+    Vector total{};
+    for (int64_t i = 0; i < size; i += kLanes) total += load(numbers + i) * 0.0f;
+    return sum(total) == 0.0f;
+}
+
+}  // namespace layerskip

@@ -1,0 +1,120 @@
+// The library's functions: plain C, called by layerskip/model/native/ through ctypes. All memory is the caller's.
+//
+// Calls with many parameters take them in a structure. layerskip/model/native/library.py repeats every structure, and
+// refuses a library whose structures are laid out differently. Shapes as in network.h, and B rows, Q consecutive tokens
+// of each row.
+#pragma once
+
+#include <cstdint>
+
+#include "linear.h"
+#include "network.h"
+#include "sampling.h"
+
+namespace layerskip {
+
+struct RunLayersCall {
+    const Network* network;
+    const Cache* cache;
+    const int64_t* starts;  // [B], position of each row's first token
+    float* hidden;          // [B, Q, D], the input of layer `start`; becomes the output of layer `stop` - 1
+    int32_t rows;           // B
+    int32_t queries;        // Q
+    int32_t start;          // layers start..stop-1
+    int32_t stop;
+};
+
+struct ChooseCall {
+    const Network* network;
+    const Cache* cache;
+    const Embedding* embedding;  // used if `tokens` are given
+    const Sampling* sampling;    // null: take the likeliest tokens
+    const int64_t* tokens;       // [B, Q]; null: `hidden` is given
+    const int64_t* starts;       // [B], position of each row's first token
+    float* hidden;               // [B, Q, D], the input of layer `start`, or room for the embeddings; is changed
+    int64_t* chosen;             // out [B, Q]; -1 where a logit is infinite or not a number
+    int32_t rows;                // B
+    int32_t queries;             // Q
+    int32_t start;               // layers start..stop-1
+    int32_t stop;
+};
+
+struct DraftCall {
+    const Network* network;
+    const Cache* cache;
+    const Embedding* embedding;
+    const StopRule* stop_rule;  // null: write `num_drafts` drafts without confidences
+    const Sampling* sampling;   // null: take the likeliest tokens
+    const int64_t* tokens;      // [B], each row's last token
+    const int64_t* starts;      // [B], their positions
+    float* hidden;              // out [K + 1, B, D], outputs of the exit for the given token and the drafts
+    int64_t* drafts;            // out [K, B]
+    float* confidences;         // out [K, B], probabilities of the drafts
+    int32_t rows;               // B
+    int32_t num_drafts;         // K, at most
+    int32_t exit_layer;         // layers to run
+    int32_t complete;           // run the last draft through the layers as well
+};
+
+struct PackCall {
+    const void* weight;  // [outputs, inputs] in float32, or [outputs, inputs / 32] blocks of a GGUF file
+    void* panels;        // out
+    void* scales;        // out, in formats that have some
+    int32_t inputs;
+    int32_t outputs;     // the last panel is filled up with zeros
+    int32_t format;
+    int32_t first;       // the weight fills every `step`-th panel from `first` on
+    int32_t step;
+    int32_t threads;
+};
+
+extern "C" {
+
+void layerskip_run_layers(const RunLayersCall* call);
+
+// logits [tokens, V padded to whole panels] of hidden [tokens, D]: final norm and head.
+void layerskip_unembed(const Network* network, const float* hidden, int32_t tokens, float* logits);
+
+// The token after each of a block: layers start..stop-1, final norm, head, then the likeliest token or a sampled one,
+// whose noise is that of its position, which is one more than its predecessor's.
+void layerskip_choose(const ChooseCall* call);
+
+// Write up to `num_drafts` tokens after each row's last one with the first layers, each chosen as by layerskip_choose.
+// Returns how many tokens a row were written; -1 where a logit is infinite or not a number.
+int32_t layerskip_draft(const DraftCall* call);
+
+int64_t layerskip_packed_bytes(int32_t inputs, int32_t outputs, int32_t format);
+
+// Lay out a weight in float32.
+void layerskip_pack(const PackCall* call);
+
+// Lay out a weight in blocks of a GGUF file.
+void layerskip_pack_blocks(const PackCall* call);
+
+// Whether float16 holds all of these numbers exactly.
+int32_t layerskip_fits_float16(const float* numbers, int64_t count);
+
+// Whether bfloat16 holds all of these numbers exactly.
+int32_t layerskip_fits_bfloat16(const float* numbers, int64_t count);
+
+// y [tokens, O] = x [tokens, I] W^T + b.
+void layerskip_multiply(const Linear* w, const float* x, int32_t tokens, float* y, int32_t threads);
+
+// `filter` of scores [rows, queries, count] by each row's rules.
+void layerskip_filter(const Sampling* sampling, float* scores, int64_t rows, int64_t queries, int64_t count,
+                      int32_t threads);
+
+// out [positions, count], the noise of tokens 0..count-1 for the key of each position.
+void layerskip_gumbel(const uint64_t* keys, int64_t positions, int64_t count, float* out, int32_t threads);
+
+// Version of these structures and functions; the caller refuses another.
+int32_t layerskip_interface();
+
+// Size of every structure, and offset and size of each of its fields, as text.
+const char* layerskip_layout();
+
+// Whether this processor has the instructions that the library was compiled for.
+int32_t layerskip_runs_here();
+}
+
+}  // namespace layerskip

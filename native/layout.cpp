@@ -1,0 +1,76 @@
+// The layout of all structures that callers fill in, as text. library.py builds the same text from its own structures.
+#include <cstddef>
+#include <initializer_list>
+#include <string>
+
+#include "interface.h"
+
+namespace layerskip {
+namespace {
+
+struct Field {
+    const char* name;
+    size_t offset, size;
+};
+
+std::string describe(const char* structure, size_t size, std::initializer_list<Field> fields) {
+    std::string text = structure + (" " + std::to_string(size)) + ":";
+    for (const Field& field : fields)
+        text += std::string(" ") + field.name + " " + std::to_string(field.offset) + "+" + std::to_string(field.size);
+    return text + "\n";
+}
+
+// A macro, since nothing else turns a field into its name and its offset.
+#define FIELD(structure, field) \
+    Field { #field, offsetof(structure, field), sizeof(structure::field) }
+
+}  // namespace
+
+const char* layerskip_layout() {
+    static const std::string layout =
+        describe("Linear", sizeof(Linear),
+                 {FIELD(Linear, panels), FIELD(Linear, scales), FIELD(Linear, bias), FIELD(Linear, inputs),
+                  FIELD(Linear, outputs), FIELD(Linear, format), FIELD(Linear, padding)}) +
+        describe("Layer", sizeof(Layer),
+                 {FIELD(Layer, qkv), FIELD(Layer, o), FIELD(Layer, gate_up), FIELD(Layer, down),
+                  FIELD(Layer, attention_norm), FIELD(Layer, q_norm), FIELD(Layer, k_norm),
+                  FIELD(Layer, post_attention_norm), FIELD(Layer, mlp_norm), FIELD(Layer, post_mlp_norm),
+                  FIELD(Layer, cosines), FIELD(Layer, sines), FIELD(Layer, window)}) +
+        describe("Network", sizeof(Network),
+                 {FIELD(Network, layers), FIELD(Network, final_norm), FIELD(Network, head), FIELD(Network, token_ids),
+                  FIELD(Network, hidden_size), FIELD(Network, num_heads), FIELD(Network, num_kv_heads),
+                  FIELD(Network, head_dim), FIELD(Network, rotary_dim), FIELD(Network, intermediate_size),
+                  FIELD(Network, vocab_size), FIELD(Network, activation), FIELD(Network, threads),
+                  FIELD(Network, rms_norm_eps), FIELD(Network, attention_scale)}) +
+        describe("Cache", sizeof(Cache),
+                 {FIELD(Cache, keys), FIELD(Cache, values), FIELD(Cache, layer_stride), FIELD(Cache, row_stride),
+                  FIELD(Cache, capacity)}) +
+        describe("Embedding", sizeof(Embedding),
+                 {FIELD(Embedding, table), FIELD(Embedding, format), FIELD(Embedding, multiplier)}) +
+        describe("StopRule", sizeof(StopRule), {FIELD(StopRule, rates), FIELD(StopRule, least)}) +
+        describe("Sampling", sizeof(Sampling),
+                 {FIELD(Sampling, temperatures), FIELD(Sampling, top_p), FIELD(Sampling, min_p),
+                  FIELD(Sampling, top_k), FIELD(Sampling, seeds)}) +
+        describe("RunLayersCall", sizeof(RunLayersCall),
+                 {FIELD(RunLayersCall, network), FIELD(RunLayersCall, cache), FIELD(RunLayersCall, starts),
+                  FIELD(RunLayersCall, hidden), FIELD(RunLayersCall, rows), FIELD(RunLayersCall, queries),
+                  FIELD(RunLayersCall, start), FIELD(RunLayersCall, stop)}) +
+        describe("ChooseCall", sizeof(ChooseCall),
+                 {FIELD(ChooseCall, network), FIELD(ChooseCall, cache), FIELD(ChooseCall, embedding),
+                  FIELD(ChooseCall, sampling), FIELD(ChooseCall, tokens), FIELD(ChooseCall, starts),
+                  FIELD(ChooseCall, hidden), FIELD(ChooseCall, chosen), FIELD(ChooseCall, rows),
+                  FIELD(ChooseCall, queries), FIELD(ChooseCall, start), FIELD(ChooseCall, stop)}) +
+        describe("DraftCall", sizeof(DraftCall),
+                 {FIELD(DraftCall, network), FIELD(DraftCall, cache), FIELD(DraftCall, embedding),
+                  FIELD(DraftCall, stop_rule), FIELD(DraftCall, sampling), FIELD(DraftCall, tokens),
+                  FIELD(DraftCall, starts), FIELD(DraftCall, hidden), FIELD(DraftCall, drafts),
+                  FIELD(DraftCall, confidences), FIELD(DraftCall, rows), FIELD(DraftCall, num_drafts),
+                  FIELD(DraftCall, exit_layer), FIELD(DraftCall, complete)}) +
+        describe("PackCall", sizeof(PackCall),
+                 {FIELD(PackCall, weight), FIELD(PackCall, panels), FIELD(PackCall, scales), FIELD(PackCall, inputs),
+                  FIELD(PackCall, outputs), FIELD(PackCall, format), FIELD(PackCall, first), FIELD(PackCall, step),
+                  FIELD(PackCall, threads)});
+    return layout.c_str();
+}
+
+}  // namespace layerskip

@@ -1,0 +1,205 @@
+#include "pass.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "attention.h"
+#include "elementwise.h"
+#include "linear.h"
+#include "threads.h"
+
+namespace layerskip {
+namespace {
+
+constexpr int kChunk = 64;  // tokens that go through the layers together: enough to be limited by arithmetic
+
+// Tokens that go through the layers together.
+struct Block {
+    int tokens = 0;
+    int64_t rows[kChunk];
+    int64_t positions[kChunk];
+    Segment segments[kChunk];
+    int num_segments = 0;
+
+    void add(int64_t row, int64_t position) {
+        if (num_segments == 0 || segments[num_segments - 1].row != row)
+            segments[num_segments++] = {row, position, tokens, 0};
+        ++segments[num_segments - 1].count;
+        rows[tokens] = row;
+        positions[tokens++] = position;
+    }
+};
+
+// One member's part of a forward pass.
+class Pass {
+  public:
+    Pass(const Network& network, const Cache& cache, float* hidden, const Block& block, float* shared, Team& team,
+         int member)
+        : net_(network), cache_(cache), hidden_(hidden), tokens_(block.tokens), rows_(block.rows),
+          positions_(block.positions), team_(team), member_(member),
+          attention_(network, cache, block.segments, block.num_segments, shared, team, member) {
+        const int64_t heads = net_.num_heads + 2 * net_.num_kv_heads;
+        qkv_ = shared + Attention::kPartialFloats;
+        attended_ = qkv_ + kChunk * heads * net_.head_dim;
+        gate_up_ = attended_ + kChunk * static_cast<int64_t>(net_.num_heads) * net_.head_dim;
+        inner_ = gate_up_ + kChunk * 2 * static_cast<int64_t>(net_.intermediate_size);
+        normed_ = inner_ + kChunk * static_cast<int64_t>(net_.intermediate_size);
+        out_ = normed_ + kChunk * static_cast<int64_t>(net_.hidden_size);
+    }
+
+    // Floats of `shared`.
+    static int64_t shared_floats(const Network& net) {
+        const int64_t qkv = static_cast<int64_t>(net.num_heads + 2 * net.num_kv_heads) * net.head_dim;
+        const int64_t attended = static_cast<int64_t>(net.num_heads) * net.head_dim;
+        const int64_t mlp = 3 * static_cast<int64_t>(net.intermediate_size);
+        return Attention::kPartialFloats + kChunk * (qkv + attended + mlp + 2 * net.hidden_size);
+    }
+
+    void run(int start, int stop) {
+        for (int index = start; index < stop; ++index) {
+            const Layer& layer = net_.layers[index];
+            norm_tokens(hidden_, layer.attention_norm);
+            product(layer.qkv, normed_, qkv_, false);
+            team_.barrier();
+            place_keys(layer, index);
+            team_.barrier();
+            attention_.run(qkv_, attended_, index, layer.window);
+            add_product(layer.o, attended_, layer.post_attention_norm);
+            team_.barrier();
+            norm_tokens(hidden_, layer.mlp_norm);
+            mlp_inner(layer);
+            team_.barrier();
+            add_product(layer.down, inner_, layer.post_mlp_norm);
+            team_.barrier();
+        }
+    }
+
+    void logits(float* to) {
+        norm_tokens(hidden_, net_.final_norm);
+        product(net_.head, normed_, to, false);
+    }
+
+  private:
+    // Norms of all tokens into the shared buffer; ends with a barrier.
+    void norm_tokens(const float* x, const float* weight) {
+        const int64_t size = net_.hidden_size;
+        for (int token = member_; token < tokens_; token += team_.size())
+            normalize(x + token * size, weight, size, net_.rms_norm_eps, normed_ + token * size);
+        team_.barrier();
+    }
+
+    // This member's outputs of all tokens.
+    void product(const Linear& w, const float* x, float* y, bool add) {
+        int start, stop;
+        share(w.outputs / kPanel, member_, team_.size(), start, stop);
+        multiply(w, x, w.inputs, tokens_, y, w.outputs, start, stop, add);
+    }
+
+    // hidden += norm(x W^T), the norm only where there is one.
+    void add_product(const Linear& w, const float* x, const float* norm) {
+        if (norm == nullptr) return product(w, x, hidden_, true);
+        product(w, x, out_, false);
+        team_.barrier();
+        const int64_t size = net_.hidden_size;
+        for (int token = member_; token < tokens_; token += team_.size()) {
+            float* out = out_ + token * size;
+            normalize(out, norm, size, net_.rms_norm_eps, out);
+            add(out, size, hidden_ + token * size);
+        }
+    }
+
+    void mlp_inner(const Layer& layer) {
+        int start, stop;
+        share(net_.intermediate_size / kPanel, member_, team_.size(), start, stop);
+        const int64_t outputs = layer.gate_up.outputs, size = net_.intermediate_size;
+        multiply(layer.gate_up, normed_, net_.hidden_size, tokens_, gate_up_, outputs, 2 * start, 2 * stop, false);
+        for (int token = 0; token < tokens_; ++token) {
+            for (int panel = start; panel < stop; ++panel) {
+                const float* gate = gate_up_ + token * outputs + 2 * panel * kPanel;
+                activate(gate, gate + kPanel, kPanel, net_.activation, inner_ + token * size + panel * kPanel);
+            }
+        }
+    }
+
+    // Head norms and rotation of queries (in place) and keys, and keys and values into the cache.
+    void place_keys(const Layer& layer, int index) {
+        const int heads = net_.num_heads + 2 * net_.num_kv_heads;
+        const int64_t head_dim = net_.head_dim;
+        for (int task = member_; task < tokens_ * heads; task += team_.size()) {
+            const int token = task / heads, head = task % heads;
+            float* x = qkv_ + task * head_dim;
+            if (head < net_.num_heads) {
+                turn(layer, layer.q_norm, x, token, x);
+                continue;
+            }
+            const int64_t slot = std::min(positions_[token], cache_.capacity);
+            const int64_t at = index * cache_.layer_stride + rows_[token] * cache_.row_stride;
+            const bool is_key = head < net_.num_heads + net_.num_kv_heads;
+            const int kv_head = head - net_.num_heads - (is_key ? 0 : net_.num_kv_heads);
+            const int64_t place = at + (slot * net_.num_kv_heads + kv_head) * head_dim;
+            if (is_key) {
+                turn(layer, layer.k_norm, x, token, cache_.keys + place);
+            } else {
+                std::memcpy(cache_.values + place, x, head_dim * sizeof(float));
+            }
+        }
+    }
+
+    void turn(const Layer& layer, const float* norm, float* x, int token, float* to) {
+        if (norm != nullptr) normalize(x, norm, net_.head_dim, net_.rms_norm_eps, x);
+        const int64_t angle = std::min(positions_[token], cache_.capacity - 1) * net_.rotary_dim;
+        rotate(x, layer.cosines + angle, layer.sines + angle, net_.rotary_dim, net_.head_dim, to);
+    }
+
+    const Network& net_;
+    const Cache& cache_;
+    float* hidden_;
+    const int tokens_;
+    const int64_t* rows_;
+    const int64_t* positions_;
+    Team& team_;
+    const int member_;
+    float *qkv_, *attended_, *gate_up_, *inner_, *normed_, *out_;
+    Attention attention_;
+};
+
+// Callers hold `Team::in_use`.
+float* workspace(int64_t floats) {
+    static std::vector<float> kept;
+    if (static_cast<int64_t>(kept.size()) < floats) kept.resize(floats);
+    return kept.data();
+}
+
+}  // namespace
+
+void run_layers(const Network& network, float* hidden, int32_t rows, int32_t queries, const int64_t* starts,
+                const Cache& cache, int32_t start, int32_t stop) {
+    Team& team = Team::of(network.threads);
+    float* shared = workspace(Pass::shared_floats(network));
+    const int64_t total = static_cast<int64_t>(rows) * queries;
+    for (int64_t begin = 0; begin < total; begin += kChunk) {
+        Block block;
+        for (int64_t token = begin; token < std::min(total, begin + kChunk); ++token)
+            block.add(token / queries, starts[token / queries] + token % queries);
+        team.run([&](int member, int) {
+            Pass(network, cache, hidden + begin * network.hidden_size, block, shared, team, member).run(start, stop);
+        });
+    }
+}
+
+void unembed(const Network& network, const float* hidden, int32_t tokens, float* logits) {
+    Team& team = Team::of(network.threads);
+    float* shared = workspace(Pass::shared_floats(network));
+    const Cache none{};
+    for (int64_t begin = 0; begin < tokens; begin += kChunk) {
+        Block block;
+        block.tokens = static_cast<int>(std::min<int64_t>(kChunk, tokens - begin));
+        float* states = const_cast<float*>(hidden) + begin * network.hidden_size;
+        team.run([&](int member, int) {
+            Pass(network, none, states, block, shared, team, member).logits(logits + begin * network.head.outputs);
+        });
+    }
+}
+
+}  // namespace layerskip

@@ -1,0 +1,18 @@
+// A forward pass over a block of tokens: any number of layers in one call of the team, then the head.
+#pragma once
+
+#include <cstdint>
+
+#include "network.h"
+
+namespace layerskip {
+
+// Run layers start..stop-1 over `queries` consecutive tokens of each row, row b's from position starts[b] on. hidden
+// [rows, queries, D] is changed in place; keys and values go into the cache.
+void run_layers(const Network& network, float* hidden, int32_t rows, int32_t queries, const int64_t* starts,
+                const Cache& cache, int32_t start, int32_t stop);
+
+// logits [tokens, V padded to whole panels] of hidden [tokens, D]: final norm and head.
+void unembed(const Network& network, const float* hidden, int32_t tokens, float* logits);
+
+}  // namespace layerskip

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 import tyro
-from models import ModelName, load_prompts, prepare
+from arguments import PromptArguments
+from models import load_prompts, prepare
 from record import environment, write_record
 from rich.console import Console
 from rich.progress import track
@@ -60,23 +61,19 @@ CONTEXT_TOKENS = 600
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(PromptArguments):
     """Options of the benchmark."""
 
-    model: ModelName = "demo"
     exits: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
     lengths: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8)
     ngram_lengths: tuple[int, ...] = (4, 8, 12)
     max_new_tokens: int = 128
-    prompts: Path = Path(__file__).parent / "prompts.jsonl"
-    """JSON lines with a field `prompt`; a model without a tokenizer gets random tokens instead."""
     num_prompts: int = 6
     copy: bool = False
     """One prompt instead: sixty lines of code that repeats itself."""
     temperature: float = 0.0
     """Above 0, sample: text that doesn't repeat itself. The seed is the same for all ways, and so is the text."""
     repetitions: int = 3
-    threads: int = 2
 
 
 def main(arguments: Arguments) -> None:

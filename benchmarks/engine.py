@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import ModelName, load_prompts, prepare
+from arguments import PromptArguments
+from models import load_prompts, prepare
 from record import environment, write_record
 from rich.console import Console
 from rich.table import Table
@@ -40,10 +41,9 @@ ADAPTIVE = -1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(PromptArguments):
     """Options of the benchmark."""
 
-    model: ModelName = "demo"
     exit_layer: int | None = None
     """A quarter of the layers if not given."""
     num_speculations: tuple[int, ...] = (2, 4, 6)
@@ -52,14 +52,8 @@ class Arguments:
     device: str = "cpu"
     dtype: str = "float32"
     kernels: str = "auto"
-    max_new_tokens: int = 64
-    prompts: Path = Path(__file__).parent / "prompts.jsonl"
-    """JSON lines with a field `prompt`; a model without a tokenizer gets random tokens instead."""
-    num_prompts: int = 4
-    repetitions: int = 5
     adaptive: bool = False
     """Measure adaptive decoding too."""
-    threads: int = 2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,8 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from models import ModelName, load_prompts, prepare
+from arguments import DraftingArguments
+from models import load_prompts, prepare
 from record import environment, write_record
 from rich.console import Console
 from rich.progress import track
@@ -41,20 +42,11 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(DraftingArguments):
     """Options of the benchmark."""
 
-    model: ModelName = "demo"
-    exit_layer: int = 4
-    num_speculations: int = 4
-    agreement: float = 0.9
-    """Share of random tokens on which a synthetic model's exit agrees with its last layer."""
-    max_new_tokens: int = 64
-    prompts: Path = Path(__file__).parent / "prompts.jsonl"
-    """JSON lines with a field `prompt`; a model without a tokenizer gets random tokens instead."""
     num_prompts: int = 3
     repetitions: int = 3
-    threads: int = 2
     worker: Annotated[str | None, tyro.conf.arg(metavar="WAY")] = None
     """Measure one way and print JSON: what the benchmark starts."""
 

@@ -22,8 +22,9 @@ import llama_cpp
 import numpy as np
 import torch
 import tyro
+from arguments import DraftingArguments
 from gguf import GGUFWriter
-from models import ModelName, gguf_file, load_prompts, prepare
+from models import gguf_file, load_prompts, prepare
 from record import environment, write_record
 from rich.console import Console
 from rich.table import Table
@@ -48,23 +49,12 @@ NAMES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(DraftingArguments):
     """Options of the benchmark."""
 
-    model: ModelName = "demo"
     bfloat16_weights: bool = False
     """Round our weights to bfloat16, which the native kernels then keep. Without it both engines have the same numbers:
     a GGUF file as it is, other models, which must be Llamas, in float32."""
-    exit_layer: int = 4
-    num_speculations: int = 4
-    agreement: float = 0.9
-    """Share of random tokens on which a synthetic model's exit agrees with its last layer."""
-    max_new_tokens: int = 64
-    prompts: Path = Path(__file__).parent / "prompts.jsonl"
-    """JSON lines with a field `prompt`; a model without a tokenizer gets random tokens instead."""
-    num_prompts: int = 4
-    repetitions: int = 5
-    threads: int = 2
 
 
 class LlamaCpp:

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 import tyro
-from models import ModelName, load_prompts, prepare
+from arguments import DraftingArguments
+from models import load_prompts, prepare
 from record import environment, write_record
 from rich.console import Console
 from rich.table import Table
@@ -35,20 +36,10 @@ DECODERS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(DraftingArguments):
     """Options of the benchmark."""
 
-    model: ModelName = "demo"
-    exit_layer: int = 4
-    num_speculations: int = 4
-    agreement: float = 0.9
-    """Share of random tokens on which a synthetic model's exit agrees with its last layer."""
-    max_new_tokens: int = 64
-    prompts: Path = Path(__file__).parent / "prompts.jsonl"
-    """JSON lines with a field `prompt`; a model without a tokenizer gets random tokens instead."""
     num_prompts: int = 6
-    repetitions: int = 5
-    threads: int = 2
 
 
 def main(arguments: Arguments) -> None:

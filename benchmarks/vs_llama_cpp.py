@@ -6,8 +6,8 @@
     python benchmarks/vs_llama_cpp.py --model smollm2 --bfloat16-weights
 
 llama.cpp runs a GGUF file as it is; another checkpoint (a Llama) is written as a float32 GGUF file first. It gets
-tokens one by one through its C interface. Tokens of the prompt are not counted. With the same numbers as weights, both
-write the same text, up to near-ties.
+tokens one by one through its C interface. Tokens of the prompt are not counted. With the same weights, both engines
+generate the same text, up to near-ties.
 """
 
 import ctypes
@@ -53,8 +53,8 @@ class Arguments(DraftingArguments):
     """Options of the benchmark."""
 
     bfloat16_weights: bool = False
-    """Round our weights to bfloat16, which the native kernels then keep. Without it both engines have the same numbers:
-    a GGUF file as it is, other models, which must be Llamas, in float32."""
+    """Round our weights to bfloat16, which the native kernels keep. Without this option both engines have the same
+    numbers: a GGUF file as it is; other models, which must be Llamas, in float32."""
 
 
 class LlamaCpp:
@@ -69,7 +69,7 @@ class LlamaCpp:
         self._vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
 
     def write(self, prompt: list[int], max_new_tokens: int) -> tuple[list[int], float]:
-        """New tokens, and the seconds of all but the first."""
+        """Generate; returns the new tokens, and the seconds of all but the first."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
         written = [self._next(prompt)]
         start = time.perf_counter()
@@ -87,7 +87,7 @@ class LlamaCpp:
 
 @llama_cpp.llama_log_callback
 def _silence(level: int, text: bytes, data: object) -> None:
-    """llama.cpp reports every tensor that it loads."""
+    """Drop llama.cpp's messages, which name every tensor that it loads."""
 
 
 def main(arguments: Arguments) -> None:

@@ -33,7 +33,7 @@ _KEPT: Mapping[GGMLQuantizationType, BlockFormat] = {
     GGMLQuantizationType.Q4_1: "q4_1",
 }
 
-# Hugging Face's name of a layer's part -> the file's.
+# Hugging Face's name of a layer's weight -> the file's name.
 _LAYER_NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -59,24 +59,24 @@ _TOP_NAMES = {
     "lm_head.weight": "output.weight",
 }
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-"""What `config.py` reads."""
+"""Tensors that `config.py` reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conventions:
-    """How a family's tensors differ from Hugging Face's."""
+    """Differences between a family's tensors in the file and Hugging Face's."""
 
     names: Mapping[str, str]
-    """Hugging Face's name of a layer's part -> the file's."""
+    """Hugging Face's name of a layer's weight -> the file's name."""
     norm_offset: float = 0.0
-    """Added to the stored weight of norms in the file."""
+    """Number that the file adds to the weights of norms."""
     pairs: Mapping[str, int] | None = None
-    """Parts whose rows lie in rotary pairs side by side -> their number of heads; Hugging Face has all first
-    channels of the pairs before all second ones."""
+    """Weights whose rows have the two channels of a rotary pair side by side -> their number of heads; Hugging Face has
+    the first channels of all pairs before the second ones."""
 
 
 def conventions(raw_config: Mapping[str, Any]) -> Conventions:
-    """Those of the family of a config.json."""
+    """The conventions of the family of a config.json."""
     model_type = raw_config["model_type"]
     others = _FUSED_NAMES if model_type == "phi3" else _GEMMA_NAMES if model_type == "gemma3_text" else {}
     pairs = None
@@ -88,7 +88,7 @@ def conventions(raw_config: Mapping[str, Any]) -> Conventions:
 
 
 class GGUFTensors:
-    """A file's tensors by Hugging Face's names, memory-mapped (`model.weights.TensorSource`)."""
+    """A file's tensors by Hugging Face's names, memory-mapped (a `TensorSource`)."""
 
     def __init__(self, container: Container, raw_config: Mapping[str, Any]) -> None:
         """Match the names.
@@ -98,7 +98,7 @@ class GGUFTensors:
             raw_config: The model's config.json.
 
         Raises:
-            WeightsError: A tensor that the family doesn't have, or of a type that can't be read.
+            WeightsError: The family has no such tensor, or its type can't be read.
         """
         self._conventions = conventions(raw_config)
         self._entries: dict[str, TensorEntry] = {}
@@ -119,7 +119,7 @@ class GGUFTensors:
         return frozenset(self._entries)
 
     def get(self, name: str) -> Tensor:
-        """One tensor: as it is in the file if it is plain, else dequantized to float32."""
+        """One tensor: as stored if it isn't quantized, else dequantized to float32."""
         entry = self._entries[name]
         tensor = read_tensor(entry)
         order = self._order(entry)
@@ -130,17 +130,17 @@ class GGUFTensors:
         return tensor
 
     def block_format(self, name: str) -> BlockFormat | None:
-        """The blocks that hold the tensor's numbers exactly, its own or wider ones; None where there are none."""
+        """Format of blocks with exactly the tensor's numbers, its own or a wider one; None if there is none."""
         return block_format(self._entries[name])
 
     def blocks(self, name: str) -> BlockWeight:
-        """A tensor that has a `block_format`, in these blocks."""
+        """A tensor in the blocks of its `block_format`."""
         entry = self._entries[name]
         weight, order = read_blocks(entry), self._order(entry)
         return weight if order is None else weight.rows(order)
 
     def _order(self, entry: TensorEntry) -> Tensor | None:
-        """Rows in Hugging Face's order, where the file has another one."""
+        """Rows in Hugging Face's order, if the file's order differs."""
         part = entry.name.split(".")[-2]
         heads = (self._conventions.pairs or {}).get(part)
         rows = entry.shape[0]
@@ -150,7 +150,7 @@ class GGUFTensors:
 
 
 def _hugging_face_names(parts: Mapping[str, str], num_layers: int) -> dict[str, str]:
-    """The file's name of every tensor -> Hugging Face's."""
+    """The file's name of every tensor -> Hugging Face's name."""
     names = {theirs: ours for ours, theirs in _TOP_NAMES.items()}
     for layer in range(num_layers):
         for ours, theirs in parts.items():
@@ -169,7 +169,7 @@ def check_type(entry: TensorEntry) -> None:
 
 
 def read_tensor(entry: TensorEntry) -> Tensor:
-    """A tensor of a file: mapped if it is plain, else dequantized to float32."""
+    """A tensor of a file: mapped if it isn't quantized, else dequantized to float32."""
     data = _map(entry)
     if entry.type in _PLAIN:
         return data.view(_PLAIN[entry.type]).reshape(entry.shape)
@@ -182,14 +182,14 @@ def read_tensor(entry: TensorEntry) -> Tensor:
 
 
 def block_format(entry: TensorEntry) -> BlockFormat | None:
-    """The blocks that hold a matrix's numbers exactly: its own, or wider ones; None where there are none."""
+    """Format of blocks with exactly a matrix's numbers, its own or a wider one; None if there is none."""
     if len(entry.shape) != 2:
         return None
     return "q8_0" if entry.type in _WIDENED else _KEPT.get(entry.type)
 
 
 def read_blocks(entry: TensorEntry) -> BlockWeight:
-    """A matrix that has a `block_format`, in these blocks."""
+    """A matrix in the blocks of its `block_format`."""
     rows = _map(entry).view(entry.shape[0], -1)
     if entry.type in _WIDENED:
         return BlockWeight("q8_0", _WIDENED[entry.type](rows))
@@ -197,7 +197,7 @@ def read_blocks(entry: TensorEntry) -> BlockWeight:
 
 
 def _five_bits(rows: Tensor) -> Tensor:
-    """Q5_0 -> q8_0: a scale, 32 fifth bits and 32 four bits become the scale and 32 bytes."""
+    """Q5_0 -> q8_0: the scale stays, 32 fifth bits and 32 times four bits become 32 bytes."""
     blocks = rows.view(len(rows), -1, 22)
     bits = blocks[..., 2:6, None] >> torch.arange(8, dtype=torch.uint8) & 1
     low = torch.cat([blocks[..., 6:] & 0xF, blocks[..., 6:] >> 4], -1)
@@ -206,7 +206,7 @@ def _five_bits(rows: Tensor) -> Tensor:
 
 
 def _nonlinear(rows: Tensor) -> Tensor:
-    """IQ4_NL -> q8_0: a scale and 32 places in a table of bytes become the scale and 32 bytes."""
+    """IQ4_NL -> q8_0: the scale stays, 32 indices into a table of bytes become 32 bytes."""
     from gguf.quants import IQ4_NL
 
     blocks = rows.view(len(rows), -1, 18)
@@ -231,7 +231,7 @@ def _count(entry: TensorEntry) -> int:
 
 
 def _map(entry: TensorEntry) -> Tensor:
-    """[bytes] of a tensor, uint8, in a mapping of its own: its pages go when it does."""
+    """Bytes of a tensor, uint8, in a mapping of its own, whose pages are freed with it."""
     first = entry.offset - entry.offset % mmap.ALLOCATIONGRANULARITY
     with entry.path.open("rb") as file:
         memory = mmap.mmap(file.fileno(), entry.offset + entry.num_bytes - first, access=mmap.ACCESS_COPY, offset=first)

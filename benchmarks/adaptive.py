@@ -1,10 +1,10 @@
-"""Adaptive decoding against every fixed exit and draft length, on texts where it pays and where nothing does.
+"""Adaptive decoding against every fixed exit layer and draft length, on texts where drafts help and where none do.
 
     python benchmarks/adaptive.py --prompts human_eval.jsonl --num-prompts 40     # the embedded model, the whole grid
     python benchmarks/adaptive.py --model untrained --temperature 1               # random weights: nothing to gain
     python benchmarks/adaptive.py --copy                                          # the text repeats itself
 
-Batch 1, all ways in turn for every prompt; the figures are tokens over seconds after each prompt's first token.
+Batch 1, all strategies interleaved for every prompt; speeds are tokens / seconds after each prompt's first token.
 """
 
 import json
@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 import tyro
-from models import ModelName, load_prompts, prepare
+from arguments import PromptArguments
+from models import load_prompts, prepare
 from record import environment, write_record
 from rich.console import Console
 from rich.progress import track
@@ -56,27 +57,24 @@ CLASS = """class Item:
         return self.name
 """
 CONTEXT_TOKENS = 600
-"""Most tokens of a prompt."""
+"""Tokens of a prompt, at most; earlier ones are cut off."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(PromptArguments):
     """Options of the benchmark."""
 
-    model: ModelName = "demo"
     exits: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
     lengths: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8)
     ngram_lengths: tuple[int, ...] = (4, 8, 12)
     max_new_tokens: int = 128
-    prompts: Path = Path(__file__).parent / "prompts.jsonl"
-    """JSON lines with a field `prompt`; a model without a tokenizer gets random tokens instead."""
     num_prompts: int = 6
     copy: bool = False
-    """One prompt instead: sixty lines of code that repeats itself."""
+    """Use a single prompt: sixty lines of code that repeats itself."""
     temperature: float = 0.0
-    """Above 0, sample: text that doesn't repeat itself. The seed is the same for all ways, and so is the text."""
+    """Above 0, sample, so that the text doesn't repeat itself. All strategies have the same seed and generate the same
+    text."""
     repetitions: int = 3
-    threads: int = 2
 
 
 def main(arguments: Arguments) -> None:
@@ -90,21 +88,21 @@ def main(arguments: Arguments) -> None:
 
 
 def choose_prompts(arguments: Arguments, lm: layerskip.LanguageModel) -> list[list[int]]:
-    """Token ids."""
+    """Token ids of the prompts."""
     if arguments.copy:
         return [repeating_prompt(lm)]
     return [prompt[-CONTEXT_TOKENS:] for prompt in load_prompts(lm, arguments.prompts, arguments.num_prompts)]
 
 
 def repeating_prompt(lm: layerskip.LanguageModel) -> list[int]:
-    """A class, and what the model makes of it up to some sixty lines: method after method, each much like the last."""
+    """A class that the model continues up to some sixty lines: method after method, each much like the last."""
     start = lm.encode([CLASS])[0]
     greedy: dict[str, Any] = {"generation_strategy": AUTOREGRESSIVE, "temperature": 0, "ignore_eos": True}
     return start + lm.generate([start], max_new_tokens=400 - len(start), **greedy)[0].token_ids
 
 
 def settings(arguments: Arguments) -> dict[str, dict[str, Any]]:
-    """Options of each way."""
+    """Options of each strategy."""
     ways: dict[str, dict[str, Any]] = {name: {"generation_strategy": name} for name in (AUTOREGRESSIVE, ADAPTIVE)}
     for length in arguments.ngram_lengths:
         ways[f"{NGRAM}, {length} drafts"] = {"generation_strategy": NGRAM, "num_speculations": length}
@@ -115,7 +113,7 @@ def settings(arguments: Arguments) -> dict[str, dict[str, Any]]:
 
 
 def measure(arguments: Arguments, lm: layerskip.LanguageModel, prompts: list[list[int]]) -> dict[str, list[float]]:
-    """Tokens/s of each way in each repetition."""
+    """Tokens/s of each strategy in each repetition."""
     ways = settings(arguments)
     speeds: dict[str, list[float]] = defaultdict(list)
     for repetition in track(range(arguments.repetitions + 1), "repetitions"):
@@ -143,7 +141,7 @@ def measure(arguments: Arguments, lm: layerskip.LanguageModel, prompts: list[lis
 
 
 def report(arguments: Arguments, speeds: dict[str, list[float]]) -> None:
-    """Print the best ways and the ratios, and write the record."""
+    """Print the best strategies and the ratios, and write the record."""
     console = Console(width=110)
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     best, ngram = (

@@ -1,10 +1,10 @@
-"""What decoding is worth while other processes use the same cores.
+"""Speed of decoding while other processes use the same cores.
 
     python benchmarks/busy_machine.py                       # the embedded model, beside 0, 1 and 2 busy processes
     python benchmarks/busy_machine.py --neighbours 0 4 8    # more cores, more neighbours
 
-The neighbours compute without end and without memory, so that what is lost is lost to their time on the cores. Ratios
-are to the quiet phase of the same round.
+The neighbours compute endlessly without using memory, so any loss of speed is due to their time on the cores. Ratios
+are relative to the quiet phase of the same round.
 """
 
 import json
@@ -38,13 +38,13 @@ class Arguments:
 
     model: ModelName = "demo"
     neighbours: tuple[int, ...] = (0, 1, 2)
-    """Numbers of busy processes, the first of which others are compared with."""
+    """Numbers of busy processes; the first is the reference for the others."""
     exit_layer: int = 4
     num_speculations: int = 4
     max_new_tokens: int = 96
     prompts: Path = Path(__file__).parent / "prompts.jsonl"
     seconds: float = 2.0
-    """Of each way in each phase."""
+    """Seconds of each strategy in each phase."""
     repetitions: int = 3
     threads: int = 2
 
@@ -67,7 +67,7 @@ def main(arguments: Arguments) -> None:
 
 @contextmanager
 def busy(count: int) -> Iterator[None]:
-    """So many processes that compute."""
+    """Run a number of busy processes."""
     processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         time.sleep(0.2)
@@ -79,7 +79,7 @@ def busy(count: int) -> Iterator[None]:
 
 
 def tokens_per_second(lm: layerskip.LanguageModel, prompt: list[int], way: str, arguments: Arguments) -> float:
-    """After the first token, over as many texts as the time allows."""
+    """Tokens/s after the first token, over as many texts as the time allows."""
     options: dict[str, Any] = {"generation_strategy": way, "ignore_eos": True, "do_sample": False}
     if way != "autoregressive":
         options |= {"exit_layer": arguments.exit_layer, "num_speculations": arguments.num_speculations}

@@ -1,21 +1,21 @@
-"""How close decoding comes to the limits of the machine, and speculation to what its acceptance allows.
+"""Speed of decoding against the limits of the machine, and of speculation against the limits of its acceptance.
 
     python benchmarks/engine.py --model 240m --num-speculations 2 4 6
     python benchmarks/engine.py --model demo --kernels torch
     python benchmarks/engine.py --model 8b --device cuda --dtype bfloat16 --adaptive
 
-Models are checkpoints, or shapes from `synthetic.py` that are made on the spot. Printed, and recorded as JSON:
+Models are checkpoints, or shapes from `synthetic.py` that are made for the run. It prints, and records as JSON:
 
-- the roofline: bytes a second that a product with one row reads, by kernel;
-- tokens/s of autoregressive and self-speculative decoding, interleaved, prompts not counted, and the bytes of weights
-  that autoregressive decoding reads a second over the roofline's;
-- the ideal speedup of the acceptance that was seen: tokens a round, times the seconds of a step, over the seconds of a
-  round's parts, each timed alone; and what of it was reached;
-- where the time of a round goes;
-- with `--adaptive`, adaptive decoding beside the fixed draft lengths; on CUDA, what was captured and how long it took.
+- the roofline: bytes that a product with one row reads in a second, by kernel;
+- tokens/s of autoregressive and self-speculative decoding, interleaved and without the prompts, and the bytes of
+  weights that autoregressive decoding reads in a second divided by the roofline's;
+- the ideal speedup for the measured acceptance (tokens in a round, times the seconds of a step, divided by the seconds
+  of a round's parts, each timed alone), and the share of it that was reached;
+- the time of each part of a round;
+- with `--adaptive`, adaptive decoding beside the fixed draft lengths; on CUDA, the captured graphs and their seconds.
 
-On CUDA a round is one captured graph. Its parts can't be timed alone, and those of the other verbs say nothing about
-it: the ideal there is what the bytes of weights that a step and a round read take at the roofline's rate.
+On CUDA a round is one captured graph, so its parts can't be timed alone. The ideal there is the time that the
+roofline's rate needs for the bytes of weights that a step and a round read.
 """
 
 import json
@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import ModelName, load_prompts, prepare
+from arguments import PromptArguments
+from models import load_prompts, prepare
 from record import environment, write_record
 from rich.console import Console
 from rich.table import Table
@@ -36,14 +37,13 @@ import layerskip
 from layerskip.decoding.adaptive.costs import CallTimer
 
 ADAPTIVE = -1
-"""Stands for adaptive decoding where results are kept by draft length."""
+"""Key of adaptive decoding among results that are kept by draft length."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(PromptArguments):
     """Options of the benchmark."""
 
-    model: ModelName = "demo"
     exit_layer: int | None = None
     """A quarter of the layers if not given."""
     num_speculations: tuple[int, ...] = (2, 4, 6)
@@ -52,19 +52,13 @@ class Arguments:
     device: str = "cpu"
     dtype: str = "float32"
     kernels: str = "auto"
-    max_new_tokens: int = 64
-    prompts: Path = Path(__file__).parent / "prompts.jsonl"
-    """JSON lines with a field `prompt`; a model without a tokenizer gets random tokens instead."""
-    num_prompts: int = 4
-    repetitions: int = 5
     adaptive: bool = False
     """Measure adaptive decoding too."""
-    threads: int = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """What speculation with one draft length reached."""
+    """Results of speculation with one draft length."""
 
     num_speculations: int
     tokens_per_second: float
@@ -72,13 +66,13 @@ class Round:
     """Share of the drafts that were accepted."""
     tokens_per_round: float
     speedup: float
-    """Median over repetitions, against the autoregressive run beside it."""
+    """Median over repetitions of the ratio to the autoregressive run beside it."""
     ideal_speedup: float
     efficiency: float
     round_ms: float
     parts_ms: dict[str, float]
-    """Each timed alone, on CUDA at the roofline's rate; `other` is what a round takes beyond them (drafts written in
-    one call take less)."""
+    """Milliseconds of each part, timed alone, or on CUDA computed from the roofline; `other` is the rest of a round,
+    which is negative if drafting in one call takes less."""
 
 
 def main(arguments: Arguments) -> None:
@@ -89,7 +83,7 @@ def main(arguments: Arguments) -> None:
 
 
 def run(arguments: Arguments, console: Console) -> dict[str, Any]:
-    """Measure and print; returns what is to be recorded."""
+    """Measure and print; returns the record."""
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as scratch:
         lm, exit_layer = load(arguments, Path(scratch))
@@ -98,7 +92,7 @@ def run(arguments: Arguments, console: Console) -> dict[str, Any]:
 
 
 def load(arguments: Arguments, scratch: Path) -> tuple[layerskip.LanguageModel, int]:
-    """The model, and the exit that drafts."""
+    """The model, and the exit layer that drafts."""
     model = prepare(
         arguments.model,
         scratch,
@@ -113,7 +107,7 @@ def load(arguments: Arguments, scratch: Path) -> tuple[layerskip.LanguageModel, 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One repetition: everything in it within seconds, so that a machine whose speed drifts is the same for all."""
+    """One repetition; it takes seconds, so that a drifting machine has the same speed for everything in it."""
 
     bandwidth: dict[str, float]
     speeds: dict[int, float]
@@ -128,7 +122,7 @@ class Measurement:
 def measure(
     arguments: Arguments, lm: layerskip.LanguageModel, exit_layer: int, prompts: list[list[int]]
 ) -> list[Measurement]:
-    """Repetitions after one that warms up."""
+    """Run the repetitions, after one as a warm-up."""
     roofline = Roofline(torch.device(arguments.device), getattr(torch, arguments.dtype))
     context = sum(map(len, prompts)) // len(prompts) + arguments.max_new_tokens // 2
     timer = CallTimer(lm.decoder, 1, max(arguments.num_speculations) + 1, context=context)
@@ -165,7 +159,7 @@ def measure(
 def decode(
     arguments: Arguments, lm: layerskip.LanguageModel, exit_layer: int, prompts: list[list[int]]
 ) -> dict[int, list[layerskip.GenerationResult]]:
-    """Results by draft length, every prompt in all ways in turn."""
+    """Results by draft length; the draft lengths alternate on every prompt."""
     settings: dict[int, dict[str, Any]] = {0: {"generation_strategy": "autoregressive"}} | {
         k: {"generation_strategy": "self_speculative", "exit_layer": exit_layer, "num_speculations": k}
         for k in arguments.num_speculations
@@ -180,8 +174,8 @@ def decode(
 
 
 def judge(measurements: list[Measurement], num_speculations: int) -> Round:
-    """A draft length against its ideal: medians of what each repetition gives."""
-    done = measurements[-1].results[num_speculations]  # greedy: the same in all of them
+    """A draft length against its ideal: medians over the repetitions."""
+    done = measurements[-1].results[num_speculations]  # greedy: the same in all repetitions
     rounds = sum(r.stats.rounds for r in done)
     tokens = _tokens(done) / rounds
     sums = [sum(m.parts[num_speculations].values()) for m in measurements]
@@ -213,7 +207,7 @@ def report(
     console: Console,
     measurements: list[Measurement],
 ) -> dict[str, Any]:
-    """Print tables; returns what is to be recorded."""
+    """Print tables; returns the record."""
     weight_bytes = lm.decoder.weight_bytes(0, lm.config.num_layers)
     plain = [m.speeds[0] for m in measurements]
     used = [speed * weight_bytes / 1e9 for speed in plain]

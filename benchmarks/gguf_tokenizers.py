@@ -1,11 +1,11 @@
-"""Token ids of tokenizers read from GGUF files against llama.cpp's, text by text.
+"""Compares the token ids of tokenizers from GGUF files with llama.cpp's, text by text.
 
     python benchmarks/gguf_tokenizers.py                           # a small vocabulary with every pre-tokenizer
     python benchmarks/gguf_tokenizers.py MODEL.gguf OTHER.gguf     # real ones too
     python benchmarks/gguf_tokenizers.py --freeze MODEL.gguf       # llama.cpp's ids for the tests
 
-The texts are those of tokenizer_texts.json. Special tokens in them are parsed, and added where the file says so. Needs
-llama-cpp-python, `pip install llama-cpp-python`, and `gguf`.
+The texts are in tokenizer_texts.json. Special tokens in them are parsed, and added if the file says so. The script
+needs `pip install llama-cpp-python gguf`.
 """
 
 import json
@@ -36,7 +36,7 @@ SPECIAL = ["<unk>", "<s>", "</s>"]
 CONTROL = ["<|im_start|>", "<|im_end|>", "<|end|>", "<|endoftext|>"]
 USER_DEFINED = ["<tool>", "\n\n\n"]
 UNMERGED = ["ĠPascalCase", "ĠDonaudampfschifffahrtsgesellschaftskapitÃ¤n"]
-"""Words that no merges make: tokens only where whole words are looked up first."""
+"""Words that no merges produce; they become tokens only if whole words are looked up first."""
 LLAMA_CPP_WORDS = (
     r"[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))*((?=[\p{L}])([^A-Z]))+",
     r"[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))+((?=[\p{L}])([^A-Z]))*",
@@ -53,19 +53,19 @@ LLAMA_CPP = {
         for name in ("deepseek-llm", "deepseek-coder")
     },
 }
-"""Where llama.cpp parts from the models' own tokenizers, by the first name in our table: it knows no case and no marks
-beyond ASCII, doesn't compose characters and their marks, and takes spaces beyond ASCII out of listed characters. With
-these settings ours does the same."""
+"""Settings, by the first name in our table, with which our tokenizers split as llama.cpp does where it differs from the
+models' own tokenizers: it has no case and no marks beyond ASCII, doesn't compose characters with their marks, and takes
+spaces beyond ASCII out of listed characters."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to compare."""
+    """Options of the comparison."""
 
     files: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     """GGUF files to compare besides the small vocabularies."""
     json: bool = False
-    """Print every difference as JSON in place of the table."""
+    """Print every difference as JSON instead of the table."""
     freeze: bool = False
     """Train the small vocabularies anew, and write llama.cpp's ids for them and the files as the tests' data."""
 
@@ -76,13 +76,13 @@ class Row:
 
     name: str
     ids: list[list[int]]
-    """llama.cpp's, for each text."""
+    """llama.cpp's ids of each text."""
     differing: list[dict[str, Any]]
-    """Texts with other ids: the text, ours, llama.cpp's."""
+    """Texts with other ids: the text, our ids, llama.cpp's ids."""
     differing_as_llama_cpp: int
-    """Texts with other ids where ours splits as llama.cpp does (`LLAMA_CPP`)."""
+    """Texts with other ids when our tokenizer splits as llama.cpp does (`LLAMA_CPP`)."""
     seconds: float
-    """To build our tokenizer from the metadata."""
+    """Seconds to build our tokenizer from the metadata."""
 
 
 def main(settings: Settings) -> None:
@@ -124,7 +124,7 @@ def compare(name: str, metadata: dict[str, Any], texts: list[str], file: Path | 
 
 
 def differences(tokenizer: PreTrainedTokenizerFast, texts: list[str], ids: list[list[int]]) -> list[dict[str, Any]]:
-    """The texts with other ids than these."""
+    """Texts whose ids differ from these."""
     ours = [tokenizer(text)["input_ids"] for text in texts]
     return [
         {"text": text, "ours": mine, "llama.cpp": theirs}
@@ -155,7 +155,7 @@ def read_metadata(file: Path) -> dict[str, Any]:
 
 
 def write_gguf(metadata: dict[str, Any], file: Path) -> Path:
-    """A file with a vocabulary and nothing else."""
+    """Write a file with a vocabulary and nothing else."""
     writer = GGUFWriter(file, metadata["general.architecture"])
     add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, list: writer.add_array}
     for key, value in metadata.items():
@@ -191,7 +191,7 @@ def keys(vocabulary: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_vocabularies(texts: list[str]) -> dict[str, Any]:
-    """Small vocabularies that hold something of every script, with merges across all borders of words."""
+    """Small vocabularies with tokens of every script, and merges across all borders of words."""
     added = re.compile("|".join(re.escape(token) for token in SPECIAL + CONTROL + USER_DEFINED))
     texts = [piece for text in texts for piece in added.split(text)]
     byte_level = Tokenizer(models.BPE())
@@ -243,7 +243,7 @@ def trained(tokenizer: Tokenizer) -> tuple[list[str], list[list[str]]]:
 
 
 def freeze(vocabularies: dict[str, Any], rows: list[Row]) -> None:
-    """Write the tests' data: of real tokenizers all ids, of small ones a checksum of them for each text."""
+    """Write the tests' data: all ids of real tokenizers, and for small ones a checksum of each text's ids."""
     small = {name for name, _ in small_tokenizers(vocabularies)}
     firsts = small - set(PRE_TOKENIZERS) | {entry.names[0] for entry in PRE_TOKENIZERS.values()}
     checksums = {row.name: [checksum(ids) for ids in row.ids] for row in rows if row.name in firsts}
@@ -257,7 +257,7 @@ def freeze(vocabularies: dict[str, Any], rows: list[Row]) -> None:
 
 
 def checksum(ids: list[int]) -> str:
-    """A few characters that other ids hardly have."""
+    """A short hash of token ids."""
     return f"{zlib.crc32(json.dumps(ids).encode()):08x}"[:6]
 
 

@@ -1,6 +1,6 @@
 """The steps of `on_gpu.py` that run models: parity with transformers, losslessness, speed, training.
 
-Each takes the `gpu_steps.Report` to which it adds what it finds. On a CPU everything is as small as it can be.
+Each adds its results to a `gpu_steps.Report`. On a CPU everything is as small as possible.
 """
 
 import json
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOAT32_TOLERANCE = 1e-3
-"""Largest difference of a float32 logit from transformers'; logits are about 1, and TF32 is off."""
+"""Largest difference between our float32 logits and transformers'; logits are about 1, and TF32 is off."""
 BFLOAT16_SHARE, BFLOAT16_ERROR = 1.25, 2e-2
-"""bfloat16 may be this much further from float32 than transformers' own bfloat16 is, or this far (relative norm)."""
+"""Ratio to the distance of transformers' own bfloat16 from float32, or relative norm, that our bfloat16 may reach."""
 LOSS_FALL = 0.5
 """Nats by which the training loss must fall."""
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -30,7 +30,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def parity(report: "Report") -> None:
-    """Logits of random models of several families, in our decoder and in transformers, on the device."""
+    """Compare the logits of random models of several families between our decoder and transformers, on the device."""
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -113,7 +113,7 @@ def _compare_logits(folder: Path, device: str, length: int) -> dict[str, float]:
 
 
 def _last_logits(decoder: Any, tokens: list[int], number: int) -> Any:
-    """Logits after the last tokens of a text, read one at a time after the others."""
+    """Logits after the last tokens of a text, which are read one at a time."""
     import torch
 
     cache, logits = decoder.new_cache(1, len(tokens)), []
@@ -127,7 +127,7 @@ def _last_logits(decoder: Any, tokens: list[int], number: int) -> Any:
 
 
 def verify(report: "Report") -> None:
-    """Self-speculative text against plain decoding, of the embedded model and of a larger random one."""
+    """Compare self-speculative with autoregressive decoding, for the embedded model and a larger random one."""
     import torch
     from models import load_prompts
     from synthetic import make_synthetic
@@ -192,7 +192,7 @@ def _verify(
 
 
 def engine(report: "Report") -> None:
-    """`engine.py`'s figures."""
+    """Run `engine.py`."""
     import engine as benchmark
     from rich.console import Console
 
@@ -223,7 +223,8 @@ def engine(report: "Report") -> None:
 
 
 def training(report: "Report") -> None:
-    """`layerskip.train` from scratch on the checkout's own code: a few steps tell how many a minute has."""
+    """`layerskip.train` from scratch on the checkout's own code; the time of a few steps decides how many fit into a
+    minute."""
     import torch
 
     import layerskip
@@ -295,7 +296,7 @@ def _train(report: "Report", output: Path, steps: int) -> dict[str, float]:
 
 
 def _peak_memory(report: "Report") -> float:
-    """GiB: of the GPU's tensors, or of this process."""
+    """GiB of the GPU's tensors, or of this process, at their peak."""
     import torch
 
     if report.small:

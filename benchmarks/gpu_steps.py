@@ -1,7 +1,7 @@
 """The steps of `on_gpu.py`, each run as `python gpu_steps.py NAME --device DEVICE --limit SECONDS RESULT`.
 
-RESULT is a JSON file, written anew whenever something was found, so that a step that is killed has told what it knew.
-`problems` in it are what failed; `headline` is for people. On a CPU everything is as small as it can be.
+RESULT is a JSON file that is rewritten after every result, so that a step that is killed leaves its results so far.
+`problems` lists the failures; `headline` is for people. On a CPU everything is as small as possible.
 """
 
 import argparse
@@ -27,12 +27,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # hatch_build
 
 SLOW_TESTS_S, GRACE_S = 20, 5
-"""Seconds that must be left for tests that compile for minutes to begin, and to be left when they are stopped."""
+"""Seconds that must be left to begin tests that compile for minutes, and seconds that are left when they are
+stopped."""
 
 
 @dataclass(kw_only=True)
 class Report:
-    """What a step has found so far."""
+    """Results of a step so far."""
 
     path: Path
     device: str
@@ -57,25 +58,25 @@ class Report:
         self.write()
 
     def problem(self, what: str) -> None:
-        """Add something that failed."""
+        """Add a failure."""
         self.found["problems"].append(what)
         print(f"PROBLEM: {what}", flush=True)
         self.write()
 
     def check(self, holds: bool, what: str) -> None:
-        """Add a problem unless something holds."""
+        """Add a problem unless a condition is true."""
         if not holds:
             self.problem(what)
 
     def write(self) -> None:
-        """Write what was found so far, in one step: the process may be killed at any time."""
+        """Write the results so far atomically, because the process may be killed at any time."""
         staging = self.path.with_suffix(".new")
         staging.write_text(json.dumps(self.found))
         staging.replace(self.path)
 
 
 def environment(report: Report) -> None:
-    """Machine and versions; compiles native/ for the checkout."""
+    """Report the machine and versions; compile native/ for the checkout."""
     import torch
 
     from layerskip.machine import describe_machine
@@ -111,7 +112,7 @@ def _compile() -> str:
 
 
 def tests(report: Report) -> None:
-    """All tests for a GPU; in what time is left, those that compile for minutes, which may be stopped."""
+    """Run all tests for a GPU; tests that compile for minutes come last and may be stopped when the time is over."""
     outcomes: dict[str, list[str]] = {"PASSED": [], "FAILED": [], "ERROR": [], "SKIPPED": []}
     codes = [_run_tests(report, "gpu and not slow", outcomes, report.limit_s)]
     report.check(bool(outcomes["PASSED"]), "no test passed")
@@ -126,9 +127,9 @@ def tests(report: Report) -> None:
 
 
 def _run_tests(report: Report, marked: str, outcomes: dict[str, list[str]], limit_s: float) -> int | None:
-    """Run pytest, which says each test's outcome as it ends; returns its exit code, None where it was stopped."""
+    """Run pytest with the outcome of each test as it ends; returns its exit code, None if it was stopped."""
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-m", marked, "-v", "--tb=short", "-p", "no:cacheprovider"]
-    command += ["-o", "minversion=7.0", "--durations=5"]  # an older pytest than the one for development does as well
+    command += ["-o", "minversion=7.0", "--durations=5"]  # an older pytest than the one for development works too
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -190,7 +191,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, required=True)
     parser.add_argument("result", type=Path)
     options = parser.parse_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # at its limit, a step may still say what it knows
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # at its limit, a step may still write its results
     report = Report(path=options.result, device=options.device, limit_s=options.limit)
     if options.device == "cuda":
         import torch
@@ -200,7 +201,7 @@ def main() -> int:
             return 1
     try:
         RUN[options.step](report)
-    except KeyboardInterrupt:  # its limit, which `on_gpu.py` tells
+    except KeyboardInterrupt:  # its limit, which `on_gpu.py` reports
         traceback.print_exc()
         return 1
     except Exception as error:  # whatever a GPU raises belongs into the record

@@ -1,9 +1,9 @@
-"""Time of skinny products by kernel and layout of the weight: what `model/linear.py` chooses by.
+"""Time of products with few rows by kernel and layout of the weight; `model/torch/linear.py` chooses by it.
 
     python benchmarks/linear_layouts.py --widths 192 1024 4096
 
-For each shape, enough different weights to exceed the caches are multiplied in turn, all ways interleaved; the figures
-are medians, relative to torch's stock product of one row.
+For each shape, enough different weights to exceed the caches are multiplied in turn, all kernels interleaved. The
+results are medians, relative to torch's stock product of one row.
 """
 
 import statistics
@@ -36,14 +36,14 @@ class Arguments:
     """Input widths; each is measured with an output as wide and one four times as wide."""
     rows: tuple[int, ...] = (1, 3, 5, 7, 9)
     megabytes: int = 150
-    """Weights of one shape, in all; more than the caches hold."""
+    """Megabytes of all weights of one shape; more than the caches hold."""
     repetitions: int = 7
     threads: int = 2
 
 
 @torch.inference_mode()
 def measure(arguments: Arguments, outer: int, inner: int) -> dict[str, dict[int, float]]:
-    """Microseconds a product, by way and number of rows."""
+    """Microseconds of a product, by kernel and number of rows."""
     count = max(2, arguments.megabytes * 2**20 // (outer * inner * 4))
     weights = [torch.randn(outer, inner) for _ in range(count)]
     linears = {name: [make(weight) for weight in weights] for name, make in WAYS.items()}

@@ -1,4 +1,4 @@
-"""The models that benchmarks measure, by name, and prompts that fit each."""
+"""Models for benchmarks, by name, and prompts for each."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,8 @@ from layerskip.checkpoint.names import MODELS, resolve
 from layerskip.errors import TokenizerError
 
 UNTRAINED = {"untrained": None, "untrained-240m": "240m"}
-"""Random weights that no recipe has touched, by the name of the shape; the embedded model's where there is none."""
+"""Names of models with random weights, none of whose exits agrees, and their shapes; None is the embedded model's
+shape."""
 
 MODEL_HELP = (
     f"demo, {', '.join(MODELS)}, a shape with random weights ({', '.join(SHAPES)}; {', '.join(UNTRAINED)}: no exit "
@@ -26,7 +27,7 @@ except ImportError:  # `on_gpu.py` runs benchmarks without their command lines
 else:
     ModelName = Annotated[str, arg(help=MODEL_HELP)]  # type: ignore[misc]
 REQUEST = "Complete this Python code:\n\n{prompt}"
-"""What a model for conversations is asked."""
+"""Question for a model with a chat template."""
 
 
 def prepare(
@@ -38,15 +39,15 @@ def prepare(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> str:
-    """What `layerskip.load` takes for a model; those with random weights are written first.
+    """A name for `layerskip.load`; models with random weights are written to a folder first.
 
     Args:
         model: A `ModelName`.
         scratch: An empty folder.
-        exit_layer: The exit of a shape that agrees with the last layer; a quarter of the layers if not given.
-        agreement: Share of random tokens on which it does.
-        dtype: Of a shape's file.
-        device: Where a shape's agreement is set.
+        exit_layer: Exit layer of a shape that is to agree with the last layer; a quarter of the layers if not given.
+        agreement: Share of random tokens on which the exit agrees.
+        dtype: Type of a shape's weights.
+        device: Device on which a shape's agreement is calibrated.
     """
     if model in SHAPES:
         reached = make_synthetic(
@@ -68,7 +69,7 @@ def prepare(
 def load_prompts(lm: layerskip.LanguageModel, file: Path, count: int) -> list[list[int]]:
     """Token ids of the first prompts of a file of JSON lines with a field `prompt`.
 
-    A model with a chat template is asked to complete them, one without a tokenizer gets random tokens instead.
+    A model with a chat template is asked to complete the prompts; one without a tokenizer gets random tokens.
     """
     try:
         tokenizer = lm.tokenizer
@@ -84,6 +85,6 @@ def load_prompts(lm: layerskip.LanguageModel, file: Path, count: int) -> list[li
 
 
 def gguf_file(model: str) -> Path | None:
-    """The GGUF file that a model's name stands for; None where it stands for something else."""
+    """The GGUF file of a model's name; None if the model isn't a GGUF file."""
     found = resolve(model) if model in MODELS else Path(model).expanduser()
     return found if isinstance(found, Path) and found.suffix == ".gguf" and found.is_file() else None

@@ -1,13 +1,13 @@
-"""Everything that needs a GPU, in eight minutes and without a network: what works, and how fast.
+"""Checks and measures everything that needs a GPU, in eight minutes and without a network.
 
     make gpu                                              # or: python benchmarks/on_gpu.py
     make gpu WHEELS=wheels ARGS="--output runs/h100"      # packages that the machine lacks come from a folder of wheels
     make gpu ARGS="--device cpu"                          # all steps, small: how this script is tested
     make gpu ARGS="--steps 1,3"                           # some; --list shows them
 
-Works from a checkout, with the Python that runs it and what that has installed. Each step is a process of its own with
-a limit of its own, and is killed there, with all that it has started. What it found goes into `record.jsonl` as soon as
-it ends, and its output into a log beside that. The last line says what failed; the exit code is 1 if anything did.
+Runs from a checkout, with the packages of the Python that runs it. Each step is a process with its own time limit, at
+which the process and everything that it started are killed. The results go into `record.jsonl` as soon as a step ends,
+and its output into a log beside that. The last line says what failed; the exit code is 1 if anything did.
 """
 
 import argparse
@@ -31,24 +31,24 @@ ROOT = Path(__file__).resolve().parents[1]
 STEPS_FILE = Path(__file__).with_name("gpu_steps.py")
 BASE = ("torch", "transformers", "safetensors", "huggingface_hub")
 LIMIT_S = 480.0
-"""For all steps together."""
+"""Seconds for all steps together."""
 GRACE_S = 3.0
-"""Between Ctrl-C, after which pytest still says what has failed, and the end."""
+"""Seconds between Ctrl-C, after which pytest still reports its failures, and the kill."""
 RECORD = "record.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One process."""
+    """A step, run as a process."""
 
     name: str
     what: str
-    """For people."""
+    """Description for people."""
     limit_s: float
     needs: tuple[str, ...] = ()
-    """Modules without which it can't run."""
+    """Modules that the step needs."""
     command: tuple[str, ...] = ()
-    """What is run, with the path of a file for its result as the last argument; `gpu_steps.py` if not given."""
+    """Command to run, to which the path of the result file is added; `gpu_steps.py` if not given."""
 
 
 STEPS = (
@@ -63,7 +63,7 @@ STEPS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a step: a line of the record."""
+    """Outcome of a step: a line of the record."""
 
     step: str
     status: str
@@ -74,7 +74,7 @@ class Outcome:
     limit_s: float = 0.0
     log: str | None = None
     result: dict[str, Any] = field(default_factory=dict)
-    """What the step itself has found, as far as it came."""
+    """Results of the step, as far as it got."""
 
 
 def run_steps(
@@ -88,11 +88,11 @@ def run_steps(
     """Run steps one after the other, writing the record as they end.
 
     Args:
-        steps: What to run.
-        output: Folder for the record and the logs; the record is begun anew.
-        environment: Of the processes.
-        arguments: Go to each step, after its name.
-        limit_s: For all of them; steps for which nothing is left are skipped.
+        steps: Steps to run.
+        output: Folder for the record and the logs; an earlier record is overwritten.
+        environment: Environment of the processes.
+        arguments: Arguments of each step, after its name.
+        limit_s: Seconds for all steps; steps without any time left are skipped.
     """
     output.mkdir(parents=True, exist_ok=True)
     (output / RECORD).write_text("")
@@ -140,7 +140,7 @@ def run_step(
             with suppress(subprocess.TimeoutExpired, ProcessLookupError):
                 os.killpg(process.pid, signal.SIGINT)
                 process.wait(GRACE_S)
-        finally:  # also what an ended step has left running, and on Ctrl-C
+        finally:  # kills also what an ended step has left running; also on Ctrl-C
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -148,7 +148,7 @@ def run_step(
         with suppress(OSError, ValueError):
             found = json.loads(result.read_text())
     problems = found.pop("problems", [])
-    if reason is None and process.returncode not in (0, 1 if problems else 0):  # 1: the step says what the problems are
+    if reason is None and process.returncode not in (0, 1 if problems else 0):  # 1: the step itself lists the problems
         reason = f"exit code {process.returncode}"
     problems = problems if reason is None else [reason, *problems]
     return Outcome(
@@ -174,7 +174,7 @@ def describe(outcome: Outcome) -> str:
 
 
 def last_line(outcomes: Sequence[Outcome]) -> str:
-    """What failed, and what wasn't run."""
+    """The failures, and the steps that were not run."""
     failed = [outcome.step for outcome in outcomes if outcome.status == "failed"]
     skipped = [outcome.step for outcome in outcomes if outcome.status == "skipped"]
     counts = f"{len(outcomes) - len(failed) - len(skipped)} of {len(outcomes)} steps passed"
@@ -192,7 +192,7 @@ def is_missing(module: str) -> bool:
 
 
 def install_wheels(folder: Path, site: Path) -> str | None:
-    """Unpack those wheels of a folder whose packages this Python lacks; returns what went wrong."""
+    """Unpack the wheels of packages that this Python lacks; returns the problems."""
     wheels = [path for path in sorted(folder.glob("*.whl")) if not _is_installed(path.name.split("-")[0])]
     if not folder.is_dir():
         return f"{folder} is no folder"
@@ -244,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         site = Path(scratch) / "site"
         if options.wheels is not None and (problem := install_wheels(options.wheels, site)) is not None:
             print(f"wheels: {problem}", flush=True)
-        sys.path.append(str(site))  # `needs` are looked for there, too
+        sys.path.append(str(site))  # `needs` are looked for there too
         outcomes = run_steps(
             steps,
             options.output,
@@ -262,8 +262,8 @@ def _environment(site: Path, scratch: Path) -> dict[str, str]:
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-        "PYTHONUNBUFFERED": "1",  # a killed step's log has all that it said
-        "LAYERSKIP_CACHE": str(scratch / "cache"),  # nothing from an earlier run, nothing for a later one
+        "PYTHONUNBUFFERED": "1",  # so that the log of a killed step is complete
+        "LAYERSKIP_CACHE": str(scratch / "cache"),  # independent of earlier and later runs
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }

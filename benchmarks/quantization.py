@@ -1,11 +1,11 @@
-"""What fewer bits give: speed and memory of quantized weights, of quantized drafts, and of drafts among fewer tokens.
+"""Speed and memory of quantized weights, of quantized drafts, and of drafts among fewer tokens.
 
     python benchmarks/quantization.py --model 240m
     python benchmarks/quantization.py --model demo --prompts human_eval.jsonl
 
-Each way is a process of its own, so that its memory can be told; processes take turns, and ratios are taken within a
-turn.
-Memory is what loading and decoding add to a process that has loaded a small model already.
+Each variant runs in its own process, so that its memory can be measured; processes alternate, and ratios are computed
+within a turn. Memory is the difference that loading and decoding make to a process that has loaded a small model
+already.
 """
 
 import json
@@ -20,7 +20,8 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from models import ModelName, load_prompts, prepare
+from arguments import DraftingArguments
+from models import load_prompts, prepare
 from record import environment, write_record
 from rich.console import Console
 from rich.progress import track
@@ -41,22 +42,13 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(DraftingArguments):
     """Options of the benchmark."""
 
-    model: ModelName = "demo"
-    exit_layer: int = 4
-    num_speculations: int = 4
-    agreement: float = 0.9
-    """Share of random tokens on which a synthetic model's exit agrees with its last layer."""
-    max_new_tokens: int = 64
-    prompts: Path = Path(__file__).parent / "prompts.jsonl"
-    """JSON lines with a field `prompt`; a model without a tokenizer gets random tokens instead."""
     num_prompts: int = 3
     repetitions: int = 3
-    threads: int = 2
     worker: Annotated[str | None, tyro.conf.arg(metavar="WAY")] = None
-    """Measure one way and print JSON: what the benchmark starts."""
+    """Measure one variant and print JSON; the benchmark starts itself with this option."""
 
 
 def main(arguments: Arguments) -> None:
@@ -74,7 +66,7 @@ def main(arguments: Arguments) -> None:
 
 
 def start(arguments: Arguments, model: str, way: str) -> dict[str, float]:
-    """Measure one way in a process of its own."""
+    """Measure one variant in a process of its own."""
     command = [sys.executable, __file__, "--worker", way, "--model", model]
     for name in ("exit_layer", "num_speculations", "max_new_tokens", "prompts", "num_prompts", "threads"):
         command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
@@ -86,8 +78,8 @@ def start(arguments: Arguments, model: str, way: str) -> dict[str, float]:
 
 
 def work(arguments: Arguments, way: dict[str, Any]) -> dict[str, float]:
-    """Speed and memory of one way."""
-    layerskip.load("demo").generate(["def"], max_new_tokens=8)  # brings in all libraries
+    """Speed and memory of one variant."""
+    layerskip.load("demo").generate(["def"], max_new_tokens=8)  # imports all libraries
     before = resident_bytes()
     options = dict(way)
     if "draft_vocabulary" in options:
@@ -117,7 +109,7 @@ def work(arguments: Arguments, way: dict[str, Any]) -> dict[str, float]:
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is its own: pages of files, which the system may drop, aren't counted."""
+    """Bytes of memory that belong to this process alone: pages of files, which the system may drop, aren't counted."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
 

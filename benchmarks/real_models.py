@@ -1,11 +1,11 @@
-"""Is a real model's text the one that transformers writes with the same numbers, and does speculation change it?
+"""Compares a real model's greedy text with transformers' for the same weights, and with and without speculation.
 
     python benchmarks/real_models.py --models smollm2 gemma3-270m
     python benchmarks/real_models.py --models FILE.gguf --prompts human_eval.jsonl --num-prompts 20
 
-For each model: greedy texts beside those of transformers on the same dequantized float32 weights, each difference
-judged as `layerskip verify` judges it; the largest difference of logits along these texts; then `verify` itself at
-three exits, greedy and coupled.
+For each model: greedy texts against transformers' with the same dequantized float32 weights, each difference examined
+as in `layerskip verify`; the largest difference of logits along these texts; then `verify` itself at three exit layers,
+greedy and coupled.
 """
 
 import json
@@ -25,7 +25,7 @@ from layerskip.decoding.config import GenerationConfig
 from layerskip.evaluation.verify.compare import LosslessReport, compare, verify_lossless
 
 TOLERANCE = 1e-3
-"""Of near-ties in float32, in logits."""
+"""Logits by which a near-tie in float32 may differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,8 @@ def main(arguments: Arguments) -> None:
 def compare_with_transformers(
     lm: layerskip.LanguageModel, prompts: list[list[int]], max_new_tokens: int
 ) -> dict[str, Any]:
-    """Texts that are equal, nearly tied at their first difference, and wrong; largest difference of logits."""
+    """Numbers of texts that are equal, differ first at a near-tie, or are wrong; and the largest difference of
+    logits."""
     reference = load_transformers_model(lm.checkpoint, torch.float32).eval()
     config = GenerationConfig(
         generation_strategy="autoregressive", max_new_tokens=max_new_tokens, do_sample=False, ignore_eos=True, seed=0

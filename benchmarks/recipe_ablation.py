@@ -1,4 +1,4 @@
-"""What each part of the recipe does: {plain, dropout, exit loss, both} x {ce, kl, lk}, the same otherwise, three seeds.
+"""Effect of each part of the recipe: {plain, dropout, exit loss, both} x {ce, kl, lk}, otherwise equal, three seeds.
 
     python benchmarks/recipe_ablation.py
     python benchmarks/recipe_ablation.py --seeds 0 --base-steps 50 --max-steps 20 --folder /tmp/ablation
@@ -6,7 +6,7 @@
 For every seed a small model is trained from scratch without the recipe on Python's standard library; every variant
 continues from it, with the same data in the same order. Each run is one `layerskip.train` in a process; two go at a
 time. Runs that are done are not repeated, and one that was stopped goes on: start it again until the table is complete.
-Exits have equal weights, because the paper's leave the drafting exits next to nothing; one variant has the paper's.
+Exits have equal weights, because the paper's weights give the drafting exits very little; one variant has the paper's.
 Drafts are measured by decoding: beginnings of held-out files, exit L/4, K = 4; greedily, and sampled at temperature 1
 with coupled noise. The table and the plot of docs/recipe.md come last.
 """
@@ -57,7 +57,7 @@ class Arguments:
     """Options of the benchmark."""
 
     folder: Path = Path("runs/recipe_ablation")
-    """Where the runs are kept."""
+    """Folder of the runs."""
     base_steps: int = 600
     """Optimizer steps of 1,024 tokens of the model that the variants continue from."""
     max_steps: int = 250
@@ -65,7 +65,7 @@ class Arguments:
     seeds: tuple[int, ...] = (0, 1, 2)
     workers: int = 2
     docs: Path | None = None
-    """Folder for the plot, recipe_ablation.png; the table is printed."""
+    """Folder for the plot recipe_ablation.png; the table is printed."""
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -87,7 +87,7 @@ def data_config() -> Any:
 
 
 def train_run(output: Path, start: Any, recipe: Any, *, max_steps: int, learning_rate: float, seed: int) -> Any:
-    """One run, or what is left of it; returns its result."""
+    """One run, resumed if it was stopped; returns its result."""
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
@@ -109,7 +109,7 @@ def train_run(output: Path, start: Any, recipe: Any, *, max_steps: int, learning
 
 
 def train_base(folder: Path, shape: Path, seed: int, steps: int) -> Path:
-    """Train what the variants of one seed continue from, if that isn't done; returns its folder."""
+    """Train the model that the variants of one seed continue from, unless it exists; returns its folder."""
     import layerskip
 
     output = folder / f"base-{seed}"
@@ -121,7 +121,7 @@ def train_base(folder: Path, shape: Path, seed: int, steps: int) -> Path:
 
 
 def train_variant(folder: Path, base: Path, variant: str, seed: int, max_steps: int) -> dict[str, Any]:
-    """Train one variant, or read what was measured when it was trained; returns its numbers."""
+    """Train one variant, or read the results of an earlier training; returns its numbers."""
     import layerskip
 
     output = folder / f"{variant.translate(str.maketrans({' ': '_', ',': None, '(': None, ')': None}))}-{seed}"
@@ -147,7 +147,7 @@ def train_variant(folder: Path, base: Path, variant: str, seed: int, max_steps: 
 
 
 def measure_drafts(output: Path, data: Any) -> dict[str, float]:
-    """Mean number of accepted drafts a round, greedy and sampled."""
+    """Mean number of accepted drafts in a round, greedy and sampled."""
     import layerskip
     from layerskip.training.data.corpus import load_corpus
 
@@ -172,7 +172,7 @@ def measure_drafts(output: Path, data: Any) -> dict[str, float]:
 
 
 def run_all(arguments: Arguments) -> Iterator[dict[str, Any]]:
-    """Numbers of every run, as they come."""
+    """Numbers of every run, as the runs end."""
     arguments.folder.mkdir(parents=True, exist_ok=True)
     shape = arguments.folder / "config.json"
     shape.write_text(json.dumps(SHAPE))
@@ -201,7 +201,7 @@ def spread(values: list[float], *, percent: bool = False, digits: int = 3) -> st
 
 
 def make_table(runs: list[dict[str, Any]]) -> str:
-    """Markdown: one row a variant."""
+    """Markdown table with a row for each variant."""
     layers = SHAPE["num_hidden_layers"]
     assert isinstance(layers, int)
     lines = [
@@ -223,7 +223,7 @@ def make_table(runs: list[dict[str, Any]]) -> str:
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
-    """Agreement by exit, a line a variant; its band is the range over seeds."""
+    """Plot the agreement by exit, a line for each variant; its band is the range over seeds."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""What every benchmark writes beside its numbers: machine, versions, commit."""
+"""The record that every benchmark writes: its numbers with machine, versions and commit."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""What this machine can do: bytes a second that a product of one row reads, the limit of decoding."""
+"""The limit of decoding on this machine: bytes that a product of one row reads in a second."""
 
 import statistics
 import time
@@ -12,7 +12,7 @@ from layerskip.model.native.linear import NativeLinear
 from layerskip.model.torch.linear import OneDNNLinear, has_onednn, pack
 
 INPUTS, OUTPUTS = 4096, 32_768
-"""512 MB in float32: no cache holds it."""
+"""Width of a weight of 512 MB in float32, more than any cache holds."""
 REPETITIONS = 5
 
 
@@ -38,7 +38,7 @@ class Roofline:
 
     @torch.inference_mode()
     def gigabytes_per_second(self) -> dict[str, float]:
-        """Bytes read a second by each kernel (a copy also writes them: both count)."""
+        """GB that each kernel reads in a second (a copy also writes them, and both count)."""
         return {
             name: (2 if name == "copy" else 1) * self._bytes / self._seconds(kernel) / 1e9
             for name, kernel in self._kernels.items()

@@ -1,9 +1,9 @@
-"""A sweep's prediction against the whole grid: acceptance, speed, and the time that each takes.
+"""A sweep's prediction against the whole grid: acceptance, speed, and the time of each.
 
     python benchmarks/sweep_prediction.py --data-path human_eval.jsonl
 
-The settings that were predicted best, and the best of the grid, are then run again in turns: the fastest of so many
-noisy figures is partly the luckiest.
+The settings with the best prediction, and the best of the grid, are then run again in turns, because the fastest of
+many noisy measurements is partly chance.
 """
 
 import json
@@ -40,7 +40,7 @@ class Arguments:
     """Options of the benchmark."""
 
     data_path: Path
-    """Prompts of HumanEval."""
+    """File of HumanEval's prompts."""
     model: str = "demo"
     """demo, smollm2, gemma3-270m, a folder, a GGUF file or a hub id: a model that reads texts."""
     last_exit: int = 12
@@ -48,7 +48,7 @@ class Arguments:
     num_samples: int = 12
     max_new_tokens: int = 96
     repetitions: int = 5
-    """Turns of the finalists."""
+    """Runs of each finalist."""
     threads: int = 2
 
 
@@ -112,7 +112,7 @@ def ranked(report: SweepReport, by: str) -> list[SweepRow]:
 
 
 def predicted_acceptance(run: RunFolder, examples: Sequence[Example], grid: Sequence[Setting]) -> dict[Setting, float]:
-    """What replaying the texts says."""
+    """Acceptance from replaying the texts."""
     trajectories = [from_sample(run.samples[text_key(example)]) for example in examples]
     found = {}
     for setting in grid:
@@ -128,7 +128,7 @@ def run_again(
     config: GenerationConfig,
     repetitions: int,
 ) -> dict[Setting, float]:
-    """Tokens/s of settings that take turns."""
+    """Tokens/s of settings that are run in turns."""
     prompts = encode_examples(lm, examples, config)
     tokens, seconds = dict.fromkeys(settings, 0), dict.fromkeys(settings, 0.0)
     for _ in track(range(repetitions), "once more"):

@@ -1,8 +1,8 @@
 """Checkpoints with random weights in the shapes of real models, whose exits agree with the last layer at a chosen rate.
 
-Speed depends on shapes and on how many drafts are accepted, not on what the weights have learned. The head is a
-shuffled copy of the embedding, so that a model doesn't repeat itself; the layers from the exit on are scaled down
-until the exit agrees as often as it should.
+Speed depends on shapes and on the share of accepted drafts, not on what the weights have learned. The LM head is a
+shuffled copy of the embedding, so that a model doesn't repeat itself; the layers from the exit on are scaled down until
+the exit agrees at the chosen rate.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,7 +26,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "8b": {"vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
            "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 500_000.0},
 }  # fmt: skip
-"""Llamas by name; `1b` and `8b` are Llama 3's."""
+"""Shapes of Llamas by name; `1b` and `8b` are Llama 3's."""
 
 
 def make_synthetic(
@@ -41,12 +41,12 @@ def make_synthetic(
     """Write a checkpoint.
 
     Args:
-        folder: Where to.
+        folder: Folder of the checkpoint.
         shape: A key of `SHAPES`.
-        exit_layer: E, the exit whose agreement is set.
-        agreement: Share of random tokens after which the exit's likeliest token should be the last layer's.
-        dtype: Of the file.
-        device: Where it is calibrated.
+        exit_layer: E, the exit layer whose agreement is set.
+        agreement: Share of random tokens after which the exit's most likely token should be the last layer's.
+        dtype: Type of the weights.
+        device: Device for the calibration.
 
     Returns:
         The agreement reached.
@@ -66,7 +66,7 @@ def make_synthetic(
 
 
 def make_untrained(folder: Path, like: Path | str) -> None:
-    """Write a checkpoint with random weights, which no recipe has touched, in the shape of another or of a name."""
+    """Write a checkpoint with plain random weights, in the shape of another checkpoint or of a name."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)

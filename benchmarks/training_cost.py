@@ -1,12 +1,12 @@
-"""What the recipe costs: time and peak memory of a training step against plain training of the same model.
+"""Cost of the recipe: time and peak memory of a training step against plain training of the same model.
 
     python benchmarks/training_cost.py
     python benchmarks/training_cost.py --layers 12 --width 192 --exit-loss kl
 
 Both are transformers' model classes with the same optimizer, batch and data. Time: steps of the two alternate in one
-process, over whole rotations of the exits, and ratios are taken between neighbours. Memory: the peak of a process that
-trains one of them alone, less what it takes before it has a model. Layer dropout is at its full rate throughout, as in
-continual pretraining; from scratch it grows from 0, and saves about half as much.
+process, over whole rotations of the exits, and ratios are computed between neighbours. Memory: the peak of a process
+that trains one of them alone, minus its memory before it has a model. Layer dropout has its full rate throughout, as in
+continual pretraining; from scratch the rate grows from 0, and saves about half as much.
 """
 
 import json
@@ -39,7 +39,7 @@ class Arguments:
     exit_loss: str = "ce"
     rotation: int = 8
     rotations: int = 3
-    """Whole turns of the exits that are timed."""
+    """Rotations of the exits that are timed."""
     threads: int = 2
     json: bool = False
 
@@ -87,7 +87,7 @@ class Training:
 
 
 def time_ratios(arguments: Arguments) -> tuple[list[float], list[float]]:
-    """Seconds of each step, plain and with the recipe, in turn."""
+    """Seconds of plain steps and of steps with the recipe, which alternate."""
     plain, ours = Training(arguments, with_recipe=False), Training(arguments, with_recipe=True)
     for training in (plain, ours):  # the first steps allocate the optimizer's state
         training.step(0)
@@ -101,7 +101,7 @@ def time_ratios(arguments: Arguments) -> tuple[list[float], list[float]]:
 
 
 def peak_memory(arguments: Arguments, with_recipe: bool, answer: Any) -> None:
-    """Put the bytes that training takes at its peak into a queue."""
+    """Put the peak bytes of training into a queue."""
     torch.set_num_threads(arguments.threads)
     import transformers.models.llama.modeling_llama  # noqa: F401
 

@@ -6,8 +6,8 @@
     python benchmarks/vs_llama_cpp.py --model smollm2 --bfloat16-weights
 
 llama.cpp runs a GGUF file as it is; another checkpoint (a Llama) is written as a float32 GGUF file first. It gets
-tokens one by one through its C interface. Tokens of the prompt are not counted. With the same numbers as weights, both
-write the same text, up to near-ties.
+tokens one by one through its C interface. Tokens of the prompt are not counted. With the same weights, both engines
+generate the same text, up to near-ties.
 """
 
 import ctypes
@@ -22,8 +22,9 @@ import llama_cpp
 import numpy as np
 import torch
 import tyro
+from arguments import DraftingArguments
 from gguf import GGUFWriter
-from models import ModelName, gguf_file, load_prompts, prepare
+from models import gguf_file, load_prompts, prepare
 from record import environment, write_record
 from rich.console import Console
 from rich.table import Table
@@ -48,23 +49,12 @@ NAMES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(DraftingArguments):
     """Options of the benchmark."""
 
-    model: ModelName = "demo"
     bfloat16_weights: bool = False
-    """Round our weights to bfloat16, which the native kernels then keep. Without it both engines have the same numbers:
-    a GGUF file as it is, other models, which must be Llamas, in float32."""
-    exit_layer: int = 4
-    num_speculations: int = 4
-    agreement: float = 0.9
-    """Share of random tokens on which a synthetic model's exit agrees with its last layer."""
-    max_new_tokens: int = 64
-    prompts: Path = Path(__file__).parent / "prompts.jsonl"
-    """JSON lines with a field `prompt`; a model without a tokenizer gets random tokens instead."""
-    num_prompts: int = 4
-    repetitions: int = 5
-    threads: int = 2
+    """Round our weights to bfloat16, which the native kernels keep. Without this option both engines have the same
+    numbers: a GGUF file as it is; other models, which must be Llamas, in float32."""
 
 
 class LlamaCpp:
@@ -79,7 +69,7 @@ class LlamaCpp:
         self._vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
 
     def write(self, prompt: list[int], max_new_tokens: int) -> tuple[list[int], float]:
-        """New tokens, and the seconds of all but the first."""
+        """Generate; returns the new tokens, and the seconds of all but the first."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
         written = [self._next(prompt)]
         start = time.perf_counter()
@@ -97,7 +87,7 @@ class LlamaCpp:
 
 @llama_cpp.llama_log_callback
 def _silence(level: int, text: bytes, data: object) -> None:
-    """llama.cpp reports every tensor that it loads."""
+    """Drop llama.cpp's messages, which name every tensor that it loads."""
 
 
 def main(arguments: Arguments) -> None:

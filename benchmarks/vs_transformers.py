@@ -4,8 +4,8 @@
     python benchmarks/vs_transformers.py --model 240m --num-speculations 6
 
 `240m` is a random Llama of 16 layers, width 1024 and vocabulary 32,000 (238M parameters to read for each token). Each
-repetition runs the four decoders one after the other on every prompt; ratios are taken within a repetition, and their
-median is what counts. All four must write the same tokens.
+repetition runs the four decoders one after the other on every prompt; the result is the median of the ratios within a
+repetition. All four must generate the same tokens.
 """
 
 import json
@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 import tyro
-from models import ModelName, load_prompts, prepare
+from arguments import DraftingArguments
+from models import load_prompts, prepare
 from record import environment, write_record
 from rich.console import Console
 from rich.table import Table
@@ -35,20 +36,10 @@ DECODERS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(DraftingArguments):
     """Options of the benchmark."""
 
-    model: ModelName = "demo"
-    exit_layer: int = 4
-    num_speculations: int = 4
-    agreement: float = 0.9
-    """Share of random tokens on which a synthetic model's exit agrees with its last layer."""
-    max_new_tokens: int = 64
-    prompts: Path = Path(__file__).parent / "prompts.jsonl"
-    """JSON lines with a field `prompt`; a model without a tokenizer gets random tokens instead."""
     num_prompts: int = 6
-    repetitions: int = 5
-    threads: int = 2
 
 
 def main(arguments: Arguments) -> None:
@@ -69,7 +60,7 @@ def measure(arguments: Arguments, model: str) -> None:
     reference = load_transformers_model(lm.checkpoint, torch.float32)
     prompts = load_prompts(lm, arguments.prompts, arguments.num_prompts)
     run = make_runners(arguments, lm, reference)
-    outputs = {name: [run[name](prompt) for prompt in prompts] for name in DECODERS}  # warms up, and is compared
+    outputs = {name: [run[name](prompt) for prompt in prompts] for name in DECODERS}  # a warm-up, then compared
     same = {name: outputs[name] == outputs[DECODERS[0]] for name in DECODERS}
     speeds: dict[str, list[float]] = {name: [] for name in DECODERS}
     for _ in range(arguments.repetitions):

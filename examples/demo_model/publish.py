@@ -3,8 +3,9 @@ r"""Measure a trained model and its plain twin, and make the model the embedded 
     python publish.py --parts runs/model_scratch runs/model_distilled --run runs/model --twin runs/twin \
         --prompts human_eval.jsonl
 
-Acceptance and speed are those of greedy decoding of the prompts (JSON lines with a field `prompt`) at exit L/4 with
-four drafts; autoregressive and self-speculative decoding alternate, prompt by prompt, and must write the same tokens.
+Acceptance and speed are measured with greedy decoding of the prompts (JSON lines with a field `prompt`), exit L/4 and
+four drafts. Autoregressive and self-speculative decoding alternate, prompt by prompt, and must generate the same
+tokens.
 """
 
 import json

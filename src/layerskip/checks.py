@@ -1,4 +1,4 @@
-"""Checks of numbers that a user gives: Python's own, or numpy's."""
+"""Checks of arguments that a user gives; numbers may be Python's or numpy's."""
 
 import math
 from collections.abc import Callable
@@ -9,16 +9,16 @@ from layerskip.errors import InvalidArgumentError, PromptError
 
 
 def whole_number(name: str, value: object, *, least: int, most: int | None = None) -> int:
-    """A whole number in a range, as Python's own kind.
+    """Return a whole number in a range as a Python `int`.
 
     Args:
-        name: What an error calls it.
-        value: What was given.
-        least: Smallest that is allowed.
-        most: Largest that is allowed; no limit if not given.
+        name: Name in errors.
+        value: The value given.
+        least: Smallest allowed value.
+        most: Largest allowed value; no limit if not given.
 
     Raises:
-        InvalidArgumentError: It isn't one.
+        InvalidArgumentError: The value isn't a whole number, or isn't in the range.
     """
     allowed = f"a whole number of at least {least}" + (f" and at most {most}" if most is not None else "")
     try:
@@ -33,16 +33,16 @@ def whole_number(name: str, value: object, *, least: int, most: int | None = Non
 
 
 def finite_number(name: str, value: object, allowed: str, check: Callable[[float], bool]) -> float:
-    """A finite number, as Python's own kind.
+    """Return a finite number as a Python `float`.
 
     Args:
-        name: What an error calls it.
-        value: What was given.
-        allowed: What is allowed, in words.
-        check: Whether a number is allowed.
+        name: Name in errors.
+        value: The value given.
+        allowed: The allowed range, in words.
+        check: Returns whether a number is in this range.
 
     Raises:
-        InvalidArgumentError: It isn't one, or isn't allowed.
+        InvalidArgumentError: The value isn't a finite number, or isn't in the range.
     """
     try:
         number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
@@ -54,7 +54,7 @@ def finite_number(name: str, value: object, allowed: str, check: Callable[[float
 
 
 def check_text(text: str, name: str) -> None:
-    """Raise `PromptError` unless a text is one that tokenizers take: whole characters only."""
+    """Raise `PromptError` if a text has half a surrogate pair, which tokenizers refuse."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,8 +1,8 @@
-"""Every exception that a user can cause; each message says what was given, what is allowed and what to do."""
+"""Exceptions that a user can cause; each message says what was given, what is allowed and what to do."""
 
 
 class LayerSkipError(Exception):
-    """Base of all errors raised on purpose by this package."""
+    """Base class of all errors that this package raises on purpose."""
 
 
 class InvalidArgumentError(LayerSkipError, ValueError):
@@ -26,7 +26,7 @@ class CheckpointNotFoundError(CheckpointError):
 
 
 class GatedRepositoryError(CheckpointError):
-    """The repository exists, and the user has no access to it yet."""
+    """The repository exists, but the user has no access to it yet."""
 
 
 class WeightsError(CheckpointError):
@@ -46,14 +46,14 @@ class OutOfMemoryError(LayerSkipError, MemoryError):
 
 
 class NotFiniteError(LayerSkipError, ArithmeticError):
-    """The network's logits are infinite or not numbers."""
+    """The network's logits are infinite or NaN."""
 
 
 class TrainingError(LayerSkipError, RuntimeError):
-    """Training can't go on: the loss isn't a number any more, or the data ran out."""
+    """Training can't continue: the loss isn't finite, or the data ran out."""
 
 
 def brief(error: BaseException) -> str:
-    """What another library's error says, in one line that isn't endless."""
+    """Another library's error message, shortened to one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:200]} ... {text[-80:]}"

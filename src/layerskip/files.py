@@ -1,4 +1,4 @@
-"""Files that are whole or not there, JSON, and where files go that may be deleted at any time."""
+"""Atomic writing, JSON, and the cache folder."""
 
 import json
 import math
@@ -8,17 +8,17 @@ from typing import Any
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content as a whole."""
+    """Replace a file's content in one step, so that no reader sees a part of it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What JSON stands for.
+    """Parse JSON.
 
     Raises:
-        ValueError: It isn't JSON, or is nested so deep that Python can't follow.
+        ValueError: The text isn't JSON, or is nested too deep for Python.
     """
     try:
         return json.loads(text)
@@ -27,7 +27,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def to_json(content: Any, *, indent: int | None = None) -> str:
-    """JSON that every program can read: numbers that aren't finite, which JSON doesn't have, become null."""
+    """JSON that every program can read: infinite numbers and NaN, which JSON doesn't have, become null."""
     return json.dumps(_finite(content), indent=indent, allow_nan=False)
 
 
@@ -40,7 +40,7 @@ def _finite(content: Any) -> Any:
 
 
 def cache_folder() -> Path:
-    """`LAYERSKIP_CACHE`, or a folder of the user's cache; it may not exist yet."""
+    """`LAYERSKIP_CACHE`, or a folder in the user's cache, for files that may be deleted; it may not exist yet."""
     named = os.environ.get("LAYERSKIP_CACHE")
     if named:
         return Path(named).expanduser()

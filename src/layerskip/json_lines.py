@@ -1,7 +1,7 @@
-"""Text files and lines of JSON, read in one way by every command.
+"""Text files and JSON lines, read in the same way by every command.
 
-Only real line ends count: JSON may hold U+2028, U+0085 and their kin within a text, where Python's `splitlines` would
-cut.
+Only real line ends count: JSON strings may contain characters like U+2028 and U+0085, at which Python's `splitlines`
+would split.
 """
 
 from collections.abc import Iterator
@@ -15,10 +15,10 @@ def read_utf8(path: Path, name: str = "") -> str:
 
     Args:
         path: The file.
-        name: What an error calls it, before its path, such as the option that names it.
+        name: Name in errors, before the path, such as the option that the path comes from.
 
     Raises:
-        InvalidArgumentError: It can't be read, or isn't UTF-8.
+        InvalidArgumentError: The file can't be read, or isn't UTF-8.
     """
     shown = f"{name} {path}".strip()
     try:
@@ -30,7 +30,7 @@ def read_utf8(path: Path, name: str = "") -> str:
 
 
 def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
-    """Lines that aren't blank, with their numbers in the file, from 1."""
+    """Lines that aren't blank, each with its number in the file, counted from 1."""
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield number, line.removesuffix("\r")

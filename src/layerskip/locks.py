@@ -1,4 +1,4 @@
-"""One process at a time for each place that results are written to."""
+"""Locks: only one process at a time writes to a place."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -11,18 +11,18 @@ from layerskip.errors import InvalidArgumentError
 
 
 class Lock:
-    """Held from the beginning until the `with` block or the process ends, however that may be."""
+    """A lock that is taken on creation and released when the `with` block or the process ends, in whatever way."""
 
     def __init__(self, file: Path, what: str) -> None:
         """Take the lock.
 
         Args:
-            file: The lock's own file, beside or in what it protects; a file that a killed process left locks nothing.
-            what: What it protects, for the error.
+            file: The lock's own file, beside or in the protected place; a file left by a killed process locks nothing.
+            what: Name of the protected place, for the error.
 
         Raises:
-            InvalidArgumentError: Another process holds it.
-            OSError: The file can't be made.
+            InvalidArgumentError: Another process has the lock.
+            OSError: The file can't be created.
         """
         self._file = file
         self._lock: BaseFileLock = FileLock(file, timeout=0)
@@ -32,11 +32,11 @@ class Lock:
             raise InvalidArgumentError(
                 f"{what} is in use by another run of layerskip; wait for it, or name another place"
             ) from None
-        except NotImplementedError:  # a file system without locks: as it was before there were any
+        except NotImplementedError:  # a file system without locks: continue without one
             pass
 
     def __enter__(self) -> Self:
-        """The lock, which is held already."""
+        """Return the lock, which is taken already."""
         return self
 
     def __exit__(
@@ -46,7 +46,7 @@ class Lock:
         self.release()
 
     def release(self) -> None:
-        """Let others in, and remove the file."""
+        """Release the lock and remove its file."""
         if self._lock.is_locked:
             with suppress(OSError):
                 self._file.unlink()

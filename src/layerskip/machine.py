@@ -17,7 +17,7 @@ PACKAGES = ("torch", "transformers", "datasets", "lm_eval", "ray")
 
 
 def processor_name() -> str:
-    """The CPU, as it calls itself."""
+    """The CPU's own name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -27,7 +27,7 @@ def processor_name() -> str:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Machine, versions, and the commit of the package where it runs from a checkout."""
+    """Machine, versions, and the package's commit if it runs from a checkout."""
     import torch
 
     return {
@@ -40,7 +40,7 @@ def describe_machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "versions": {
-            "layerskip": __version__,  # also from a checkout that isn't installed
+            "layerskip": __version__,  # works in a checkout that isn't installed too
             **{name: found for name in PACKAGES if (found := _version(name)) is not None},
         },
     }
@@ -65,7 +65,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def resident_bytes() -> int:
-    """Memory that this process holds at present, in bytes; 0 where the system doesn't tell."""
+    """Bytes of memory that this process uses at present; 0 if the system doesn't report them."""
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except (OSError, ValueError, IndexError):

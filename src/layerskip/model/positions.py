@@ -1,4 +1,4 @@
-"""Where a block of query tokens stands in the cache, and which slots each of them sees.
+"""Positions of a block of query tokens in the cache, and the slots that each token attends to.
 
 Shapes: B rows, Q query tokens a row, T live cache slots, H query heads, H_kv key/value heads, G = H / H_kv,
 D_head channels of a head.
@@ -19,20 +19,20 @@ from layerskip.model.rope import RopeTable
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSpan:
-    """What one kind of layer (full or sliding) attends to, and its rotary factors, for one block of queries."""
+    """Slots, mask and rotary factors of one kind of layer (full or sliding) for a block of queries."""
 
     first_slot: int
     last_slot: int
-    """Slots first_slot..last_slot-1 hold everything that any query of the block may see."""
+    """Slots first_slot..last_slot-1 contain everything that any query of the block may attend to."""
     mask: Tensor | None
-    """[B or 1, 1, G * Q, T], 0 or -inf; None where every query sees the whole span."""
+    """[B or 1, 1, G * Q, T], 0 or -inf; None if every query attends to the whole span."""
     cos: Tensor
     sin: Tensor
     """[B or 1, Q, 1, R]."""
 
 
 class Placement(Protocol):
-    """What a layer in torch needs to know of a block: `Positions`, or `static_round.DevicePositions`."""
+    """Interface of a block's positions for layers in torch: `Positions`, or `DevicePositions` in `graphs/static.py`."""
 
     @property
     def slots(self) -> Slots:
@@ -45,11 +45,11 @@ class Placement(Protocol):
 
 
 class Positions:
-    """Q consecutive positions in each row, row b starting at `first[b]`; made once a block, used by all its layers.
+    """Q consecutive positions in each row, from `first[b]` on in row b; made once for a block and used by all layers.
 
-    All of it is known on the host, so no device is waited for. Rows that start at the same position (a single row
-    always does) need slices only; ragged rows need index tensors. Slots, masks and rotary factors are laid out when
-    they are first asked for: native layers find their own way from `first`.
+    Everything is known on the host, so nothing waits for the device. Rows that start at the same position (a single row
+    always does) need slices only; ragged rows need index tensors. Slots, masks and rotary factors are computed when
+    they are first used; native layers need only `first`.
     """
 
     def __init__(
@@ -61,13 +61,13 @@ class Positions:
         num_queries: int,
         dtype: torch.dtype,
     ) -> None:
-        """Name the positions.
+        """Set the positions.
 
         Args:
             config: The model.
             ropes: Rotary table of each kind of layer.
             cache: The cache that the block reads and writes.
-            first: First position of each row; positions past the capacity go to the scratch slot.
+            first: First position of each row; positions beyond the capacity use the scratch slot.
             num_queries: Q.
             dtype: Dtype of the masks.
         """
@@ -128,7 +128,7 @@ class Positions:
 
 
 def causal_mask(positions: Tensor, low: int, end: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """Additive causal mask [B, 1, Q, T] of queries at `positions` over slots low..end-1, at most `window` back."""
+    """Additive causal mask [B, 1, Q, T] of queries at `positions` over slots low..end-1, limited to `window` tokens."""
     keys = torch.arange(low, end, device=positions.device)
     queries = positions.unsqueeze(-1)
     hidden = keys > queries

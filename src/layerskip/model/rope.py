@@ -12,10 +12,10 @@ from layerskip.model.config.rope import RopeConfig
 
 
 class RopeTable:
-    """Cosines and sines of every position, ready for `rotate`.
+    """Cosines and sines of every position, in the form that `rotate` takes.
 
-    `sin` carries the sign of the rotation's first half, so that rotating needs one roll, one product and one
-    fused multiply-add.
+    `sin` includes the sign of the rotation's first half, so that a rotation takes one roll, one product and one fused
+    multiply-add.
     """
 
     def __init__(self, config: RopeConfig, context: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -23,10 +23,10 @@ class RopeTable:
 
         Args:
             config: The rotary embedding.
-            context: Positions to cover (tokens). For `longrope` it also chooses the factors: the long ones where
-                the context exceeds the original one, as other engines do.
+            context: Number of positions. For `longrope` it also selects the factors: the long ones if the context
+                exceeds the original one, as in other engines.
             dtype: Dtype of the tables; they are computed in float32.
-            device: Where they live.
+            device: Device of the tables.
         """
         frequencies, scale = inverse_frequencies(config, context)
         angles = torch.outer(torch.arange(context, dtype=torch.float32), frequencies)
@@ -37,7 +37,7 @@ class RopeTable:
 
 
 def rope_bytes(config: RopeConfig, context: int, dtype: torch.dtype) -> int:
-    """Bytes of a `RopeTable`."""
+    """Bytes that a `RopeTable` takes."""
     return 2 * context * config.rotary_dim * dtype.itemsize
 
 
@@ -58,7 +58,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def inverse_frequencies(config: RopeConfig, context: int) -> tuple[Tensor, float]:
-    """Angular step per position of each channel pair, and the factor on cosines and sines.
+    """Angle for each position and pair of channels, and the factor on cosines and sines.
 
     Returns:
         Frequencies [R / 2] in radians a token, float32; and the attention factor.

@@ -1,4 +1,4 @@
-"""What happens around the steps of a run: progress for whoever watches, the log on disk, Ctrl-C."""
+"""Trainer callbacks of a run: progress reports, the log on disk, Ctrl-C."""
 
 import json
 import signal
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """Where a run is after a step."""
+    """Progress of a run after an optimizer step."""
 
     step: int
     num_steps: int
     loss: float | None
-    """Mean J since the last entry of the log, nats; None before the first one."""
+    """Nats: mean J since the last log entry; None before the first entry."""
     tokens_per_second: float
-    """Of all processes, since the run started or resumed, evaluations left out."""
+    """Tokens of all processes per second, since the run started or resumed; the time of evaluations isn't counted."""
 
 
 OnStep = Callable[[StepReport], None]
 
 
 class ProgressCallback(TrainerCallback):
-    """Reports every step, with the speed of training alone."""
+    """Reports the progress after every step, with a speed that leaves evaluations out."""
 
     def __init__(self, on_step: OnStep, *, tokens_per_step: int) -> None:
-        """Report to `on_step`; a step has this many tokens in all processes together."""
+        """Call `on_step` after each step; `tokens_per_step` is the sum over all processes."""
         self._on_step = on_step
         self._tokens_per_step = tokens_per_step
         self._loss: float | None = None
@@ -63,10 +63,10 @@ class ProgressCallback(TrainerCallback):
 
 
 class EvaluationCallback(TrainerCallback):
-    """Says what each evaluation has found."""
+    """Reports the result of each evaluation."""
 
     def __init__(self, on_message: Callable[[str], None]) -> None:
-        """Say it to `on_message`, in one line."""
+        """Call `on_message` with one line for each evaluation."""
         self._on_message = on_message
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -84,11 +84,11 @@ class EvaluationCallback(TrainerCallback):
 
 
 class AlreadyFinished(Exception):
-    """The checkpoint that a run resumes from is its last; Trainer would do one more step."""
+    """A run resumes from its last step. No step is left, but Trainer would run one more."""
 
 
 class FinishedCallback(TrainerCallback):
-    """Ends a run that resumes where nothing is left to do, once its model is loaded."""
+    """Ends a run that resumes from its last step, once the model is loaded."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -96,7 +96,7 @@ class FinishedCallback(TrainerCallback):
 
 
 class LogCallback(TrainerCallback):
-    """Keeps the log in a file of JSON lines; a run that resumes goes on where its checkpoint was."""
+    """Keeps the log as JSON lines; a resumed run continues the log from the step of its checkpoint."""
 
     def __init__(self, output: Path) -> None:
         """Write `output/log.jsonl`."""
@@ -127,10 +127,10 @@ def _is_evaluation(entry: dict[str, Any], step: int) -> bool:
 
 
 class InterruptCallback(TrainerCallback):
-    """Ctrl-C (or SIGTERM) ends the run after a checkpoint; pressed again, it ends it at once."""
+    """Ctrl-C or SIGTERM saves a checkpoint and ends the run; a second signal ends the run at once."""
 
     def __init__(self, trainer: "LayerSkipTrainer") -> None:
-        """Watch over a trainer's run."""
+        """Handle the signals during a trainer's run."""
         self._trainer = trainer
         self._previous: dict[int, Any] = {}
         self.interrupted = False
@@ -143,7 +143,7 @@ class InterruptCallback(TrainerCallback):
         self.restore()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.world_size > 1:  # the signal reaches processes at different steps: they must agree on one
+        if args.world_size > 1:  # processes get the signal at different steps and must agree on one
             count = torch.tensor(float(self.interrupted), device=args.device)
             self.interrupted = bool(self._trainer.accelerator.reduce(count, reduction="sum"))
         if self.interrupted:
@@ -151,7 +151,7 @@ class InterruptCallback(TrainerCallback):
             control.should_training_stop = True
 
     def restore(self) -> None:
-        """Give signals back to who handled them before."""
+        """Restore the signal handlers that were installed before."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}

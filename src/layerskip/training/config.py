@@ -1,6 +1,6 @@
-"""Settings of a training run: frozen dataclasses, the source of flags, of TOML files and of Python's arguments.
+"""Settings of a training run: frozen dataclasses that flags, TOML files and Python arguments are made from.
 
-Nothing here imports torch: help must come at once.
+This module doesn't import torch, so that `--help` is fast.
 """
 
 from dataclasses import dataclass, field
@@ -10,17 +10,20 @@ from layerskip.errors import InvalidArgumentError
 from layerskip.training.data.config import DataConfig
 
 Curriculum = Literal["rotational", "gradual", "all"]
-"""rotational: every R-th exit, one further each step; gradual: from the last down to the first; all: always all."""
+"""rotational: every R-th exit, moving one layer each step; gradual: from the last exit down to the first; all: all
+exits."""
 DropoutSchedule = Literal["constant", "exponential"]
-"""How the rates change over a run: not at all (continual pretraining, finetuning), or growing (from scratch)."""
+"""constant: the same rates throughout (continual pretraining, finetuning); exponential: rates that grow (from
+scratch)."""
 ExitLossName = Literal["ce", "kl", "lk"]
 ExitWeights = Literal["depth", "equal"]
-"""depth: growing with the square of the depth, as in the paper; equal: the same for all exits before the last one."""
+"""depth: weights that grow with the square of the depth, as in the paper; equal: one weight for all exits but the
+last."""
 DEFAULT_ROTATION = 8
 
 
 def check_at_least(config: object, least: float, *names: str) -> None:
-    """Raise `InvalidArgumentError` if a setting that is given is below `least`."""
+    """Raise `InvalidArgumentError` if a setting is given and below `least`."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not least <= value < float("inf"):
@@ -32,23 +35,26 @@ class LayerSkipConfig:
     """The LayerSkip recipe: which layers samples skip, and which exits learn to predict. Source: arXiv:2404.16710."""
 
     dropout_max: float = 0.1
-    """p_max: how often samples skip the last layer; earlier layers are skipped less, the first one never."""
+    """p_max: probability that a sample skips the last layer; earlier layers are skipped less often, the first one
+    never."""
     dropout_schedule: DropoutSchedule | None = None
-    """S(t). constant: for a trained model; exponential: growing from 0, from scratch. If not given: what fits."""
+    """S(t). constant: for a trained model; exponential: grows from 0, from scratch. If not given, the one that fits."""
     exit_loss: ExitLossName = "ce"
-    """What exits learn. ce: the text (the paper); kl: the last layer's distribution; lk: to be accepted by it."""
+    """Loss of the exits. ce: cross-entropy with the text (the paper); kl: KL from the last layer; lk: acceptance by the
+    last layer."""
     exit_loss_scale: float = 0.2
     """e_scale: weight of the losses of exits before the last one; 0 switches them off."""
     exit_weights: ExitWeights = "depth"
     """e(l): growing with the square of the depth (the paper), or equal for all exits before the last one."""
     curriculum: Curriculum = "rotational"
-    """Exits with a loss at a step: every R-th, moving on each step; gradually from the last to the first; or all."""
+    """Exits with a loss at a step: every R-th, moving one layer each step; gradually from the last to the first; or
+    all."""
     rotation: int | None = None
     """R of the rotational curriculum, at most the number of exits; 8, or the number of exits, if not given."""
     exit_layers: tuple[int, ...] = ()
-    """Exits that learn (numbers of layers run), beside the last one; all if not given. Name those that will draft."""
+    """Exit layers with a loss, besides the last layer; all if not given. Name the exits that will draft."""
     stop_gradient: bool = False
-    """Losses of exits train the layers below them only, not the shared norm and head."""
+    """Losses of exits train the layers below the exit only, not the shared norm and LM head."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.dropout_max < 1:
@@ -59,10 +65,10 @@ class LayerSkipConfig:
             raise InvalidArgumentError(f"exit_layers must be different numbers from 1 on, got {self.exit_layers}")
 
     def exits_for(self, num_layers: int) -> list[int]:
-        """The exits that ever have a loss in a model of this many layers, counted from 0; the last is one of them.
+        """Exits that ever have a loss in a model of this many layers, counted from 0 and including the last.
 
-        Naming them is our own: every exit that has a loss takes something from the others, so that one which will never
-        be used costs those that will.
+        Naming exits is our addition to the paper: every exit with a loss takes capacity from the others, so an exit
+        that will never draft makes the drafting ones worse.
 
         Raises:
             InvalidArgumentError: There is no such exit.
@@ -95,7 +101,7 @@ class StartConfig:
     """What training starts from: a trained model, or a shape with random weights."""
 
     model: str | None = None
-    """A trained model to go on with: demo, smollm2, gemma3-270m, a folder, a GGUF file, or a hub id."""
+    """A trained model to continue: demo, smollm2, gemma3-270m, a folder, a GGUF file, or a hub id."""
     revision: str | None = None
     """Branch, tag or commit of a hub repository."""
     config: str | None = None
@@ -103,7 +109,7 @@ class StartConfig:
     tokenizer: str | None = None
     """Tokenizer of a model from scratch: a folder or hub id; if not given, one is trained on the data."""
     vocab_size: int | None = None
-    """Vocabulary of the tokenizer that is trained; that of the configuration if not given."""
+    """Vocabulary of the tokenizer that is trained; the configuration's vocabulary if not given."""
     lora_rank: int | None = None
     """Train LoRA adapters of this rank and freeze the model; they are merged into the weights at the end."""
     lora_alpha: int | None = None
@@ -135,31 +141,31 @@ class OptimizationConfig:
     max_steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 8
-    """Blocks in a step, of each process."""
+    """Blocks in a step for each process."""
     gradient_accumulation: int = 1
     """Batches whose gradients make one step."""
     learning_rate: float | None = None
-    """Highest rate; 8e-4 from scratch, 1e-4 for LoRA, 3e-5 for a trained model if not given."""
+    """Highest learning rate; if not given, 8e-4 from scratch, 1e-4 for LoRA, 3e-5 for a trained model."""
     min_learning_rate: float = 0.1
-    """Rate at the end, as a share of the highest; it falls along a cosine."""
+    """Learning rate at the end, as a share of the highest; the rate falls along a cosine."""
     warmup_steps: int | None = None
-    """Steps over which the rate rises; one in 20, at most 2000, if not given."""
+    """Steps over which the learning rate rises; a twentieth of all steps, at most 2000, if not given."""
     weight_decay: float = 0.1
     """AdamW's weight decay."""
     adam_beta2: float = 0.95
     """AdamW's second beta."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm; 0 leaves them."""
+    """Largest norm of the gradients; longer ones are scaled down. 0 is no limit."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the computation (weights are kept in float32); auto: bfloat16 where the hardware has it and it pays."""
+    """Precision of the computation (weights stay float32); auto: bfloat16 if the hardware has it and it is faster."""
     gradient_checkpointing: bool = False
-    """Compute activations twice rather than keep them: less memory, a third more time."""
+    """Recompute activations instead of keeping them: less memory, a third more time."""
     compile: bool = False
     """torch.compile the model."""
     fsdp: bool = False
     """Shard the model over the processes (FSDP2) instead of copying it to each."""
     seed: int = 0
-    """Of initial weights, order of data, and layer dropout."""
+    """Seed of initial weights, order of data, and layer dropout."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "max_steps", "batch_size", "gradient_accumulation")
@@ -172,7 +178,7 @@ class OptimizationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """What is kept, and how often quality is measured."""
+    """Checkpoints, evaluations and logs."""
 
     save_steps: int = 500
     """Steps between checkpoints."""
@@ -183,9 +189,9 @@ class CheckpointConfig:
     log_steps: int = 10
     """Steps between entries of the log."""
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the weights that are left in the end; auto: those of the model that training started from, or float32."""
+    """Type of the final weights; auto: the type of the model that training started from, or float32."""
     report_to: tuple[str, ...] = ()
-    """Also log to these: tensorboard, wandb, and what else transformers knows."""
+    """Also log to these: tensorboard, wandb, or another integration of transformers."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "save_steps", "keep", "eval_steps", "log_steps")
@@ -193,7 +199,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """All settings that decide what comes out of a training run."""
+    """All settings that decide the result of a training run."""
 
     start: StartConfig = field(default_factory=StartConfig)
     data: DataConfig = field(default_factory=DataConfig)

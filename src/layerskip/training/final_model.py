@@ -21,7 +21,7 @@ def save_final(trainer: LayerSkipTrainer, output: Path, *, dtype: torch.dtype) -
         weights = model.state_dict()
     model = trainer.recipe.model
     model.config.use_cache = True  # Trainer has switched it off
-    tied = _tied_names(model)  # once they are converted, nobody sees any more that they are the same
+    tied = _tied_names(model)  # conversion would make them separate tensors
     weights = {
         name: value.to(dtype) if value.is_floating_point() else value
         for name, value in weights.items()
@@ -29,14 +29,14 @@ def save_final(trainer: LayerSkipTrainer, output: Path, *, dtype: torch.dtype) -
     }
     with writing(output, "the trained model") as staging:
         model.save_pretrained(staging, state_dict=weights)
-        model.config.dtype = dtype  # of the file; it has written that of the weights in memory
+        model.config.dtype = dtype  # the file's type; save_pretrained wrote the type in memory
         model.config.save_pretrained(staging)
         # config.json comes last: until it is there, the folder isn't a checkpoint.
         move_files(staging, output, last="config.json")
 
 
 def _tied_names(model: Any) -> set[str]:
-    """Names of parameters that are another one, such as a tied head."""
+    """Names of parameters that repeat an earlier one, such as a tied LM head."""
     seen: set[int] = set()
     tied = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):

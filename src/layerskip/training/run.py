@@ -1,4 +1,4 @@
-"""A training run from settings to a checkpoint: prepares, trains, evaluates, saves; goes on where one has stopped."""
+"""A training run from settings to a checkpoint: prepares, trains, evaluates and saves; resumes an interrupted run."""
 
 import os
 import time
@@ -44,30 +44,31 @@ WARMUP_SHARE, MOST_WARMUP_STEPS = 20, 2000
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResult:
-    """What a run has reached."""
+    """The result of a run."""
 
     output: str
-    """Its folder; a checkpoint in Hugging Face's format, unless interrupted."""
+    """Folder of the run; a checkpoint in Hugging Face's format, unless the run was interrupted."""
     interrupted: bool
-    """Whether it was stopped before its last step; it can be resumed."""
+    """Whether the run was stopped before its last step; it can be resumed."""
     step: int
     """Optimizer steps done."""
     num_tokens: int
-    """Tokens in those steps, of all processes."""
+    """Tokens in those steps, in all processes."""
     train_loss: float | None
-    """J at the last entry of the log, nats."""
+    """Nats: J at the last log entry."""
     loss: float | None
-    """The last layer's loss on the held-out data, nats; None if nothing was held out."""
+    """Nats: the last layer's loss on the held-out data; None if nothing was held out."""
     exits: list[ExitQuality]
-    """Every exit on the held-out data."""
+    """Quality of every exit on the held-out data."""
     speedups: list[IdealSpeedup]
-    """The best that each exit could do."""
+    """Highest speedup that each exit's agreement allows."""
     long_examples: LongExamples
-    """Prompts with completions, and conversations, that are longer than a block; with streaming, of those read."""
+    """Counts of prompts with completions and of conversations that are longer than a block; with streaming, of those
+    read."""
     precision: Precision
-    """Of the computation."""
+    """Precision of the computation."""
     seconds: float
-    """Of this run, all included, since it started or resumed."""
+    """Seconds since this run started or resumed, everything included."""
 
 
 def train(
@@ -80,22 +81,22 @@ def train(
 ) -> TrainingResult:
     """Train a model, and leave a checkpoint in Hugging Face's format in `output`.
 
-    Works in one process, and in each of those that torchrun or `accelerate launch` starts.
+    Runs in one process, or in every process that torchrun or `accelerate launch` starts.
 
     Args:
         config: All settings.
         output: Folder of the run.
-        resume: Go on from the last checkpoint in `output`; from the start where there is none yet.
+        resume: Continue from the last checkpoint in `output`, or from the start if there is none.
         on_step: Called after each optimizer step.
-        on_message: Called with what is being prepared, and with what each evaluation found, a line at a time.
+        on_message: Called with one line for each preparation step and for the result of each evaluation.
 
     Raises:
-        InvalidArgumentError: Settings that don't fit together, or `output` holds another run.
+        InvalidArgumentError: Settings that contradict each other, or `output` contains another run.
         CheckpointError: The model can't be loaded, or a checkpoint can't be written.
         TrainingError: The loss isn't a finite number.
     """
     config = resolve(config)
-    is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun or accelerate has started
+    is_first = os.environ.get("RANK", "0") == "0"  # the process group of torchrun or accelerate
     with claim(output, config, resume) if is_first else nullcontext():
         return _train(config, output, resume, on_step, on_message)
 
@@ -107,7 +108,7 @@ def _train(
     on_step: OnStep | None,
     on_message: Callable[[str], None] | None,
 ) -> TrainingResult:
-    """`train`, with every setting known and a folder that is this run's."""
+    """`train`, with every default resolved and the folder claimed."""
     started = time.perf_counter()
     say = on_message or (lambda message: None)
     set_seed(config.optimization.seed)
@@ -162,7 +163,7 @@ def _train(
 
 
 def _run(trainer: LayerSkipTrainer, output: Path, say: Callable[[str], None]) -> None:
-    """All steps that are left, from the last intact checkpoint if there is one."""
+    """Run the remaining steps, from the last intact checkpoint if there is one."""
     checkpoint = last_intact(output, say)
     interrupt = InterruptCallback(trainer)
     for callback in (LogCallback(output), interrupt, FinishedCallback()):
@@ -177,7 +178,7 @@ def _run(trainer: LayerSkipTrainer, output: Path, say: Callable[[str], None]) ->
 
 
 def resolve(config: TrainingConfig) -> TrainingConfig:
-    """Settings with every default that depends on others filled in."""
+    """The settings with every default resolved that depends on other settings."""
     start, optimization = config.start, config.optimization
     schedule = config.recipe.dropout_schedule or ("exponential" if start.from_scratch else "constant")
     rate = 8e-4 if start.from_scratch else 1e-4 if start.lora_rank is not None else 3e-5
@@ -203,9 +204,9 @@ def _make_trainer(
             f"the data gives {len(corpus.train)} blocks to train on, and a batch of all processes has {whole}; "
             "add data, or lower batch_size or sequence_length"
         )
-    if arguments.world_size > 1 and len(held_out) > whole:  # processes get whole batches: nothing is counted twice
+    if arguments.world_size > 1 and len(held_out) > whole:  # processes get whole batches, so nothing is counted twice
         held_out = torch.utils.data.Subset(held_out, range(len(held_out) // whole * whole))
-    if not len(held_out):  # its share was too small for any text
+    if not len(held_out):  # the held-out share was too small for any text
         arguments.eval_strategy = IntervalStrategy.NO
     trainer = LayerSkipTrainer(
         point.model,

@@ -1,4 +1,4 @@
-"""Settings of a run as a TOML file: read with every mistake named, written so that it can be read again."""
+"""Settings of a run as a TOML file: read with an error that names each mistake, and written back."""
 
 import json
 import tomllib
@@ -35,7 +35,7 @@ def read_settings(path: Path, kind: type[Settings]) -> Settings:
 
 
 def write_settings(settings: Any) -> str:
-    """Settings as TOML, with every default; those that are None are left out."""
+    """Settings as TOML, defaults included; settings that are None are left out."""
     tables = []
     for table, values in asdict(settings).items():
         lines = [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]

@@ -1,4 +1,4 @@
-"""Shapes of models that are trained from scratch by name."""
+"""Shapes, by name, of models to train from scratch."""
 
 from typing import Any
 

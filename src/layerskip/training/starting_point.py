@@ -1,4 +1,4 @@
-"""What training starts from: a trained model, or random weights in a given shape, with a tokenizer."""
+"""The model and tokenizer that training starts from: a trained model, or random weights in a given shape."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,15 +30,15 @@ class StartingPoint:
     dtype: torch.dtype = torch.float32
     """Type of the weights that were loaded."""
     left_out: tuple[str, ...] = ()
-    """Settings of generation that the model came with and that can't be saved."""
+    """Names of the model's generation settings that transformers refuses to save."""
 
 
 def make_starting_point(config: TrainingConfig, *, tokenizer_folder: Path) -> StartingPoint:
-    """Load the model that training goes on with, or make one with random weights.
+    """Load the model that training continues, or make one with random weights.
 
     Args:
         config: The run's settings; `start` says which.
-        tokenizer_folder: Where a tokenizer that is trained is kept, and found again by the run that resumes.
+        tokenizer_folder: Folder where a tokenizer that is trained is saved, and from which a resumed run loads it.
 
     Raises:
         InvalidArgumentError: Neither a model nor a shape is named, a vocabulary is too small for the tokenizer, or
@@ -94,7 +94,7 @@ def _from_scratch(config: TrainingConfig, tokenizer_folder: Path) -> StartingPoi
     torch.manual_seed(config.optimization.seed)
     try:
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)  # type: ignore[no-untyped-call]
-    except Exception as error:  # shapes that don't fit together fail deep inside transformers
+    except Exception as error:  # sizes that contradict each other fail deep inside transformers
         raise UnsupportedModelError(f"transformers can't make a causal model from {start.config}: {error}") from error
     model.generation_config.bos_token_id = shape.bos_token_id
     model.generation_config.eos_token_id = shape.eos_token_id
@@ -140,7 +140,7 @@ def _check_fit(point: StartingPoint, config: TrainingConfig) -> None:
 
 
 def _with_adapters(point: StartingPoint, start: StartConfig) -> StartingPoint:
-    """The model frozen, with LoRA adapters on all of its layers' matrices."""
+    """The frozen model with LoRA adapters on all matrices of its layers."""
     from peft import LoraConfig, get_peft_model
 
     assert start.lora_rank is not None

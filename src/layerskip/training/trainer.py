@@ -29,7 +29,7 @@ from layerskip.training.recipe.recipe import LayerSkipRecipe
 
 
 class LayerSkipTrainer(Trainer):
-    """A `Trainer` whose model learns to exit early.
+    """A `Trainer` that applies the LayerSkip recipe.
 
     Everything else is transformers': gradient accumulation, mixed precision, checkpointing, FSDP, LoRA, logging.
     Evaluation adds the quality of every exit; checkpoints are written atomically and name the recipe in config.json.
@@ -54,24 +54,24 @@ class LayerSkipTrainer(Trainer):
         make_saveable(self.recipe.model)
         self.recipe.model.config.layerskip = {**asdict(layerskip), "rotation": self.recipe.rotation}
         self.exit_qualities: list[ExitQuality] = []
-        """Of the last evaluation."""
+        """Quality of every exit in the last evaluation."""
         self.evaluated_step: int | None = None
         """Optimizer steps done before that evaluation."""
         self._staging: Path | None = None
         self._begun = -1
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Shard on CPUs too, where accelerate would copy the whole model to every process without a word."""
+        """Shard on CPUs too, where accelerate would copy the whole model to every process without a warning."""
         super().create_accelerator_and_postprocess()
         state = self.accelerator.state
         if self.args.fsdp and state.distributed_type == DistributedType.MULTI_CPU:
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
-            # Both states share theirs with all their instances, and the second one renews its own from the first.
+            # Both classes share their state between instances, and the second one copies the state of the first.
             PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """One batch's loss and gradients.
+        """Compute the loss and gradients of one batch.
 
         Raises:
             TrainingError: The loss isn't a finite number.
@@ -88,7 +88,7 @@ class LayerSkipTrainer(Trainer):
             self._begun = step
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         finite = torch.isfinite(loss).float()
-        if self.args.world_size > 1:  # all processes stop together
+        if self.args.world_size > 1:  # so all processes stop together
             finite = self.accelerator.reduce(finite, reduction="sum") == self.args.world_size
         if not finite:
             raise self._diverged(f"the loss at step {step + 1} is {loss.item()}")
@@ -103,7 +103,7 @@ class LayerSkipTrainer(Trainer):
         )
 
     def _check_weights(self) -> None:
-        """Keep weights that aren't numbers out of checkpoints: gradients can spoil them while the loss is still one."""
+        """Never save NaN or infinite weights: a bad gradient can corrupt them while the loss is still finite."""
         finite = torch.ones((), device=self.args.device)
         model: Any = self.model
         for weight in model.parameters():
@@ -115,7 +115,7 @@ class LayerSkipTrainer(Trainer):
             raise self._diverged(f"weights after step {self.state.global_step} aren't finite numbers")
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """All that is held out, the last batch too if it is incomplete, unlike in training."""
+        """Batches of all held-out data, including an incomplete last batch (which training drops)."""
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
             return super().get_eval_dataloader(*args, **kwargs)
@@ -142,7 +142,7 @@ class LayerSkipTrainer(Trainer):
 
     @property
     def ideal_speedups(self) -> list[IdealSpeedup]:
-        """What self-speculative decoding with each exit could reach, after the last evaluation."""
+        """Highest speedup of self-speculative decoding at each exit, from the last evaluation."""
         recipe = self.recipe
         return [
             ideal_speedup(
@@ -158,7 +158,7 @@ class LayerSkipTrainer(Trainer):
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint aside, and let it appear when it is complete."""
+        """Write a checkpoint in a temporary folder and move it into place when it is complete."""
         self._check_weights()
         output = Path(super()._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"

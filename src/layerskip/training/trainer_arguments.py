@@ -13,7 +13,7 @@ from layerskip.training.config import TrainingConfig
 
 
 def make_arguments(config: TrainingConfig, output: Path) -> TrainingArguments:
-    """Transformers' settings for a run, but for the precision, which depends on the model."""
+    """Transformers' settings for a run, without the precision, which depends on the model."""
     available = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
     for name in config.checkpoints.report_to:
         if name not in available:
@@ -45,7 +45,7 @@ def make_arguments(config: TrainingConfig, output: Path) -> TrainingArguments:
         "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"} if optimization.fsdp else None,
         "use_cpu": on_cpu,
         "ddp_backend": "gloo" if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
-        "ddp_find_unused_parameters": False,  # the last exit's loss is always on: every parameter has a gradient
+        "ddp_find_unused_parameters": False,  # the last exit always has a loss, so every parameter has a gradient
         "seed": optimization.seed,
         "data_seed": optimization.seed,
         "dataloader_drop_last": True,  # every process has the same number of samples in every batch

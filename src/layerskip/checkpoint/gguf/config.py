@@ -1,4 +1,4 @@
-"""A GGUF file's metadata in Hugging Face's terms: config.json and generation_config.json."""
+"""A GGUF file's metadata as config.json and generation_config.json."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -16,47 +16,48 @@ from layerskip.model.config.rope import RopeConfig
 from layerskip.model.rope import inverse_frequencies
 
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""Of every Llama 3.1, 3.2 and 3.3; a file holds the factors on frequencies that come of it and not these numbers."""
+"""Parameters of every Llama 3.1, 3.2 and 3.3; a file contains only the resulting factors on frequencies."""
 GEMMA3_GLOBAL_EVERY = 6
-"""One layer in six of Gemma 3 sees the whole text; files don't say so."""
+"""Layers from one full-attention layer of Gemma 3 to the next; files don't say so."""
 GEMMA3_27B_LAYERS = 62
-"""Gemma 3 27B scales attention by width over heads, smaller ones by channels of a head; files don't say so."""
+"""Layers of Gemma 3 27B, which scales attention by width over heads, while smaller ones use channels of a head; files
+don't say so."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What a `general.architecture` is in Hugging Face's terms."""
+    """The Hugging Face equivalent of a `general.architecture`."""
 
     model_type: str
     class_name: str
     extra: Callable[["ModelKeys", dict[str, Any]], dict[str, Any]]
-    """Keys of config.json of this family, given those that all families share."""
+    """Function for the family's own keys of config.json, given the keys that all families share."""
     hidden_act: str = "silu"
 
 
 class ModelKeys:
-    """A container's keys, each checked to be what it should be."""
+    """A container's keys, each with a check of its type."""
 
     def __init__(self, container: Container) -> None:
         self.container = container
         self.architecture = str(self._get("general.architecture", str, "a text"))
 
     def count(self, key: str, default: int | None = None) -> int:
-        """A positive whole number of this architecture, such as `block_count`.
+        """Read a positive whole number of this architecture, such as `block_count`.
 
         Raises:
             CheckpointError: It is missing and there is no default, or isn't one.
         """
         name = f"{self.architecture}.{key}"
         value = self.container.metadata.get(name, default)
-        if isinstance(value, np.ndarray) and len(value) and np.all(value == value[0]):  # one for each layer, all alike
+        if isinstance(value, np.ndarray) and len(value) and np.all(value == value[0]):  # a value per layer, all equal
             value = value[0].item()
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self._wrong(name, "a positive whole number", value)
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A positive number of this architecture, such as `rope.freq_base`.
+        """Read a positive number of this architecture, such as `rope.freq_base`.
 
         Raises:
             CheckpointError: It is missing and there is no default, or isn't one.
@@ -65,20 +66,20 @@ class ModelKeys:
         value = self.container.metadata.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise self._wrong(name, "a positive number", value)
-        single = np.float32(value)  # 1e-5 is kept as 9.99999974e-06: take back the number that was meant
+        single = np.float32(value)  # 1e-5 is stored as 9.99999974e-06: restore the original number
         return float(str(single)) if single == value else float(value)
 
     def text(self, key: str, default: str) -> str:
-        """A text of this architecture, such as `rope.scaling.type`."""
+        """Read a text of this architecture, such as `rope.scaling.type`."""
         return str(self._get(f"{self.architecture}.{key}", str, "a text", default))
 
     def has(self, key: str) -> bool:
-        """Whether the architecture has this key, with a value other than 0 (which stands for absent in some files)."""
+        """Whether the architecture has this key with a value other than 0 (which means absent in some files)."""
         value = self.container.metadata.get(f"{self.architecture}.{key}")
         return value is not None and not (isinstance(value, int | float) and value == 0)
 
     def token_id(self, key: str) -> int | None:
-        """A token's id of the tokenizer, such as `eos_token_id`; None where the file has none."""
+        """A token id of the tokenizer, such as `eos_token_id`; None if the file has none."""
         value = self._get(f"tokenizer.ggml.{key}", int, "a token id", -1)
         return None if value in (-1, 2**32 - 1) else int(value)
 
@@ -94,11 +95,11 @@ class ModelKeys:
 
 
 def read_raw_config(container: Container) -> dict[str, Any]:
-    """The file's model as a config.json.
+    """The contents of a config.json for the file's model.
 
     Raises:
         UnsupportedModelError: An architecture, or a feature of it, that isn't supported.
-        CheckpointError: A key is missing or makes no sense.
+        CheckpointError: A key is missing or invalid.
     """
     metadata = ModelKeys(container)
     known = ARCHITECTURES.get(metadata.architecture)
@@ -149,7 +150,7 @@ def read_raw_config(container: Container) -> dict[str, Any]:
 
 
 def read_generation_config(container: Container) -> dict[str, Any]:
-    """The file's end tokens as a generation_config.json: of texts, of turns and of messages.
+    """The contents of a generation_config.json: the file's end tokens of texts, turns and messages.
 
     Raises:
         TokenizerError: The tokenizer's vocabulary is damaged.
@@ -160,10 +161,10 @@ def read_generation_config(container: Container) -> dict[str, Any]:
 
 
 def _vocabulary(container: Container) -> int:
-    """Rows of the embedding table, which the tokenizer's tokens have to fit.
+    """Rows of the embedding table, which must match the number of the tokenizer's tokens.
 
     Raises:
-        CheckpointError: There is no table, or they don't fit.
+        CheckpointError: There is no table, or the numbers don't match.
     """
     table = container.tensors.get("token_embd.weight")
     if table is None or len(table.shape) != 2:
@@ -216,10 +217,10 @@ def _yarn(metadata: ModelKeys, context: int) -> dict[str, Any]:
 
 
 def read_factors(container: Container, name: str, count: int) -> list[float] | None:
-    """A tensor of factors on frequencies, one for each pair of channels; None where the file has none.
+    """A tensor of factors on frequencies, one for each pair of channels; None if the file has none.
 
     Raises:
-        CheckpointError: Not so many, or not positive numbers.
+        CheckpointError: There is another number of factors, or not all are positive.
     """
     entry = container.tensors.get(name)
     if entry is None:
@@ -232,10 +233,10 @@ def read_factors(container: Container, name: str, count: int) -> list[float] | N
 
 
 def _frequency_divisors(divisors: list[float], theta: float, rotated: int, context: int) -> dict[str, Any]:
-    """Frequencies divided by given factors: by Llama 3's rule where these are its factors, else as they are.
+    """Frequencies divided by factors: Llama 3's rule if the factors are its own, otherwise the factors as they are.
 
     The rule gives exactly the frequencies of the checkpoint that the file was made from. Other factors become a
-    LongRoPE whose short and long factors are the same.
+    LongRoPE with equal short and long factors.
     """
     llama3 = {"factor": max(divisors), **LLAMA3_SCALING}
     plain = RopeConfig(rope_theta=theta, rotary_dim=rotated, original_max_position_embeddings=8192)
@@ -260,7 +261,7 @@ def _frequency_divisors(divisors: list[float], theta: float, rotated: int, conte
 
 
 def _llama(metadata: ModelKeys, config: dict[str, Any]) -> dict[str, Any]:
-    """Llama, and Mistral, which converters write as Llama."""
+    """Llama, and Mistral, which converters store as Llama."""
     if not metadata.has("attention.sliding_window"):
         return {}
     return {
@@ -289,7 +290,7 @@ def _gemma3(metadata: ModelKeys, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _gemma3_layers(metadata: ModelKeys, num_layers: int) -> list[str]:
-    """Which layers see a window only: by a list of truth values, by every how many-th doesn't, or as all Gemma 3 do."""
+    """Layers with a sliding window: from a list of booleans, from a period, or from the rule of all Gemma 3."""
     name = "attention.sliding_window_pattern"
     if not metadata.has("attention.sliding_window"):
         return [FULL] * num_layers
@@ -322,7 +323,7 @@ def _phi3(metadata: ModelKeys, config: dict[str, Any]) -> dict[str, Any]:
     scale = context / original
     usual = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 and original > 1 else 1.0
     attention_factor = metadata.number("rope.scaling.attn_factor", usual)
-    if not math.isclose(attention_factor, usual, rel_tol=1e-6):  # else as config.json's silence has it, to the last bit
+    if not math.isclose(attention_factor, usual, rel_tol=1e-6):  # otherwise config.json's default, exactly
         parameters["attention_factor"] = attention_factor
     return {**extra, "rope_parameters": parameters}
 
@@ -340,4 +341,4 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "phi3": Architecture(model_type="phi3", class_name="Phi3ForCausalLM", extra=_phi3),
 }
-"""By `general.architecture`."""
+"""Architectures by `general.architecture`."""

@@ -1,7 +1,7 @@
-"""The container of a GGUF file: metadata, and where each tensor lies.
+"""The container of a GGUF file: metadata, and the place of each tensor.
 
-Every count, length and offset is held against the bytes that are there before anything of that size is made: a file
-that was cut short or made up ends in one error.
+Every count, length and offset is checked against the bytes of the file before anything of that size is allocated, so a
+truncated or forged file ends in one error.
 
 Source: the GGUF specification, versions 2 and 3.
 """
@@ -29,9 +29,9 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_DIMENSIONS = 4
 MAX_NAME = 256
-"""Characters of a key or of a tensor's name; real ones have up to about 60."""
+"""Characters of a key or of a tensor's name, at most; real ones have up to about 60."""
 MAX_NESTING = 2
-"""Arrays within arrays; real files have none."""
+"""Levels of nested arrays, at most; real files have none."""
 
 _SCALARS: Mapping[int, str] = {
     GGUFValueType.UINT8: "B",
@@ -46,19 +46,19 @@ _SCALARS: Mapping[int, str] = {
     GGUFValueType.FLOAT64: "d",
     GGUFValueType.BOOL: "B",
 }
-"""Codes that `struct` and numpy share."""
+"""Codes of scalar types that `struct` and numpy share."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorEntry:
-    """One tensor, and where it lies."""
+    """One tensor, and its place in the file."""
 
     path: Path
-    """The file that it is in."""
+    """The file with the tensor."""
     name: str
     type: GGMLQuantizationType
     shape: tuple[int, ...]
-    """As torch has it: outputs first, inputs last."""
+    """Shape in torch's order: outputs first, inputs last."""
     offset: int
     """Bytes from the beginning of the file."""
     num_bytes: int
@@ -66,19 +66,19 @@ class TensorEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Container:
-    """What a file, or a model's files together, say of themselves; tensors are read when they are asked for."""
+    """The header of a file, or of all files of a model; tensors are read on request."""
 
     path: Path
     """The file, or the first one."""
     version: int
     num_bytes: int
-    """Of the whole file, or of all."""
+    """Bytes of the whole file, or of all files."""
     metadata: Mapping[str, Any]
-    """Numbers, truth values, texts, lists of texts, and numpy arrays of numbers."""
+    """Values of metadata: numbers, booleans, texts, lists of texts, and numpy arrays of numbers."""
     tensors: Mapping[str, TensorEntry]
 
     def plain_metadata(self) -> dict[str, Any]:
-        """The metadata with lists in place of arrays."""
+        """The metadata with lists instead of arrays."""
         return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in self.metadata.items()}
 
 
@@ -86,9 +86,8 @@ def read_container(path: Path) -> Container:
     """Read a file's header.
 
     Raises:
-        CheckpointError: It can't be opened, isn't a GGUF file of a version that is understood, or its metadata is
-            damaged.
-        WeightsError: Its tensors overlap, are named twice, or lie outside the file.
+        CheckpointError: The file can't be opened, isn't a GGUF file of a supported version, or has damaged metadata.
+        WeightsError: Tensors overlap, have the same name, or are outside the file.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -100,10 +99,10 @@ def read_container(path: Path) -> Container:
 
 
 def join(parts: Sequence[Container]) -> Container:
-    """A model's files as one; the first has the metadata.
+    """Join the files of a model; the first has the metadata.
 
     Raises:
-        WeightsError: Two of them have the same tensor.
+        WeightsError: Two files have the same tensor.
     """
     tensors: dict[str, TensorEntry] = {}
     for part in parts:
@@ -115,7 +114,7 @@ def join(parts: Sequence[Container]) -> Container:
 
 
 class _Reader:
-    """A place in the file that only moves forward."""
+    """A position in the file that only moves forward."""
 
     def __init__(self, path: Path, content: mmap.mmap) -> None:
         self._path, self._content, self._place, self._end = path, content, 0, len(content)
@@ -224,7 +223,7 @@ class _Reader:
             return values.astype(bool) if kind == GGUFValueType.BOOL else values
         if kind == GGUFValueType.ARRAY and nesting == 0:
             raise self._damaged(f"{key!r} has arrays within arrays within arrays")
-        least = 8 if kind == GGUFValueType.STRING else 12  # bytes that every element takes
+        least = 8 if kind == GGUFValueType.STRING else 12  # bytes of one element, at least
         self._check_room(count * least, f"the values of {key!r}")
         read: Callable[[], Any] = (
             (lambda: self._text(f"a value of {key!r}"))
@@ -247,7 +246,7 @@ class _Reader:
             raise self._damaged(f"{what} is not UTF-8 ({error.reason})") from error
 
     def _number(self, code: str, what: str) -> Any:
-        """The next number: I for counts of four bytes, Q for those of eight, or any code of `_SCALARS`."""
+        """The next number: I for counts of four bytes, Q for eight, or any code of `_SCALARS`."""
         size = struct.calcsize(f"<{code}")
         return struct.unpack(f"<{code}", self._take(size, what))[0]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from layerskip.checkpoint.contents import Contents, share_of_types
 from layerskip.errors import CheckpointError, CheckpointNotFoundError
 
-if TYPE_CHECKING:  # the rest loads the gguf package, which other checkpoints don't need
+if TYPE_CHECKING:  # the other modules load the gguf package, which other checkpoints don't need
     from transformers import PreTrainedTokenizerBase
 
     from layerskip.checkpoint.gguf.container import Container
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # the rest loads the gguf package, which other checkpoints do
 SUFFIX = ".gguf"
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _PROJECTOR = "mmproj"
-"""How files with the image part of a model begin; they stand beside the model that is meant."""
+"""Beginning of the names of files with a model's image part, which are beside the model itself."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class GGUFFile:
     path: Path
     """The file, or its first part."""
     own_folder: Path | None = None
-    """Where to keep what belongs to the file, if not beside it: a file of an installed package isn't the user's."""
+    """Folder for files that belong to the model, if not beside it: an installed package's folder isn't the user's."""
 
     @property
     def hugging_face_folder(self) -> None:
@@ -36,12 +36,12 @@ class GGUFFile:
 
     @property
     def tuned_file(self) -> Path:
-        """Where a sweep keeps the best setting: each file has its own."""
+        """File of a sweep's best setting; each model file has its own."""
         return (self.own_folder or self.path.parent) / f"{self.path.stem}.layerskip.json"
 
     @cached_property
     def container(self) -> "Container":
-        """The file, or all its parts as one."""
+        """The header of the file, or of all its parts together."""
         from layerskip.checkpoint.gguf.container import join, read_container
 
         first = read_container(self.path)
@@ -88,7 +88,7 @@ class GGUFFile:
         """The tokenizer that the metadata describes.
 
         Raises:
-            TokenizerError: There is none, or it can't be made.
+            TokenizerError: The file has no tokenizer, or it can't be built.
         """
         from layerskip.checkpoint.gguf.tokenizer import build_tokenizer
 
@@ -96,10 +96,10 @@ class GGUFFile:
 
 
 def find_gguf(folder: Path) -> Path | None:
-    """The GGUF file in a folder, or its first part; None where there is none.
+    """The GGUF file in a folder, or its first part; None if there is none.
 
     Raises:
-        CheckpointError: There are several.
+        CheckpointError: There are several models.
     """
     files = sorted(file for file in folder.glob(f"*{SUFFIX}") if not file.name.startswith(_PROJECTOR))
     models = [file for file in files if (part := _PART.fullmatch(file.name)) is None or int(part["number"]) == 1]
@@ -112,10 +112,10 @@ def find_gguf(folder: Path) -> Path | None:
 
 
 def _later_parts(path: Path, count: int) -> list[Path]:
-    """Files of the other parts.
+    """Files of the later parts.
 
     Raises:
-        CheckpointNotFoundError: One is missing.
+        CheckpointNotFoundError: A part is missing.
         CheckpointError: The file isn't named as a part.
     """
     part = _PART.fullmatch(path.name)

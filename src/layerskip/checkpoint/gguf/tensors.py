@@ -34,7 +34,7 @@ _KEPT: Mapping[GGMLQuantizationType, BlockFormat] = {
     GGMLQuantizationType.Q4_1: "q4_1",
 }
 
-# Hugging Face's name of a layer's part -> the file's.
+# Hugging Face's name of a layer's weight -> the file's name.
 _LAYER_NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -60,24 +60,24 @@ _TOP_NAMES = {
     "lm_head.weight": "output.weight",
 }
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-"""What `config.py` reads."""
+"""Tensors that `config.py` reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conventions:
-    """How a family's tensors differ from Hugging Face's."""
+    """Differences between a family's tensors in the file and Hugging Face's."""
 
     names: Mapping[str, str]
-    """Hugging Face's name of a layer's part -> the file's."""
+    """Hugging Face's name of a layer's weight -> the file's name."""
     norm_offset: float = 0.0
-    """Added to the stored weight of norms in the file."""
+    """Number that the file adds to the weights of norms."""
     pairs: Mapping[str, int] | None = None
-    """Parts whose rows lie in rotary pairs side by side -> their number of heads; Hugging Face has all first
-    channels of the pairs before all second ones."""
+    """Weights whose rows have the two channels of a rotary pair side by side -> their number of heads; Hugging Face has
+    the first channels of all pairs before the second ones."""
 
 
 def conventions(raw_config: Mapping[str, Any]) -> Conventions:
-    """Those of the family of a config.json."""
+    """The conventions of the family of a config.json."""
     model_type = raw_config["model_type"]
     others = _FUSED_NAMES if model_type == "phi3" else _GEMMA_NAMES if model_type == "gemma3_text" else {}
     pairs = None
@@ -89,7 +89,7 @@ def conventions(raw_config: Mapping[str, Any]) -> Conventions:
 
 
 class GGUFTensors:
-    """A file's tensors by Hugging Face's names, memory-mapped (`model.weights.TensorSource`)."""
+    """A file's tensors by Hugging Face's names, memory-mapped (a `TensorSource`)."""
 
     def __init__(self, container: Container, raw_config: Mapping[str, Any]) -> None:
         """Match the names.
@@ -99,7 +99,7 @@ class GGUFTensors:
             raw_config: The model's config.json.
 
         Raises:
-            WeightsError: A tensor that the family doesn't have, or of a type that can't be read.
+            WeightsError: The family has no such tensor, or its type can't be read.
         """
         self._conventions = conventions(raw_config)
         self._entries: dict[str, TensorEntry] = {}
@@ -131,7 +131,7 @@ class GGUFTensors:
         return tensor
 
     def block_format(self, name: str) -> BlockFormat | None:
-        """The blocks that hold the tensor's numbers exactly, its own or wider ones; None where there are none."""
+        """Format of blocks with exactly the tensor's numbers, its own or a wider one; None if there is none."""
         return block_format(self._entries[name])
 
     def blocks(self, name: str, part: Part | None = None) -> BlockWeight:
@@ -171,7 +171,7 @@ class GGUFTensors:
 
 
 def _hugging_face_names(parts: Mapping[str, str], num_layers: int) -> dict[str, str]:
-    """The file's name of every tensor -> Hugging Face's."""
+    """The file's name of every tensor -> Hugging Face's name."""
     names = {theirs: ours for ours, theirs in _TOP_NAMES.items()}
     for layer in range(num_layers):
         for ours, theirs in parts.items():
@@ -211,7 +211,7 @@ def _numbers(entry: TensorEntry, data: Tensor) -> Tensor:
 
 
 def block_format(entry: TensorEntry) -> BlockFormat | None:
-    """The blocks that hold a matrix's numbers exactly: its own, or wider ones; None where there are none."""
+    """Format of blocks with exactly a matrix's numbers, its own or a wider one; None if there is none."""
     if len(entry.shape) != 2:
         return None
     return "q8_0" if entry.type in _WIDENED else _KEPT.get(entry.type)
@@ -230,7 +230,7 @@ def _in_blocks(entry: TensorEntry, data: Tensor) -> BlockWeight:
 
 
 def _five_bits(rows: Tensor) -> Tensor:
-    """Q5_0 -> q8_0: a scale, 32 fifth bits and 32 four bits become the scale and 32 bytes."""
+    """Q5_0 -> q8_0: the scale stays, 32 fifth bits and 32 times four bits become 32 bytes."""
     blocks = rows.view(len(rows), -1, 22)
     bits = blocks[..., 2:6, None] >> torch.arange(8, dtype=torch.uint8) & 1
     low = torch.cat([blocks[..., 6:] & 0xF, blocks[..., 6:] >> 4], -1)
@@ -239,7 +239,7 @@ def _five_bits(rows: Tensor) -> Tensor:
 
 
 def _nonlinear(rows: Tensor) -> Tensor:
-    """IQ4_NL -> q8_0: a scale and 32 places in a table of bytes become the scale and 32 bytes."""
+    """IQ4_NL -> q8_0: the scale stays, 32 indices into a table of bytes become 32 bytes."""
     from gguf.quants import IQ4_NL
 
     blocks = rows.view(len(rows), -1, 18)

@@ -1,15 +1,15 @@
-"""pass@1 of HumanEval: generated code is run against its tests, in a process of its own.
+"""pass@1 of HumanEval: runs generated code against its tests, in a process of its own.
 
-This file is also that process's program: it imports nothing but the standard library when it is loaded, as `python -I`
-doesn't find the package.
+This file is also the program of that process, so it imports nothing but the standard library when it is loaded: `python
+-I` doesn't find the package.
 
-What runs there has none of our environment, an empty temporary folder, no standard input, limits of time, memory, file
-sizes and processes, and dies with all it started when the time is up. It has no network: where the system lets users
-make namespaces it has none at all, and everywhere an audit hook refuses connections, other processes, signals, and
-changes to files outside its folder.
+The process has none of our environment, an empty temporary folder, no standard input, and limits of time, memory, file
+sizes and processes. It is killed with everything that it started when the time is up. It has no network: if the system
+lets users make namespaces, there is no network at all; on all systems an audit hook refuses connections, other
+processes, signals, and changes to files outside its folder.
 
-That guards against accidents: code of a language model that loops, fills the memory or deletes a file. It is no
-sandbox: code that means harm can get around an audit hook. Measure models that you don't trust in a container.
+These limits guard against accidents: generated code that loops, fills the memory or deletes a file. They are no
+sandbox: malicious code can get around an audit hook. Measure models that you don't trust in a container.
 """
 
 import ctypes
@@ -29,14 +29,14 @@ from types import ModuleType
 from typing import Any
 
 STOP_SEQUENCES = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-"""Where a function's body has ended, as in the paper of HumanEval (arXiv:2107.03374)."""
+"""Texts that end a function's body, as in the paper of HumanEval (arXiv:2107.03374)."""
 MIN_MEMORY = 2**27
-"""Bytes of address space that the interpreter itself needs, with some room."""
+"""Bytes of address space that the interpreter itself needs, with a margin."""
 MAX_FILE_BYTES = 2**20
 MAX_ERROR = 300
-"""Most characters of an error's message."""
+"""Characters of an error's message, at most."""
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-"""All that the process knows of ours. With no threads allowed, NumPy would otherwise fail when it is imported."""
+"""The environment of the process. Since it may not start threads, NumPy would otherwise fail when it is imported."""
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 
 # Audit events (docs.python.org/3/library/audit_events.html).
@@ -53,22 +53,22 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """What came of running a completion."""
+    """Result of running a completion."""
 
     passed: bool
-    """All tests ran to their end."""
+    """Whether all tests ran to their end."""
     error: str | None
-    """Why not, in a line."""
+    """The reason of a failure, in one line."""
     seconds: float
-    """How long it took, with the start of the interpreter."""
+    """Seconds of the run, with the start of the interpreter."""
 
 
 def truncate_completion(completion: str, stops: Sequence[str] = STOP_SEQUENCES) -> str:
-    """What of a text belongs to the function: up to the first of the stop sequences.
+    """The part of a text that belongs to the function, up to the first stop sequence.
 
     Args:
-        completion: What a model wrote after a prompt.
-        stops: Texts at which it ends; they aren't part of the result.
+        completion: Text that a model generated after a prompt.
+        stops: Stop sequences, which aren't part of the result.
     """
     for stop in stops:
         completion = completion.partition(stop)[0]
@@ -84,18 +84,18 @@ def check_completion(
     timeout_s: float = 10.0,
     memory_bytes: int = 2**30,
 ) -> Execution:
-    """Run a completion against its tests, away from this process; the module's text says what that keeps from it.
+    """Run a completion against its tests in a process of its own, with the limits that the module's docstring names.
 
     Args:
         prompt: Signature and docstring, as in HumanEval.
         completion: The body; see `truncate_completion`.
         test: Code that defines `check(candidate)`.
         entry_point: Name of the function to test.
-        timeout_s: Seconds until it is killed.
-        memory_bytes: Address space it may have.
+        timeout_s: Seconds until the process is killed.
+        memory_bytes: Bytes of address space that the process may use.
 
     Returns:
-        Whether it passed. A program that ends before its tests do, in whatever way, hasn't.
+        The result. A program that ends before its tests do, in whatever way, has not passed.
 
     Raises:
         InvalidArgumentError: A time, memory or name that can't be used, or a system without POSIX processes.
@@ -122,7 +122,7 @@ def check_completion(
 
 
 def pass_at_1(executions: Sequence[Execution]) -> float:
-    """Share of completions that passed, one for each problem.
+    """Share of completions that passed, with one completion for each problem.
 
     Raises:
         InvalidArgumentError: There are none.
@@ -148,7 +148,7 @@ def _check_limits(entry_point: str, timeout_s: float, memory_bytes: int) -> None
 
 
 def _run_process(order: dict[str, Any], folder: Path, report: int, timeout_s: float) -> int | None:
-    """The exit code of the process, negative for a signal; None if the time was up. All it started is dead then."""
+    """The process's exit code, negative for a signal; None if the time was up. Everything that it started is killed."""
     process = subprocess.Popen(
         [sys.executable, "-I", "-B", str(Path(__file__).resolve())],
         stdin=subprocess.PIPE,
@@ -164,7 +164,7 @@ def _run_process(order: dict[str, Any], folder: Path, report: int, timeout_s: fl
     except subprocess.TimeoutExpired:
         return None
     finally:
-        # Also what it left behind: the group is there as long as anyone is in it.
+        # Also kills processes that it left behind: the group exists as long as it has a member.
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -175,12 +175,12 @@ def _run_process(order: dict[str, Any], folder: Path, report: int, timeout_s: fl
 
 
 def _read_report(reading: int, nonce: str, code: int | None, timeout_s: float) -> str | None:
-    """The error that the process reported, or why it reported none; None if the tests passed."""
+    """The error that the process reported, or the reason that it reported none; None if the tests passed."""
     try:
         lines = os.read(reading, 2**16).splitlines()
-    except BlockingIOError:  # something got away that holds the other end
+    except BlockingIOError:  # a process has escaped and keeps the other end open
         lines = []
-    for line in lines:  # what was run may have written there as well
+    for line in lines:  # the program may have written to this pipe too
         with suppress(ValueError):
             report = json.loads(line)
             if isinstance(report, dict) and report.get("nonce") == nonce:
@@ -193,7 +193,7 @@ def _read_report(reading: int, nonce: str, code: int | None, timeout_s: float) -
 
 
 def _main() -> None:
-    """Do what standard input says, report, and leave without a trace."""
+    """Run the program from standard input, report the result, and exit at once."""
     order = json.loads(sys.stdin.buffer.read())
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     own = os.getpid()
@@ -208,7 +208,7 @@ def _main() -> None:
 
 
 def _run_program(program: str) -> str | None:
-    """Run code as a module of its own; its error in a line, if there is one."""
+    """Run code as a module; returns its error in one line, or None."""
     module = ModuleType("program")
     sys.modules["program"] = module
     try:
@@ -224,7 +224,7 @@ def _run_program(program: str) -> str | None:
 
 
 def _leave_network() -> bool:
-    """Move into a network namespace that has no network; False where the system doesn't let us."""
+    """Move into a network namespace without a network; False if the system doesn't allow it."""
     try:
         return bool(ctypes.CDLL(None).unshare(CLONE_NEWUSER | CLONE_NEWNET) == 0)
     except (OSError, AttributeError):  # not Linux
@@ -232,11 +232,11 @@ def _leave_network() -> bool:
 
 
 def _set_limits(seconds: float, memory_bytes: int) -> None:
-    """Limit what this process may use; what the system doesn't know isn't limited."""
+    """Limit the resources of this process, as far as the system supports it."""
     import resource
 
     wanted = {
-        "RLIMIT_CPU": int(seconds) + 2,  # in case nobody is there to kill it when the time is up
+        "RLIMIT_CPU": int(seconds) + 2,  # in case the parent isn't there to kill it when the time is up
         "RLIMIT_AS": memory_bytes,
         "RLIMIT_FSIZE": MAX_FILE_BYTES,
         "RLIMIT_CORE": 0,
@@ -251,7 +251,7 @@ def _set_limits(seconds: float, memory_bytes: int) -> None:
 
 
 def _install_guard(folder: str) -> None:
-    """Refuse connections, processes, signals, and changes to files outside a folder, for good."""
+    """Refuse connections, processes, signals, and changes to files outside a folder, irrevocably."""
     home = os.path.realpath(folder)
 
     def refuse_outside(paths: Sequence[object]) -> None:
@@ -269,7 +269,7 @@ def _install_guard(folder: str) -> None:
             raise PermissionError(f"{event}: other processes are out of reach here")
         elif event in CHANGE_EVENTS:
             refuse_outside(arguments)
-        elif event.startswith("socket.") and event != "socket.__new__":  # asyncio makes one, and sends nothing
+        elif event.startswith("socket.") and event != "socket.__new__":  # asyncio makes one and sends nothing
             raise PermissionError(f"{event}: there is no network here")
 
     sys.addaudithook(guard)

@@ -1,4 +1,4 @@
-"""Data sets to measure on: from the Hugging Face hub or a file, to prompts with references."""
+"""Data sets from the Hugging Face hub or a file, as prompts with references."""
 
 import json
 import random
@@ -34,21 +34,21 @@ PARQUET_REVISION = "refs/convert/parquet"
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One thing to ask of a model."""
+    """One prompt with its reference."""
 
     index: int
-    """Place in the file or split, from 0."""
+    """Index in the file or split, from 0."""
     prompt: str | list[Message]
     """A text, or the messages of a chat."""
     reference: str | None
-    """What a good answer is."""
+    """The reference answer."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """The record's own columns, such as `test` and `entry_point` of HumanEval."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Records:
-    """Records as they were found, not yet looked at."""
+    """Records as read, not yet checked."""
 
     rows: Sequence[Any]
     source: str
@@ -71,16 +71,16 @@ def load_examples(
     split: str | None = None,
     repository: str | None = None,
 ) -> list[Example]:
-    """Read a data set, and make its prompts.
+    """Read a data set and make its prompts.
 
     Args:
         name: One of `DATASETS`.
         data_path: A .jsonl file, or a .json file with a list, of records with the data set's columns; from the hub if
             not given.
-        num_samples: Most examples; all if not given.
+        num_samples: Number of examples, at most; all if not given.
         n_shot: Solved examples that each prompt begins with. They are the first of the file, or of the hub's `train`
-            split where the data set has one, and are never asked.
-        template: What to ask, a text with columns in braces; the data set's own if not given.
+            split if the data set has one, and are never prompts themselves.
+        template: Text of a prompt, with columns in braces; the data set's own if not given.
         shuffle_seed: Draw examples at random instead of taking the first ones.
         split: Another split of the hub's data set.
         repository: Another repository of the hub, or a folder that `datasets` can load, with the same columns.
@@ -103,12 +103,13 @@ def encode_examples(lm: "LanguageModel", examples: Sequence[Example], config: Ge
     """Token ids of the prompts; messages go through the tokenizer's chat template, up to where the answer begins.
 
     Args:
-        lm: The model that is asked.
-        examples: What is asked.
-        config: How it will be decoded.
+        lm: The model.
+        examples: Examples to encode.
+        config: Configuration of the decoding.
 
     Raises:
-        PromptError: A prompt leaves no room for an answer, or the chat template refuses it; names the example's index.
+        PromptError: A prompt leaves no room for an answer, or the chat template refuses it; the message names the
+            example.
         TokenizerError: There is no tokenizer, or no chat template for messages.
     """
     from layerskip.checks import check_text
@@ -135,7 +136,7 @@ def _ask(
     n_shot: int,
     shuffle_seed: int | None,
 ) -> list[Example]:
-    """Make the prompts of those records that are asked."""
+    """Make the prompts of the selected records."""
     begin, shown = _few_shot(spec, template, shots, n_shot)
     order = list(range(n_shot if shots is records else 0, len(records.rows)))
     if shuffle_seed is not None:
@@ -147,7 +148,7 @@ def _ask(
         example = _make_example(spec, template, records, place)
         if not shown:
             examples.append(example)
-        elif example.prompt not in shown:  # some data sets have records twice
+        elif example.prompt not in shown:  # some data sets contain duplicates
             examples.append(replace(example, prompt=f"{begin}{example.prompt}"))
     if not examples:
         raise InvalidArgumentError(
@@ -159,7 +160,7 @@ def _ask(
 def _open(
     name: str, spec: DatasetSpec, data_path: Path | None, repository: str | None, split: str | None, n_shot: int
 ) -> tuple[_Records, _Records]:
-    """Records to ask, and records that begin with the solved examples; often the same."""
+    """Records for prompts, and records that begin with the solved examples; often the same."""
     if data_path is not None:
         records = shots = _read_file(data_path)
     else:
@@ -190,7 +191,7 @@ def _check_arguments(
         given = f"n_shot {n_shot}" if n_shot else f"template {template!r}"
         raise InvalidArgumentError(f"{name} takes the messages as they are, got {given}; put it into the messages")
     if template is not None:
-        template_columns(template)  # a bad template is found before a download
+        template_columns(template)  # finds a bad template before a download
     if data_path is not None and (split is not None or repository is not None):
         given = f"split {split!r}" if split is not None else f"repository {repository!r}"
         raise InvalidArgumentError(f"{given} belongs to the hub, and data_path is a file; give one or the other")
@@ -200,7 +201,7 @@ def _check_arguments(
 
 
 def _few_shot(spec: DatasetSpec, template: str, shots: _Records, number: int) -> tuple[str, set[str]]:
-    """What few-shot prompts begin with, and the questions it shows."""
+    """The solved examples at the start of few-shot prompts, and the questions in them."""
     if number > len(shots.rows):
         raise InvalidArgumentError(f"n_shot must be at most {len(shots.rows)}, the records of {shots.source}: {number}")
     begin, shown = "", set[str]()
@@ -226,7 +227,7 @@ def _make_example(spec: DatasetSpec, template: str, records: _Records, place: in
 
 
 def _read_hub(name: str, spec: DatasetSpec, repository: str | None, split: str) -> _Records:
-    """Load a split, which is kept on disk after the first time."""
+    """Load a split; the hub's library keeps it on disk after the first time."""
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -239,7 +240,7 @@ def _read_hub(name: str, spec: DatasetSpec, repository: str | None, split: str) 
         try:
             rows = load_dataset(source, configuration, split=split)
         except RuntimeError as error:
-            # A repository that still loads by a script of its own, which isn't run any more.
+            # A repository that still needs its own loading script, which is no longer run.
             if "scripts are no longer supported" not in str(error):
                 raise
             rows = load_dataset(source, configuration, split=split, revision=PARQUET_REVISION)

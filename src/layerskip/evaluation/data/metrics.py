@@ -1,4 +1,4 @@
-"""How good texts are: ROUGE, BLEU, exact match, and the answers of word problems.
+"""Metrics of texts: ROUGE, BLEU, exact match, and the answers of word problems.
 
 Shares and F-measures are between 0 and 1; BLEU, as always, between 0 and 100.
 """
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rouge3", "rougeL")
 ANSWER_MARK = "####"
-"""What comes before the answer in GSM8K."""
+"""Mark before the answer in GSM8K."""
 NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+")
 
 
 def normalize(text: str) -> str:
-    """A text as ROUGE and BLEU compare it: in lower case, with single spaces between words and none around them.
+    """Normalize a text for ROUGE and BLEU: lower case, single spaces between words, none around them.
 
-    Meta's benchmark turns texts into lower case; white space, which both metrics split at, is made even as well.
+    Meta's benchmark uses lower case; both metrics split at white space.
     """
     return " ".join(text.lower().split())
 
@@ -57,7 +57,7 @@ def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Share of predictions that are their reference, but for white space.
+    """Share of predictions that equal their reference apart from white space.
 
     Raises:
         InvalidArgumentError: None at all, or not as many of one as of the other.
@@ -80,7 +80,7 @@ def gsm8k_answer(text: str) -> Decimal | None:
 
 
 def answer_match(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Share of predictions whose answer is the reference's (`gsm8k_answer`); 72 and 72.0 are the same.
+    """Share of predictions with the reference's answer (`gsm8k_answer`); 72 and 72.0 are equal.
 
     Raises:
         InvalidArgumentError: None at all, or not as many of one as of the other.
@@ -90,14 +90,14 @@ def answer_match(predictions: Sequence[str], references: Sequence[str]) -> float
 
 
 def cut_prediction(dataset: str, prediction: str) -> str:
-    """What of a text is the answer: a model that wasn't taught to end goes on with the next question.
+    """The part of a text that is the answer: a model that wasn't taught to end continues with the next question.
 
     Raises:
         InvalidArgumentError: The data set isn't known.
     """
     text = prediction
     stops = find_dataset(dataset).stops
-    if stops == ("\n",):  # the answer is a line, and need not be the first
+    if stops == ("\n",):  # the answer is a line, not necessarily the first
         text = text.lstrip()
     for stop in stops:
         text = text.partition(stop)[0]
@@ -105,12 +105,12 @@ def cut_prediction(dataset: str, prediction: str) -> str:
 
 
 def metrics_for(dataset: str, predictions: Sequence[str], references: Sequence[str | None]) -> dict[str, float]:
-    """The metrics that a data set is judged by, over all its texts.
+    """The metrics of a data set over all of its texts.
 
     Args:
         dataset: One of `DATASETS`.
-        predictions: N texts, as a model wrote them; what comes after the answer is cut off.
-        references: N texts; those that are None, and their predictions, are left out.
+        predictions: N generated texts; anything after the answer is cut off.
+        references: N texts; a reference that is None is left out, and its prediction too.
 
     Returns:
         `rouge1`, `rouge2`, `rouge3`, `rougeL`, `bleu` and `exact_match`, those that fit the data set; empty where
@@ -143,14 +143,14 @@ def metrics_for(dataset: str, predictions: Sequence[str], references: Sequence[s
 def sample_metrics(dataset: str, text: str, example: "Example", *, execute_code: bool = False) -> dict[str, float]:
     """The metrics of a single text.
 
-    Its own BLEU is smoothed (sacrebleu's `sentence_bleu`), as it often has no four words in common with its reference.
+    The BLEU of a single text is smoothed (sacrebleu's `sentence_bleu`), because a text often has no four words in
+    common with its reference.
 
     Args:
         dataset: One of `DATASETS`.
-        text: What a model wrote; what comes after the answer is cut off.
-        example: What it was asked.
-        execute_code: Run the text against the tests of HumanEval, for `pass_at_1`; see `code_execution` for what that
-            means.
+        text: Generated text; anything after the answer is cut off.
+        example: The example of the prompt.
+        execute_code: Run the text against the tests of HumanEval, for `pass_at_1`; `code_execution` names the risks.
 
     Returns:
         As `metrics_for`; without a reference, `pass_at_1` at most.
@@ -179,7 +179,7 @@ def sample_metrics(dataset: str, text: str, example: "Example", *, execute_code:
 
 
 def combine_metrics(dataset: str, samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The metrics of all texts together, from those of each.
+    """The metrics of all texts together, from the metrics of each text.
 
     Args:
         dataset: One of `DATASETS`.

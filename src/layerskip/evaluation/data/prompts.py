@@ -11,7 +11,7 @@ def read_text(path: Path) -> str:
     """Contents of a UTF-8 text file.
 
     Raises:
-        InvalidArgumentError: It can't be read, or is empty.
+        InvalidArgumentError: The file can't be read, or is empty.
     """
     text = read_utf8(path)
     if not text.strip():
@@ -25,7 +25,7 @@ def read_prompts(path: Path, *, field: str | None = None, limit: int | None = No
     Args:
         path: The file.
         field: Name of the field with the prompt, in a `.jsonl` file.
-        limit: Most prompts to read.
+        limit: Number of prompts to read, at most.
 
     Raises:
         InvalidArgumentError: The file can't be read, has no prompts, or lines without that field.

@@ -1,4 +1,4 @@
-"""What data sets look like: where they are, their columns, and how a record becomes a prompt.
+"""Descriptions of data sets: repository, columns, and the template that makes a prompt of a record.
 
 A data set is a row of `DATASETS`. Its template is a `str.format` string over the columns of a record.
 """
@@ -13,12 +13,12 @@ from layerskip.errors import InvalidArgumentError
 from layerskip.evaluation.data.code_execution import STOP_SEQUENCES
 
 BEGINNING_WORDS = 100
-"""Words of an article that are the prompt of language modelling, as in Meta's benchmark."""
+"""Words of an article that form the prompt of language modelling, as in Meta's benchmark."""
 SHOT_SEPARATOR = "\n\n"
 
 Record = Mapping[str, Any]
 Message = dict[str, Any]
-"""`role` and `content`, and what else a chat template may want."""
+"""`role` and `content`, and other keys that a chat template may use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,33 +26,33 @@ class DatasetSpec:
     """One data set."""
 
     template: str
-    """What is asked of the model, over the columns of a record and those that `derive` adds."""
+    """Text of a prompt, over the columns of a record and the ones that `derive` adds."""
     repository: str | None = None
-    """Its name on the Hugging Face hub, or a folder that `datasets` can load; None: a file has to be given."""
+    """Name on the Hugging Face hub, or a folder that `datasets` can load; None if a file must be given."""
     configuration: str | None = None
-    """Which of the repository's data sets."""
+    """Name of one of the repository's data sets."""
     split: str = "test"
-    """What is measured on."""
+    """Split to measure on."""
     shot_split: str | None = None
-    """Where examples for few-shot prompts come from; None: from the front of `split`."""
+    """Split with the examples for few-shot prompts; None takes them from the beginning of `split`."""
     columns: tuple[str, ...] = ()
     """Columns that every record must have."""
     reference: tuple[str, ...]
-    """Columns with the reference; the first one that a record has is taken."""
+    """Columns with the reference; the first one that a record has counts."""
     joint: str = ""
-    """What stands between a prompt and its answer in a few-shot prompt."""
+    """Text between a prompt and its answer in a few-shot prompt."""
     stops: tuple[str, ...] = ()
-    """Where an answer ends: a model that wasn't taught to end goes on with the next question."""
+    """Texts that end an answer: a model that wasn't taught to end continues with the next question."""
     metrics: tuple[str, ...] = ("rouge", "bleu")
-    """Of `rouge`, `bleu`, `exact_match`, and `answer` (the number at the end)."""
+    """Names of metrics: `rouge`, `bleu`, `exact_match`, and `answer` (the number at the end)."""
     derive: Callable[[Record, str], Record] | None = None
-    """More columns of a record; its second argument names the record in error messages."""
+    """Function for more columns of a record; its second argument names the record in error messages."""
     is_chat: bool = False
-    """Prompts are lists of messages, without a template."""
+    """Whether prompts are lists of messages, without a template."""
 
 
 def _article_parts(record: Record, where: str) -> Record:
-    """Split an article after its first words; the white space between them is kept, and belongs to the rest."""
+    """Split an article after its first words; the white space in between belongs to the rest."""
     article = text_of(record, "article", where)
     words = [match.end() for match in re.finditer(r"\S+", article)]
     end = words[BEGINNING_WORDS - 1] if len(words) > BEGINNING_WORDS else len(article)
@@ -60,7 +60,7 @@ def _article_parts(record: Record, where: str) -> Record:
 
 
 def _first_turn(record: Record, where: str) -> Record:
-    """The first question of a conversation; the others would need the model's own answers."""
+    """The first question of a conversation; later ones would need the model's own answers."""
     turns = record["turns"]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
         raise InvalidArgumentError(
@@ -174,7 +174,7 @@ def find_dataset(name: str) -> DatasetSpec:
     """The data set of this name.
 
     Raises:
-        InvalidArgumentError: There is none.
+        InvalidArgumentError: There is no such data set.
     """
     try:
         return DATASETS[name]
@@ -183,10 +183,10 @@ def find_dataset(name: str) -> DatasetSpec:
 
 
 def template_columns(template: str) -> list[str]:
-    """Columns that a template names, each once.
+    """Columns in a template, each once.
 
     Raises:
-        InvalidArgumentError: It can't be parsed, names none, or wants more of a column than its text.
+        InvalidArgumentError: The template can't be parsed, names no column, or uses more of a column than its text.
     """
     try:
         parts = list(Formatter().parse(template))
@@ -207,15 +207,15 @@ def template_columns(template: str) -> list[str]:
 
 
 def read_columns(spec: DatasetSpec, record: object, where: str) -> dict[str, Any]:
-    """Columns of a record with a value, and those derived from them.
+    """Columns of a record that have a value, and the columns derived from them.
 
     Args:
         spec: The data set.
-        record: Anything; should be a mapping.
-        where: Names the record in error messages.
+        record: A record, of any type; only a mapping is valid.
+        where: Name of the record in error messages.
 
     Raises:
-        InvalidArgumentError: It is no record of this data set; the message says which column is missing.
+        InvalidArgumentError: The record isn't of this data set; the message says which column is missing.
     """
     if not isinstance(record, Mapping):
         raise InvalidArgumentError(f"{where} must be a JSON object with columns, got a {type(record).__name__}")

@@ -1,11 +1,11 @@
-"""Reports of finished runs: one HTML file each, complete in itself, and runs of one kind side by side.
+"""Reports of finished runs: one self-contained HTML file for each, and comparisons of runs of one kind.
 
-    page.py       elements that escape what they are given; style.py, their style sheet
-    plots.py      plots as SVG; heatmap.py, that of a grid
-    numbers.py    numbers in words
-    parts.py      what all kinds have in common
-    <kind>.py     what the page of each kind says; texts.py, texts with drafts marked
-    compare.py    what the page of a comparison says
+    page.py       elements that escape their content; style.py, the style sheet
+    plots.py      plots as SVG; heatmap.py, the heat map of a grid
+    numbers.py    numbers as text
+    parts.py      sections that all kinds have
+    <kind>.py     the page of each kind; texts.py, texts with marked drafts
+    compare.py    the page of a comparison
 
 Fields that a run lacks are left out or shown as a dash.
 """
@@ -32,13 +32,13 @@ KINDS: Mapping[str, Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]]], R
     "eval": eval_report,
     "verify": verify_report,
 }
-"""Kinds of runs that have reports."""
+"""Kinds of runs that have reports, with the functions that make them."""
 LABEL = 40
-"""Most characters of a run's name in comparisons."""
+"""Characters of a run's name in comparisons, at most."""
 
 
 def write_report(folder: Path) -> Path:
-    """Write the report of a finished run into its folder, as a whole or not at all.
+    """Write the report of a finished run into its folder, atomically.
 
     Args:
         folder: The run's folder.
@@ -47,7 +47,7 @@ def write_report(folder: Path) -> Path:
         The file, `report.html`.
 
     Raises:
-        InvalidArgumentError: The folder holds no finished run of a kind that has reports, or can't be written.
+        InvalidArgumentError: The folder contains no finished run of a kind that has reports, or can't be written.
     """
     content, samples = _read(folder)
     return _write(folder / REPORT_FILE, KINDS[content["kind"]](content, samples))
@@ -81,7 +81,7 @@ def compare_reports(folders: Sequence[Path], output: Path) -> Path:
 def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     try:
         content, samples = read_results(folder)
-    except AttributeError as error:  # JSON, but no object
+    except AttributeError as error:  # JSON, but not an object
         raise InvalidArgumentError(f"{folder / RESULTS_FILE} holds no results; run the measurement again") from error
     kind = content.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
@@ -92,7 +92,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:
-    """Names of folders, the ends of long ones; paths where two are called the same, and numbers where these are too."""
+    """Names of folders, shortened to their ends; paths if two names are equal, and numbers if two paths are."""
     names = [folder.resolve().name for folder in folders]
     names = [str(folder) if Counter(names)[name] > 1 else name for folder, name in zip(folders, names, strict=True)]
     names = [name if len(name) <= LABEL else "…" + name[1 - LABEL :] for name in names]

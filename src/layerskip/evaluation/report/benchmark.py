@@ -1,4 +1,4 @@
-"""The report of `layerskip benchmark`: speed by strategy, what drafts were worth, quality, texts."""
+"""The report of `layerskip benchmark`: speed by strategy, acceptance of drafts, quality, texts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,15 +13,15 @@ from layerskip.evaluation.report.texts import texts_section
 
 BASELINE = "autoregressive"
 OTHER_TEXT = frozenset({"early_exit"})
-"""Strategies that write another text than the model, and can't win the headline."""
+"""Strategies that generate another text than the model and so can't be named the fastest."""
 DETAIL = 80
-"""Most characters of a strategy's options."""
+"""Characters of a strategy's options, at most."""
 
 Strategy = dict[str, Any]
 
 
 def benchmark_report(content: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> Report:
-    """What the page of a benchmark says."""
+    """The page of a benchmark."""
     configuration, results = mapping(content.get("configuration")), mapping(content.get("results"))
     strategies = objects(results.get("strategies"))
     best = best_strategy(strategies)
@@ -46,7 +46,7 @@ def benchmark_report(content: Mapping[str, Any], samples: Sequence[Mapping[str, 
 
 
 def best_strategy(strategies: Sequence[Strategy]) -> Strategy | None:
-    """The strategy that is the fastest against autoregressive decoding, of those that write the model's own text."""
+    """The strategy with the highest speedup over autoregressive decoding that generates the model's own text."""
     measured = [s for s in strategies if number(s.get("speedup")) is not None and s.get("name") != BASELINE]
     fair = [s for s in measured if s.get("name") not in OTHER_TEXT]
     return max(fair, key=lambda s: number(s["speedup"]) or 0, default=None)
@@ -57,7 +57,7 @@ def _baseline(strategies: Sequence[Strategy]) -> Strategy | None:
 
 
 def name_of(strategy: Mapping[str, Any]) -> str:
-    """A strategy's name in text."""
+    """A strategy's name for the page."""
     return show.strategy_name(strategy.get("name"))
 
 
@@ -173,7 +173,7 @@ def has_drafts(strategy: Mapping[str, Any]) -> bool:
 
 
 def acceptance_by_position(strategy: Mapping[str, Any]) -> list[tuple[float, float]]:
-    """(place in the round from 1 on, share of drafts at it that were accepted)."""
+    """(position in the round from 1 on, share of accepted drafts at this position)."""
     drafted, accepted = strategy.get("drafted_by_position"), strategy.get("accepted_by_position")
     if not isinstance(drafted, list) or not isinstance(accepted, list):
         return []
@@ -212,7 +212,7 @@ def _acceptance(strategies: Sequence[Strategy]) -> Html | None:
 
 
 def time_parts(strategy: Mapping[str, Any]) -> tuple[float, float, float] | None:
-    """Shares of the time that went into drafting, verifying and the rest; None where they weren't measured."""
+    """Shares of the time of drafting, verifying and everything else; None if they weren't measured."""
     total, drafting = number(strategy.get("seconds")), number(strategy.get("seconds_drafting"))
     verifying = number(strategy.get("seconds_verifying"))
     if not total or drafting is None or verifying is None or drafting + verifying <= 0:

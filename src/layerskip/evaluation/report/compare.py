@@ -1,4 +1,4 @@
-"""Runs of one kind side by side: what was set differently, and how figures relate to those of the first run."""
+"""Runs of one kind side by side: settings that differ, and the ratios of their figures to the first run's."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from layerskip.evaluation.report.sweep import grid_of, speed_of
 from layerskip.evaluation.report.verify import COUNTS
 
 ROWS_OPEN = 24
-"""Most rows of a table that isn't folded."""
+"""Rows of a table that isn't folded, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One of those compared."""
+    """One of the compared runs."""
 
     label: str
     content: Mapping[str, Any]
@@ -28,16 +28,16 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """A figure that runs have in common."""
+    """A figure of several runs."""
 
     value: float
     is_speed: bool = False
-    """Tokens per second, drawn as a bar."""
+    """Whether the figure is in tokens per second and gets a bar."""
     shown: Callable[[Any], str] = show.significant
 
 
 def compare_page(runs: Sequence[Run]) -> Report:
-    """What the page of a comparison says."""
+    """The page of a comparison."""
     kind = str(runs[0].content.get("kind"))
     measures = [MEASURES[kind](mapping(run.content.get("results"))) for run in runs]
     names = list(dict.fromkeys(name for found in measures for name in found))
@@ -80,7 +80,7 @@ def benchmark_measures(results: Mapping[str, Any]) -> dict[str, Measure]:
 
 
 def sweep_measures(results: Mapping[str, Any]) -> dict[str, Measure]:
-    """Speed without drafts, of the best setting, and of all settings."""
+    """Speed without drafts, with the best setting, and with all settings."""
     found: dict[str, Measure] = {}
     _add(found, "autoregressive: tokens/s", results.get("autoregressive_tokens_per_second"), is_speed=True)
     best = mapping(results.get("best"))
@@ -105,7 +105,7 @@ def eval_measures(results: Mapping[str, Any]) -> dict[str, Measure]:
 
 
 def verify_measures(results: Mapping[str, Any]) -> dict[str, Measure]:
-    """Counts."""
+    """Counts of comparisons by outcome."""
     found: dict[str, Measure] = {}
     for name in COUNTS:
         _add(found, name.replace("_", "-"), results.get(name), shown=show.count)
@@ -118,7 +118,7 @@ MEASURES: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Measure]]] = {
     "eval": eval_measures,
     "verify": verify_measures,
 }
-"""The figures of each kind of run."""
+"""Functions for the figures of each kind of run."""
 
 
 def _add(
@@ -149,7 +149,7 @@ def _runs(runs: Sequence[Run]) -> Html:
 
 
 def differences(runs: Sequence[Run], part: str) -> dict[str, list[str]]:
-    """Names of settings that aren't the same in all runs, and their values, run by run."""
+    """Names of settings that differ between runs, with the value of each run."""
     settings = [flatten(mapping(run.content.get(part))) for run in runs]
     names = dict.fromkeys(name for one in settings for name in one if (part, name) != ("machine", "date"))
     shown = {name: [show.plain(one[name]) if name in one else show.NONE for one in settings] for name in names}

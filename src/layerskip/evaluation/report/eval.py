@@ -10,14 +10,14 @@ from layerskip.evaluation.report.parts import mapping, objects, origin, subject
 from layerskip.evaluation.report.plots import Axes, Series, legend, lines
 
 Scores = dict[tuple[str, str], dict[int, Any]]
-"""By task and metric: by exit layer, the value."""
+"""Values by task and metric, and then by exit layer."""
 MOST_COLUMNS = 6
-"""Exits that stand across in a table; more of them stand down."""
+"""Exits that a table has as columns, at most; with more exits they are rows."""
 SHARED_PASS = "Log-likelihoods of all exits take one pass, and each exit has its share of the time."
 
 
 def eval_report(content: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> Report:
-    """What the page of an evaluation says."""
+    """The page of an evaluation."""
     configuration, results = mapping(content.get("configuration")), mapping(content.get("results"))
     exits, scores = exits_of(results), scores_of(results)
     tasks = list(dict.fromkeys(task for task, _ in scores))
@@ -55,7 +55,7 @@ def scores_of(results: Mapping[str, Any]) -> Scores:
 
 
 def speeds_of(results: Mapping[str, Any]) -> dict[str, dict[int, Any]]:
-    """Figures of speed, by name and exit layer."""
+    """Speeds by name and exit layer."""
     speeds: dict[str, dict[int, Any]] = {}
     for layer, entry in _entries(results):
         for name, value in mapping(entry.get("speed")).items():
@@ -64,12 +64,12 @@ def speeds_of(results: Mapping[str, Any]) -> dict[str, dict[int, Any]]:
 
 
 def metric_name(metric: str) -> str:
-    """A metric without lm-evaluation-harness's name of a filter that does nothing."""
+    """A metric's name without lm-evaluation-harness's suffix for the filter that does nothing."""
     return metric.removesuffix(",none")
 
 
 def is_error(metric: str) -> bool:
-    """Whether it is the standard error of another metric."""
+    """Whether a metric is the standard error of another."""
     return "_stderr" in metric
 
 
@@ -99,12 +99,12 @@ def _quality(exits: Sequence[int], scores: Scores) -> Html | None:
 
 
 def stand_across(exits: Sequence[object], figures: Mapping[str, object]) -> bool:
-    """Whether a table has its exits across, and not down."""
+    """Whether a table has exits as columns and not as rows."""
     return len(exits) <= max(MOST_COLUMNS, len(figures))
 
 
 def _table(what: str, exits: Sequence[int], figures: Mapping[str, Sequence[Content]]) -> Html:
-    """Figures by exit: across or down, whichever is narrower."""
+    """Figures by exit, with exits as columns if there are few, else as rows."""
     names = [f"exit {layer}" for layer in exits]
     if stand_across(exits, figures):
         return table([what, *names], [Row(head=name, cells=list(cells)) for name, cells in figures.items()])
@@ -135,12 +135,12 @@ def _plot(metric: str, scores: Scores) -> Html | None:
 
 
 def by_exit(series: Sequence[Series], name: str) -> Html | None:
-    """A plot of something by exit layer; None without points."""
+    """A plot of values by exit layer; None without points."""
     drawn = [one for one in series if one.points]
     values = [y for one in drawn for _, y in one.points]
     if not values:
         return None
-    log = min(values) > 0 and max(values) > 10 and max(values) > 20 * min(values)  # perplexities of early exits
+    log = min(values) > 0 and max(values) > 10 and max(values) > 20 * min(values)  # perplexities of the first exits
     bounded = not log and min(values) >= 0 and max(values) <= 1
     axes = Axes(
         x="exit layer", y=name, y_shown="logarithmic" if log else "", log=log, y_range=(0, 1) if bounded else None

@@ -7,7 +7,7 @@ from layerskip.evaluation.report.page import Html, tag
 from layerskip.evaluation.report.plots import CHARACTER, colour, drawing, text
 
 ROW = 34
-"""Height of a row in pixels."""
+"""Pixels of a row's height."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,9 +16,9 @@ class Cell:
 
     value: float
     shown: str
-    """The value in the cell."""
+    """The value as text in the cell."""
     title: str
-    """All that is known of it."""
+    """Everything known about the setting, as a tooltip."""
 
 
 def heat_map(
@@ -31,16 +31,16 @@ def heat_map(
     best: tuple[int, int] | None,
     ends: tuple[str, str],
 ) -> Html:
-    """A grid whose cells are the fuller of colour, the larger their value; wider than asked for if numbers need it.
+    """A grid whose cells have a stronger colour for larger values; wider than asked for if the numbers need it.
 
     Args:
-        cells: By row and column; some may be missing.
-        width: Of the drawing.
-        title: Its name.
+        cells: Cells by row and column; some may be missing.
+        width: Pixels of the drawing's width.
+        title: Name of the drawing.
         rows: Name of the rows.
         columns: Name of the columns.
         best: The cell that gets a frame.
-        ends: The smallest and the largest value in words, for the scale.
+        ends: The smallest and the largest value as text, for the scale.
     """
     row_names, column_names = sorted({r for r, _ in cells}), sorted({c for _, c in cells})
     values = [cell.value for cell in cells.values()]
@@ -69,7 +69,7 @@ def heat_map(
 
 
 def _cell(cell: Cell, x: float, y: float, size: float, strength: float) -> Html:
-    """A filled field with its number."""
+    """A filled rectangle with its number."""
     fill = tag("rect", style=colour("heat"), fill_opacity=_opacity(strength), **_box(x, y, size))
     number = text(x + size / 2, y + 0.62 * ROW, cell.shown, None, "middle")
     return tag("g", tag("title", cell.title), fill, number)
@@ -81,12 +81,12 @@ def _box(x: float, y: float, size: float) -> dict[str, float]:
 
 
 def _opacity(strength: float) -> float:
-    """Of a value between 0 and 1; never so full that numbers on it are hard to read."""
+    """Opacity for a value between 0 and 1, low enough for numbers on it to stay readable."""
     return 0.05 + 0.6 * strength
 
 
 def _scale(x: float, y: float, ends: tuple[str, str]) -> list[Html]:
-    """Colours from the smallest to the largest value."""
+    """The scale of colours from the smallest to the largest value."""
     start = x + CHARACTER * len(ends[0]) + 8
     steps = [
         tag("rect", x=start + 12 * i, y=y, width=12, height=12, style=colour("heat"), fill_opacity=_opacity(i / 10))
@@ -96,5 +96,5 @@ def _scale(x: float, y: float, ends: tuple[str, str]) -> list[Html]:
 
 
 def _fit(svg: Html, width: float) -> Html:
-    """Never smaller than drawn, so that numbers stay readable, and never larger."""
+    """A style that shows the drawing at its own size, so that numbers stay readable."""
     return tag("div", svg, style=f"width:{width:.0f}px")

@@ -1,4 +1,4 @@
-"""Numbers and names as reports show them; a dash where there is none."""
+"""Numbers and names as text for reports; a missing number is a dash."""
 
 import json
 import math
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 NONE = "–"
-"""Shown where there is no number."""
+"""Text for a missing number."""
 STRATEGIES = {
     "early_exit": "early exit",
     "self_speculative": "self-speculative",
@@ -24,7 +24,7 @@ def number(value: Any) -> float | None:
 
 
 def significant(value: Any, digits: int = 3) -> str:
-    """At least so many digits, whole numbers with commas: 0.0123, 4.56, 78.9, 1,234."""
+    """A number with at least this many digits, whole numbers with commas: 0.0123, 4.56, 78.9, 1,234."""
     found = number(value)
     if found is None:
         return NONE
@@ -53,13 +53,13 @@ def count(value: Any) -> str:
 
 
 def ratio(value: Any) -> str:
-    """How many times as much: 2.31×."""
+    """A ratio: 2.31×."""
     found = number(value)
     return NONE if found is None else f"{found:.2f}×"
 
 
 def interval(low: Any, high: Any, unit: str = "") -> str:
-    """From one number to another: 2.20–2.43."""
+    """An interval: 2.20–2.43."""
     ends = number(low), number(high)
     return NONE if None in ends else f"{ends[0]:.2f}{NONE}{ends[1]:.2f}{unit}"
 
@@ -93,7 +93,7 @@ def memory(value: Any) -> str:
 
 
 def strategy_name(name: Any) -> str:
-    """A strategy as it is called in text."""
+    """A strategy's name in running text."""
     return NONE if name is None else STRATEGIES.get(str(name), str(name))
 
 
@@ -108,7 +108,7 @@ def options(values: Any) -> str:
 
 
 def plain(value: Any) -> str:
-    """A value of a configuration."""
+    """A value of a configuration as text."""
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -119,7 +119,7 @@ def plain(value: Any) -> str:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Objects within an object as names with dots."""
+    """Nested objects as one mapping, with dots in the names."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
@@ -130,6 +130,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def shorten(text: str, length: int) -> str:
-    """The beginning of a text, in one line."""
+    """The beginning of a text, on one line."""
     line = " ".join(text[: 4 * length].split())
     return line if len(line) <= length and len(text) <= 4 * length else line[: length - 1] + "…"

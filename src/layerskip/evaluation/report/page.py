@@ -1,4 +1,4 @@
-"""Pages of reports: markup that escapes whatever it is given, and the few elements that reports are made of."""
+"""Pages of reports: markup that escapes its content, and the few elements that reports use."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -9,15 +9,15 @@ from layerskip import __version__
 from layerskip.evaluation.report.style import STYLE
 
 WIDE, NARROW = 812, 350
-"""Widths in pixels that plots are drawn for: beside a heading, and on a phone."""
+"""Pixels of the two widths that plots are drawn for: beside a heading, and on a phone."""
 NOT_HTML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
-"""Characters that a page can't hold."""
+"""Characters that HTML doesn't allow."""
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-"""A page neither loads nor runs anything, whatever texts it holds."""
+"""Content security policy: a page loads and runs nothing, whatever its texts contain."""
 
 
 class Html(str):
-    """Text that is markup already; any other text is escaped where it becomes part of a page."""
+    """Text that is markup already; all other text is escaped when it becomes part of a page."""
 
     __slots__ = ()
 
@@ -27,7 +27,7 @@ Content = str | Iterable["str | None"] | None
 
 
 def markup(content: Content) -> Html:
-    """The markup of a text: itself if it is some, and escaped if not."""
+    """Markup of some content: unchanged if it is markup, otherwise escaped."""
     if content is None:
         return Html()
     if isinstance(content, Html):
@@ -41,9 +41,10 @@ def tag(name: str, *content: Content, **attributes: str | float | None) -> Html:
     """An element.
 
     Args:
-        name: Its name.
-        *content: What is in it; texts are escaped.
-        **attributes: `class_` is class, `stroke_width` is stroke-width; None is left out, numbers are rounded.
+        name: Name of the element.
+        *content: Content of the element; texts are escaped.
+        **attributes: Attributes; `class_` is class, `stroke_width` is stroke-width, None is left out, numbers are
+          rounded.
     """
     pairs = ((key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items() if value is not None)
     opening = "".join(f' {key}="{markup(_attribute(value))}"' for key, value in pairs)
@@ -56,22 +57,22 @@ def _attribute(value: str | float) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a page says."""
+    """Content of a page."""
 
     title: str
-    """The page's name, in the browser."""
+    """The page's title in the browser."""
     kind: str
     """The line above the headline."""
     headline: str
     lead: Sequence[str]
     """Paragraphs below the headline."""
     keys: Sequence[tuple[str, str]] = ()
-    """Names and values of the figures that matter most."""
+    """Names and values of the most important figures."""
     sections: Sequence[Html | None] = ()
 
 
 def page(report: Report) -> str:
-    """The whole file."""
+    """The HTML of a whole page."""
     keys = [tag("div", tag("dt", name), tag("dd", value)) for name, value in report.keys]
     header = tag(
         "header",
@@ -93,14 +94,14 @@ def page(report: Report) -> str:
 
 
 def section(title: str, note: Content, *content: Content) -> Html:
-    """A part of the page: a heading with a remark beside it."""
+    """A section of the page: a heading with a remark beside it."""
     remark = tag("p", note, class_="note") if note else None
     return tag("section", tag("header", tag("h2", title), remark), tag("div", *content, class_="body"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A line of a table."""
+    """A row of a table."""
 
     head: Content
     cells: Sequence[Content]
@@ -108,12 +109,12 @@ class Row:
 
 
 def table(columns: Sequence[str], rows: Sequence[Row], *, words: Sequence[int] = ()) -> Html:
-    """A table that scrolls in its own box where it is too wide.
+    """A table that scrolls in its own box if it is too wide.
 
     Args:
-        columns: Names, that of the rows' heads first.
-        rows: Lines.
-        words: Places of columns (0 is that of the heads) with words rather than figures; the heads always are.
+        columns: Names of the columns, the column of row heads first.
+        rows: Rows of the table.
+        words: Indices of columns with words instead of figures; column 0, the row heads, always counts as words.
     """
     left = {0, *words}
 
@@ -134,12 +135,12 @@ def table(columns: Sequence[str], rows: Sequence[Row], *, words: Sequence[int] =
 
 
 def scroll(content: Html) -> Html:
-    """A box that scrolls sideways, by touch or with the keyboard, so that the page doesn't."""
+    """A box that scrolls sideways, by touch or with the keyboard."""
     return tag("div", content, class_="scroll", tabindex="0")
 
 
 def pairs(items: Iterable[tuple[str, str]]) -> Html:
-    """Names and values, one below the other."""
+    """Names and values in a list."""
     lines = [tag("tr", tag("th", name, class_="words", scope="row"), tag("td", value)) for name, value in items]
     return tag("table", tag("tbody", lines), class_="pairs")
 
@@ -147,13 +148,13 @@ def pairs(items: Iterable[tuple[str, str]]) -> Html:
 def figure(
     draw: Callable[[float], Html], caption: Content = None, *, legend: Html | None = None, square: bool = False
 ) -> Html:
-    """A plot, drawn for a wide page and again for a narrow one, so that its text is readable on both.
+    """A plot, drawn once for a wide and once for a narrow page, so that its text is readable on both.
 
     Args:
-        draw: Draws it for a width in pixels.
-        caption: A remark below.
-        legend: What stands above.
-        square: The plot is as high as wide; it doesn't take the whole width then.
+        draw: Draws the plot for a width in pixels.
+        caption: A remark below the plot.
+        legend: The legend above the plot.
+        square: The plot is as high as wide, and doesn't take the whole width.
     """
     width = 540 if square else WIDE
     return tag(
@@ -167,12 +168,12 @@ def figure(
 
 
 def titled(title: str, *content: Content) -> Html:
-    """A heading within a section, and what belongs to it."""
+    """A subsection: a heading and its content."""
     return tag("div", tag("h3", title), *content)
 
 
 def fold(summary: Content, *content: Content, is_open: bool = False) -> Html:
-    """A part that is opened by a click."""
+    """A part that opens with a click."""
     return tag("details", tag("summary", summary), tag("div", *content), open="" if is_open else None)
 
 

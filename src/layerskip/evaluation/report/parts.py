@@ -1,4 +1,4 @@
-"""Parts that reports of all kinds end with: configuration, machine, command."""
+"""Sections at the end of every report: configuration, machine, command."""
 
 import json
 import shlex
@@ -11,33 +11,33 @@ from layerskip.evaluation.report.numbers import flatten, plain, shorten
 from layerskip.evaluation.report.page import Html, pairs, section, tag, titled
 
 DEFAULTS: Mapping[str, Any] = json.loads(json.dumps(asdict(GenerationConfig())))
-"""Options of a benchmark that needn't be named, as JSON has them."""
+"""Defaults of a benchmark's options as JSON values, which needn't be shown."""
 
 
 def objects(values: Any) -> list[dict[str, Any]]:
-    """The objects of a list; none if there is no list."""
+    """The objects in a list; empty if there is no list."""
     return [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
 
 
 def mapping(value: Any) -> dict[str, Any]:
-    """An object; an empty one if it is missing."""
+    """An object, or an empty one if it is missing."""
     return value if isinstance(value, dict) else {}
 
 
 def numbers(values: Iterable[float | None]) -> list[float]:
-    """Those that aren't missing."""
+    """The values that are numbers."""
     return [value for value in values if value is not None]
 
 
 def subject(configuration: Mapping[str, Any]) -> str:
-    """What was measured, for the line above the headline: model and dataset."""
+    """Model and data set, for the line above the headline."""
     flat = {name.rpartition(".")[2]: value for name, value in reversed(flatten(configuration).items())}
     named = (flat.get(name) for name in ("model", "dataset", "tasks"))
     return " · ".join(shorten(plain(value), 80) for value in named if value not in (None, "", []))
 
 
 def reproduction(content: Mapping[str, Any]) -> str:
-    """The command that measures this again: the configuration as flags, without those that have their defaults."""
+    """The command that repeats this run: the configuration as flags, without default values."""
     kind = str(content.get("kind"))
     defaults = DEFAULTS if kind == "benchmark" else {}
     words = ["layerskip", kind]
@@ -49,7 +49,7 @@ def reproduction(content: Mapping[str, Any]) -> str:
 
 
 def _flag(name: str, value: Any, *, has_opposite: bool) -> list[str]:
-    """The words that set an option."""
+    """The words of a command that set an option."""
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{flag}"] if value else [f"--no-{flag}"] if has_opposite else []
@@ -63,7 +63,7 @@ def _flag(name: str, value: Any, *, has_opposite: bool) -> list[str]:
 
 
 def settings(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with dots for objects within it; a grid is told by its ends and steps."""
+    """The configuration with dots for nested objects; a grid is given by its ends and steps."""
     flat = flatten(mapping(content.get("configuration")))
     grid = flat.get("grid")
     if not isinstance(grid, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in grid):
@@ -78,7 +78,7 @@ def settings(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def left_out(content: Mapping[str, Any]) -> list[Html]:
-    """A section on prompts that were left out, if there are some."""
+    """A section on prompts that were left out, if there are any."""
     others = mapping(content.get("results")).get("left_out")
     rows = [(str(each.get("index")), str(each.get("reason"))) for each in others or [] if isinstance(each, dict)]
     return [section("Left out", f"{len(rows)} prompts leave no room for an answer.", pairs(rows))] if rows else []

@@ -1,6 +1,7 @@
-"""Bars, stacked bars, lines and a scatter as SVG: colours come from the page's style sheet, so that themes apply.
+"""Bars, stacked bars, lines and scatter plots as SVG, with colours from the page's style sheet, so that themes apply.
 
-Every mark has its numbers as a title, which browsers show and screen readers read. Lengths are pixels of the drawing.
+Every mark has its numbers as a title, which browsers show and screen readers read. Lengths are in pixels of the
+drawing.
 """
 
 import math
@@ -11,10 +12,11 @@ from layerskip.evaluation.report.numbers import count, significant, tick
 from layerskip.evaluation.report.page import Html, tag
 
 COLOURS = 7
-"""Colours of series in the style sheet, s0 onwards; then they come again with other marks and dashes."""
+"""Number of colours of series in the style sheet, from s0 on; further series repeat them with other marks and
+dashes."""
 DASHES = (None, "7 4", "2 3", "9 3 2 3")
 CHARACTER = 7.8
-"""Width of a character, at most about, by which texts are cut and placed."""
+"""Pixels of a character's width, at most, by which texts are cut and placed."""
 
 Point = tuple[float, float]
 Format = Callable[[float], str]
@@ -22,32 +24,32 @@ Format = Callable[[float], str]
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """One line of a bar plot."""
+    """One bar of a plot."""
 
     name: str
     detail: str = ""
     """A second, smaller text."""
     value: float | None
-    """None: no bar, and a dash."""
+    """Length of the bar; None shows a dash."""
     label: str
-    """The value in words."""
+    """The value as text."""
     low: float | None = None
     """Ends of an interval around the value."""
     high: float | None = None
     tone: str = "accent"
-    """A colour of the style sheet."""
+    """Name of a colour in the style sheet."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """One line of a plot of shares."""
+    """One stacked bar of shares."""
 
     name: str
     detail: str = ""
     parts: Sequence[tuple[str, float, str]]
     """Name, share of the whole and colour."""
     label: str
-    """What stands at the end of the line."""
+    """The text at the end of the bar."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,7 @@ class Series:
 
 
 def drawing(width: float, height: float, title: str, description: str, *content: Html | Sequence[Html]) -> Html:
-    """An SVG with a name and a description for those who can't see it."""
+    """An SVG with a name and a description for screen readers."""
     name, long = tag("title", title), tag("desc", description)
     box = f"0 0 {width:.0f} {height:.0f}"
     return tag("svg", name, long, *content, viewBox=box, role="img", style=f"min-width:{width:.0f}px;" * (width < 400))
@@ -76,20 +78,20 @@ def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Html:
 
 
 def colour(name: str) -> str:
-    """A colour of the style sheet."""
+    """A colour of the style sheet, for a style attribute."""
     return f"fill:var(--{name})"
 
 
 def cut(content: str, width: float) -> str:
-    """A text that fits into a width."""
+    """A text cut to a width."""
     room = max(1, int(width / CHARACTER))
     return content if len(content) <= room else content[: room - 1] + "…"
 
 
 def _rows(items: Sequence[Bar | Stack], width: float) -> tuple[float, float, float, float]:
-    """Where lines of bars go: left edge, height of a line, top of the bar within it, room for labels at the end."""
+    """The layout of bars: left edge, height of a row, top of the bar within it, room for labels at the end."""
     labels = CHARACTER * max((len(item.label) for item in items), default=0) + 16
-    if width < 500:  # names stand above their bars
+    if width < 500:  # names are above their bars
         return 0, 62, 26, min(labels, 0.4 * width)
     names = max((max(len(item.name), 0.95 * len(item.detail)) for item in items), default=0)
     return min(CHARACTER * names + 20, 0.34 * width), 54, 10, labels
@@ -107,13 +109,13 @@ def _names(item: Bar | Stack, top: float, left: float, width: float) -> list[Htm
 
 
 def bars(items: Sequence[Bar], width: float, title: str, *, base: float | None = None) -> Html:
-    """A bar for each value from 0 on, with its interval.
+    """A plot with a bar from 0 to each value, and its interval.
 
     Args:
-        items: What to draw, from the top.
-        width: Of the drawing.
-        title: Its name.
-        base: A value that gets a line of its own from top to bottom.
+        items: Bars, from the top.
+        width: Pixels of the drawing's width.
+        title: Name of the drawing.
+        base: A value that is marked by a vertical line.
     """
     left, step, offset, room = _rows(items, width)
     largest = max([base or 0, *(item.high or item.value or 0 for item in items), *(b.value or 0 for b in items)])
@@ -136,14 +138,14 @@ def bars(items: Sequence[Bar], width: float, title: str, *, base: float | None =
         marks.append(tag("g", group))
         marks.append(text(max([end, *ends]) + 10, middle + 5, item.label, "strong"))
         if base is not None and scale:
-            start, stop = (top, top + step) if left else (top + offset - 4, top + offset + 32)  # not through names
+            start, stop = (top, top + step) if left else (top + offset - 4, top + offset + 32)  # not across names
             marks.append(line(left + scale * base, start, left + scale * base, stop, "diagonal"))
     description = "; ".join(f"{item.name} {item.detail}: {item.label}" for item in items)
     return drawing(width, max(1, len(items)) * step, title, description, marks)
 
 
 def stacks(items: Sequence[Stack], width: float, title: str) -> Html:
-    """A bar of parts for each item; all are as long."""
+    """A plot with a bar of parts for each item; all bars are equally long."""
     left, step, offset, room = _rows(items, width)
     length = width - left - room
     marks: list[Html] = []
@@ -217,35 +219,35 @@ def _stroke(place: int, path: str) -> Html:
 
 @dataclass(frozen=True, kw_only=True)
 class Axes:
-    """What a plot's axes say."""
+    """The axes of a plot."""
 
     x: str
     y: str
     y_shown: str | None = None
-    """What stands above the axis, if that isn't `y`."""
+    """The text above the y axis, if not `y`."""
     format_y: Format = significant
-    """Values of marks."""
+    """Format of the values of marks."""
     format_x: Format = count
     tick_y: Format = tick
-    """Numbers at the axis."""
+    """Format of the numbers at the axis."""
     tick_x: Format = tick
     y_range: Point | None = None
-    """As far as the values reach if not given."""
+    """Ends of the y axis; the range of the values if not given."""
     log: bool = False
     whole_x: bool = True
-    """Only whole numbers along x."""
+    """Whether the x axis has whole numbers only."""
 
 
 def lines(series: Sequence[Series], width: float, title: str, axes: Axes, *, names_at_end: bool = False) -> Html:
-    """Lines with marks.
+    """A plot of lines with marks.
 
     Args:
         series: At least one with a point.
-        width: Of the drawing.
-        title: Its name.
-        axes: What they say.
-        names_at_end: Names stand where the lines end (and there is no legend), and one colour runs from pale to full:
-            for series that have an order. Names that would cover another one are left out.
+        width: Pixels of the drawing's width.
+        title: Name of the drawing.
+        axes: The axes.
+        names_at_end: Put names at the ends of the lines instead of a legend, and use one colour from pale to full, for
+            series that have an order. Names that would cover another are left out.
     """
     points = [point for one in series for point in one.points]
     place_x, place_y, frame, height = _frame(points, width, axes, 76 if names_at_end else 14)
@@ -276,7 +278,7 @@ def lines(series: Sequence[Series], width: float, title: str, axes: Axes, *, nam
 def _frame(
     points: Sequence[Point], width: float, axes: Axes, right: float, *, height: float | None = None
 ) -> tuple[Callable[[float], float], Callable[[float], float], Html, float]:
-    """Axes with ticks; how values become places; the height."""
+    """Axes with ticks, the functions from values to positions, and the height."""
     low, high = axes.y_range or (min(y for _, y in points), max(y for _, y in points))
     y_ticks = decades(low, high) if axes.log else ticks(low, high)
     first, last = min(x for x, _ in points), max(x for x, _ in points)
@@ -311,7 +313,7 @@ def _frame(
 
 
 def scatter(points: Sequence[tuple[float, float, str]], width: float, title: str, axes: Axes) -> Html:
-    """Points, each with a name, and the diagonal on which x and y are equal; both axes have one range."""
+    """A plot of named points with the diagonal on which x and y are equal; both axes have the same range."""
     values = [value for x, y, _ in points for value in (x, y)]
     scale = ticks(min(values), max(values), 5)
     corners = [(scale[0], scale[0]), (scale[-1], scale[-1])]

@@ -1,4 +1,4 @@
-"""The style sheet of reports: one column of text and one of headings, two themes, nothing that is loaded."""
+"""The style sheet of reports: a column of text and one of headings, two themes, nothing loaded from elsewhere."""
 
 STYLE = """
 :root {

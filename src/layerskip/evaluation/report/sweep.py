@@ -1,4 +1,4 @@
-"""The report of `layerskip sweep`: which exit and how many drafts are the fastest, and how well that was predicted."""
+"""The report of `layerskip sweep`: the fastest exit layer and draft length, and how well they were predicted."""
 
 from collections.abc import Mapping, Sequence
 from statistics import median
@@ -20,7 +20,7 @@ METHODS = {
 
 
 def sweep_report(content: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> Report:
-    """What the page of a sweep says."""
+    """The page of a sweep."""
     configuration, results = mapping(content.get("configuration")), mapping(content.get("results"))
     grid = grid_of(results)
     best = mapping(results.get("best"))
@@ -76,7 +76,7 @@ def grid_of(results: Mapping[str, Any]) -> dict[Setting, dict[str, Any]]:
 
 
 def speed_of(entry: Mapping[str, Any]) -> tuple[float | None, bool]:
-    """Tokens per second, and whether they were measured rather than predicted."""
+    """Tokens per second, and whether they were measured or only predicted."""
     measured = number(entry.get("tokens_per_second"))
     return (measured, True) if measured is not None else (number(entry.get("predicted_tokens_per_second")), False)
 
@@ -115,7 +115,7 @@ def _map(grid: Mapping[Setting, Mapping[str, Any]], best: Setting | None, baseli
 
 
 def prediction_errors(grid: Mapping[Setting, Mapping[str, Any]]) -> dict[Setting, float]:
-    """|predicted / measured - 1| of all settings that have both."""
+    """|predicted / measured - 1| of all settings with both speeds."""
     errors = {}
     for setting, entry in grid.items():
         predicted, measured = number(entry.get("predicted_tokens_per_second")), number(entry.get("tokens_per_second"))
@@ -154,7 +154,7 @@ def _acceptance(grid: Mapping[Setting, Mapping[str, Any]]) -> Html | None:
     if not rates:
         return None
     lengths, exits = sorted({k for _, k in rates}), sorted({e for e, _ in rates})
-    by_exit = len(lengths) == 1  # curves of a single point each say nothing
+    by_exit = len(lengths) == 1  # curves of a single point show nothing
     if by_exit:
         points = [(float(layer), rates[layer, lengths[0]]) for layer in exits]
         series = [Series(name=_drafts(lengths[0]), points=points)]

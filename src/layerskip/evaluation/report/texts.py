@@ -1,4 +1,4 @@
-"""Texts of a run, with drafts that were accepted and corrections marked by colour and by line."""
+"""Texts of a run, with accepted drafts and corrections marked by colour and line."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,20 +9,20 @@ from layerskip.evaluation.report.parts import mapping
 
 PROMPTS_SHOWN = 5
 TEXT_SHOWN = 3000
-"""Characters of a text."""
+"""Characters of a text that are shown."""
 SOURCES = {
     "accepted": "a draft that was accepted",
     "corrected": "the model's own token in place of a draft",
     "bonus": "the model's own token after the last draft",
 }
-"""Where a piece of text comes from, with a style of its own; others are plain."""
+"""Sources of a piece of text that have a style; other pieces are plain."""
 
 
 def texts_section(samples: Sequence[Mapping[str, Any]], order: Sequence[str]) -> Html | None:
-    """The first prompts with what each strategy wrote.
+    """The first prompts with the text of each strategy.
 
     Args:
-        samples: Those of the run, as they were finished.
+        samples: Samples of the run, in the order in which they were finished.
         order: Names of strategies.
     """
     places = {name: place for place, name in enumerate(order)}

@@ -1,4 +1,4 @@
-"""The report of `layerskip verify`: whether speculation changed anything, and where it nearly did."""
+"""The report of `layerskip verify`: errors and near-ties of speculative decoding."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ COUNTS = ("prompts", "tokens", "differences", "near_ties", "errors")
 
 
 def verify_report(content: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> Report:
-    """What the page of a verification says."""
+    """The page of a verification."""
     configuration, results = mapping(content.get("configuration")), mapping(content.get("results"))
     errors, ties = number(results.get("errors")), number(results.get("near_ties"))
     settings = objects(results.get("settings"))
@@ -78,7 +78,7 @@ def _acceptance(setting: Mapping[str, Any]) -> str:
 def differences_of(
     settings: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]
 ) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """First differences, each with its setting, from the settings or else from the samples."""
+    """First differences, each with its setting, taken from the settings, or else from the samples."""
     found = [(s, d) for s in settings for d in objects(s.get("divergences"))]
     if not found:
         found = [(s, s["divergence"]) for s in samples if isinstance(s.get("divergence"), dict)]
@@ -120,5 +120,5 @@ def _kind(difference: Mapping[str, Any]) -> Content:
 
 
 def _token(value: Any) -> str:
-    """A token's id as it is; the end of the text if there is none."""
+    """A token's id; "end of the text" if there is none."""
     return "end" if value is None else str(value)

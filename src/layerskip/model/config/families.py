@@ -1,4 +1,4 @@
-"""Model families as data: what each understands of config.json, its switches, and its weights' names.
+"""Model families as data: the keys of config.json that each understands, its switches, and names of its weights.
 
 To add one, add a `Family` to the table; the decoder itself has no code for any family.
 """
@@ -14,7 +14,7 @@ from layerskip.model.config.keys import check_keys
 from layerskip.model.config.model_config import CORE_KEYS, FULL, SLIDING, ModelConfig, read_core
 from layerskip.model.config.values import MAX_LAYERS, read_flag, read_number, read_optional_size, read_size, shown
 
-# Our name of a layer's weight -> names of the checkpoint's tensors that are stacked to make it (without ".weight").
+# Our name of a layer's weight -> the checkpoint's tensors that are stacked to make it (without ".weight").
 SPLIT_WEIGHTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "attention_norm": ("input_layernorm",),
@@ -45,9 +45,9 @@ class Family:
     weights: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: SPLIT_WEIGHTS)
     """Our name of a layer's weight -> the checkpoint's tensors that are stacked to make it."""
     keys: frozenset[str] = frozenset()
-    """Keys understood beyond `CORE_KEYS`."""
+    """Keys of config.json that the family understands besides `CORE_KEYS`."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """What transformers assumes where config.json is silent, if not the common default."""
+    """Values that transformers assumes if config.json has none, where they differ from the common defaults."""
     switches: Callable[[Raw], dict[str, Any]] = lambda raw: {}
     """Fields of `ModelConfig` that this family sets."""
 
@@ -58,7 +58,7 @@ def _llama(raw: Raw) -> dict[str, Any]:
 
 
 def _layer_types(raw: Raw, default: tuple[str, ...]) -> tuple[str, ...]:
-    """The kind of each layer, as the file lists them."""
+    """The kind of each layer, from the file's list."""
     given = raw.get("layer_types")
     if not given:
         return default
@@ -74,7 +74,7 @@ def _all_sliding(raw: Raw, default: int | None) -> dict[str, Any]:
 
 
 def _late_sliding(raw: Raw) -> dict[str, Any]:
-    """Qwen: with `use_sliding_window`, layers from `max_window_layers` on slide."""
+    """Qwen: with `use_sliding_window`, layers from `max_window_layers` on have a sliding window."""
     num_layers = read_size(raw, "num_hidden_layers", MAX_LAYERS)
     window = read_optional_size({"sliding_window": 4096, **raw}, "sliding_window")
     window = window if read_flag(raw, "use_sliding_window") else None
@@ -156,7 +156,7 @@ def parse_config(raw: Raw) -> ModelConfig:
 
     Raises:
         UnsupportedModelError: An unknown family, or a key that may change the computation and isn't understood.
-        CheckpointError: A size is missing or makes no sense.
+        CheckpointError: A size is missing or invalid.
     """
     model_type = str(raw.get("model_type"))
     if model_type not in FAMILIES:

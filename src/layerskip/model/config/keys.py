@@ -1,7 +1,7 @@
-"""Which keys of a config.json can change the computation, and so must be understood.
+"""Keys of a config.json that can change the computation, and so must be understood.
 
 A key that transformers' own configuration class of the family doesn't declare can't change what transformers computes:
-it is another program's, and harmless. What it declares, and we don't understand, is refused.
+it belongs to another program and is harmless. A declared key that we don't understand is refused.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ INERT_KEYS = frozenset(
     """.split()
 )
 
-# Keys that would change the computation, and whose neutral values are accepted everywhere.
+# Keys that would change the computation; their neutral values are accepted for every family.
 NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "rope_interleaved": (False,),
     "use_mrope": (False,),
@@ -46,22 +46,22 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "lm_head_bias": (False,),
-    "full_attn_mod": (1,),  # Phi-4-mini's, of its remote code
+    "full_attn_mod": (1,),  # of Phi-4-mini's remote code
     "interpolate_factor": (1,),
 }
 
 
-# Keys that code which all families of transformers share looks for, whether a family declares them or not: when texts
-# are generated, a window shortens the cache even of a family that knows no windows.
+# Keys that shared code of transformers looks for even if a family doesn't declare them: during generation, a window
+# shortens the cache of a family without sliding layers too.
 SHARED_KEYS = frozenset("sliding_window layer_types attention_chunk_size is_causal kv_sharing_modes".split())
 
 
 def check_keys(raw: Mapping[str, Any], understood: frozenset[str], model_type: str) -> None:
-    """Refuse any key that isn't known to be harmless: an ignored one could silently change the model.
+    """Refuse any key that isn't known to be harmless, because ignoring it could silently change the model.
 
     Args:
         raw: config.json.
-        understood: Keys that the family's reader looks at.
+        understood: Keys that the family reads.
         model_type: The family.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a decoder is: sizes and switches, read strictly from a Hugging Face config.json."""
+"""Sizes and switches of a decoder, read strictly from a Hugging Face config.json."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from layerskip.model.config.values import (
 FULL, SLIDING = "full_attention", "sliding_attention"
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
 
-# Keys that every family understands: sizes, rotary embeddings, head.
+# Keys that every family understands: sizes, rotary embeddings, LM head.
 CORE_KEYS = frozenset(
     """
     vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
@@ -46,23 +46,23 @@ class ModelConfig:
     hidden_act: str
     rms_norm_eps: float
     max_position_embeddings: int
-    """Context in tokens."""
+    """Tokens of the context."""
     tie_word_embeddings: bool
     layer_types: tuple[str, ...]
     """Attention of each layer: `full_attention` or `sliding_attention`."""
     ropes: Mapping[str, RopeConfig]
     """Rotary embedding for each kind of layer."""
     sliding_window: int | None = None
-    """Tokens, itself included, that a query of a sliding layer sees."""
+    """Tokens that a query of a sliding layer attends to, itself included."""
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    """RMS norm on each head of queries and keys."""
+    """Whether each head of queries and keys has an RMS norm."""
     post_norms: bool = False
-    """Norms on the outputs of attention and MLP too (Gemma)."""
+    """Whether the outputs of attention and MLP have norms too (Gemma)."""
     norm_weight_offset: float = 0.0
-    """Added to every norm's stored weight (1 for Gemma)."""
+    """Number added to every norm's stored weight (1 for Gemma)."""
     embedding_multiplier: float = 1.0
     attention_scale: float
     """Factor on query-key products."""
@@ -72,11 +72,11 @@ class ModelConfig:
 
     @property
     def num_layers(self) -> int:
-        """L, for short."""
+        """L, a short name."""
         return self.num_hidden_layers
 
     def check_exit_layer(self, exit_layer: int) -> int:
-        """Return `exit_layer` (the number of layers run, 1..L) or raise `InvalidArgumentError`."""
+        """Return `exit_layer` (1..L, the number of layers that run) or raise `InvalidArgumentError`."""
         exit_layer = whole_number("exit_layer", exit_layer, least=-(2**63))
         if not 1 <= exit_layer <= self.num_layers:
             raise InvalidArgumentError(
@@ -86,14 +86,14 @@ class ModelConfig:
         return exit_layer
 
     def check_token_ids(self, tokens: Sequence[int], name: str) -> None:
-        """Raise `PromptError` unless all tokens of the text called `name` are in the vocabulary."""
+        """Raise `PromptError` unless all tokens are in the vocabulary; `name` is for the message."""
         for token in tokens:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
                 raise PromptError(f"{name} has token id {token!r}; allowed are whole numbers 0..{self.vocab_size - 1}")
 
 
 def read_ropes(raw: Mapping[str, Any], head_dim: int, theta: Mapping[str, float]) -> dict[str, RopeConfig]:
-    """Rotary embeddings by kind of layer, from the old keys or from `rope_parameters`, nested by kind or not.
+    """Rotary embeddings by kind of layer, from the old keys or from `rope_parameters` (nested by kind or not).
 
     Args:
         raw: config.json.
@@ -102,7 +102,7 @@ def read_ropes(raw: Mapping[str, Any], head_dim: int, theta: Mapping[str, float]
 
     Raises:
         UnsupportedModelError: An unknown type or key.
-        CheckpointError: A parameter is missing or makes no sense.
+        CheckpointError: A parameter is missing or invalid.
     """
     table = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(table, Mapping):
@@ -114,7 +114,7 @@ def read_ropes(raw: Mapping[str, Any], head_dim: int, theta: Mapping[str, float]
         if not isinstance(parameters, Mapping):
             raise CheckpointError(f"config.json: rope parameters must be an object, got {shown(parameters)}")
         base = read_number(raw, "rope_theta", theta[kind])
-        if kind == SLIDING and theta[SLIDING] != theta[FULL]:  # local layers have a base of their own, never scaled
+        if kind == SLIDING and theta[SLIDING] != theta[FULL]:  # sliding layers have their own unscaled base
             base = read_number(raw, "rope_local_base_freq", theta[SLIDING])
             parameters = parameters if nested else {}
         return parse_rope(
@@ -130,7 +130,7 @@ def read_ropes(raw: Mapping[str, Any], head_dim: int, theta: Mapping[str, float]
 
 
 def read_eos(raw: Mapping[str, Any]) -> tuple[int, ...]:
-    """End-of-sequence ids as a tuple, whatever form config.json has them in."""
+    """End-of-sequence ids as a tuple, from any form in config.json."""
     given = raw.get("eos_token_id")
     ids = () if given is None else tuple(given) if isinstance(given, list | tuple) else (given,)
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
@@ -143,7 +143,7 @@ def read_core(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, 
 
     Args:
         raw: config.json.
-        defaults: Values that transformers assumes for this family where config.json is silent.
+        defaults: Values that transformers assumes for this family if config.json has none.
     """
     heads = read_size(raw, "num_attention_heads")
     hidden_size = read_size(raw, "hidden_size")

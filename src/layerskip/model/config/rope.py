@@ -31,9 +31,9 @@ class RopeConfig:
     rope_type: str = "default"
     rope_theta: float = 10000.0
     rotary_dim: int
-    """Channels of each head that are rotated (the first ones)."""
+    """Number of channels of each head that are rotated, from the first on."""
     original_max_position_embeddings: int
-    """Context length in tokens before scaling."""
+    """Tokens of the context before scaling."""
     scaling: Mapping[str, Any] = field(default_factory=dict)
     """Parameters of `rope_type`, as config.json names them."""
 
@@ -47,22 +47,22 @@ def parse_rope(
     max_position_embeddings: int,
     original_max_position_embeddings: int | None,
 ) -> RopeConfig:
-    """Read one `rope_parameters` (or older `rope_scaling`) table; keys that aren't understood are errors.
+    """Read one `rope_parameters` (or older `rope_scaling`) table; unknown keys are errors.
 
     Args:
         parameters: The table, possibly empty.
         head_dim: Channels of a head.
-        rope_theta: Base wavelength where the table names none.
-        partial_rotary_factor: Rotated share of a head where the table names none.
+        rope_theta: Base wavelength if the table names none.
+        partial_rotary_factor: Rotated share of a head if the table names none.
         max_position_embeddings: The model's context in tokens.
-        original_max_position_embeddings: The config's own top-level value, which wins over the table's.
+        original_max_position_embeddings: The top-level value of config.json, which takes precedence over the table's.
 
     Raises:
         UnsupportedModelError: An unknown type or key.
-        CheckpointError: A parameter is missing or makes no sense.
+        CheckpointError: A parameter is missing or invalid.
     """
     rope_type = parameters.get("rope_type", parameters.get("type", "default"))
-    rope_type = "longrope" if rope_type == "su" else rope_type  # its name in the first Phi-3 checkpoints
+    rope_type = "longrope" if rope_type == "su" else rope_type  # the type's name in the first Phi-3 checkpoints
     if rope_type not in ROPE_TYPES:
         raise UnsupportedModelError(
             f"rope_type {shown(rope_type)} is not supported; supported types: {', '.join(ROPE_TYPES)}"
@@ -93,7 +93,7 @@ def parse_rope(
 
 
 def _check_values(rope_type: str, scaling: Mapping[str, Any], rotary_dim: int, head_dim: int) -> None:
-    """Raise `CheckpointError` where a parameter is missing, isn't a number, or is a list of the wrong length."""
+    """Raise `CheckpointError` if a parameter is missing, isn't a number, or is a list of the wrong length."""
     if rotary_dim % 2 or not 2 <= rotary_dim <= head_dim:
         raise CheckpointError(
             f"config.json: {rotary_dim} rotated channels of {head_dim} in a head; they must be even in number and 2 or "

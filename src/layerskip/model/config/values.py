@@ -1,4 +1,4 @@
-"""Numbers and truth values of a config.json, each held to what it may be: a file may hold anything under any key."""
+"""Checked numbers and booleans of a config.json, in which any key may have any value."""
 
 import math
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ MAX_LAYERS = 10_000
 
 
 def read_size(raw: Mapping[str, Any], key: str, most: int = MAX_SIZE) -> int:
-    """A required positive whole number.
+    """Read a required positive whole number.
 
     Raises:
-        CheckpointError: It is missing, or isn't one.
+        CheckpointError: The value is missing or isn't a positive whole number.
     """
     value = raw.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
@@ -23,22 +23,22 @@ def read_size(raw: Mapping[str, Any], key: str, most: int = MAX_SIZE) -> int:
 
 
 def read_optional_size(raw: Mapping[str, Any], key: str) -> int | None:
-    """A positive whole number, or None where the file is silent or has null."""
+    """Read a positive whole number; None if the key is missing or null."""
     return None if raw.get(key) is None else read_size(raw, key)
 
 
 def read_number(raw: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    """A positive finite number; the default where the file is silent or has null.
+    """Read a positive finite number; the default if the key is missing or null.
 
     Raises:
-        CheckpointError: It isn't one, or is missing without a default.
+        CheckpointError: The value isn't a positive finite number, or is missing without a default.
     """
     value = default if raw.get(key) is None else raw[key]
     return check_number(f"{key!r}", value)
 
 
 def check_number(name: str, value: object) -> float:
-    """`value` if it is a positive finite number, or `CheckpointError`."""
+    """Return `value` if it is a positive finite number, or raise `CheckpointError`."""
     try:
         number = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
     except OverflowError:
@@ -49,10 +49,10 @@ def check_number(name: str, value: object) -> float:
 
 
 def read_flag(raw: Mapping[str, Any], key: str, *, default: bool = False) -> bool:
-    """A truth value; the default where the file is silent or has null.
+    """Read a boolean; the default if the key is missing or null.
 
     Raises:
-        CheckpointError: It is something else.
+        CheckpointError: The value isn't a boolean.
     """
     value = raw.get(key)
     if value is None:
@@ -63,9 +63,9 @@ def read_flag(raw: Mapping[str, Any], key: str, *, default: bool = False) -> boo
 
 
 def shown(value: object) -> str:
-    """A value for an error message, not longer than a line."""
+    """A value for an error message, at most one line long."""
     try:
         text = repr(value)
-    except ValueError:  # a number of more digits than Python writes out
+    except ValueError:  # a number with more digits than Python converts to text
         return f"a {type(value).__name__} of thousands of digits"
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"

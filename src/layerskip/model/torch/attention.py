@@ -14,13 +14,13 @@ from layerskip.model.positions import AttentionSpan
 def attend(query: Tensor, cache: KVCache, layer: int, span: AttentionSpan, scale: float) -> Tensor:
     """Attention of a block of queries over a layer's live slots.
 
-    Heads that share keys are folded into the query dimension, so that keys and values are never repeated.
+    Heads that share keys become part of the query dimension, so keys and values are never repeated.
 
     Args:
         query: [B, Q, H, D_head], rotated.
-        cache: Holds this layer's keys and values of the block already.
+        cache: Cache with this layer's keys and values, the block's own included.
         layer: Index of the layer.
-        span: What the block's queries see.
+        span: Slots that the block's queries attend to.
         scale: Factor on query-key products.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Blocks as torch data sets: all in memory, or packed while they are read.
+"""Blocks as torch data sets: all in memory, or packed while the data is read.
 
 N = blocks, T = tokens in a block.
 """
@@ -16,10 +16,10 @@ from layerskip.training.data.packing import Block, Ids
 
 
 class BlockDataset(Dataset[dict[str, Tensor]]):
-    """Blocks in memory; an item is what a causal LM of transformers takes: int64 tensors [T], no `attention_mask`."""
+    """Blocks in memory. An item is the input of a causal LM: int64 tensors [T], no `attention_mask`."""
 
     def __init__(self, ids: Ids, labels: Ids | None = None, position_ids: Ids | None = None) -> None:
-        """Hold these blocks.
+        """Keep these blocks.
 
         Args:
             ids: Token ids, [N, T].
@@ -32,7 +32,7 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
 
     @classmethod
     def from_blocks(cls, blocks: Sequence[Block], length: int) -> "BlockDataset":
-        """Stack blocks of `length` tokens; labels and positions are there if any block has its own."""
+        """Stack blocks of `length` tokens; items have labels and positions if any block has its own."""
         ids = np.stack([block.ids for block in blocks]) if blocks else np.zeros((0, length), np.int32)
         if any(block.labels is not None for block in blocks):
             labels = np.stack([block.ids if block.labels is None else block.labels for block in blocks])
@@ -56,10 +56,10 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
 
 
 class BlockStream(IterableDataset[dict[str, Tensor]]):
-    """Blocks packed while they are read, over and over; each pass over the corpus gives the same blocks in one order.
+    """Blocks packed while the corpus is read, pass after pass; each pass yields the same blocks in the same order.
 
-    So training that is resumed finds its place by skipping. With several processes, Trainer reads in the first one and
-    hands blocks to the others; with several loading workers, each yields its share of the blocks.
+    A resumed run can therefore find its place by skipping blocks. With several processes, Trainer reads in the first
+    one and sends blocks to the others; with several loading workers, each yields its share of the blocks.
     """
 
     def __init__(self, blocks: Callable[[], Iterable[Block]], *, with_positions: bool) -> None:
@@ -76,7 +76,7 @@ class BlockStream(IterableDataset[dict[str, Tensor]]):
         """Yield blocks without end.
 
         Raises:
-            InvalidArgumentError: A pass gave no block, or examples appear in what began as plain text.
+            InvalidArgumentError: A pass yielded no block, or examples follow after plain text.
         """
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker is not None else (0, 1)

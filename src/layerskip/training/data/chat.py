@@ -1,12 +1,12 @@
-"""Conversations -> token ids through the tokenizer's chat template, and which of them the assistant says.
+"""Conversations to token ids by the tokenizer's chat template, with the assistant's tokens marked.
 
-What is learned is what generation has to write: after the prompt for an answer, with the history as the template writes
-it then, the answer as the template writes it, up to the token that ends the turn.
+A model learns what it will have to generate. The context is the prompt for an answer, with the history as the template
+renders it at that moment; the target is the answer as the template renders it, up to the token that ends the turn.
 
-Most templates write a turn in the same way whatever comes after it. Then a conversation is one example, and all of
-its answers are learned in it. Some don't: Qwen3's leaves out the reasoning of earlier turns, Mistral's moves the
-system message to the last question. Then an answer is an example of its own together with what comes before it, unless
-its prompt goes on from an earlier answer.
+Most templates render a turn in the same way whatever follows it. A conversation is then one example, in which all
+answers are learned. Others don't: Qwen3's template leaves out the reasoning of earlier turns, Mistral's moves the
+system message to the last question. An answer is then an example of its own, together with everything before it, unless
+its prompt continues from an earlier answer.
 """
 
 import re
@@ -35,21 +35,21 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class _Turn:
-    """An answer of the assistant, as the template writes it if it is the last one."""
+    """An answer of the assistant, as the template renders it while it is the last turn."""
 
     prompt: str
-    """What generation starts from."""
+    """The text that generation starts from."""
     answer: str
     size: int
-    """Characters of the answer that generation writes; what the template adds after the end token is not of them."""
+    """Characters of the answer up to and including its end token; what the template adds after that isn't counted."""
 
 
 def encode_chat(document: ChatDocument, tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
-    """Examples of a conversation: one, or several where the template writes earlier turns in another way.
+    """Examples of a conversation: one, or several if the template renders earlier turns in another way.
 
     Raises:
-        TokenizerError: No chat template, a tokenizer that can't locate tokens in the text, or a template from which
-            the turns can't be told.
+        TokenizerError: No chat template, a tokenizer that can't locate tokens in the text, or a template that doesn't
+            show where turns begin and end.
         InvalidArgumentError: The template refuses the conversation.
     """
     template = _template(document, tokenizer)
@@ -75,7 +75,7 @@ def _template(document: ChatDocument, tokenizer: "PreTrainedTokenizerBase") -> s
 
 
 def _encode_marked(document: ChatDocument, tokenizer: "PreTrainedTokenizerBase") -> Example:
-    """One example, in which the template itself marks the answers."""
+    """One example; the template itself marks the answers."""
     _render(document, len(document.messages), tokenizer)  # its errors are ours
     encoded: Any = tokenizer.apply_chat_template(
         [dict(message) for message in document.messages],
@@ -85,7 +85,7 @@ def _encode_marked(document: ChatDocument, tokenizer: "PreTrainedTokenizerBase")
     )
     ids = list(encoded["input_ids"])
     learned = [bool(mark) for mark in encoded["assistant_masks"]]
-    # Many templates mark what is said, and leave the token out that ends the turn: generation has to write it, too.
+    # Many templates mark the answer without the token that ends the turn, which generation has to generate too.
     ends = {*end_of_turn_tokens(tokenizer), tokenizer.eos_token_id}
     for index in range(1, len(ids)):
         if learned[index - 1] and ids[index] in ends and ids[index - 1] not in ends:
@@ -115,12 +115,12 @@ def _turns(document: ChatDocument, tokenizer: "PreTrainedTokenizerBase", tail: "
 
 @lru_cache(maxsize=4)
 def _tail(tokenizer: "PreTrainedTokenizerBase", template: str, size: int) -> "re.Pattern[str] | None":
-    """Matches what templates write after an answer: its end token, then white space and perhaps another token.
+    """A pattern for what a template puts after an answer: the end token, then white space and perhaps another token.
 
     Args:
         tokenizer: The tokenizer.
-        template: Its template, and
-        size: its size, which tell whether it is still the one that was asked about before.
+        template: Its chat template.
+        size: Number of its tokens; a tokenizer that has changed is another key of the cache.
     """
     ends = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     ends |= {str(tokenizer.convert_ids_to_tokens(token)) for token in end_of_turn_tokens(tokenizer, template)}
@@ -129,15 +129,15 @@ def _tail(tokenizer: "PreTrainedTokenizerBase", template: str, size: int) -> "re
 
 
 def _size(answer: str, tail: "re.Pattern[str] | None") -> int:
-    """Characters of an answer through the token that ends it; all if there is none."""
+    """Characters of an answer up to and including the token that ends it; all characters if there is none."""
     found = tail.search(answer) if tail is not None else None
     return len(answer) if found is None else found.end("end")
 
 
 def _answer_after(prompt: str, through: str, document: ChatDocument, index: int) -> str:
-    """The answer where the template writes what comes before it differently once it is there.
+    """The answer, if the template renders the history differently once the answer is there.
 
-    It follows the last message before it, and what the template puts between the two.
+    The answer is found after the last message before it and what the template puts between the two.
     """
     asked, said = (_content(document, place) for place in (index - 1, index))
     at = prompt.rfind(asked) if asked else -1
@@ -160,7 +160,7 @@ def _content(document: ChatDocument, index: int) -> str:
 
 
 def _joined(turns: Sequence[_Turn]) -> list[tuple[str, list[Span]]]:
-    """Texts with the parts that are learned; an answer is in the text of the one before where its prompt goes on."""
+    """Texts with the parts that are learned; an answer whose prompt continues an earlier text joins that text."""
     texts: list[tuple[str, list[Span]]] = []
     for turn in turns:
         start = len(turn.prompt)
@@ -173,9 +173,9 @@ def _joined(turns: Sequence[_Turn]) -> list[tuple[str, list[Span]]]:
 
 
 def _encode_spans(text: str, spans: Sequence[Span], tokenizer: "PreTrainedTokenizerBase") -> Example:
-    """Token ids of a text, of which those within the spans are learned."""
+    """Token ids of a text; the tokens within the spans are learned."""
     ids, offsets = _encode(text, tokenizer)
-    # Where a token would reach from a prompt into its answer, generation sees the prompt's tokens alone.
+    # A token must not reach from a prompt into its answer: generation sees the prompt's tokens alone.
     cuts = [first for first, _ in spans if any(start < first < end for start, end in offsets)]
     if cuts:
         ids, offsets = [], []
@@ -183,8 +183,8 @@ def _encode_spans(text: str, spans: Sequence[Span], tokenizer: "PreTrainedTokeni
             piece_ids, piece_offsets = _encode(text[start:end], tokenizer)
             ids += piece_ids
             offsets += [(start + first, start + last) for first, last in piece_offsets]
-    # Some tokenizers leave spaces out of offsets: a lone space before a turn then has an empty one that starts where
-    # the turn does, and isn't of it.
+    # Some tokenizers leave spaces out of offsets: a lone space before a turn then has an empty span that starts with
+    # the turn but isn't part of it.
     learned = [any(first <= start and first < end <= last for first, last in spans) for start, end in offsets]
     return ids, learned
 
@@ -197,7 +197,7 @@ def _encode(text: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int],
 
 
 def _render(document: ChatDocument, count: int, tokenizer: "PreTrainedTokenizerBase", *, prompt: bool = False) -> str:
-    """The conversation's first messages, as its prompt for an answer or as they stand."""
+    """Render the conversation's first messages, as the prompt for an answer or as they stand."""
     try:
         return render(
             tokenizer,

@@ -1,4 +1,4 @@
-"""Which data to train on, and how to cut it: one frozen dataclass, checked once, shared by Python and command line."""
+"""Which data to train on and how to cut it into blocks: one frozen dataclass for Python and the command line."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,22 +11,23 @@ MAX_HELD_OUT = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What to train on, and what to keep for evaluation."""
+    """Data to train on and to evaluate with."""
 
     data: tuple[str, ...] = ()
     """python-stdlib, a text file, a folder of sources, records (.jsonl .json .csv .parquet), owner/name[:split]."""
     sequence_length: int = 256
     """Tokens in a block."""
     held_out: float = 0.02
-    """Share of files kept out of training, for evaluation (chosen by a hash of their content)."""
+    """Share of files kept out of training for evaluation, chosen by a hash of their content."""
     text_field: str | None = None
     """Field of a record with its text; if not given: messages, conversations, instruction, text, prompt, question."""
     suffixes: tuple[str, ...] = ()
-    """Which files of a folder are read, such as .py .md; the usual suffixes of sources and texts if not given."""
+    """Suffixes of the files to read from a folder, such as .py .md; the usual ones of sources and texts if not
+    given."""
     streaming: bool = False
-    """Read data when it is needed, not all at the start: for data larger than memory."""
+    """Read data while training, not all at the start: for data larger than memory."""
     max_documents: int | None = None
-    """Most documents to read, those held out included; all if not given."""
+    """Most documents to read, held-out ones included; all if not given."""
     eval_tokens: int = 65536
     """Most held-out tokens read in an evaluation."""
 

@@ -1,4 +1,4 @@
-"""Sources -> blocks to train on and blocks that are held out."""
+"""Sources to blocks: blocks to train on and held-out blocks."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -28,19 +28,19 @@ class Corpus:
 
     train: BlockDataset | BlockStream
     held_out: BlockDataset
-    """Empty if nothing is to be held out."""
+    """Held-out blocks; empty if nothing is held out."""
     num_documents: int | None
-    """Documents read, those held out included; None with streaming."""
+    """Documents read, held-out ones included; None with streaming."""
     num_held_out_documents: int
-    """Documents, or ends of texts, that are held out; with streaming, those read to make `held_out`."""
+    """Documents, or ends of texts, that are held out; with streaming, only the ones read for `held_out`."""
     num_train_tokens: int | None
-    """Tokens in the blocks to train on, padding aside; None with streaming."""
+    """Tokens in the blocks to train on, without padding; None with streaming."""
     num_held_out_tokens: int
-    """Tokens in the blocks held out, padding aside."""
+    """Tokens in the held-out blocks, without padding."""
     has_conversations: bool = False
-    """Whether turns of a conversation are learned; with streaming, whether a source begins with one."""
+    """Whether the data has conversations; with streaming, whether a source begins with one."""
     count_long_examples: Callable[[], LongExamples] = LongExamples
-    """How many examples don't fit into a block; with streaming, of what has been read so far to train on."""
+    """Counts the examples that don't fit into a block; with streaming, among the training data read so far."""
 
 
 def load_corpus(
@@ -48,12 +48,12 @@ def load_corpus(
 ) -> Corpus:
     """Read, split, encode and pack the sources.
 
-    With `streaming`, only as much is read as the held-out blocks need, and training reads for itself.
+    With `streaming`, only the data for the held-out blocks is read here; training reads the rest.
 
     Args:
         config: The sources and the blocks' length.
         tokenizer: Turns text into ids.
-        on_progress: Called now and then with the numbers of documents encoded so far, and of all; never with streaming.
+        on_progress: Called now and then with the number of documents encoded so far and of all; never with streaming.
 
     Raises:
         InvalidArgumentError: No sources, sources that can't be read or are empty, or too little text for one block.
@@ -65,7 +65,7 @@ def load_corpus(
 
 
 def corpus_texts(config: DataConfig) -> Iterator[str]:
-    """Texts of what is trained on, such as a tokenizer is trained on; nothing that is held out.
+    """Texts to train a tokenizer on: the training data without anything held out.
 
     Raises:
         InvalidArgumentError: No sources, or sources that can't be read or are empty.
@@ -95,7 +95,7 @@ def _load(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", on_progress:
     on_progress(num_parts, num_parts)
     if not train:
         raise _too_small(config, long_examples)
-    # Spread over all that is held out: its first blocks may be all of one kind.
+    # Spread over all held-out blocks, because the first ones may be all of one kind.
     chosen = np.linspace(0, len(held_out) - 1, min(len(held_out), _most_blocks(config))).round().astype(int)
     held_out = [held_out[index] for index in chosen]
     return Corpus(
@@ -151,13 +151,13 @@ class _Documents:
 
 @dataclass(frozen=True, kw_only=True)
 class _TrainingPass:
-    """Starts a pass over what is trained on; an object, for loading workers get it pickled."""
+    """Starts a pass over the training data; an object, because loading workers receive it pickled."""
 
     config: DataConfig
     tokenizer: "PreTrainedTokenizerBase"
     split: Split
     _counts: list[LongExamples] = field(default_factory=lambda: [LongExamples()])
-    """Of the pass that has read most so far, and of the present one."""
+    """Counts of the pass that has read most so far, and of the present one."""
 
     def __call__(self) -> Iterator[Block]:
         self._counts[:] = [self.long_examples(), LongExamples()]
@@ -190,14 +190,14 @@ def _blocks(
     *,
     keep_text: bool = False,
 ) -> Iterator[Block]:
-    # Whatever the padding is: it comes last, isn't learned, and is an example of its own.
+    # Any padding token will do: padding comes last, isn't learned, and is an example of its own.
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
     encoded = encode_documents(documents, tokenizer)
     return pack(encoded, config.sequence_length, pad, keep_text=keep_text, long_examples=long_examples)
 
 
 def _first_documents(config: DataConfig) -> list[Document]:
-    """What each source begins with: all of a stream's items must have the same keys."""
+    """The first document of each source, because all items of a stream must have the same keys."""
     firsts = (next(open_source(spec, config)(), None) for spec in config.data)
     return [first for first in firsts if first is not None]
 

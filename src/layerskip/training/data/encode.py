@@ -1,4 +1,4 @@
-"""Documents -> token ids, and which of them are learned."""
+"""Documents to token ids, with the learned tokens marked."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 BATCH_DOCUMENTS = 64
 PIECE_CHARACTERS = 1 << 20
-"""Longest text given to the tokenizer at once: it needs some hundred bytes a token, and threads work on whole texts."""
+"""Characters of the longest text given to the tokenizer at once: it needs some hundred bytes for each token, and its
+threads work on whole texts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +31,14 @@ class EncodedDocument:
     learned: list[bool] | None = None
     """Whether each token counts in the loss; None for a plain text, where all do."""
     origin: str = ""
-    """Of the document, for messages about an example."""
+    """Where the document is from, for messages about an example."""
 
 
 def encode_document(document: Document, tokenizer: "PreTrainedTokenizerBase") -> list[EncodedDocument]:
-    """Token ids of one document, with the tokens of beginning and end where the tokenizer has them, each once.
+    """Token ids of one document, with the tokenizer's tokens for beginning and end, each once.
 
-    Of a prompt and its completion, the completion and the end are learned; of a conversation, what the assistant says
-    and the token that ends its turn. A conversation can be several, see `encode_chat`.
+    In a prompt with a completion, the completion and the end are learned; in a conversation, the assistant's answers
+    and the tokens that end its turns. A conversation may become several documents, see `encode_chat`.
 
     Raises:
         TokenizerError: A conversation, and the tokenizer has no chat template or one that hides the assistant's turns.
@@ -56,7 +57,7 @@ def encode_document(document: Document, tokenizer: "PreTrainedTokenizerBase") ->
 
 
 def encode_documents(documents: Iterable[Document], tokenizer: "PreTrainedTokenizerBase") -> Iterator[EncodedDocument]:
-    """What `encode_document` gives for each document, in order; texts go to the tokenizer together, which is faster."""
+    """`encode_document` for many documents, in order; texts are tokenized together, which is faster."""
     remaining = iter(documents)
     while batch := list(islice(remaining, BATCH_DOCUMENTS)):
         texts = iter(_encode_texts([document for document in batch if isinstance(document, TextDocument)], tokenizer))
@@ -79,8 +80,9 @@ def _as_text(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> EncodedDoc
 
 def _encode_completion(document: CompletionDocument, tokenizer: "PreTrainedTokenizerBase") -> EncodedDocument:
     prompt, completion, both = _token_ids([document.prompt, document.completion, document.plain_text], tokenizer)
-    # Apart, as a model meets them when it is asked. A tokenizer that marks beginnings of texts would see a second
-    # beginning in the completion; where the prompt's tokens are the same in the whole, the whole is right for both.
+    # Prompt and completion are encoded apart, as in generation. A tokenizer that marks the beginning of a text would
+    # mark a second one in the completion; if the prompt's tokens are the same within the whole text, the whole text is
+    # right for both.
     if both[: len(prompt)] == prompt:
         completion = both[len(prompt) :]
     given = [*_start(prompt or completion, tokenizer), *prompt]
@@ -90,13 +92,13 @@ def _encode_completion(document: CompletionDocument, tokenizer: "PreTrainedToken
 
 
 def _start(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The token before a text, unless it is spelled out there, as in texts written for another program."""
+    """The token before a text, unless the text spells it out."""
     bos = tokenizer.bos_token_id
     return [] if bos is None or ids[:1] == [bos] else [bos]
 
 
 def _end(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The token after a text, unless it is spelled out there."""
+    """The token after a text, unless the text spells it out."""
     eos = tokenizer.eos_token_id
     return [] if eos is None or ids[-1:] == [eos] else [eos]
 
@@ -111,7 +113,7 @@ def _token_ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[l
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cut a very long text between lines, where a word ends for every tokenizer: before a line that isn't indented."""
+    """Cut a very long text before a line that isn't indented, where a word ends for every tokenizer."""
     start = 0
     while len(text) - start > PIECE_CHARACTERS:
         end = text.rfind("\n", start, start + PIECE_CHARACTERS) + 1

@@ -1,4 +1,4 @@
-"""What a run's data was, so that a run that resumes with other data is refused and not silently another run."""
+"""Fingerprints of a run's data: a run is not resumed with other data."""
 
 import json
 from collections.abc import Mapping
@@ -15,26 +15,27 @@ from layerskip.training.data.reading.sources import open_source
 
 DATA_FILE = "data.json"
 STREAMED = 256
-"""Documents of a stream that are looked at; of files, their number and bytes are compared as well."""
+"""Documents of a stream that are hashed; for files, their number and bytes are compared as well."""
 
 Fingerprint = Mapping[str, str | int]
 
 
 def fingerprints(config: DataConfig) -> dict[str, Fingerprint]:
-    """The fingerprint of each source: of all its documents; with streaming, of the first ones."""
+    """The fingerprint of each source, from all of its documents; with streaming, from the first ones."""
     return {spec: _fingerprint(spec, config) for spec in config.data}
 
 
 def check_data(output: Path, config: DataConfig, *, resume: bool) -> None:
-    """Keep what the data is, or compare it with what it was when the run began.
+    """Save the fingerprints of the data, or compare them with the ones saved when the run began.
 
     Args:
         output: The run's folder.
         config: Which data.
-        resume: Whether the run goes on; what an earlier version of this package began has nothing to compare with.
+        resume: Whether the run is resumed. A run begun by an earlier version of this package has no fingerprints to
+            compare.
 
     Raises:
-        InvalidArgumentError: The data has changed; names the source and how.
+        InvalidArgumentError: The data has changed; the message names the source and the difference.
         CheckpointError: The file can't be read or written.
     """
     file, now = output / DATA_FILE, fingerprints(config)

@@ -1,8 +1,8 @@
-"""Encoded documents -> blocks of one length.
+"""Encoded documents to blocks of one length.
 
-Plain texts are joined, and the joined text is cut. Examples (prompts with completions, conversations) stay whole: as
-many follow each other in a block as fit, and the rest of the block is padding. `position_ids` start at 0 with each
-example, from which transformers makes a mask in which no example sees another.
+Plain texts are joined, and the joined text is cut into blocks. Examples (prompts with completions, conversations) stay
+whole: a block gets as many as fit, and the rest of it is padding. `position_ids` start at 0 with each example; from
+them transformers makes a mask in which no example attends to another.
 
 T = tokens in a block.
 """
@@ -24,7 +24,7 @@ Ids = np.ndarray[Any, np.dtype[np.int32]]
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """What a model reads as one row."""
+    """One row of a training batch."""
 
     ids: Ids  # [T]
     labels: Ids | None = None  # [T]; None where each token is its own label
@@ -35,16 +35,16 @@ class Block:
 
 @dataclass(kw_only=True)
 class LongExamples:
-    """How many examples don't fit into a block."""
+    """Counts of examples that don't fit into a block."""
 
     num_examples: int = 0
-    """Examples in which something is learned."""
+    """Examples with at least one learned token."""
     num_cut: int = 0
-    """Those of which the end isn't learned."""
+    """Examples whose end isn't learned."""
     num_left_out: int = 0
-    """Those of which nothing is: the prompt alone fills a block."""
+    """Examples of which nothing is learned, because the prompt alone fills a block."""
     longest: int = 0
-    """Tokens that the longest example needs."""
+    """Tokens of the longest example."""
     longest_origin: str = ""
 
     def add(self, document: EncodedDocument, learned: np.ndarray[Any, np.dtype[np.bool_]], length: int) -> None:
@@ -78,7 +78,7 @@ class Packer:
 
         Args:
             length: Tokens in a block.
-            pad_token_id: Fills what no example does.
+            pad_token_id: Fills the end of a block.
             long_examples: Counts examples that are longer than a block.
         """
         self._length = length
@@ -117,7 +117,7 @@ class Packer:
         del self._text[: num_full * self._length]
 
     def _add_example(self, document: EncodedDocument, learned: np.ndarray[Any, np.dtype[np.bool_]]) -> Iterator[Block]:
-        learned[:1] = False  # else the example before would predict it
+        learned[:1] = False  # otherwise the example before would predict it
         self._long_examples.add(document, learned, self._length)
         tokens = np.array(document.ids[: self._length], dtype=np.int32)
         labels = np.where(learned[: self._length], tokens, np.int32(IGNORED))
@@ -157,7 +157,7 @@ def pack(
     Args:
         documents: What to pack.
         length: Tokens in a block.
-        pad_token_id: Fills what no example does.
+        pad_token_id: Fills the end of a block.
         keep_text: Pad the last text instead of dropping it.
         long_examples: Counts examples that are longer than a block.
     """

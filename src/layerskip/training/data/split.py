@@ -1,4 +1,4 @@
-"""Which documents are held out for evaluation: a pure function of their content."""
+"""Chooses the documents that are held out for evaluation: a pure function of their content."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ def is_held_out(document: Document, share: float) -> bool:
     The same content is on the same side on every machine and in every run, whatever else is in the corpus.
 
     Args:
-        document: Any document; where it is from doesn't matter.
+        document: Any document; its origin doesn't matter.
         share: Share of documents to hold out.
     """
     return _position(document) < share
@@ -42,11 +42,11 @@ class Split:
 
 
 def choose_split(documents: Iterable[Document], share: float) -> Split:
-    """The split of a corpus: by hash, or where that holds out nothing, by the best means there is.
+    """The split of a corpus: by hash, or another way if the hash would hold out nothing.
 
-    The hashes of few documents may all fall on one side; the common case is a single large text file. Then the last
-    part of every text is held out, cut at a line. Prompts with completions and conversations can't be cut: if there
-    are such, the one document with the lowest hash is held out.
+    With few documents, all hashes may fall on one side; the common case is a single large text file. Then the last part
+    of every text is held out, cut at a line. Prompts with completions and conversations can't be cut: if the corpus has
+    any, the one document with the lowest hash is held out.
 
     Args:
         documents: The corpus; it is read until there are documents on both sides.
@@ -76,7 +76,7 @@ def choose_split(documents: Iterable[Document], share: float) -> Split:
 def cut_tail(text: str, share: float) -> tuple[str, str]:
     """Cut off about the last `share` of a text, before a line or else before a word.
 
-    The tail is at most twice its share: no line in the neighbourhood is no reason to lose the text.
+    The tail is at most twice `share`, even if no line ends nearby.
     """
     size = len(text) * share
     latest = len(text) - max(1, round(size))

@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers, trained on one's own texts."""
+"""Trains byte-level BPE tokenizers."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ MIN_VOCAB_SIZE = 256 + len(SPECIALS)
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
     """Train a byte-level BPE tokenizer; the same texts give the same tokenizer.
 
-    It adds `<s>` before a text, and decodes what it encoded to the same text, byte by byte.
+    The tokenizer adds `<s>` before a text, and decodes its own encoding to the same bytes.
 
     Args:
         texts: What to train on.

@@ -1,7 +1,7 @@
-"""Checkpoints of a run that are there whole or not at all.
+"""Checkpoints of a run, each complete or absent.
 
-A checkpoint is written in `OUTPUT/.incomplete` and moved to its place when all of it is on the disk; whatever stops
-the writing leaves the earlier ones alone.
+A checkpoint is written to `OUTPUT/.incomplete` and moved to its place when all of it is on the disk, so an interruption
+leaves the earlier checkpoints intact.
 """
 
 import json
@@ -19,7 +19,7 @@ from layerskip.files import parse_json
 
 STAGING = ".incomplete"
 MANIFEST = "files.json"
-"""Names and bytes of a checkpoint's files, written with them."""
+"""File with the names and bytes of a checkpoint's files."""
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -40,7 +40,7 @@ def writing(output: Path, what: str) -> Iterator[Path]:
 
     Args:
         output: The run's folder.
-        what: What is written, for the error message.
+        what: Name of the content, for the error message.
 
     Raises:
         CheckpointError: Something could not be written, because the disk is full for example.
@@ -52,7 +52,7 @@ def writing(output: Path, what: str) -> Iterator[Path]:
         staging.mkdir(parents=True)
         yield staging
     except Exception as error:
-        # safetensors and torch report a full disk by errors of their own, tokenizers by a bare Exception
+        # safetensors and torch report a full disk by their own errors, tokenizers by a bare Exception
         if not isinstance(error, (OSError, SafetensorError, RuntimeError)) and type(error) is not Exception:
             raise
         kept = list_checkpoints(output)
@@ -65,11 +65,11 @@ def writing(output: Path, what: str) -> Iterator[Path]:
 
 
 def last_intact(output: Path, on_message: Callable[[str], None]) -> Path | None:
-    """The latest checkpoint that has all that was written; None where there is no checkpoint at all.
+    """The latest complete checkpoint; None if there is no checkpoint at all.
 
     Args:
         output: The run's folder.
-        on_message: Told of each that is passed over, and why.
+        on_message: Called with a line for each damaged checkpoint and the reason.
 
     Raises:
         CheckpointError: There are checkpoints, and none is intact.
@@ -90,7 +90,7 @@ def last_intact(output: Path, on_message: Callable[[str], None]) -> Path | None:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What a checkpoint lacks of what was written; None if nothing, or if it doesn't say what was written."""
+    """What is missing from a checkpoint; None if nothing is, or if it has no list of its files."""
     try:
         sizes = parse_json((checkpoint / MANIFEST).read_text("utf-8"))
         for name, size in sizes.items():
@@ -99,7 +99,7 @@ def find_damage(checkpoint: Path) -> str | None:
                 return f"{name} is missing"
             if file.stat().st_size != size:
                 return f"{name} has {file.stat().st_size} bytes of {size}"
-    except FileNotFoundError:  # of a version that didn't write it, or it was lost: the weights tell
+    except FileNotFoundError:  # an earlier version wrote no list, or it was lost: look for the weights
         return None if (checkpoint / "trainer_state.json").is_file() else "trainer_state.json is missing"
     except (OSError, ValueError, AttributeError, TypeError):
         return f"{MANIFEST} can't be read"
@@ -107,7 +107,7 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def move_into_place(staged: Path, target: Path) -> None:
-    """Make a folder that was written elsewhere on the same disk appear as a whole."""
+    """Move a complete folder to its place on the same disk, in one step."""
     sizes = {str(path.relative_to(staged)): path.stat().st_size for path in sorted(staged.rglob("*")) if path.is_file()}
     (staged / MANIFEST).write_text(json.dumps(sizes, indent=2) + "\n", "utf-8")
     for path in staged.rglob("*"):
@@ -120,7 +120,7 @@ def move_into_place(staged: Path, target: Path) -> None:
 
 
 def delete(checkpoint: Path) -> None:
-    """Delete a checkpoint; one that is half deleted doesn't count as a checkpoint."""
+    """Delete a checkpoint; a half-deleted one doesn't count as a checkpoint."""
     doomed = checkpoint.with_name(f".deleted-{checkpoint.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(checkpoint, doomed)

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and what the run leaves in it."""
+"""The folder of a run: which run it belongs to, and the files that the run writes to it."""
 
 import json
 import os
@@ -29,7 +29,7 @@ LOCK_FILE = ".lock"
 
 @contextmanager
 def claim(output: Path, config: TrainingConfig, resume: bool) -> Iterator[None]:
-    """Make `output` the folder of this run, or check that it is; no other process can use it until the block ends."""
+    """Make `output` the folder of this run, or check that it is. No other process can use it until the block ends."""
     with ExitStack() as locks:
         if output.is_dir():  # otherwise it is made after the checks, so that a mistake leaves nothing behind
             locks.enter_context(_lock(output))
@@ -82,7 +82,7 @@ def _unwritable(output: Path, error: OSError) -> InvalidArgumentError:
 
 
 def differences(before: TrainingConfig, now: TrainingConfig) -> list[str]:
-    """Settings that change what is learned, with both values; how often things are saved doesn't."""
+    """Settings that differ and change what is learned, with both values; how often something is saved doesn't count."""
     old, new = asdict(before), asdict(now)
     return [
         f"{name} was {old[table][name]} and is {value}"
@@ -97,12 +97,12 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", output: Path) -> None:
     """Write the tokenizer into the run's folder, before training begins."""
     with writing(output, "the tokenizer") as staging:
         tokenizer.save_pretrained(staging)
-        # tokenizer.json comes last: where it is, a run that resumes takes it for the whole.
+        # tokenizer.json comes last: if it is there, a resumed run takes the tokenizer as complete.
         move_files(staging, output, last="tokenizer.json")
 
 
 def save_result(result: Any, output: Path) -> None:
-    """Write what the run has reached into its folder.
+    """Write the result of the run into its folder.
 
     Raises:
         CheckpointError: It can't be written.
@@ -120,7 +120,7 @@ def move_files(staging: Path, output: Path, *, last: str) -> None:
 
 
 def dtype_to_save(config: TrainingConfig, own: torch.dtype) -> torch.dtype:
-    """Type of the weights that a run leaves; `own` is that of the model it started from."""
+    """Type of the final weights; `own` is the type of the model that training started from."""
     if config.checkpoints.save_dtype != "auto":
         return DTYPES[config.checkpoints.save_dtype]
     return own

@@ -1,4 +1,4 @@
-"""The picture of a trained model: agreement with the last layer, by exit."""
+"""Plots the agreement of each exit with the last layer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ def plot_agreement(exits: Sequence[ExitQuality], output: Path) -> Path | None:
         output: An existing folder.
 
     Returns:
-        The file; None where matplotlib isn't installed.
+        The file; None if matplotlib isn't installed.
     """
     try:
         from matplotlib.figure import Figure

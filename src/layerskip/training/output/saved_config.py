@@ -1,4 +1,4 @@
-"""config.json and generation_config.json of a model that is trained: such that they can be saved, and are true."""
+"""config.json and generation_config.json of a trained model, corrected so that transformers can save them."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -8,19 +8,20 @@ from layerskip.text.chat_template import end_of_turn_tokens
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-# Whether other settings are valid depends on these, so they are settled first.
+# Other settings are valid or not depending on these, so these come first.
 MODES = ("do_sample", "num_beams", "return_dict_in_generate", "use_cache")
 PRIVATE = frozenset({"transformers_version", "_from_model_config"})
 
 
 def settle_generation_config(raw: Mapping[str, Any]) -> tuple["GenerationConfig", list[str]]:
-    """Settings of generation that transformers saves, and the names of those that it would refuse.
+    """Generation settings that transformers saves, and the names of the settings that it would refuse.
 
-    transformers loads many that it refuses to save, once one of them was changed. Left out is what isn't valid on its
-    own, such as a negative length, and what isn't with the others: `temperature` and `top_p` where nothing is sampled.
+    transformers loads many settings that it refuses to save once one of them was changed. Left out are settings that
+    aren't valid on their own, such as a negative length, or not with the others, such as `temperature` and `top_p`
+    without `do_sample`.
 
     Args:
-        raw: generation_config.json, or what config.json says about generation.
+        raw: generation_config.json, or the generation settings in config.json.
     """
     given = {name: value for name, value in raw.items() if value is not None and name not in PRIVATE}
     ordered = sorted(given, key=lambda name: (name not in MODES, MODES.index(name) if name in MODES else 0))
@@ -35,7 +36,7 @@ def settle_generation_config(raw: Mapping[str, Any]) -> tuple["GenerationConfig"
 
 
 def generation_settings(generation_config: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says about generation: generation_config.json, or else config.json, as it was done before."""
+    """A checkpoint's generation settings: generation_config.json, or config.json in older checkpoints."""
     if generation_config:
         return dict(generation_config)
     known = _generation_config({}).to_dict()
@@ -49,10 +50,10 @@ def _generation_config(settings: Mapping[str, Any]) -> "GenerationConfig":
 
 
 def make_saveable(model: Any) -> None:
-    """Settle a model's configurations so that every checkpoint of it can be saved, and loads as it is.
+    """Correct a model's configurations so that every checkpoint of it can be saved and loads unchanged.
 
-    The settings of generation are such as transformers saves. Whether the head is the embedding is what the parameters
-    say: transformers takes a head of its own from a file whose configuration calls it tied, and leaves that as it was.
+    Generation settings that transformers refuses are removed. `tie_word_embeddings` is set to what the parameters are:
+    transformers loads a separate LM head from a file whose configuration calls it tied, and keeps that setting.
     """
     if getattr(model, "generation_config", None) is not None:
         model.generation_config, _ = settle_generation_config(model.generation_config.to_diff_dict())
@@ -66,9 +67,9 @@ def make_saveable(model: Any) -> None:
 
 
 def add_end_of_turn(model: Any, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Name the token that the chat template puts after an answer among those that end a text.
+    """Add the token that the chat template puts after an answer to the end tokens.
 
-    A model that has learned conversations writes it where others write the end of a text.
+    A model that was trained on conversations generates this token at the end of an answer.
     """
     settings = model.generation_config
     own = settings.eos_token_id

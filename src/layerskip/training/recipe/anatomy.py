@@ -1,4 +1,4 @@
-"""Where transformers' causal models keep what the recipe needs: decoder layers, final norm, LM head."""
+"""Finds the parts of transformers' causal models that the recipe needs: decoder layers, final norm, LM head."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from layerskip.training.recipe.exit_loss import Head
 LAYER_NAMES = ("layers", "h", "blocks")
 NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f")
 TOLERANCE = 2e-2
-"""Largest relative difference between our logits and the model's that is put down to rounding in its precision."""
+"""Largest relative difference between our logits and the model's that counts as rounding in the model's precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +31,11 @@ class Anatomy:
 
 
 def dissect(model: nn.Module) -> Anatomy:
-    """Find the parts, and check on two tokens that norm and head give the model's own logits.
+    """Find the parts, and check on two tokens that norm and LM head give the model's own logits.
 
     Raises:
-        UnsupportedModelError: A part isn't where transformers' decoders have it, or the model computes its logits in
-            another way.
+        UnsupportedModelError: A part isn't in the usual place of transformers' decoders, or the model computes its
+            logits in another way.
     """
     causal: Any = model
     while hasattr(causal, "get_base_model"):  # peft
@@ -67,7 +67,7 @@ def dissect(model: nn.Module) -> Anatomy:
         head=Head(norm=norm, linear=linear, scale=scale, softcap=softcap),
         adapted=causal is not model,
     )
-    if next(causal.parameters()).is_meta:  # weights come later; there is nothing to compare yet
+    if next(causal.parameters()).is_meta:  # the weights are loaded later, so there is nothing to compare yet
         return anatomy
     return replace(anatomy, layers_return_tuples=isinstance(_probe(anatomy, kind), tuple))
 
@@ -78,7 +78,7 @@ def _attribute(module: Any, names: Sequence[str]) -> Any:
 
 @torch.no_grad()
 def _probe(anatomy: Anatomy, kind: str) -> Any:
-    """What the last layer returns for two tokens; raises where norm and head don't turn it into the model's logits."""
+    """The last layer's output for two tokens; raises if norm and LM head don't turn it into the model's logits."""
     device = next(anatomy.model.parameters()).device
     found: list[Any] = []
     handle = anatomy.layers[-1].register_forward_hook(lambda module, args, output: found.append(output))
@@ -101,6 +101,6 @@ def _probe(anatomy: Anatomy, kind: str) -> Any:
 
 
 def first(output: Any) -> Tensor:
-    """Hidden states that a layer returned, alone or at the head of a tuple."""
+    """Hidden states from a layer's output, which is the tensor itself or a tuple that begins with it."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden

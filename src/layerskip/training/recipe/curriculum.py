@@ -11,14 +11,14 @@ from layerskip.training.config import Curriculum, ExitWeights
 def enabled_exits(
     step: int, *, num_steps: int, exits: Sequence[int], curriculum: Curriculum, rotation: int
 ) -> list[int]:
-    """C(t, l): the exits whose loss counts at this step, in order; the last one always does.
+    """C(t, l): exits with a loss at this step, in order; the last exit always has one.
 
     Args:
         step: t.
-        num_steps: T; used by the gradual curriculum only.
-        exits: Those that the curriculum goes through, in order, the last one among them; the paper's are all.
-        curriculum: Which rule.
-        rotation: R; used by the rotational curriculum only.
+        num_steps: T, for the gradual curriculum.
+        exits: Exits that the curriculum covers, in order and including the last; all exits in the paper.
+        curriculum: Name of the rule.
+        rotation: R, for the rotational curriculum.
 
     Source: arXiv:2404.16710, section 4.1.2.
     """
@@ -35,8 +35,8 @@ def enabled_exits(
 def exit_scale(exit_: int, num_layers: int, scale: float, kind: ExitWeights = "depth") -> float:
     """e(l): weight of an exit before normalization.
 
-    `equal` is our own: the scale for all exits, 1 for the last one. The paper's weights leave the early exits, which
-    draft, next to nothing: 2 % for the fourth of 16 layers.
+    `equal` is our addition: the scale for all exits, 1 for the last one. The paper's weights give the early exits,
+    which draft, very little: 2 % to the fourth of 16 layers.
 
     Source: arXiv:2404.16710, eq. 6.
     """
@@ -51,9 +51,9 @@ def exit_scale(exit_: int, num_layers: int, scale: float, kind: ExitWeights = "d
 def exit_weights(
     enabled: Collection[int], num_layers: int, scale: float, kind: ExitWeights = "depth"
 ) -> dict[int, float]:
-    """w(t, l): weights of the enabled exits, which sum to 1; exits without weight are left out.
+    """w(t, l): weights of the enabled exits, summing to 1; exits with weight 0 are left out.
 
-    A model of one layer has nothing but its last exit, whose weight is 1.
+    A model of one layer has only its last exit, with weight 1.
 
     Source: arXiv:2404.16710, eq. 5.
     """

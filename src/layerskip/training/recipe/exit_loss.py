@@ -1,4 +1,4 @@
-"""Losses of exits, computed a piece of the text at a time, so that logits of all exits never exist at once.
+"""Losses of exits, computed in chunks of tokens so that the logits of all exits never exist at once.
 
 Shapes: N tokens of a batch, n of a chunk, D width, V vocabulary.
 """
@@ -15,11 +15,12 @@ from layerskip.training.config import ExitLossName
 from layerskip.training.data.packing import IGNORED
 
 ExitLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(exit's logits [n, V], last layer's logits [n, V] without gradient, labels [n]) -> loss of each token [n], nats."""
+"""Nats of each token [n], from the exit's logits [n, V], the last layer's logits [n, V] without gradient, and labels
+[n]."""
 FusedCrossEntropy = Callable[[Tensor, Tensor], Tensor]
-"""(normed hidden states [n, D], labels [n]) -> sum of the cross-entropy over labelled tokens, nats."""
+"""Nats summed over labelled tokens, from normed hidden states [n, D] and labels [n]."""
 LK_DECAY = 3.0
-"""How fast the LK loss turns from KL to acceptance as acceptance grows."""
+"""Rate at which the LK loss changes from KL to total variation as acceptance grows."""
 
 
 def ce_loss(logits: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -28,13 +29,13 @@ def ce_loss(logits: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
 
 
 def kl_loss(logits: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """KL(last layer || exit): the exit learns what the last layer would say. Source: arXiv:2407.21082."""
+    """KL(last layer || exit): the exit learns the last layer's distribution. Source: arXiv:2407.21082."""
     divergence = F.kl_div(logits.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none").sum(-1)
     return divergence.masked_fill(labels == IGNORED, 0.0)
 
 
 def lk_loss(logits: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """KL while few drafts would be accepted, and total variation, which is what acceptance depends on, once many are.
+    """KL while few drafts would be accepted, and total variation, on which acceptance depends, once many are.
 
     acceptance a = sum(min(draft, target)) = 1 - TV; loss = b KL + (1 - b) TV with b = exp(-decay a), taken as constant.
 
@@ -53,7 +54,7 @@ EXIT_LOSSES: dict[ExitLossName, ExitLoss] = {"ce": ce_loss, "kl": kl_loss, "lk":
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """What turns hidden states into logits: the final norm, the LM head, and what a family does after it."""
+    """Turns hidden states into logits: the final norm, the LM head, and a family's own steps after it."""
 
     norm: nn.Module
     linear: nn.Module
@@ -62,7 +63,7 @@ class Head:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V], float32."""
-        # .forward: hooks on the head are for the model's own call of it
+        # .forward: hooks on the LM head are meant for the model's own call
         logits: Tensor = self.linear.forward(self.norm(hidden)).float()
         if self.scale != 1.0:
             logits = logits * self.scale
@@ -71,7 +72,7 @@ class Head:
         return logits
 
     def parameters(self) -> list[nn.Parameter]:
-        """Those that are trained, each once."""
+        """Trained parameters, each once."""
         unique = dict.fromkeys([*self.norm.parameters(), *self.linear.parameters()])
         return [parameter for parameter in unique if parameter.requires_grad]
 
@@ -86,10 +87,10 @@ class JointLoss:
     head: Head
     exit_loss: ExitLoss
     stop_gradient: bool
-    """Losses of exits before the last one leave the norm and the head alone."""
+    """Losses of exits before the last one don't train the norm and the LM head."""
     chunk_tokens: int
     fused: FusedCrossEntropy | None = None
-    """Cross-entropy with the head's product in one kernel, used where no logits are needed: if exits learn by `ce`."""
+    """Cross-entropy and LM head in one kernel, used if exits learn by `ce`, which needs no logits."""
 
     def __call__(
         self, states: Mapping[int, Tensor], weights: Mapping[int, float], labels: Tensor, num_items: Tensor | float
@@ -97,13 +98,13 @@ class JointLoss:
         """Mean loss.
 
         Args:
-            states: Outputs [N, D] of the layers that have a weight, the last layer's among them.
-            weights: w(t, l) of each.
+            states: Outputs [N, D] of the layers with a weight, including the last layer.
+            weights: w(t, l) of each of these layers.
             labels: [N] next token, or IGNORED.
-            num_items: What the sum over tokens is divided by.
+            num_items: Divisor of the sum over tokens.
 
         Returns:
-            A scalar, float32, with gradients to the states and to the trained parameters of the head.
+            A float32 scalar with gradients for the states and the trained parameters of the LM head.
         """
         exits = sorted(states)
         num_tokens = len(labels)
@@ -118,13 +119,13 @@ class JointLoss:
 
     @property
     def fuses(self) -> bool:
-        """Whether the fused kernel does all of it; it cuts the text into chunks by itself."""
+        """Whether the fused kernel computes everything; it divides the tokens into chunks itself."""
         return self.fused is not None and self.exit_loss is ce_loss
 
     def _losses(
         self, exits: Sequence[int], parts: Sequence[Tensor], weights: Mapping[int, float], labels: Tensor
     ) -> Iterator[tuple[int, Tensor, bool]]:
-        """Weighted sums over a chunk: (index of the exit, loss, whether it trains the head), the last layer's first."""
+        """Weighted sums over a chunk, last layer first: (index of the exit, loss, whether it trains the LM head)."""
         if self.fused is not None and self.fuses:
             for i in reversed(range(len(exits))):
                 loss = self.fused(self.head.norm(parts[i]), labels)
@@ -140,7 +141,7 @@ class JointLoss:
 
 
 class _GradientInForward(torch.autograd.Function):
-    """Sum of losses over chunks; the graph of each loss of a chunk is gone before the next one is computed."""
+    """Sum of losses over chunks; the graph of each chunk's loss is freed before the next one is computed."""
 
     @staticmethod
     def forward(ctx: Any, chunk_losses: Any, chunk_tokens: int, num_states: int, *tensors: Tensor) -> Tensor:
@@ -160,7 +161,7 @@ class _GradientInForward(torch.autograd.Function):
                     state_grad = state_grads[i]
                     if state_grad is not None:
                         state_grad[where] = found.pop(0)
-                    for grad, part in zip(grads, found, strict=False):  # none where the head isn't trained
+                    for grad, part in zip(grads, found, strict=False):  # None if the LM head isn't trained
                         grad += part
         ctx.grads = [*state_grads, *(grad.to(p.dtype) for grad, p in zip(grads, parameters, strict=True))]
         return total

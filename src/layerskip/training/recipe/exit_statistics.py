@@ -1,4 +1,4 @@
-"""Quality of every exit, summed up while a model is evaluated.
+"""Quality of every exit, accumulated while a model is evaluated.
 
 Shapes: N tokens of a batch, D width, L layers.
 """
@@ -19,18 +19,18 @@ class ExitStatistics:
 
     def __init__(self, num_layers: int) -> None:
         self.sums = torch.zeros(2, num_layers, dtype=torch.float64)
-        """[2, L]: loss in nats, agreements."""
+        """[2, L]: loss in nats, number of agreements."""
         self.num_tokens = 0
 
     @torch.no_grad()
     def add(self, head: Head, states: Mapping[int, Tensor], labels: Tensor, chunk_tokens: int) -> None:
-        """Count a batch.
+        """Add a batch.
 
         Args:
             head: Norm and LM head.
             states: Output [N, D] of every layer.
             labels: [N] next token, or IGNORED.
-            chunk_tokens: Tokens whose logits exist at a time.
+            chunk_tokens: Tokens whose logits exist at the same time.
         """
         last = len(states) - 1
         for start in range(0, len(labels), chunk_tokens):
@@ -46,7 +46,7 @@ class ExitStatistics:
             self.num_tokens += int(counted.sum())
 
     def add_up_processes(self, accelerator: Any) -> None:
-        """Make the sums those of all processes of an accelerate run."""
+        """Add up the sums of all processes of an accelerate run."""
         if accelerator.num_processes > 1:
             device = accelerator.device
             self.sums = accelerator.reduce(self.sums.to(device), reduction="sum").cpu()
@@ -54,7 +54,7 @@ class ExitStatistics:
             self.num_tokens = int(accelerator.reduce(count, reduction="sum"))
 
     def qualities(self) -> list[ExitQuality]:
-        """Of each exit, numbered by its layers; nothing where nothing was counted."""
+        """Quality of each exit, named by its number of layers; empty if nothing was counted."""
         if not self.num_tokens:
             return []
         losses, agreements = (self.sums / self.num_tokens).tolist()

@@ -1,4 +1,4 @@
-"""Layer dropout: which layers a sample skips at a training step. Pure functions; `recipe` applies them to a model.
+"""Layer dropout: which layers a sample skips at a training step. Pure functions; `recipe.py` applies them to a model.
 
 Layers and steps count from 0. Shapes: B samples, L layers.
 """
@@ -22,7 +22,7 @@ def depth_scale(layer: int, num_layers: int) -> float:
 
 
 def time_scale(step: int, num_steps: int, schedule: DropoutSchedule) -> float:
-    """S(t): 1 throughout, or exponential from 0 at the first step to 1 at the last; a run of one step has only 0.
+    """S(t): 1 throughout, or exponential from 0 at the first step to 1 at the last; 0 in a run of one step.
 
     Source: arXiv:2404.16710, eq. 4.
     """
@@ -48,8 +48,8 @@ def dropout_rates(
 def draw_kept(rates: Sequence[float], *, seed: int, step: int, samples: Iterable[int]) -> Tensor:
     """Draw which samples each layer keeps.
 
-    A draw depends on the seed, the step, the layer and the sample's index in the global batch, and on nothing else:
-    all processes agree about every sample, however the batch is spread over them, and a resumed run draws the same.
+    A draw depends on nothing but the seed, the step, the layer and the sample's index in the global batch. So all
+    processes agree about every sample, however the batch is distributed, and a resumed run draws the same.
 
     Args:
         rates: L probabilities of skipping.

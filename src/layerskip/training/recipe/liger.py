@@ -1,4 +1,4 @@
-"""Liger's fused cross-entropy, head and loss in one kernel that never holds all logits: on CUDA, if it is installed."""
+"""Liger's fused cross-entropy on CUDA: LM head and loss in one kernel that never keeps all logits."""
 
 from functools import partial
 from importlib.util import find_spec
@@ -12,15 +12,15 @@ from layerskip.training.recipe.exit_loss import FusedCrossEntropy, Head
 
 
 def liger_cross_entropy(head: Head, device: torch.device) -> FusedCrossEntropy | None:
-    """The fused loss of a head.
+    """The fused loss with an LM head.
 
     Args:
         head: Norm and LM head.
-        device: Where its weights are.
+        device: Device of its weights.
 
     Returns:
-        None where there is no CUDA or no liger_kernel, or where the head is no plain product: quantized, scaled, or
-        with adapters.
+        None without CUDA or liger_kernel, or if the LM head is no plain matrix product (quantized, scaled, or with
+        adapters).
     """
     plain = type(head.linear) is nn.Linear and head.scale == 1.0
     if device.type != "cuda" or not plain or find_spec("liger_kernel") is None:

@@ -4,7 +4,7 @@
     recipe.begin_step(step, num_steps)
     model(input_ids=..., labels=...).loss.backward()            # J of the paper, with layers dropped
 
-In evaluation mode the model stays as it is; `recipe.measure()` collects the quality of each exit meanwhile.
+In evaluation mode the model computes as usual; `recipe.measure()` collects the quality of each exit meanwhile.
 
 Shapes: B samples, T tokens of a sample, N = B x T, D width, L layers.
 """
@@ -30,7 +30,7 @@ from layerskip.training.recipe.layer_dropout import draw_kept, dropout_rates
 from layerskip.training.recipe.liger import liger_cross_entropy
 
 CHUNK_LOGITS_CPU, CHUNK_LOGITS_GPU = 2**21, 2**27
-"""Logits that exist at a time: few enough for a CPU's caches, many enough to fill a GPU."""
+"""Logits that exist at the same time: few enough for a CPU's caches, many enough to keep a GPU busy."""
 
 
 @dataclass(kw_only=True)
@@ -41,18 +41,19 @@ class _Forward:
     """[B, T], the token that follows each, or IGNORED."""
     num_items: Tensor | float
     exits: frozenset[int]
-    """Layers whose output is wanted."""
+    """Layers whose output is kept."""
     kept: list[Tensor | None] = field(default_factory=list)
-    """Of each layer: samples that go through it, None for all. Empty: no dropout."""
+    """Samples that each layer runs, None for all of them; empty without dropout."""
     states: dict[int, Tensor] = field(default_factory=dict)
-    """Outputs [B, T, D] of the wanted layers."""
+    """Outputs [B, T, D] of these layers."""
     loss: Tensor | None = None
     done: bool = False
-    """Only recomputation for gradient checkpointing comes now: samples are dropped as before, nothing is collected."""
+    """Whether only recomputation for gradient checkpointing follows: the same samples are dropped, nothing is
+    collected."""
 
 
 class LayerSkipRecipe:
-    """Applies the recipe to a model for as long as it is attached."""
+    """Applies the recipe to a model while attached."""
 
     def __init__(self, model: nn.Module, config: LayerSkipConfig, *, seed: int = 0) -> None:
         """Attach to a model.
@@ -61,7 +62,7 @@ class LayerSkipRecipe:
             model: A causal model of transformers, bare or with peft's adapters, before it is wrapped for distributed
                 training.
             config: The recipe.
-            seed: Of the draws of layer dropout.
+            seed: Seed of layer dropout.
 
         Raises:
             UnsupportedModelError: The model's layers, norm or head can't be reached.
@@ -89,14 +90,14 @@ class LayerSkipRecipe:
         self._layers: list[Any] = list(anatomy.layers)
         for i, layer in enumerate(self._layers):
             layer.layerskip = (self, i)
-            layer.layerskip_forward = vars(layer).get("forward")  # that of the class, unless another library changed it
+            layer.layerskip_forward = vars(layer).get("forward")  # the class's own, unless another library changed it
             layer.forward = MethodType(_enter_layer, layer)
         self.head_cost = _num_weights(anatomy.head.linear) / max(1, _num_weights(self._layers[-1]))
-        """Weights of the LM head, in layers."""
+        """Weights of the LM head divided by the weights of a layer."""
         self.begin_step(0, 1)
 
     def detach(self) -> None:
-        """Leave the model as it was."""
+        """Restore the model."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -109,13 +110,13 @@ class LayerSkipRecipe:
         self._layers.clear()
 
     def begin_step(self, step: int, num_steps: int, *, rank: int = 0, world_size: int = 1) -> None:
-        """Say which optimizer step the next forward passes belong to.
+        """Set the optimizer step of the next forward passes.
 
         Args:
             step: t, from 0.
             num_steps: T.
-            rank: Which part of the global batch this process has.
-            world_size: How many parts there are; each of the same number of samples.
+            rank: Index of this process's part of the global batch.
+            world_size: Number of parts, each with the same number of samples.
         """
         config, num_layers = self.config, self.num_layers
         enabled = enabled_exits(
@@ -134,7 +135,7 @@ class LayerSkipRecipe:
 
     @contextmanager
     def measure(self) -> Iterator[ExitStatistics]:
-        """Collect loss and agreement of every exit from the passes in evaluation mode that have labels."""
+        """Collect loss and agreement of every exit from passes in evaluation mode that have labels."""
         self._statistics = ExitStatistics(self.num_layers)
         try:
             yield self._statistics
@@ -161,7 +162,7 @@ class LayerSkipRecipe:
             exits=frozenset(self.weights),
             kept=self._draw(labels.shape[0], labels.device),
         )
-        # The model's own loss is replaced, so its logits are computed for one position only.
+        # The model's own loss is replaced, so logits for a single position are enough.
         kwargs.update(labels=None, logits_to_keep=1, use_cache=False)
         kwargs.pop("shift_labels", None)
         return args, kwargs
@@ -178,7 +179,8 @@ class LayerSkipRecipe:
         forward = self._forward
         if forward is None:
             return run(hidden, *args, **kwargs)
-        # What calls the decoder alone, past the model, in evaluation mode, finds the last training pass's samples here.
+        # Code that calls the decoder without the model, in evaluation mode, finds the last training pass's samples
+        # here.
         rows = forward.kept[i] if forward.kept and self.model.training else None
         if rows is None:
             output = run(hidden, *args, **kwargs)
@@ -187,7 +189,7 @@ class LayerSkipRecipe:
             output = run(select(hidden), *map(select, args), **{name: select(value) for name, value in kwargs.items()})
             hidden = hidden.index_copy(0, rows, first(output).to(hidden.dtype))
             output = (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-        else:  # zero gradients, not missing ones: where layers are sharded, all processes reduce the same parameters
+        else:  # zero gradients, not missing ones: with sharded layers, all processes reduce the same parameters
             trained = [parameter.sum() for parameter in self._layers[i].parameters() if parameter.requires_grad]
             hidden = hidden + torch.stack(trained).sum().to(hidden.dtype) * 0 if trained else hidden
             output = (hidden,) if self._tuples else hidden
@@ -197,7 +199,7 @@ class LayerSkipRecipe:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_head(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        """The losses belong here, where mixed precision and gathered weights are those of the model's own head."""
+        """Compute the losses here, while mixed precision and gathered weights are those of the model's own LM head."""
         forward = self._forward
         if forward is None or forward.done:
             return
@@ -225,7 +227,7 @@ class LayerSkipRecipe:
             return None
         loss, self._forward.loss = self._forward.loss, None
         balance = getattr(output, "aux_loss", None)
-        if balance is not None:  # mixtures of experts; models add it to a loss of their own, which is replaced here
+        if balance is not None:  # mixtures of experts: models add this to their own loss, which is replaced here
             loss = loss + self.model.config.get_text_config().router_aux_loss_coef * balance.to(loss.device)
         if isinstance(output, tuple):
             return (loss, *output)
@@ -237,7 +239,7 @@ def _num_weights(module: nn.Module) -> int:
 
 
 def _select(value: Any, *, rows: Tensor, batch_size: int) -> Any:
-    """The part of a layer's argument that belongs to some samples."""
+    """Select the given samples in an argument of a layer."""
     if isinstance(value, Tensor):
         return value[rows] if value.dim() > 1 and value.shape[0] == batch_size else value
     if isinstance(value, (tuple, list)):
@@ -246,14 +248,14 @@ def _select(value: Any, *, rows: Tensor, batch_size: int) -> Any:
 
 
 def _enter_layer(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """`forward` of a layer while a recipe is attached. Bound to the layer, so that copies of a model stay whole."""
+    """`forward` of a layer while a recipe is attached; bound to the layer, so that copies of a model stay whole."""
     recipe, i = layer.layerskip
     run = layer.layerskip_forward or partial(type(layer).forward, layer)
     return recipe._run_layer(i, run, hidden_states, args, kwargs)
 
 
 def _make_model_forward(kind: Any) -> Callable[..., Any]:
-    """`forward` of a model of this class that peft wraps, while a recipe is attached; it keeps its signature."""
+    """`forward` of a model that peft wraps, while a recipe is attached; with the signature of the class's own."""
 
     @wraps(kind.forward)
     def enter(model: Any, *args: Any, **kwargs: Any) -> Any:

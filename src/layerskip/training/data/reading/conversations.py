@@ -1,4 +1,4 @@
-"""Conversations and tools, as data sets hold them -> as chat templates take them."""
+"""Conversations and tools from the formats of data sets to the format of chat templates."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,21 +15,21 @@ SHAREGPT_ROLES = {
     "function_call": "assistant",
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
 }
-"""Who speaks in ShareGPT's records (`from`), and the role that chat templates know."""
+"""Speakers in ShareGPT's records (`from`), and their roles in chat templates."""
 
 
 def read_messages(value: object, origin: str) -> tuple[Message, ...]:
     """The messages of a conversation, with a text as content.
 
-    Takes `role` and `content` (a text, or a list of parts that are texts), and ShareGPT's `from` and `value`. A list
-    may be spelled as JSON, as it is in a CSV file.
+    Accepts `role` and `content` (a text, or a list of parts that are texts), and ShareGPT's `from` and `value`. A list
+    may be JSON in a string, as in a CSV file.
 
     Args:
-        value: What a record holds.
+        value: The record's value.
         origin: Where it is from, for error messages.
 
     Raises:
-        InvalidArgumentError: It is no list of messages, or one of them isn't a message; names it.
+        InvalidArgumentError: The value is no list of messages, or one of them isn't a message; the message names it.
     """
     value = _parsed(value)
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
@@ -38,10 +38,10 @@ def read_messages(value: object, origin: str) -> tuple[Message, ...]:
 
 
 def read_tools(record: Mapping[str, Any], origin: str) -> tuple[Mapping[str, Any], ...]:
-    """The functions that a record's assistant may call: `tools`, or `functions` as they were called before.
+    """The functions that a record's assistant may call: `tools`, or the older `functions`.
 
     Raises:
-        InvalidArgumentError: They are no list of descriptions.
+        InvalidArgumentError: The value is no list of descriptions.
     """
     name = "tools" if record.get("tools") else "functions"
     value = _parsed(record.get(name) or [])
@@ -57,7 +57,7 @@ def read_tools(record: Mapping[str, Any], origin: str) -> tuple[Mapping[str, Any
 def without_nulls(value: Any) -> Any:
     """A record of a table without the names that have no value.
 
-    In a table every object has the names of all others: a tool's parameters those of all tools.
+    In a table, every object has the fields of all others, for example a tool's parameters the fields of all tools.
     """
     if isinstance(value, Mapping):
         return {name: without_nulls(item) for name, item in value.items() if item is not None}
@@ -67,7 +67,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def _parsed(value: object) -> object:
-    """What a text spells as JSON; anything else as it is."""
+    """The value of JSON in a string; anything else unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -134,7 +134,7 @@ def _list(value: object, origin: str) -> list[Any]:
 
 
 def _call(call: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """A call whose arguments are an object: templates write them as JSON, and would write a text's quotes too."""
+    """A call whose arguments are an object: templates render them as JSON, and would quote a string once more."""
     if isinstance(call.get("function"), Mapping):
         return {**call, "function": _call(call["function"], origin)}
     arguments = call.get("arguments")

@@ -1,4 +1,4 @@
-"""What sources are made of: plain texts, prompts with completions, instructions, and conversations."""
+"""Kinds of documents: plain texts, prompts with completions, instructions, and conversations."""
 
 import json
 from collections.abc import Mapping
@@ -52,7 +52,7 @@ class TextDocument:
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionDocument:
-    """A prompt and what should follow it; only the completion is learned."""
+    """A prompt with its completion; only the completion is learned."""
 
     origin: str
     prompt: str
@@ -71,11 +71,11 @@ class CompletionDocument:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatDocument:
-    """A conversation; only what the assistant says is learned."""
+    """A conversation; only the assistant's answers are learned."""
 
     origin: str
     messages: tuple[Mapping[str, Any], ...]
-    """As chat templates take them: `role`, `content`, and whatever else the template knows, such as `tool_calls`."""
+    """Messages for a chat template: `role`, `content`, and other keys that the template uses, such as `tool_calls`."""
     tools: tuple[Mapping[str, Any], ...] = ()
     """JSON schemas of the functions that the assistant may call."""
 
@@ -93,15 +93,15 @@ class ChatDocument:
 
 @dataclass(frozen=True, kw_only=True)
 class InstructionDocument:
-    """A task and what does it, as in Alpaca's data; only the output is learned.
+    """A task and its solution, as in Alpaca's data; only the output is learned.
 
-    A model made for chat reads it as a question and its answer, another one in Alpaca's own words.
+    With a chat template, the task becomes a question and its answer; otherwise it is put into Alpaca's own words.
     """
 
     origin: str
     instruction: str
     input: str
-    """What the task is about; empty where the instruction says it all."""
+    """Input of the task; empty if the instruction needs none."""
     output: str
 
     @cached_property

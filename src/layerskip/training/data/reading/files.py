@@ -1,4 +1,4 @@
-"""Files, folders of them, and the sources of Python's standard library -> documents."""
+"""Documents of files, folders, and the sources of Python's standard library."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from layerskip.training.data.reading.record_files import RECORD_SUFFIXES, read_r
 from layerskip.training.data.reading.records import read_record
 
 STDLIB = "python-stdlib"
-# Sources and prose. No data (.json, .csv, .svg): long, repetitive, and little like what one wants written.
+# Sources and prose, no data (.json, .csv, .svg): data files are long, repetitive, and unlike the texts to generate.
 SUFFIXES = frozenset(
     """
     .txt .md .rst .tex .py .pyi .pyx .ipy .c .h .cc .cpp .cxx .hh .hpp .hxx .cu .cuh .m .mm .java .kt .kts .scala
@@ -29,7 +29,7 @@ STDLIB_TESTS = frozenset({"test", "tests", "idlelib"})
 
 
 def read_file(path: Path, text_field: str | None) -> Iterator[Document]:
-    """Documents of one file: those of its records, or else the whole text; none if it is empty.
+    """Documents of one file: its records, or else the whole text; none if the file is empty.
 
     Raises:
         InvalidArgumentError: It can't be read, isn't text, or is data whose suffix doesn't say so.
@@ -52,7 +52,7 @@ def read_file(path: Path, text_field: str | None) -> Iterator[Document]:
 
 
 def read_folder(folder: Path, suffixes: tuple[str, ...], text_field: str | None) -> Iterator[Document]:
-    """Documents of a folder and those below it, by path; what isn't text is left out, and so are hidden folders.
+    """Documents of a folder and its subfolders, by path; hidden folders and files that aren't text are left out.
 
     Args:
         folder: The folder.
@@ -75,7 +75,7 @@ def read_folder(folder: Path, suffixes: tuple[str, ...], text_field: str | None)
 
 
 def folder_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """The files of a folder that are read, by path."""
+    """Files to read from a folder, by path."""
     wanted = frozenset(suffixes) or SUFFIXES
     paths = (folder / name for name in _walk(folder, SKIPPED_FOLDERS))
     return [path for path in paths if path.suffix.lower() in wanted and path.is_file()]
@@ -85,7 +85,7 @@ def read_stdlib(*, with_tests: bool = False) -> Iterator[Document]:
     """Python sources of the running interpreter's standard library.
 
     Args:
-        with_tests: Also its tests and IDLE.
+        with_tests: Also the library's tests and IDLE.
     """
     for name, path in stdlib_files(with_tests=with_tests).items():
         text = _read_text(path)
@@ -121,7 +121,7 @@ def _sorted_records() -> list[str]:
 
 
 def _is_json(text: str) -> bool:
-    """Whether a text is one JSON array or object, or lines of them."""
+    """Whether a text is one JSON array or object, or has one in each line."""
     start = text.lstrip()
     if not start.startswith(("{", "[")):
         return False
@@ -146,7 +146,7 @@ def _walk(folder: Path, skipped: frozenset[str]) -> Iterator[str]:
 
 
 def _read_text(path: Path) -> str | None:
-    """Contents of a text file, with plain line ends; None if it isn't UTF-8 or has bytes that no text has."""
+    """Contents of a text file, with plain line ends; None if the file isn't UTF-8 or is binary."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:

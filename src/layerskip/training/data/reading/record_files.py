@@ -17,20 +17,20 @@ DELIMITERS = ",;\t"
 ROWS_AT_ONCE = 256
 
 Record = tuple[object, str]
-"""A record, and where it is: the file with its line, or its number, for error messages."""
+"""A record, and its place for error messages: the file with its line or number."""
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """Records of a file, in order, with what each is called in error messages.
+    """Records of a file, in order, each with its name in error messages.
 
-    The suffix says whether it is JSON, text with columns, or a table. Whether JSON is one array, one object, or an
-    object in each line, its content says.
+    The suffix tells JSON, text with columns and tables apart. Whether JSON is one array, one object, or an object in
+    each line depends on its content.
 
     Args:
         path: A file with one of `RECORD_SUFFIXES`.
 
     Raises:
-        InvalidArgumentError: It can't be read as what its suffix says; names the line or row.
+        InvalidArgumentError: The file can't be read as its suffix says; the message names the line or row.
     """
     suffix = path.suffix.lower()
     if suffix in JSON_SUFFIXES:
@@ -58,7 +58,7 @@ def _read_json(path: Path) -> Iterator[Record]:
 
 
 def _read_whole(path: Path, first: str, file: IO[str], line: str) -> object:
-    """One value that goes over several lines; what is no such value was meant as JSON lines, if it is so called."""
+    """One JSON value over several lines; in a file named as JSON lines, errors name lines instead."""
     text = first + file.read()
     if path.suffix.lower() != ".json" and not _is_json(text):
         _parse(first, line)
@@ -77,7 +77,7 @@ def _is_json(text: str) -> bool:
 def _parse(text: str, origin: str) -> object:
     try:
         record: object = json.loads(text)
-        if "\\u" in text:  # JSON can spell half a character, which isn't text for anything that comes after
+        if "\\u" in text:  # JSON can contain half a surrogate pair, which no later step accepts as text
             json.dumps(record, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise InvalidArgumentError(f"{origin} is not JSON in UTF-8: {error}; correct or remove it") from error
@@ -132,7 +132,7 @@ def _parquet(path: Path) -> Iterator[Any]:
 
 
 def _arrow(path: Path) -> Iterator[Any]:
-    """Batches of an Arrow file; `datasets` writes them as a stream, others with an index at the end."""
+    """Batches of an Arrow file; `datasets` writes a stream, other programs a file with an index at the end."""
     import pyarrow
 
     with pyarrow.OSFile(str(path)) as file:

@@ -1,4 +1,4 @@
-"""Records of files and data sets -> documents."""
+"""Records of files and data sets to documents."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -26,12 +26,12 @@ SHAPES = (
 
 
 def read_record(record: object, text_field: str | None, origin: str) -> Iterator[Document]:
-    """The document of a record, or none where there is nothing to learn.
+    """The document of a record; none if the record has nothing to learn.
 
-    Conversations and instructions come first: their records often hold the whole as a text, too.
+    Conversations and instructions are looked for first, because their records often contain the whole text as well.
 
     Args:
-        record: Names and values; a value of None is as if the name weren't there.
+        record: Names and values; a value of None counts as a missing name.
         text_field: Field with the text or the messages; None to look for the usual ones.
         origin: File and line, or data set and number, for error messages.
 

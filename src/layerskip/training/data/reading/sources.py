@@ -1,4 +1,4 @@
-"""Names of sources -> their documents, in a fixed order, each content once."""
+"""Documents of the named sources, in a fixed order and without duplicates."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -22,13 +22,13 @@ DATA_SUFFIXES = RECORD_SUFFIXES | {".gz", ".zip"}
 
 
 def read_documents(config: DataConfig) -> Iterator[Document]:
-    """Documents of all sources: in the order of the sources, files by path; repeated content is left out.
+    """Documents of all sources, in the order of the sources and of file paths; duplicates are left out.
 
     Args:
         config: The sources, and how to read them.
 
     Raises:
-        InvalidArgumentError: No source, an unknown one (both at once), or, while it is read, one that can't be read.
+        InvalidArgumentError: No source or an unknown one (at once), or a source that can't be read (while reading).
     """
     if not config.data:
         raise InvalidArgumentError(f"no data was named; data can be {KINDS}")
@@ -36,7 +36,7 @@ def read_documents(config: DataConfig) -> Iterator[Document]:
 
 
 def open_source(spec: str, config: DataConfig) -> Reader:
-    """What reads the documents of one source, each time from the start.
+    """A function that reads the documents of one source from the start.
 
     Raises:
         InvalidArgumentError: There is no such source.
@@ -58,7 +58,7 @@ def open_source(spec: str, config: DataConfig) -> Reader:
 
 
 def _distinct(readers: list[Reader], limit: int | None) -> Iterator[Document]:
-    # Over the whole corpus, so that nothing that is held out is learned from a second copy.
+    # Duplicates are found over the whole corpus, so that nothing held out is learned from a second copy.
     seen: set[int] = set()
     for reader in readers:
         for document in reader():

@@ -8,8 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from layerskip import __version__
-
+__version__ = "0.1.0"
+"""Of this package."""
 PACKAGES = ("torch", "transformers", "datasets", "lm_eval", "ray")
 
 

@@ -25,8 +25,8 @@ import layerskip
 from layerskip.decoding.config import GenerationConfig
 from layerskip.evaluation.data.datasets import Example, encode_examples, load_examples
 from layerskip.evaluation.run_folder import RunFolder
-from layerskip.evaluation.sweep.files import SweepRow
-from layerskip.evaluation.sweep.prediction import Setting
+from layerskip.evaluation.setting import Setting
+from layerskip.evaluation.sweep.prediction import SweepRow
 from layerskip.evaluation.sweep.run import TOP, SweepReport, make_grid, planned_units, sweep
 from layerskip.evaluation.sweep.trajectories import replay
 from layerskip.evaluation.sweep.worker import SweepWork, from_sample, text_key
@@ -116,7 +116,7 @@ def predicted_acceptance(run: RunFolder, examples: Sequence[Example], grid: Sequ
     trajectories = [from_sample(run.samples[text_key(example)]) for example in examples]
     found = {}
     for setting in grid:
-        replays = [replay(trajectory, *setting) for trajectory in trajectories]
+        replays = [replay(trajectory, setting) for trajectory in trajectories]
         found[setting] = sum(r.accepted for r in replays) / max(1, sum(r.drafted for r in replays))
     return found
 
@@ -134,7 +134,7 @@ def run_again(
     for _ in track(range(repetitions), "once more"):
         for prompt in prompts:
             for setting in settings:
-                options: dict[str, Any] = {"exit_layer": setting[0], "num_speculations": setting[1]}
+                options: dict[str, Any] = setting._asdict()
                 started = time.perf_counter()
                 result = lm.generate([prompt], config, generation_strategy="self_speculative", **options)[0]
                 seconds[setting] += time.perf_counter() - started

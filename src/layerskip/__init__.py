@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from layerskip.decoding.stats import GenerationStats
     from layerskip.errors import LayerSkipError
     from layerskip.language_model import LanguageModel, Session, load
+    from layerskip.machine import __version__
     from layerskip.training.config import (
         CheckpointConfig,
         LayerSkipConfig,
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from layerskip.training.recipe.recipe import LayerSkipRecipe
     from layerskip.training.run import TrainingResult, train
     from layerskip.training.trainer import LayerSkipTrainer
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CheckpointConfig",
@@ -72,6 +71,7 @@ _MODULES = {
         ("CheckpointConfig", "LayerSkipConfig", "OptimizationConfig", "StartConfig", "TrainingConfig"),
         "training.config",
     ),
+    "__version__": "machine",
     "DataConfig": "training.data.config",
     "LayerSkipRecipe": "training.recipe.recipe",
     "LayerSkipTrainer": "training.trainer",

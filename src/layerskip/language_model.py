@@ -1,7 +1,7 @@
 """The package's front: a checkpoint that generates, streams and scores text."""
 
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from layerskip.decoding.adaptive.experience import Experience
 from layerskip.decoding.config import GenerationConfig, make_config
 from layerskip.decoding.engine import Engine
 from layerskip.decoding.output.events import GenerationResult
-from layerskip.decoding.output.stream import GenerationStream
+from layerskip.decoding.output.stream import GenerationStream, generate_each
 from layerskip.decoding.output.writer import RowWriter
 from layerskip.decoding.request import Request, make_request
 from layerskip.decoding.scoring import Score, all_logits, score_tokens
@@ -335,6 +335,23 @@ class LanguageModel:
         rows = [engine.add(request) for request in requests]
         writers = [RowWriter(engine, row, tokenizer, index) for index, row in enumerate(rows)]
         return GenerationStream(engine, writers, show_drafts=show_drafts)
+
+    def generate_each(self, requests: Sequence[Request], *, max_rows: int) -> Iterator[tuple[int, GenerationResult]]:
+        """Generate for many requests, each of which begins as soon as another one ends.
+
+        Args:
+            requests: From `request`; they may differ in everything.
+            max_rows: Requests that run at once, at most.
+
+        Returns:
+            Pairs of a request's place and its result, as they end.
+
+        Raises:
+            OutOfMemoryError: The cache doesn't fit.
+        """
+        capacity = max(len(request.tokens) + request.max_new_tokens for request in requests)
+        engine = self._engine(min(max_rows, len(requests)), capacity, keeps_prefixes=True)
+        return generate_each(engine, requests, self._tokenizer_or_none(requests))
 
     def _engine(self, max_rows: int, capacity: int, *, keeps_prefixes: bool = False) -> Engine:
         return Engine(

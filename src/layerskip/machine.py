@@ -8,11 +8,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerskip import __version__
-
 if TYPE_CHECKING:
     import torch
 
+__version__ = "0.1.0"
+"""Of this package."""
 PACKAGES = ("torch", "transformers", "datasets", "lm_eval", "ray")
 
 

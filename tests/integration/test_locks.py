@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from layerskip.batch.results import PartialResults
 from layerskip.cli.main import main
@@ -134,6 +135,23 @@ def test_a_lock_is_let_go(tmp_path: Path) -> None:
     lock = Lock(tmp_path / ".lock", "x")
     lock.release()
     lock.release()
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs work there as they would without locks: nothing is protected, and nothing fails."""
+
+    def cannot_lock(*_: object, **__: object) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(FileLock, "acquire", cannot_lock)
+    file = tmp_path / ".lock"
+    with Lock(file, "x") as first, Lock(file, "x") as second:
+        first.release()
+        second.release()
+    with open_run_folder(tmp_path / "run", "verify", {"a": 1}) as run:
+        run.add("0", {})
+    assert not file.exists()
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["run.json", "samples.jsonl"]
 
 
 def test_numbers_that_json_does_not_have(tmp_path: Path) -> None:

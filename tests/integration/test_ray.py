@@ -14,12 +14,15 @@ from typing import Any
 
 import pytest
 
-from layerskip.batch.lines import Line, LineDecoder, load_decoder, map_here, read_lines, run_batch
+from layerskip.batch.lines import Line, read_lines
 from layerskip.batch.results import PartialResults
+from layerskip.batch.run import run_batch
+from layerskip.batch.worker import BatchWork
 from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import InvalidArgumentError, LayerSkipError, PromptError
 from layerskip.language_model import load
-from layerskip.workers.ray import MAX_RETRIES, RayWorkers, ray_map, share_out
+from layerskip.workers.fan_out import Worker
+from layerskip.workers.ray import MAX_RETRIES, ray_mapper, share_out
 
 CONFIG = GenerationConfig(max_new_tokens=24, temperature=0.8, seed=5, ignore_eos=True)
 
@@ -53,11 +56,20 @@ def texts(output: Path) -> list[tuple[int, list[int]]]:
     return [(record["index"], record["token_ids"]) for record in records]
 
 
+def work_of(model: Path) -> BatchWork:
+    return BatchWork(load=partial(load, str(model)), config=CONFIG, seed=5)
+
+
 def expected_texts(model: Path, prompts: Path, output: Path) -> list[tuple[int, list[int]]]:
     """What a single process writes."""
-    decoder = LineDecoder(load(str(model)), CONFIG, 5)
-    run_batch(read_lines(prompts)[0], PartialResults(output, CONFIG, {}), partial(map_here, decoder), batch_size=3)
+    run_batch(work_of(model), read_lines(prompts)[0], PartialResults(output, CONFIG, {}), batch_size=3)
     return texts(output)
+
+
+def mapped(items: list[Any], make_worker: Callable[[], Worker], num_workers: int | None) -> list[Any]:
+    """All results, as a cluster's workers return them."""
+    with ray_mapper(num_workers=num_workers, most_items=len(items)) as mapper:
+        return list(mapper(items, make_worker))
 
 
 @pytest.mark.slow
@@ -82,8 +94,8 @@ def test_a_killed_worker_loses_nothing(cluster: Any, model: Path, prompts: Path,
     pids = tmp_path / "pids"
     pids.mkdir()
 
-    def make_worker() -> Callable[[list[Line]], Any]:
-        decode = load_decoder({"name": str(model)}, CONFIG, 5)
+    def slowly(make_worker: Callable[[], Worker]) -> Worker:
+        decode = make_worker()
 
         def work(lines: list[Line]) -> Any:
             (pids / f"{os.getpid()}-{lines[0].index}").touch()
@@ -94,16 +106,17 @@ def test_a_killed_worker_loses_nothing(cluster: Any, model: Path, prompts: Path,
 
     killed: list[int] = []
 
-    def mapper(batches: Any) -> Iterator[tuple[int, Any]]:
-        for place, records in ray_map(batches, make_worker, num_workers=2):
-            if not killed:
-                time.sleep(0.1)  # both are at their next items
-                killed.append(int(max(pids.iterdir(), key=lambda path: path.stat().st_mtime).name.split("-")[0]))
-                os.kill(killed[0], signal.SIGKILL)
-            yield place, records
+    def kills(batches: Any, make_worker: Callable[[], Worker]) -> Iterator[Any]:
+        with ray_mapper(num_workers=2, most_items=12) as mapper:
+            for records in mapper(batches, partial(slowly, make_worker)):
+                if not killed:
+                    time.sleep(0.1)  # both are at their next items
+                    killed.append(int(max(pids.iterdir(), key=lambda path: path.stat().st_mtime).name.split("-")[0]))
+                    os.kill(killed[0], signal.SIGKILL)
+                yield records
 
     results = PartialResults(tmp_path / "ray.jsonl", CONFIG, {})
-    summary = run_batch(read_lines(prompts)[0], results, mapper, batch_size=1)
+    summary = run_batch(work_of(model), read_lines(prompts)[0], results, mapper=kills, batch_size=1)
     assert texts(tmp_path / "ray.jsonl") == expected_texts(model, prompts, tmp_path / "one.jsonl")
     assert summary.tokens == 12 * 24
     workers = {path.name.split("-")[0] for path in pids.iterdir()}
@@ -113,72 +126,79 @@ def test_a_killed_worker_loses_nothing(cluster: Any, model: Path, prompts: Path,
 
 
 def test_workers_that_stay(cluster: Any, tmp_path: Path) -> None:
-    def make_worker() -> Callable[[int], tuple[int, int]]:
+    def make_worker() -> Worker:
         (tmp_path / str(os.getpid())).touch()
-        return lambda item: (os.getpid(), item)
+        return lambda item: [(os.getpid(), item), (os.getpid(), -item)]
 
-    with RayWorkers(make_worker, num_workers=2, most_items=9) as workers:
-        first = dict(workers.map([10, 11, 12, 13]))
-        early = workers.map([20, 21, 22])
+    def make_other() -> Worker:
+        return lambda item: [(os.getpid(), item)]
+
+    with ray_mapper(num_workers=1, most_items=9) as mapper:
+        first = list(mapper([10, 11, 12, 13], make_worker))
+        early = mapper([20, 21, 22], make_worker)
         next(early)
         early.close()  # what was under way is nobody's any more
-        second = dict(workers.map([30, 31]))
-    assert [first[place][1] for place in range(4)] == [10, 11, 12, 13]
-    assert [second[place][1] for place in range(2)] == [30, 31]
-    made = {int(path.name) for path in tmp_path.iterdir()}
-    assert len(made) == 2
-    assert {process for process, _ in [*first.values(), *second.values()]} <= made
+        second = list(mapper([30, 31], make_worker))
+        assert list(mapper([], make_other)) == []
+        assert len(list(tmp_path.iterdir())) == 1
+        (other,) = mapper([40], make_other)
+    assert [item for _, item in first] == [10, -10, 11, -11, 12, -12, 13, -13]
+    assert [item for _, item in second] == [30, -30, 31, -31]
+    (started,) = (int(path.name) for path in tmp_path.iterdir())
+    assert {process for process, _ in [*first, *second]} == {started}
+    assert other[0] != started
 
 
 def test_results_come_as_they_are_done(cluster: Any) -> None:
-    def make_worker() -> Callable[[float], float]:
-        def work(seconds: float) -> float:
+    def make_worker() -> Worker:
+        def work(seconds: float) -> Iterator[tuple[float, float]]:
             time.sleep(seconds)
-            return time.time()
+            yield seconds, time.time()
 
         return work
 
     results = []
-    for place, done in ray_map([1.5, 0.0, 0.1, 0.1], make_worker, num_workers=2):
-        results.append((place, done, time.time() - done))
-    assert sorted(place for place, _, _ in results) == [0, 1, 2, 3]
-    assert results[0][0] != 0
+    with ray_mapper(num_workers=2, most_items=4) as mapper:
+        for seconds, done in mapper([1.5, 0.0, 0.1, 0.2], make_worker):
+            results.append((seconds, done, time.time() - done))
+    assert sorted(seconds for seconds, _, _ in results) == [0.0, 0.1, 0.2, 1.5]
+    assert results[0][0] != 1.5
     assert [done for _, done, _ in results] == sorted(done for _, done, _ in results)
     assert all(delay < 0.5 for _, _, delay in results)
 
 
 def test_what_a_worker_raises_arrives(cluster: Any) -> None:
-    def make_worker() -> Callable[[int], int]:
-        def work(item: int) -> int:
+    def make_worker() -> Worker:
+        def work(item: int) -> Iterator[int]:
             if item == 1:
                 raise PromptError("prompt 1 is odd")
-            return 1 // (item - 2)
+            yield 1 // (item - 2)
 
         return work
 
-    def make_nothing() -> Callable[[int], int]:
+    def make_nothing() -> Worker:
         raise PromptError("no model")
 
     with pytest.raises(PromptError, match="prompt 1 is odd"):
-        list(ray_map([0, 1], make_worker, num_workers=1))
+        mapped([0, 1], make_worker, 1)
     with pytest.raises(RuntimeError, match=r"a worker failed:[\s\S]*ZeroDivisionError"):
-        list(ray_map([2], make_worker, num_workers=1))
+        mapped([2], make_worker, 1)
     with pytest.raises(PromptError, match="no model"):
-        list(ray_map([0], make_nothing, num_workers=1))
+        mapped([0], make_nothing, 1)
 
 
 @pytest.mark.slow
 def test_an_item_that_kills_its_workers_comes_to_an_end(cluster: Any, tmp_path: Path) -> None:
-    def make_worker() -> Callable[[int], int]:
-        def work(item: int) -> int:
+    def make_worker() -> Worker:
+        def work(item: int) -> list[int]:
             (tmp_path / str(os.getpid())).touch()
             os.kill(os.getpid(), signal.SIGKILL)
-            return item
+            return [item]
 
         return work
 
     with pytest.raises(LayerSkipError, match="gave up on item 0"):
-        list(ray_map([0], make_worker, num_workers=1))
+        mapped([0], make_worker, 1)
     assert 1 < len(list(tmp_path.iterdir())) <= 1 + MAX_RETRIES  # a retry may also meet a worker that has just died
 
 
@@ -187,7 +207,7 @@ def test_a_cluster_that_does_not_answer_is_an_error(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(ray, "is_initialized", lambda: False)  # another test's cluster may be joined
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(InvalidArgumentError, match=r"RAY_ADDRESS '127.0.0.1:1' can't be joined: .*refused"):
-        list(ray_map([1], lambda: abs))
+        mapped([1], lambda: range, None)
 
 
 @pytest.mark.slow
@@ -207,7 +227,9 @@ def test_a_cluster_that_others_started() -> None:
     start = [here, "start", "--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false", "--block"]
     starting = {name: value for name, value in environment.items() if name != "RAY_ADDRESS"}
     script = (
-        "from layerskip.workers.ray import ray_map\nprint(sorted(ray_map([-1, -2, -3], lambda: abs, num_workers=2)))"
+        "from layerskip.workers.ray import ray_mapper\n"
+        "with ray_mapper(num_workers=2, most_items=3) as mapper:\n"
+        "    print(sorted(mapper(['1', '23', '4'], lambda: list)))"
     )
     head = subprocess.Popen(start, env=starting, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -223,7 +245,7 @@ def test_a_cluster_that_others_started() -> None:
                 timeout=120,
                 check=False,
             )
-            assert done.stdout == "[(0, 1), (1, 2), (2, 3)]\n", done.stderr
+            assert done.stdout == "['1', '2', '3', '4']\n", done.stderr
     finally:
         head.terminate()
         head.wait(timeout=60)
@@ -231,10 +253,10 @@ def test_a_cluster_that_others_started() -> None:
 
 def test_too_many_workers_are_refused(cluster: Any) -> None:
     with pytest.raises(InvalidArgumentError, match="has 2 CPU cores, and 3 workers need one each"):
-        list(ray_map([1, 2, 3], lambda: abs, num_workers=3))
+        mapped([1, 2, 3], lambda: range, 3)
     with pytest.raises(InvalidArgumentError, match="num_workers must be at least 1, got 0"):
-        ray_map([1], lambda: abs, num_workers=0)
-    assert list(ray_map([], lambda: abs)) == []
+        mapped([1], lambda: range, 0)
+    assert mapped([], lambda: range, None) == []
 
 
 @pytest.mark.parametrize(

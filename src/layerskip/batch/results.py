@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from layerskip.decoding.config import GenerationConfig
+from layerskip.differences import differences
 from layerskip.errors import InvalidArgumentError
 from layerskip.files import parse_json, write_atomically
 from layerskip.locks import Lock
@@ -131,18 +132,15 @@ class PartialResults:
         try:
             header = parse_json(line)
             known = header["schema"] == SCHEMA and header["kind"] == "batch"
-            found, seed = dict(header["configuration"]), int(header["seed"])
+            there, seed = dict(header["configuration"]), int(header["seed"])
         except (ValueError, KeyError, TypeError) as error:
             raise InvalidArgumentError(f"{self.path} is no run of layerskip batch; name another output file") from error
         if not known:
             raise InvalidArgumentError(f"{self.path} was written by another version; finish it there, or delete it")
-        missing = object()
-        names = sorted(found.keys() | configuration.keys())
-        other = [name for name in names if found.get(name, missing) != configuration.get(name, missing)]
-        if other:
-            there = ", ".join(f"{name} {found.get(name)!r}, not {configuration.get(name)!r}" for name in other)
+        if differing := differences(there, configuration):
             raise InvalidArgumentError(
-                f"{self.path} holds results of another configuration ({there}); name another output file, or delete it"
+                f"{self.path} holds results of another configuration ({', '.join(differing)}); "
+                "name another output file, or delete it"
             )
         return seed
 

@@ -1,10 +1,10 @@
 """`layerskip batch`: decode every prompt of a file of JSON lines; what was interrupted goes on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from dataclasses import field as default
-from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,16 +12,17 @@ from tyro.conf import arg
 
 from layerskip.cli.exit_code import ExitCode
 from layerskip.cli.flags.arguments import DecodingArguments, ModelArguments, OutputArguments, parse
-from layerskip.cli.flags.ray import RayArguments, anywhere, check_ray
+from layerskip.cli.flags.ray import RayArguments, check_ray
 from layerskip.cli.terminal.progress import make_progress
 from layerskip.cli.terminal.terminal import load_model, make_console
-from layerskip.cli.workers import keep_output_clean
+from layerskip.cli.workers import keep_output_clean, make_mapper, model_loader
 from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import InvalidArgumentError
 from layerskip.files import to_json
 
 if TYPE_CHECKING:
-    from layerskip.batch.lines import BatchSummary, Mapper
+    from layerskip.batch.run import BatchSummary
+    from layerskip.language_model import LanguageModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,21 +54,34 @@ def run(argv: Sequence[str]) -> int:
     arguments = parse(BatchArguments, "batch", argv)
     check_arguments(arguments)
 
-    from layerskip.batch.lines import read_lines, run_batch
+    from layerskip.batch.lines import read_lines
     from layerskip.batch.results import PartialResults
 
     config = GenerationConfig(**asdict(arguments.decoding))
     lines, digest = read_lines(arguments.input, arguments.field)
     configuration = {**asdict(arguments.model), **asdict(config), "field": arguments.field, "input": digest}
     with closing(PartialResults(arguments.output_file, config, configuration)) as results:
-        mapper = make_mapper(arguments, config, results.seed)
-        with make_progress(arguments.output) as bar, keep_output_clean(arguments.where):
+        from layerskip.batch.run import run_batch  # needs torch, and reading lines doesn't
+        from layerskip.batch.worker import BatchWork
+
+        work = BatchWork(
+            load=model_source(arguments), config=config, seed=results.seed, batch_size=arguments.batch_size
+        )
+        left = len(lines) - len(results.offsets)
+        # On a cluster, the results of a group come back together: small groups keep all workers busy to the end.
+        group_size = arguments.batch_size if arguments.where.ray else None
+        with (
+            make_progress(arguments.output) as bar,
+            keep_output_clean(arguments.where),
+            make_mapper(arguments.where, arguments.model, ceil(left / arguments.batch_size)) as mapper,
+        ):
             task = bar.add_task("decoding", total=len(lines))
             summary = run_batch(
+                work,
                 lines,
                 results,
-                mapper,
-                batch_size=arguments.batch_size,
+                mapper=mapper,
+                group_size=group_size,
                 on_progress=lambda done: bar.update(task, advance=done),
             )
     if arguments.output.json:
@@ -88,27 +102,12 @@ def check_arguments(arguments: BatchArguments) -> None:
     check_ray(arguments.where, arguments.model)
 
 
-def make_mapper(arguments: BatchArguments, config: GenerationConfig, seed: int) -> "Mapper":
-    """What decodes batches: the model in this process, or workers with one each on a Ray cluster."""
-    from layerskip.batch.lines import LineDecoder, load_decoder, map_here
-
-    if not arguments.where.ray:
-        return partial(map_here, LineDecoder(load_model(arguments.model, arguments.output), config, seed))
-
-    from layerskip.workers.ray import ray_map
-
-    return partial(
-        ray_map,
-        make_worker=partial(load_decoder, load_options(arguments.model), config, seed),
-        num_workers=arguments.where.num_workers,
-        use_gpus=arguments.model.device != "cpu",
-    )
-
-
-def load_options(model: ModelArguments) -> dict[str, Any]:
-    """Arguments of `layerskip.load` for a process that may work in another folder."""
-    options = asdict(anywhere(model))
-    return {"name": options.pop("model"), **options}
+def model_source(arguments: BatchArguments) -> "Callable[[], LanguageModel]":
+    """What gives a worker its model: on a cluster each loads its own, and this process loads it before all else."""
+    if arguments.where.ray:
+        return model_loader(arguments.model)
+    lm = load_model(arguments.model, arguments.output)
+    return lambda: lm
 
 
 def as_record(arguments: BatchArguments, summary: "BatchSummary") -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The command line's entry: finds the command, runs it, and turns every failure into one line and an exit code.
 
-A command is one line in `COMMANDS` and a module below `layerskip.cli` of its name, which has
+A command is one line in `COMMANDS` and a module of its name in `layerskip.cli` or `layerskip.cli.measuring`, which has
 
     def run(argv: Sequence[str]) -> int:
         arguments = parse(NameArguments, "NAME", argv)     # layerskip.cli.flags.arguments; answers --help by itself
@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from layerskip import __version__
 from layerskip.cli.exit_code import ExitCode
 from layerskip.cli.terminal.output import drop_output, prepare_streams, report_error
 from layerskip.errors import InvalidArgumentError, LayerSkipError
@@ -34,6 +33,11 @@ COMMANDS = {
 }
 MEASURING = ("verify", "benchmark", "sweep", "eval", "report", "inspect")
 """Commands whose modules are in `layerskip.cli.measuring`."""
+
+
+def module_of(command: str) -> str:
+    """Name of the module that runs a command."""
+    return f"layerskip.cli.{'measuring.' if command in MEASURING else ''}{command}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,6 +73,8 @@ def _dispatch(argv: list[str]) -> int:
         print(_overview())
         return ExitCode.DONE
     if argv[0] in ("-V", "--version"):
+        from layerskip.machine import __version__
+
         print(f"layerskip {__version__}")
         return ExitCode.DONE
     command, *rest = argv
@@ -76,8 +82,7 @@ def _dispatch(argv: list[str]) -> int:
         kind = "option" if command.startswith("-") else "command"
         raise InvalidArgumentError(f"unknown {kind} {command!r}; use {', '.join(COMMANDS)}, --help or --version")
     try:
-        folder = "measuring." if command in MEASURING else ""
-        code: int = import_module(f"layerskip.cli.{folder}{command}").run(rest)
+        code: int = import_module(module_of(command)).run(rest)
     except SystemExit as stop:  # tyro has answered --help
         code = stop.code if isinstance(stop.code, int) else ExitCode.DONE
     return code

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from layerskip.differences import differences
 from layerskip.errors import InvalidArgumentError
 from layerskip.files import parse_json, to_json, write_atomically
 from layerskip.locks import Lock
@@ -91,18 +92,15 @@ class RunFolder:
             return
         try:
             run = parse_json(file.read_text(encoding="utf-8"))
-            kind, found = run["kind"], dict(run["configuration"])
+            kind, configuration = run["kind"], dict(run["configuration"])
         except (ValueError, KeyError, TypeError) as error:
             raise InvalidArgumentError(f"{file} is no run of layerskip; name another folder") from error
         if kind != self.kind:
             raise InvalidArgumentError(f"{self.path} holds a run of layerskip {kind}; name another folder")
-        missing = object()
-        names = sorted(found.keys() | self.configuration.keys())
-        other = [name for name in names if found.get(name, missing) != self.configuration.get(name, missing)]
-        if other:
-            there = ", ".join(f"{name} {found.get(name)!r}, not {self.configuration.get(name)!r}" for name in other)
+        if differing := differences(configuration, self.configuration):
             raise InvalidArgumentError(
-                f"{self.path} holds results of another configuration ({there}); name another folder, or delete it"
+                f"{self.path} holds results of another configuration ({', '.join(differing)}); "
+                "name another folder, or delete it"
             )
 
     def _read_samples(self) -> None:

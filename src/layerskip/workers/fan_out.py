@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 Worker = Callable[[Any], Iterable[Any]]
+"""From an item to its results."""
 Mapper = Callable[[Sequence[Any], Callable[[], Worker]], Iterator[Any]]
-"""From items, and what makes a worker (both picklable), to all results, those of an item in order."""
+"""From items, and what makes a worker (both can be pickled), to the results of all items, those of an item in order."""
 
 
 def in_process(items: Sequence[Any], make_worker: Callable[[], Worker]) -> Iterator[Any]:
-    """Work here, on one item after the other; without items nothing is made."""
+    """The mapper that works here, on one item after the other; without items it makes no worker."""
     if not items:
         return
     worker = make_worker()
@@ -25,13 +26,13 @@ class LoadOnce:
     """Makes something that is expensive when first asked, and keeps it; what is pickled is only how to make it."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
-        self._make, self._made = make, None
+        self._make, self._kept = make, None
 
     def __call__(self) -> Any:
-        """The thing."""
-        if self._made is None:
-            self._made = self._make()
-        return self._made
+        """What `make` returns."""
+        if self._kept is None:
+            self._kept = self._make()
+        return self._kept
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_make": self._make, "_made": None}
+        return {"_make": self._make, "_kept": None}

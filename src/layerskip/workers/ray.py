@@ -1,4 +1,4 @@
-"""Map items over the workers of a Ray cluster, with results as they come.
+"""The mapper whose workers are on a Ray cluster.
 
 Plain actors do it, not Ray Data. Ray Data streams results and restarts actors too, but it runs an item again for ever
 when the item itself kills its worker (what limits that is deprecated there), keeps rows as Arrow tables, in which lists
@@ -10,10 +10,12 @@ import os
 import socket
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any
 
 from layerskip.errors import InvalidArgumentError, LayerSkipError
+from layerskip.workers.fan_out import Mapper, Worker
 
 MAX_RETRIES = 3
 """Times that an item is run again when its worker dies: one that kills every worker must come to an end."""
@@ -22,50 +24,51 @@ MAX_RESTARTS = 20
 CONNECT_SECONDS = 10
 """Time in which a cluster must answer."""
 IN_FLIGHT = 2
-"""Items that a worker holds: the one it works at, and the next."""
-
-Worker = Callable[[Any], Any]
+"""Items that a worker has at a time: the one it works at, and the next."""
 
 
-def ray_map(
-    items: Sequence[Any],
-    make_worker: Callable[[], Worker],
-    *,
-    num_workers: int | None = None,
-    use_gpus: bool = True,
-) -> Iterator[tuple[int, Any]]:
-    """Call a worker for each item, on all workers at once.
+@contextmanager
+def ray_mapper(*, num_workers: int | None = None, use_gpus: bool = True, most_items: int) -> Iterator[Mapper]:
+    """A mapper that shares items out over the workers of a Ray cluster, and yields results as items are done.
 
     The cluster is the one that this process has joined, or else that of `RAY_ADDRESS`, or else one on this machine
-    that goes when the iterator ends. Other machines need this package and the same paths.
+    that ends with the context. Other machines need this package and the same paths. Workers start with the first
+    items, and stay until the context ends or another kind of worker is asked for.
 
     Args:
-        items: What to work at; can be pickled.
-        make_worker: Makes a worker in its own process, once; can be pickled.
         num_workers: Number of workers; one for each GPU if not given, or for each CPU core where there is none. The
             cores are shared out among them, as torch's threads.
         use_gpus: Give each worker a GPU of its own, where there are any.
+        most_items: Most items of any list; more workers than that are not started.
 
-    Returns:
-        Pairs of an item's place and its result, each item once, in the order in which they are done.
+    Yields:
+        The mapper. It raises `InvalidArgumentError` if the cluster can't be joined or has no room for so many workers,
+        and what a worker raised: a `LayerSkipError` as it is, any other exception as a `RuntimeError` with its
+        traceback. An item whose workers die again and again is a `LayerSkipError`.
 
     Raises:
-        InvalidArgumentError: Ray is missing, or the cluster has no room for so many workers.
-        LayerSkipError: What a worker raised, or a worker died too often. Any other exception of a worker comes as a
-            RuntimeError with its traceback.
+        InvalidArgumentError: Ray is missing, or a number of workers below 1.
     """
     if num_workers is not None and num_workers < 1:
         raise InvalidArgumentError(f"num_workers must be at least 1, got {num_workers}")
     import_ray()
-    return _map(items, make_worker, num_workers, use_gpus) if items else iter(())
+    with ExitStack() as stack:
+        kind: Callable[[], Worker] | None = None
+        workers: RayWorkers | None = None
 
+        def map_items(items: Sequence[Any], make_worker: Callable[[], Worker]) -> Iterator[Any]:
+            nonlocal kind, workers
+            if not items:
+                return
+            if workers is None or make_worker != kind:
+                stack.close()
+                workers = None
+                workers = RayWorkers(make_worker, num_workers=num_workers, use_gpus=use_gpus, most_items=most_items)
+                stack.enter_context(workers)
+                kind = make_worker
+            yield from workers.map(items)
 
-def _map(
-    items: Sequence[Any], make_worker: Callable[[], Worker], num_workers: int | None, use_gpus: bool
-) -> Iterator[tuple[int, Any]]:
-    workers = RayWorkers(make_worker, num_workers=num_workers, use_gpus=use_gpus, most_items=len(items))
-    with workers:
-        yield from workers.map(items)
+        yield map_items
 
 
 class RayWorkers:
@@ -79,7 +82,7 @@ class RayWorkers:
         use_gpus: bool = True,
         most_items: int,
     ) -> None:
-        """Join or start a cluster, and start workers; no more than `most_items`. The rest is as in `ray_map`."""
+        """Join or start a cluster, and start workers; arguments and errors are those of `ray_mapper`."""
         self._ray = import_ray()
         self._actors: list[Any] = []
         self._started = _join_cluster(self._ray, num_workers)
@@ -104,8 +107,8 @@ class RayWorkers:
             self._ray.shutdown()
         self._started = False
 
-    def map(self, items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-        """Pairs of an item's place and its result, in the order in which they are done."""
+    def map(self, items: Sequence[Any]) -> Iterator[Any]:
+        """Results of all items, in the order in which items are done."""
         running: dict[Any, tuple[int, Any]] = {}  # by a result's reference: the item's place, and the actor
         waiting = iter(range(len(items)))
 
@@ -118,15 +121,15 @@ class RayWorkers:
         while running:
             (reference,), _ = self._ray.wait(list(running), num_returns=1)
             place, actor = running.pop(reference)
-            result, failure = _fetch(self._ray, reference, place)
+            results, failure = _fetch(self._ray, reference, place)
             if failure is not None:
                 raise failure
             give_next(actor)
-            yield place, result
+            yield from results
 
 
 def import_ray() -> Any:
-    """Ray, which tells nobody that it is used.
+    """Import Ray, with its usage reports disabled.
 
     Raises:
         InvalidArgumentError: It isn't installed.
@@ -153,14 +156,14 @@ class _Actor:
         except Exception as error:
             self._failure = _portable(error)
 
-    def work(self, item: Any) -> tuple[Any, Exception | None]:
-        """The item's result, or why there is none."""
+    def work(self, item: Any) -> tuple[list[Any], Exception | None]:
+        """All results of an item together, or why there are none."""
         if self._worker is None:
-            return None, self._failure
+            return [], self._failure
         try:
-            return self._worker(item), None
+            return list(self._worker(item)), None
         except Exception as error:
-            return None, _portable(error)
+            return [], _portable(error)
 
 
 def _portable(error: Exception) -> Exception:
@@ -170,10 +173,10 @@ def _portable(error: Exception) -> Exception:
     return RuntimeError("a worker failed:\n" + "".join(traceback.format_exception(error)))
 
 
-def _fetch(ray: Any, reference: Any, place: int) -> tuple[Any, Exception | None]:
-    """What an actor made of an item; Ray has run it again where the actor died."""
+def _fetch(ray: Any, reference: Any, place: int) -> tuple[list[Any], Exception | None]:
+    """What an actor returned for an item; Ray has run it again where the actor died."""
     try:
-        fetched: tuple[Any, Exception | None] = ray.get(reference)
+        fetched: tuple[list[Any], Exception | None] = ray.get(reference)
     except ray.exceptions.RayError as error:
         reason = " ".join(str(error).split())
         raise LayerSkipError(

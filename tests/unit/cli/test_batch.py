@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from layerskip.cli.batch import load_options, run
+from layerskip.cli.batch import run
 from layerskip.cli.flags.arguments import ModelArguments
+from layerskip.cli.flags.ray import anywhere
 from layerskip.errors import InvalidArgumentError
 
 SHORT = ["--max-new-tokens", "4"]
@@ -88,8 +89,8 @@ def test_without_ray_the_extra_is_named(files: tuple[list[str], Path], monkeypat
 def test_paths_hold_in_other_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
-    options = load_options(ModelArguments(model="model", draft_text=Path("text.txt")))
-    assert options["name"] == str(tmp_path / "model")
-    assert options["draft_text"] == tmp_path / "text.txt"
-    assert load_options(ModelArguments())["name"] == "demo"
-    assert load_options(ModelArguments(model="owner/name"))["name"] == "owner/name"
+    there = anywhere(ModelArguments(model="model", draft_text=Path("text.txt")))
+    assert there.model == str(tmp_path / "model")
+    assert there.draft_text == tmp_path / "text.txt"
+    for name in ("demo", "owner/name"):
+        assert anywhere(ModelArguments(model=name)) == ModelArguments(model=name)

@@ -14,7 +14,7 @@ import pytest
 
 from layerskip import __version__
 from layerskip.cli.flags.arguments import DecodingArguments
-from layerskip.cli.main import COMMANDS, MEASURING
+from layerskip.cli.main import COMMANDS, module_of
 from layerskip.decoding.config import GenerationConfig
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
@@ -80,8 +80,7 @@ def test_overview_and_version(cli: Callable) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_follow_the_convention(command: str) -> None:
-    folder = "measuring." if command in MEASURING else ""
-    assert callable(import_module(f"layerskip.cli.{folder}{command}").run)
+    assert callable(import_module(module_of(command)).run)
 
 
 def test_decoding_flags_are_the_fields_of_the_config() -> None:

@@ -14,7 +14,7 @@ from layerskip.training.config import (
     TrainingConfig,
 )
 from layerskip.training.data.config import DataConfig
-from layerskip.training.output.output_folder import differences
+from layerskip.training.output.output_folder import changed_settings
 from layerskip.training.run import resolve
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -147,14 +147,14 @@ def test_differences_are_named_with_both_values() -> None:
         recipe=LayerSkipConfig(dropout_max=0.2),
         optimization=OptimizationConfig(seed=1),
     )
-    assert differences(before, before) == []
-    assert differences(before, now) == [
-        "data was ('a',) and is ('a', 'b')",
-        "dropout_max was 0.1 and is 0.2",
-        "seed was 0 and is 1",
+    assert changed_settings(before, before) == []
+    assert changed_settings(before, now) == [
+        "data ('a',), not ('a', 'b')",
+        "dropout_max 0.1, not 0.2",
+        "seed 0, not 1",
     ]
 
 
 def test_how_often_things_are_saved_makes_no_difference() -> None:
     now = TrainingConfig(checkpoints=CheckpointConfig(save_steps=7, keep=9, eval_steps=3, report_to=("wandb",)))
-    assert differences(TrainingConfig(), now) == []
+    assert changed_settings(TrainingConfig(), now) == []

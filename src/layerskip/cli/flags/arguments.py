@@ -115,6 +115,21 @@ def parse(kind: type[Arguments], command: str, argv: Sequence[str], *, default: 
         raise InvalidArgumentError(condense(report.getvalue()) + hint) from None
 
 
+def parse_numbers(name: str, text: str) -> list[int]:
+    """Positive whole numbers from a list such as '1,4', each once.
+
+    Raises:
+        InvalidArgumentError: It is no such list; names the flag.
+    """
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise InvalidArgumentError(f"{name} must be positive whole numbers separated by commas, got {text!r}")
+    return list(dict.fromkeys(numbers))
+
+
 META_FLAGS = {"--max-steps": "--max-new-tokens"}
 """Flags of Meta's scripts that have another name here."""
 META_DEFAULTS = {"--exit-layer", "--num-speculations"}

@@ -2,16 +2,13 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from tyro.conf import arg
 
 from layerskip.checkpoint.names import MODELS
 from layerskip.cli.flags.arguments import ModelArguments, Switch
 from layerskip.errors import InvalidArgumentError
-
-if TYPE_CHECKING:
-    pass
 
 RAY_DEVICES = ("auto", "cpu", "cuda")
 

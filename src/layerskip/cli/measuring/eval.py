@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import arg
 
 from layerskip.cli.exit_code import ExitCode
-from layerskip.cli.flags.arguments import ModelArguments, OutputArguments, Switch, parse
+from layerskip.cli.flags.arguments import ModelArguments, OutputArguments, Switch, parse, parse_numbers
 from layerskip.cli.flags.ray import RayArguments, check_ray
-from layerskip.cli.measuring.verify import parse_numbers
 from layerskip.cli.terminal.progress import make_progress
 from layerskip.cli.terminal.terminal import load_model, make_console, open_model
 from layerskip.cli.workers import keep_output_clean, make_mapper, model_loader

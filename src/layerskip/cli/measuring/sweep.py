@@ -20,7 +20,7 @@ from layerskip.errors import InvalidArgumentError
 from layerskip.files import to_json
 
 if TYPE_CHECKING:
-    from layerskip.evaluation.sweep.prediction import Setting
+    from layerskip.evaluation.setting import Setting
     from layerskip.evaluation.sweep.run import SweepReport
 
 SHOWN = 10

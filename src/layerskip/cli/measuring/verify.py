@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import arg
 
 from layerskip.cli.exit_code import ExitCode
-from layerskip.cli.flags.arguments import File, ModelArguments, OutputArguments, Switch, parse
+from layerskip.cli.flags.arguments import File, ModelArguments, OutputArguments, Switch, parse, parse_numbers
 from layerskip.cli.flags.arguments import Text as TextFlag
 from layerskip.cli.flags.dataset import DatasetArguments, load_examples, open_run
 from layerskip.cli.terminal.progress import make_progress
@@ -259,17 +259,6 @@ def make_config(arguments: VerifyArguments) -> GenerationConfig:
         min_p=arguments.min_p,
         seed=arguments.seed,
     )
-
-
-def parse_numbers(name: str, text: str) -> list[int]:
-    """Positive whole numbers from a list such as '1,4'."""
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise InvalidArgumentError(f"{name} must be positive whole numbers separated by commas, got {text!r}")
-    return list(dict.fromkeys(numbers))
 
 
 def exit_layers(arguments: VerifyArguments, num_layers: int) -> list[int]:

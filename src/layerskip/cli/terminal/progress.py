@@ -8,10 +8,11 @@ from layerskip.cli.flags.arguments import OutputArguments
 from layerskip.cli.terminal.terminal import is_terminal, make_console
 
 
-def make_progress(output: OutputArguments) -> Progress:
-    """A progress bar on standard error; silent where that isn't a terminal."""
+def make_progress(output: OutputArguments, *, silent: bool = False) -> Progress:
+    """A progress bar on standard error; silent on demand, and where that isn't a terminal."""
     console = make_console(output, stderr=True)
-    console.quiet = not is_terminal(sys.stderr)  # some versions of rich end even a disabled bar with an empty line
+    # Some versions of rich end even a disabled bar with an empty line.
+    console.quiet = silent or not is_terminal(sys.stderr)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -5,12 +5,12 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
 from layerskip.cli.flags.arguments import OutputArguments
-from layerskip.cli.terminal.terminal import is_terminal, make_console
+from layerskip.cli.terminal.progress import make_progress
 
 if TYPE_CHECKING:
+    from rich.progress import TaskID
+
     from layerskip.training.callbacks import StepReport
 
 SECONDS_BETWEEN_LINES = 30.0
@@ -23,18 +23,8 @@ class TrainingProgress:
     def __init__(self, output: OutputArguments) -> None:
         """Draw on standard error."""
         self._silent = output.json
-        console = make_console(output, stderr=True)
-        self._draws = is_terminal(sys.stderr) and not output.json
-        console.quiet = not self._draws
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not self._draws,
-        )
+        self._bar = make_progress(output, silent=output.json)
+        self._draws = not self._bar.disable
         self._task: TaskID | None = None
         self._last_line = 0.0
 

@@ -1,12 +1,18 @@
-"""A generation as an iterator over its events."""
+"""A generation as an iterator over its events; many generations as an iterator over their results."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from layerskip.decoding.engine import Engine
 from layerskip.decoding.output.events import GenerationResult, StreamEvent
 from layerskip.decoding.output.writer import RowWriter
 from layerskip.decoding.policy import Policy
+from layerskip.decoding.request import Request
+from layerskip.decoding.row import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class GenerationStream(Iterator[StreamEvent]):
@@ -66,10 +72,10 @@ class GenerationStream(Iterator[StreamEvent]):
                 continue
             if self._show_drafts and event.drafts:
                 self._events.append(writer.preview(event))
-            if tells or writer.stops:
+            if tells:
                 self._events.extend(writer.write(event))
             else:
-                writer.add(event)
+                writer.take(event)
             if event.row.finish_reason is not None:
                 self._events.append(writer.finish())
         for writer in self._writers:  # ended from outside, as by another stream of the same session
@@ -81,3 +87,32 @@ class GenerationStream(Iterator[StreamEvent]):
             if not writer.finished:
                 writer.interrupt()
                 self._events.append(writer.finish())
+
+
+def generate_each(
+    engine: Engine, requests: Sequence[Request], tokenizer: "PreTrainedTokenizerBase | None"
+) -> Iterator[tuple[int, GenerationResult]]:
+    """Results of many requests as they end; a request joins as soon as the engine has a free row.
+
+    Args:
+        engine: Without rows; no request is longer than its rows.
+        requests: In the order in which they join.
+        tokenizer: Makes text; without one, results carry ids only.
+
+    Yields:
+        A request's place, and its result.
+    """
+    waiting = deque(enumerate(requests))
+    writers: dict[Row, tuple[int, RowWriter]] = {}
+    while waiting or writers:
+        while waiting and engine.free_rows:
+            place, request = waiting.popleft()
+            row = engine.add(request)
+            writers[row] = place, RowWriter(engine, row, tokenizer, place)
+        for event in engine.step():
+            place, writer = writers[event.row]
+            writer.take(event)
+            if event.row.finish_reason is not None:
+                writer.finish()
+                del writers[event.row]
+                yield place, writer.result()

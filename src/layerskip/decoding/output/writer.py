@@ -53,8 +53,12 @@ class RowWriter:
             if stop is not None:
                 return
 
-    def add(self, event: Event) -> None:
-        """Take new tokens without events; not with stop strings."""
+    def take(self, event: Event) -> None:
+        """As `write`, without events, which takes less time where there are no stop strings."""
+        if self.stops:
+            for _ in self.write(event):
+                pass
+            return
         self._num_written += len(event.tokens)
         if self._detokenizer is not None:
             self._pieces.append(self._detokenizer.push(*event.tokens))

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from layerskip import __version__
 from layerskip.evaluation.report.style import STYLE
+from layerskip.machine import __version__
 
 WIDE, NARROW = 812, 350
 """Pixels of the two widths that plots are drawn for: beside a heading, and on a phone."""

@@ -10,9 +10,8 @@ from layerskip.evaluation.report.numbers import number
 from layerskip.evaluation.report.page import Html, Report, Row, figure, fold, section, table
 from layerskip.evaluation.report.parts import mapping, objects, origin, subject
 from layerskip.evaluation.report.plots import Axes, Series, legend, lines, scatter
+from layerskip.evaluation.setting import Setting
 
-Setting = tuple[int, int]
-"""Exit layer and draft length."""
 METHODS = {
     "one_pass": "one pass over each text for all settings",
     "exhaustive": "decoding with each, and with the best once more",
@@ -26,7 +25,7 @@ def sweep_report(content: Mapping[str, Any], samples: Sequence[Mapping[str, Any]
     best = mapping(results.get("best"))
     baseline = number(results.get("autoregressive_tokens_per_second"))
     speedup, setting = number(best.get("speedup")), _setting(best)
-    headline = "No setting was measured" if setting is None else f"Exit {setting[0]}, {_drafts(setting[1])}"
+    headline = "No setting was measured" if setting is None else _name(setting).capitalize()
     lead = []
     if setting is not None:
         lead.append(f"The fastest setting writes {show.significant(best.get('tokens_per_second'))} tokens per second")
@@ -59,13 +58,17 @@ def _method(value: Any) -> str:
     return METHODS.get(str(value), show.plain(value))
 
 
+def _name(setting: Setting) -> str:
+    return f"exit {setting.exit_layer}, {_drafts(setting.num_speculations)}"
+
+
 def _drafts(length: int) -> str:
     return f"{length} draft" + "s" * (length != 1)
 
 
 def _setting(entry: Mapping[str, Any]) -> Setting | None:
     layer, length = number(entry.get("exit_layer")), number(entry.get("num_speculations"))
-    return None if layer is None or length is None else (int(layer), int(length))
+    return None if layer is None or length is None else Setting(int(layer), int(length))
 
 
 def grid_of(results: Mapping[str, Any]) -> dict[Setting, dict[str, Any]]:
@@ -82,14 +85,15 @@ def speed_of(entry: Mapping[str, Any]) -> tuple[float | None, bool]:
 
 
 def _map(grid: Mapping[Setting, Mapping[str, Any]], best: Setting | None, baseline: float | None) -> Html | None:
-    cells, predictions = {}, 0
+    cells: dict[tuple[int, int], Cell] = {}
+    predictions = 0
     for setting, entry in grid.items():
         speed, measured = speed_of(entry)
         if speed is None:
             continue
         predictions += not measured
         shown = ("" if measured else "≈") + show.significant(speed)
-        words = f"exit {setting[0]}, {_drafts(setting[1])}: {shown} tokens/s"
+        words = f"{_name(setting)}: {shown} tokens/s"
         if baseline:
             words += f", {show.ratio(speed / baseline)} autoregressive"
         words += f", {show.percent(entry.get('acceptance_rate'))} accepted"
@@ -132,7 +136,7 @@ def _prediction(grid: Mapping[Setting, Mapping[str, Any]], error: float | None) 
         (
             float(grid[setting]["predicted_tokens_per_second"]),
             float(grid[setting]["tokens_per_second"]),
-            f"exit {setting[0]}, {_drafts(setting[1])}",
+            _name(setting),
         )
         for setting in errors
     ]
@@ -140,7 +144,7 @@ def _prediction(grid: Mapping[Setting, Mapping[str, Any]], error: float | None) 
     worst = max(errors, key=lambda setting: errors[setting])
     note = (
         f"{len(errors):,} settings have both. The prediction is off by {show.percent(median(errors.values()))} in the "
-        f"median, and by {show.percent(errors[worst])} at most (exit {worst[0]}, {_drafts(worst[1])})."
+        f"median, and by {show.percent(errors[worst])} at most ({_name(worst)})."
     )
     if error is not None:
         note += f" The run's own figure for the error: {show.percent(error)}."
@@ -156,11 +160,13 @@ def _acceptance(grid: Mapping[Setting, Mapping[str, Any]]) -> Html | None:
     lengths, exits = sorted({k for _, k in rates}), sorted({e for e, _ in rates})
     by_exit = len(lengths) == 1  # curves of a single point show nothing
     if by_exit:
-        points = [(float(layer), rates[layer, lengths[0]]) for layer in exits]
+        points = [(float(layer), rates[Setting(layer, lengths[0])]) for layer in exits]
         series = [Series(name=_drafts(lengths[0]), points=points)]
     else:
         series = [
-            Series(name=f"exit {layer}", points=[(float(k), rates[layer, k]) for k in lengths if (layer, k) in rates])
+            Series(
+                name=f"exit {layer}", points=[(float(k), rate) for (e, k), rate in sorted(rates.items()) if e == layer]
+            )
             for layer in exits
         ]
     axes = Axes(
@@ -187,7 +193,7 @@ def _all(grid: Mapping[Setting, Mapping[str, Any]], best: Setting | None) -> Htm
     formats = (show.percent, show.significant, show.significant, show.seconds, show.seconds)
     rows = [
         Row(
-            head=f"exit {setting[0]}, {_drafts(setting[1])}",
+            head=_name(setting),
             cells=[form(entry.get(name)) for name, form in zip(names, formats, strict=True)],
             best=setting == best,
         )

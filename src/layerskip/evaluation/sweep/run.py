@@ -16,11 +16,12 @@ from layerskip.errors import InvalidArgumentError, PromptError
 from layerskip.evaluation.data.datasets import Example
 from layerskip.evaluation.left_out import find_left_out, left_out_key
 from layerskip.evaluation.run_folder import RunFolder
-from layerskip.evaluation.sweep.files import SweepRow, write_csv
+from layerskip.evaluation.setting import Setting
+from layerskip.evaluation.sweep.files import write_csv
 from layerskip.evaluation.sweep.prediction import (
     MOST_TRIED_SETTINGS,
     RoundTime,
-    Setting,
+    SweepRow,
     fit_round_time,
     predict,
     settings_to_try,
@@ -82,7 +83,7 @@ def make_grid(exits: Iterable[int], lengths: Iterable[int], num_layers: int) -> 
             raise InvalidArgumentError(f"exit layer {exit_layer} can't draft; use 1 to {num_layers - 1}")
     if lengths[0] < 1:
         raise InvalidArgumentError(f"num_speculations must be at least 1, got {lengths[0]}")
-    return [(exit_layer, length) for exit_layer in exits for length in lengths]
+    return [Setting(exit_layer, length) for exit_layer in exits for length in lengths]
 
 
 def planned_units(num_examples: int, grid: Sequence[Setting], *, exhaustive: bool) -> int:
@@ -169,13 +170,13 @@ class _Steps:
             self.run.add(key, sample)
             self.on_progress("one pass", 1)
         kept, left_out = find_left_out(self.examples, self.run.samples)
-        found = [from_sample(self.run.samples[text_key(example)]) for example in kept]
-        if all(len(trajectory.token_ids) < 2 for trajectory in found):
+        trajectories = [from_sample(self.run.samples[text_key(example)]) for example in kept]
+        if all(len(trajectory.token_ids) < 2 for trajectory in trajectories):
             raise PromptError(
                 "every text ends with its first token, so that there is nothing to draft; use other prompts, more than "
                 "one new token (max_new_tokens), or write on after an end-of-sequence token (ignore_eos)"
             )
-        return found, left_out
+        return trajectories, left_out
 
     def time_calls(self, trajectories: Sequence[Trajectory]) -> Costs:
         """Costs in the middle of the texts, for as many drafts as the grid has."""

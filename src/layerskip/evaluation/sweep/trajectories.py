@@ -15,6 +15,7 @@ import torch
 
 from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.scoring import exit_states_in_chunks
+from layerskip.evaluation.setting import Setting
 from layerskip.language_model import LanguageModel
 
 
@@ -43,11 +44,6 @@ class Replay:
     """Rounds by number of drafts."""
     drafted: int = 0
     accepted: int = 0
-
-    @property
-    def acceptance_rate(self) -> float:
-        """Accepted / drafted, 0 without drafts."""
-        return self.accepted / self.drafted if self.drafted else 0.0
 
 
 def record_trajectory(
@@ -92,26 +88,26 @@ def _agreement(
         for exit_layer, state in zip(exits, states, strict=True):
             guesses = lm.decoder.unembed(state[:, skipped:])[0].argmax(-1).tolist()
             agrees[exit_layer] += [guess == token for guess, token in zip(guesses, wanted, strict=True)]
-    return {exit_layer: tuple(found) for exit_layer, found in agrees.items()}
+    return {exit_layer: tuple(flags) for exit_layer, flags in agrees.items()}
 
 
-def replay(trajectory: Trajectory, exit_layer: int, num_speculations: int) -> Replay:
+def replay(trajectory: Trajectory, setting: Setting) -> Replay:
     """Go through a text in rounds of up to K drafts of one exit, as self-speculative decoding does.
 
     The first token comes from reading the prompt; a round drafts no more than may still be written less the target's
     own token; drafts beyond an end-of-sequence token are drafted and don't count as accepted.
     """
-    agrees, written = trajectory.agreement[exit_layer], len(trajectory.token_ids)
+    agrees, written = trajectory.agreement[setting.exit_layer], len(trajectory.token_ids)
     rounds: Counter[int] = Counter()
     drafted = accepted = 0
     at = 1
     while at < written:
-        drafts = min(num_speculations, trajectory.max_new_tokens - at - 1)
-        held = 0
-        while held < drafts and at + held < written and agrees[at + held]:
-            held += 1
+        drafts = min(setting.num_speculations, trajectory.max_new_tokens - at - 1)
+        num_accepted = 0
+        while num_accepted < drafts and at + num_accepted < written and agrees[at + num_accepted]:
+            num_accepted += 1
         rounds[drafts] += 1
         drafted += drafts
-        accepted += held
-        at += held + 1
+        accepted += num_accepted
+        at += num_accepted + 1
     return Replay(rounds=rounds, drafted=drafted, accepted=accepted)

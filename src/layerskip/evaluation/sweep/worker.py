@@ -13,14 +13,14 @@ from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import PromptTooLongError
 from layerskip.evaluation.data.datasets import Example, encode_examples
 from layerskip.evaluation.left_out import left_out_sample
-from layerskip.evaluation.sweep.prediction import Setting
+from layerskip.evaluation.setting import Setting
 from layerskip.evaluation.sweep.trajectories import Trajectory, record_trajectory
 from layerskip.language_model import LanguageModel
 
 TEXT, COSTS, TRIAL, RUN, FINAL = "text", "costs", "trial", "run", "final"
 """Kinds of samples: a prompt's text and who agrees with it; seconds of calls; a prompt decoded with a setting to learn
 what rounds take; the same to measure the setting; the same once more, for the best of a whole grid."""
-AUTOREGRESSIVE: Setting = (0, 0)
+AUTOREGRESSIVE = Setting(0, 0)
 """Stands for decoding without drafts, which is measured in turn with the settings."""
 
 
@@ -72,7 +72,7 @@ class SweepWorker:
     def _decode(self, example: Example, setting: Setting) -> dict[str, Any]:
         lm, config = self._lm, self._work.config
         prompts = encode_examples(lm, [example], config)
-        named = {"exit_layer": setting[0], "num_speculations": setting[1]}
+        named = setting._asdict()
         options: dict[str, Any] = {"generation_strategy": "self_speculative", **named}
         if setting == AUTOREGRESSIVE:
             options = {"generation_strategy": "autoregressive"}
@@ -95,12 +95,12 @@ def text_key(example: Example) -> str:
 
 def run_key(kind: str, example: Example, setting: Setting) -> str:
     """Of the sample of a prompt decoded with a setting."""
-    return f"{kind}/{example.index}/{setting[0]}/{setting[1]}"
+    return f"{kind}/{example.index}/{setting.exit_layer}/{setting.num_speculations}"
 
 
 def to_sample(trajectory: Trajectory) -> dict[str, Any]:
     """JSON of a trajectory."""
-    bits = {str(exit_): "".join("01"[agrees] for agrees in found) for exit_, found in trajectory.agreement.items()}
+    bits = {str(exit_): "".join("01"[agrees] for agrees in flags) for exit_, flags in trajectory.agreement.items()}
     return {**vars(trajectory), "token_ids": list(trajectory.token_ids), "agreement": bits}
 
 

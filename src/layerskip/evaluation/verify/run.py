@@ -18,6 +18,7 @@ from typing import Any
 from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.output.events import GenerationResult
 from layerskip.decoding.request import check_prompt
+from layerskip.differences import differences
 from layerskip.errors import InvalidArgumentError, TokenizerError
 from layerskip.evaluation.run_folder import RunFolder
 from layerskip.evaluation.verify.compare import (
@@ -166,12 +167,10 @@ class _Work:
         kept = self.run.samples.get(CONDITIONS)
         if kept is None:
             return
-        conditions = self._conditions()
-        other = [name for name, value in conditions.items() if kept.get(name) != value]
-        if other:
-            there = ", ".join(f"{name} {kept.get(name)!r}, not {conditions[name]!r}" for name in other)
+        there = {name: value for name, value in kept.items() if name != "key"}
+        if differing := differences(there, self._conditions()):
             raise InvalidArgumentError(
-                f"{self.run.path} holds comparisons made under other conditions ({there}); "
+                f"{self.run.path} holds comparisons made under other conditions ({', '.join(differing)}); "
                 "name another folder, or delete it"
             )
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from layerskip.checkpoint.loading.placement import DTYPES
+from layerskip.differences import differences
 from layerskip.errors import CheckpointError, InvalidArgumentError
 from layerskip.files import write_atomically
 from layerskip.locks import Lock
@@ -63,10 +64,10 @@ def _check(output: Path, config: TrainingConfig, resume: bool) -> None:
     elif not file.is_file():
         raise InvalidArgumentError(f"there is no run to resume in {output}: it has no {SETTINGS_FILE}")
     else:
-        changed = differences(read_settings(file, TrainingConfig), config)
+        changed = changed_settings(read_settings(file, TrainingConfig), config)
         if changed:
             raise InvalidArgumentError(
-                f"{output} holds a run with other settings, so it can't be resumed with these: {'; '.join(changed)}"
+                f"{output} holds a run with other settings ({', '.join(changed)}), so it can't be resumed with these"
             )
 
 
@@ -81,16 +82,11 @@ def _unwritable(output: Path, error: OSError) -> InvalidArgumentError:
     return InvalidArgumentError(f"{output} can't be written to: {error.strerror}")
 
 
-def differences(before: TrainingConfig, now: TrainingConfig) -> list[str]:
-    """Settings that differ and change what is learned, with both values; how often something is saved doesn't count."""
+def changed_settings(before: TrainingConfig, now: TrainingConfig) -> list[str]:
+    """Settings that change what is learned, with both values; how often things are saved doesn't."""
     old, new = asdict(before), asdict(now)
-    return [
-        f"{name} was {old[table][name]} and is {value}"
-        for table in new
-        if table != "checkpoints"
-        for name, value in new[table].items()
-        if old[table][name] != value
-    ]
+    tables = (table for table in new if table != "checkpoints")
+    return [setting for table in tables for setting in differences(old[table], new[table])]
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", output: Path) -> None:

@@ -336,7 +336,9 @@ def test_differences_may_stand_in_the_samples(tmp_path: Path) -> None:
     assert "The first 200 of 300." in page.text()
 
 
-def test_comparison(tmp_path: Path) -> None:
+def test_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerskip.machine.time.strftime", lambda *_: "2026-01-01T00:00:00Z")  # one date for all runs
+
     def run(name: str, speed: float, **conf: Any) -> Path:
         strategies = [strategy("autoregressive", speed), strategy("adaptive", 3 * speed, metrics={"bleu": 20.0})]
         return finish(tmp_path / name, "benchmark", {"strategies": strategies}, seed=0, **conf)

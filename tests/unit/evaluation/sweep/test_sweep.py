@@ -12,6 +12,7 @@ from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import InvalidArgumentError, PromptError
 from layerskip.evaluation.data.datasets import Example
 from layerskip.evaluation.run_folder import RunFolder
+from layerskip.evaluation.setting import Setting
 from layerskip.evaluation.sweep.prediction import (
     MOST_TRIED_SETTINGS,
     RoundTime,
@@ -28,7 +29,7 @@ from layerskip.language_model import LanguageModel
 
 CONFIG = GenerationConfig(max_new_tokens=24, do_sample=False)
 EXAMPLES = [Example(index=i, prompt=text, reference=None) for i, text in enumerate(["abc", "the cab, ab", "é"])]
-GRID = [(exit_layer, length) for exit_layer in (1, 2, 3) for length in (1, 3)]
+GRID = [Setting(exit_layer, length) for exit_layer in (1, 2, 3) for length in (1, 3)]
 
 
 def work(lm: LanguageModel, config: GenerationConfig = CONFIG) -> SweepWork:
@@ -47,11 +48,11 @@ def make_trajectory(bits: str, *, max_new_tokens: int | None = None) -> Trajecto
 
 
 def test_rounds_of_a_text() -> None:
-    found = replay(make_trajectory("0110111111"), 2, 3)
+    found = replay(make_trajectory("0110111111"), Setting(2, 3))
     # after the first token: two hold and the third doesn't; then three hold; then the last two but the target's own
     assert found.rounds == Counter({3: 2, 1: 1})
     assert (found.drafted, found.accepted) == (7, 6)
-    ended = replay(make_trajectory("01111", max_new_tokens=100), 2, 8)  # the text ends inside the draft
+    ended = replay(make_trajectory("01111", max_new_tokens=100), Setting(2, 8))  # the text ends inside the draft
     assert ended.rounds == Counter({8: 1})
     assert (ended.drafted, ended.accepted) == (8, 4)
 
@@ -63,11 +64,11 @@ COSTS = Costs(
 
 def test_predicted_speed_is_what_the_rounds_take() -> None:
     trajectory = make_trajectory("0110111111")
-    (row,) = predict([trajectory], [(2, 3)], COSTS, RoundTime(factor=1.5, around=0.25))
+    (row,) = predict([trajectory], [Setting(2, 3)], COSTS, RoundTime(factor=1.5, around=0.25))
     calls = 2 * COSTS.round(2, 3) + COSTS.round(2, 1)
     assert row.predicted_tokens_per_second == pytest.approx(10 / (1.0 + 1.5 * calls + 3 * 0.25))
     assert row.acceptance_rate == pytest.approx(6 / 7)
-    assert timed_run(trajectory, (2, 3), COSTS, 5.0) == TimedRun(calls=calls, rounds=3, seconds=5.0)
+    assert timed_run(trajectory, Setting(2, 3), COSTS, 5.0) == TimedRun(calls=calls, rounds=3, seconds=5.0)
 
 
 @pytest.mark.parametrize(("factor", "around"), [(1.5, 0.25), (1.0, 0.0), (0.0, 2.0)])
@@ -88,9 +89,9 @@ def test_round_times_that_cannot_be_told_apart() -> None:
 
 
 def test_what_is_tried() -> None:
-    grid = [(2, length) for length in range(1, 4)]
+    grid = [Setting(2, length) for length in range(1, 4)]
     assert settings_to_try([make_trajectory("0110111111")], grid, COSTS)[:2] == [(2, 1), (2, 3)]
-    assert settings_to_try([make_trajectory("01")], [(2, 1)], COSTS) == [(2, 1)]
+    assert settings_to_try([make_trajectory("01")], [Setting(2, 1)], COSTS) == [(2, 1)]
 
 
 def test_grids() -> None:

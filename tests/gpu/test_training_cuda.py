@@ -20,7 +20,7 @@ from layerskip import (
     TrainingConfig,
     train,
 )
-from layerskip.training.recipe.recipe import recipe as recipe_module
+from layerskip.training.recipe import recipe as recipe_module
 
 pytestmark = pytest.mark.gpu
 

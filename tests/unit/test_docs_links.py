@@ -114,6 +114,12 @@ def test_the_tree_of_folders_is_true() -> None:
     assert sorted(listed - {"assets/demo/"}) == sorted(expected)
 
 
+def test_native_files_are_described() -> None:
+    page = (ROOT / "docs" / "native.md").read_text("utf-8")
+    sources = sorted((ROOT / "native").rglob("*.cpp"))
+    assert [path.name for path in sources if f"`{path.name}`" not in page] == []
+
+
 def test_a_broken_link_is_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# A `heading`, and more\n[a](#a-heading-and-more) [b](#b) [c](other.md) [d](https://e.org/f#g)\n")

@@ -112,11 +112,11 @@ class Checkpoint:
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Ids that end a text: generation_config.json's; else config.json's; else the tokenizer's end token.
+        """Ids that end a sequence: generation_config.json's; else config.json's; else the tokenizer's end token.
 
-        The configurations win where they name any, as in transformers: a base model's `</s>` isn't joined by another
-        token because the tokenizer calls that one its end (vLLM and llama.cpp join them). Texts that follow a
-        conversation also end with the token that ends its turns: `LanguageModel.end_tokens`.
+        As in transformers, the tokenizer's end token only counts where neither file names any (vLLM and llama.cpp add
+        it to those of the files). An answer in a conversation also ends with the token that ends a turn:
+        `LanguageModel.end_tokens`.
         """
         ends = read_eos(self.generation_config)
         for name, ids in (("generation_config.json", ends), ("config.json", self.config.eos_token_ids)):
@@ -183,7 +183,7 @@ def open_checkpoint(name: str, *, revision: str | None = None, report: Report | 
         name: `demo` (the embedded model), a model of `names.MODELS` (`smollm2`, `gemma3-270m`), a folder, a GGUF file,
             or a hub id (`owner/name`).
         revision: Branch, tag or commit of a hub repository; of a named model it asks for the hub's.
-        report: Hears how far the files of a named model are put together and checked, in bytes.
+        report: Called with the progress of checking a named model's files and putting them together, in bytes.
 
     Raises:
         CheckpointNotFoundError: There is no such thing.

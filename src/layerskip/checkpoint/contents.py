@@ -19,7 +19,7 @@ class Contents:
     format: str
     """Such as `safetensors` or `GGUF version 3 (llama)`."""
     num_bytes: int
-    """Of all files with weights."""
+    """Bytes of all files with weights."""
     types: Mapping[str, TypeShare]
     """By the format's name of the type, most bytes first."""
 

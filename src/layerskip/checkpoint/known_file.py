@@ -14,7 +14,7 @@ CHUNK = 1 << 20
 """Bytes read at a time."""
 
 Report = Callable[[int, int], None]
-"""Takes the bytes that are done, and how many there are in all."""
+"""Called with the number of bytes done so far, and the number in all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +30,12 @@ class KnownFile:
 def is_intact(path: Path, known: KnownFile, report: Report | None = None) -> bool:
     """Whether a file is there and is the known one.
 
-    It is read and hashed once. After that its size and time of change tell, for as long as they stay the same.
+    It is hashed once. After that it counts as intact for as long as its size and time of change stay the same.
 
     Args:
         path: The file.
-        known: What it should be.
-        report: Hears how far the hash is.
+        known: The content that it should have.
+        report: Called with the progress of hashing.
 
     Raises:
         OSError: The file can't be read.
@@ -59,15 +59,15 @@ def hash_file(path: Path, report: Report | None = None) -> str:
 
 
 def join(parts: Sequence[Path], target: Path, known: KnownFile, report: Report | None = None) -> bool:
-    """Write a file that consists of parts; nobody ever sees half of it.
+    """Write a file that consists of parts; until it is complete, it has another name.
 
     Where several processes want the same file, one writes it and the others wait.
 
     Args:
         parts: Its parts, in order.
         target: Where it belongs; the folder is made if need be.
-        known: What it should be.
-        report: Hears how far it is.
+        known: The content that it should have.
+        report: Called with the progress.
 
     Returns:
         Whether the parts make the known file; nothing is written otherwise.
@@ -120,7 +120,7 @@ def _record(known: KnownFile) -> Path:
 
 
 def _remembered(known: KnownFile) -> dict[str, int]:
-    """Time of change (ns) of each file that had this hash."""
+    """Time of change, in nanoseconds, of each file that had this hash."""
     with suppress(OSError, ValueError):
         content = parse_json(_record(known).read_text("utf-8"))
         if isinstance(content, dict):

@@ -32,14 +32,14 @@ class PackagedModel:
     """A GGUF file that packages hold."""
 
     file: str
-    """Its name."""
+    """Name of the file."""
     content: KnownFile
     pieces: tuple[Piece, ...]
     """What it is made of, in order."""
     version: str
-    """Of the packages whose file this is."""
+    """Version of the packages that hold this file."""
     collection: str | None = None
-    """A package without a piece that pip knows the others by."""
+    """A package without a piece, which names the others as its dependencies."""
     hub_id: str
     """The original, for those who don't have the packages."""
 
@@ -101,7 +101,7 @@ def resolve(name: str, report: Report | None = None) -> Path | str:
 
     Args:
         name: A key of `MODELS`.
-        report: Hears how far hashing or putting together is.
+        report: Called with the progress of hashing the file, or of putting it together.
 
     Raises:
         CheckpointError: Packages are damaged or incomplete, or the cache folder can't be written.
@@ -117,11 +117,11 @@ def resolve(name: str, report: Report | None = None) -> Path | str:
 
 
 def explain_absence(name: str, reason: str) -> str:
-    """What to do where a named model is neither installed nor to be had from the hub.
+    """The message for a named model that is neither installed nor available from the hub.
 
     Args:
         name: A key of `MODELS`.
-        reason: What the hub's side said.
+        reason: Why the hub can't give it.
     """
     model = MODELS[name]
     return (
@@ -137,22 +137,22 @@ def _find_file(name: str, model: PackagedModel, report: Report | None) -> Path |
         return _assembled(model)
     importlib.invalidate_caches()  # pip may have run since the process started
     files = [_locate(piece) for piece in model.pieces]
-    found = [file for file in files if file is not None]
-    if not found and not any(_version(package) for package in model.packages):
+    present = [file for file in files if file is not None]
+    if not present and not any(_version(package) for package in model.packages):
         return None
-    if len(found) < len(model.pieces):
+    if len(present) < len(model.pieces):
         absent = [piece for piece, file in zip(model.pieces, files, strict=True) if file is None]
         described = " and ".join(f"{piece.file} of {_describe(piece.package)}" for piece in absent)
         raise CheckpointError(f"{name} is installed only in part, without {described}; {_repair(model)}")
     if whole:
-        intact = is_intact(found[0], model.content, report)
-        target = found[0]
+        intact = is_intact(present[0], model.content, report)
+        target = present[0]
     else:
         target = _assembled(model)
-        fits = sum(file.stat().st_size for file in found) == model.content.size
-        intact = fits and join(found, target, model.content, report)
+        fits = sum(file.stat().st_size for file in present) == model.content.size
+        intact = fits and join(present, target, model.content, report)
     if not intact:
-        raise CheckpointError(f"{name}: {_find_fault(model, found)}; {_repair(model)}")
+        raise CheckpointError(f"{name}: {_find_fault(model, present)}; {_repair(model)}")
     return target
 
 
@@ -190,7 +190,7 @@ def _describe(package: str) -> str:
 
 
 def _find_fault(model: PackagedModel, files: list[Path]) -> str:
-    """Which of the packages' files is another one than it should be."""
+    """Which of the packages' files differs from what it should be, and how."""
     for piece, file in zip(model.pieces, files, strict=True):
         size, content = file.stat().st_size, piece.content
         where = f"{file} of {_describe(piece.package)}"
@@ -202,7 +202,7 @@ def _find_fault(model: PackagedModel, files: list[Path]) -> str:
 
 
 def _repair(model: PackagedModel) -> str:
-    """What to do about packages that aren't as they should be; pip leaves alone what it takes for installed."""
+    """The command that replaces damaged packages; without --force-reinstall, pip leaves installed ones alone."""
     command = model.install.replace("install", "install --force-reinstall", 1)
     return f"to install it anew, run: {command}"
 

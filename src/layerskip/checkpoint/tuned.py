@@ -15,9 +15,9 @@ class TunedSettings:
     exit_layer: int
     num_speculations: int
     tokens_per_second: float
-    """Measured with these, where they were found."""
+    """Measured with this exit and draft length, in the sweep."""
     speedup: float
-    """Over autoregressive decoding there."""
+    """Ratio to autoregressive decoding in the same sweep."""
     agreement: dict[int, float] = field(default_factory=dict)
     """By exit: share of tokens that it drafts right."""
     source: dict[str, Any] = field(default_factory=dict)
@@ -25,11 +25,11 @@ class TunedSettings:
 
 
 def read_tuned(file: Path, num_layers: int) -> TunedSettings | None:
-    """Settings of a checkpoint; None if nobody tuned it.
+    """The settings in a checkpoint's file; None where there is no such file.
 
     Args:
-        file: The checkpoint's own (`CheckpointFiles.tuned_file`).
-        num_layers: L.
+        file: `CheckpointFiles.tuned_file`.
+        num_layers: Layers of the model.
 
     Raises:
         CheckpointError: The file can't be understood, or is another model's.

@@ -19,7 +19,7 @@ from layerskip.model.native.memory import WeightMemory
 
 
 class NativeLinear:
-    """A weight in panels (`linear.Linear`)."""
+    """A weight in panels, and its product (`torch.linear.Linear`)."""
 
     def __init__(
         self,
@@ -39,28 +39,28 @@ class NativeLinear:
         library = load_library()
         assert library is not None
         memory = memory or WeightMemory()
-        rows, inputs = weights[0].shape
-        panels, step = -(-rows // PANEL), len(weights)
-        self.outputs, padded = rows * step, panels * PANEL * step
+        outputs, inputs = weights[0].shape
+        panels, step = -(-outputs // PANEL), len(weights)
+        self.outputs, padded = outputs * step, panels * PANEL * step
         pack, data = library.layerskip_pack, [_numbers(weight) for weight in weights]
         if isinstance(weights[0], BlockWeight):
             pack, self.storage = library.layerskip_pack_blocks, str(weights[0].format)
         else:
             self.storage = storage or _exact_storage(library, data)
-        number = FORMATS[self.storage]
-        self._panels = memory.empty(library.layerskip_packed_bytes(inputs, padded, number))
+        format_ = FORMATS[self.storage]
+        self._panels = memory.empty(library.layerskip_packed_bytes(inputs, padded, format_))
         self._scales = memory.empty(_scale_bytes(inputs, padded, self.storage))
         self._bias = None if bias is None else F.pad(bias.float(), (0, padded - len(bias))).contiguous()
         places = self._panels.data_ptr(), self._scales.data_ptr()
-        for first, part in enumerate(data):
-            pack(PackCall(part.data_ptr(), *places, inputs, rows, number, first, step, torch.get_num_threads()))
+        for first, numbers in enumerate(data):
+            pack(PackCall(numbers.data_ptr(), *places, inputs, outputs, format_, first, step, torch.get_num_threads()))
         self.view = LinearView(
             panels=self._panels.data_ptr(),
             scales=self._scales.data_ptr(),
             bias=None if self._bias is None else self._bias.data_ptr(),
             inputs=inputs,
             outputs=padded,
-            format=number,
+            format=format_,
         )
         self._multiply = library.layerskip_multiply
 
@@ -70,6 +70,7 @@ class NativeLinear:
         return self._panels.nbytes + self._scales.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
+        """[N, I] -> [N, O]."""
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         out = torch.empty(len(rows), self.view.outputs)
         self._multiply(ctypes.byref(self.view), rows.data_ptr(), len(rows), out.data_ptr(), torch.get_num_threads())
@@ -77,7 +78,7 @@ class NativeLinear:
 
 
 def _numbers(weight: Tensor | BlockWeight) -> Tensor:
-    """What a weight is read from, in one piece of memory."""
+    """A weight's numbers, or its blocks, in one piece of memory."""
     return (weight.data if isinstance(weight, BlockWeight) else weight).contiguous()
 
 
@@ -90,6 +91,7 @@ def _exact_storage(library: ctypes.CDLL, weights: Sequence[Tensor]) -> str:
 
 
 def _scale_bytes(inputs: int, outputs: int, storage: str) -> int:
+    """Bytes of the scales (and minima) that stand beside the numbers."""
     match storage:
         case "int8":
             return 4 * outputs

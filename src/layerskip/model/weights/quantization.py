@@ -52,7 +52,7 @@ def check_quantization(name: str, value: str, *, native: bool, device: torch.dev
 
 
 def native_storage(quantize: str | None, inputs: int) -> str | None:
-    """The format in which native kernels keep a weight; None leaves it to them."""
+    """The format in which native kernels keep a weight; None: the smallest that holds its numbers exactly."""
     if quantize == "int4" and inputs % GROUP:
         return "int8"
     return quantize
@@ -78,7 +78,7 @@ def quantize_linear(weight: Tensor, bias: Tensor | None, quantize: str) -> Dense
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Torchao remarks on parts of itself that this machine can't load, which don't matter here."""
+    """Silence warnings: torchao names its parts that this machine can't load, and none of them is needed here."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

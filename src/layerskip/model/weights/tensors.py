@@ -187,10 +187,10 @@ def check_names(config: ModelConfig, names: Iterable[str]) -> None:
         )
 
 
-def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+def check_shape(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
     """Raise `WeightsError` unless a tensor has the shape that the configuration asks for."""
-    if found != wanted:
-        raise WeightsError(f"tensor {name!r} has shape {found}; config.json asks for {wanted}")
+    if shape != wanted:
+        raise WeightsError(f"tensor {name!r} has shape {shape}; config.json asks for {wanted}")
 
 
 def read_tensor(source: TensorSource, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -10,19 +10,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 try:
     from hatchling.builders.hooks.plugin.interface import BuildHookInterface
-except ImportError:  # whoever only compiles, in a checkout that isn't installed, needs no build tool
+except ImportError:  # compiling in a checkout that isn't installed needs no build tool
     BuildHookInterface = object
 
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-Wall", "-Wextra"]
 
 
 def processor_flags() -> list[str]:
-    """AVX2 and what comes with it on x86, where this processor has it; NEON is in every 64-bit ARM."""
+    """Flags for AVX2 and what comes with it, if this is an x86 processor that has it; every 64-bit ARM has NEON."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return []
     information = Path("/proc/cpuinfo")
@@ -31,16 +32,26 @@ def processor_flags() -> list[str]:
     return ["-mavx2", "-mfma", "-mf16c"]
 
 
-def compile_library(sources: Path, library: Path) -> str | None:
-    """Compile; returns why it didn't work, or None. An older library gives way in one step or stays."""
+def compile_library(sources: Path, library: Path, target: Sequence[str] | None = None) -> str | None:
+    """Compile all sources below a folder into one library.
+
+    Args:
+        sources: The folder, which is also where includes are looked up.
+        library: File to write. An older one is replaced at once, or stays if compiling fails.
+        target: Compiler flags of the instruction set; those of this processor if not given.
+
+    Returns:
+        Why it didn't work, or None.
+    """
     found = [name for name in ("c++", "g++", "clang++") if shutil.which(name)]
     compiler = shlex.split(os.environ.get("CXX", "")) or found[:1]
     if not compiler:
         return "no C++ compiler was found"
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         built = Path(folder) / library.name
-        files = sorted(map(str, sources.glob("*.cpp")))
-        command = [*compiler, *FLAGS, *processor_flags(), *files, "-o", str(built)]
+        files = sorted(map(str, sources.rglob("*.cpp")))
+        flags = [*FLAGS, *(processor_flags() if target is None else target), f"-I{sources}"]
+        command = [*compiler, *flags, *files, "-o", str(built)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError as error:
@@ -55,7 +66,7 @@ class NativeBuildHook(BuildHookInterface):
     """Hatch's hook (`tool.hatch.build.hooks.custom`)."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile before a wheel is put together, or an editable one."""
+        """Compile before a wheel, editable or not, is put together."""
         if self.target_name != "wheel":
             return
         root = Path(self.root)

@@ -105,7 +105,7 @@ def environment(report: Report) -> None:
 def _compile() -> str:
     from hatch_build import compile_library
 
-    library, sources = ROOT / "src" / "layerskip" / "_native.so", sorted((ROOT / "native").iterdir())
+    library, sources = ROOT / "src" / "layerskip" / "_native.so", sorted((ROOT / "native").rglob("*.*"))
     if library.exists() and all(library.stat().st_mtime >= source.stat().st_mtime for source in sources):
         return "compiled before"
     return compile_library(ROOT / "native", library) or "compiled"

@@ -4,10 +4,10 @@
 #include <cstring>
 #include <vector>
 
-#include "elementwise.h"
-#include "linear.h"
+#include "kernels/elementwise.h"
+#include "kernels/linear.h"
+#include "kernels/sampling.h"
 #include "pass.h"
-#include "sampling.h"
 #include "threads.h"
 
 namespace layerskip {

@@ -5,9 +5,10 @@
 #include <mutex>
 
 #include "choosing.h"
-#include "linear.h"
+#include "kernels/linear.h"
+#include "kernels/sampling.h"
+#include "kernels/target.h"
 #include "pass.h"
-#include "sampling.h"
 #include "threads.h"
 
 namespace layerskip {
@@ -99,12 +100,6 @@ void layerskip_gumbel(const uint64_t* keys, int64_t positions, int64_t count, fl
 
 int32_t layerskip_interface() { return 5; }
 
-int32_t layerskip_runs_here() {
-#if defined(__x86_64__) && defined(__AVX2__)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-#else
-    return 1;
-#endif
-}
+int32_t layerskip_runs_here() { return runs_here(); }
 
 }  // namespace layerskip

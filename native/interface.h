@@ -7,9 +7,9 @@
 
 #include <cstdint>
 
-#include "linear.h"
+#include "kernels/linear.h"
+#include "kernels/sampling.h"
 #include "network.h"
-#include "sampling.h"
 
 namespace layerskip {
 
@@ -113,7 +113,7 @@ int32_t layerskip_interface();
 // Size of every structure, and offset and size of each of its fields, as text.
 const char* layerskip_layout();
 
-// Whether this processor has the instructions that the library was compiled for.
+// Whether this processor has the instructions that the library was compiled with; asked before anything else is called.
 int32_t layerskip_runs_here();
 }
 

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "linear.h"
+#include "kernels/linear.h"
 
 namespace layerskip {
 

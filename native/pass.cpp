@@ -4,9 +4,9 @@
 #include <cstring>
 #include <vector>
 
-#include "attention.h"
-#include "elementwise.h"
-#include "linear.h"
+#include "kernels/attention.h"
+#include "kernels/elementwise.h"
+#include "kernels/linear.h"
 #include "threads.h"
 
 namespace layerskip {

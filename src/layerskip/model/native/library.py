@@ -14,7 +14,8 @@ from layerskip.model.confidence import CONFIDENCE_CLASSES
 
 INTERFACE = 5
 """Version of what the functions do; `layerskip_interface` must return it."""
-LIBRARY = Path(__file__).parents[2] / "_native.so"
+LIBRARIES = tuple(Path(__file__).parents[2] / name for name in ("_native_avx512.so", "_native_avx2.so", "_native.so"))
+"""Files to try, the fastest instruction set first; `_native.so` is what an installation compiles for its processor."""
 PANEL = 16
 """Number of outputs that lie side by side; weights are filled up to a multiple of it."""
 GROUP = 32
@@ -26,7 +27,7 @@ ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu": 2}
 
 
 class LinearView(Structure):
-    """`Linear` of native/linear.h."""
+    """`Linear` of native/kernels/linear.h."""
 
     _fields_ = (
         ("panels", c_void_p),
@@ -106,7 +107,7 @@ class StopRuleView(Structure):
 
 
 class SamplingView(Structure):
-    """`Sampling` of native/sampling.h."""
+    """`Sampling` of native/kernels/sampling.h."""
 
     _fields_ = (
         ("temperatures", POINTER(c_float)),
@@ -223,8 +224,13 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 
 
 @functools.cache
-def load_library(path: Path = LIBRARY) -> ctypes.CDLL | None:
-    """The library with its functions declared, or None where it can't be used."""
+def load_library(paths: tuple[Path, ...] = LIBRARIES) -> ctypes.CDLL | None:
+    """The first of the files that can be used, with its functions declared, or None if there is none."""
+    return next((library for path in paths if (library := _load(path)) is not None), None)
+
+
+def _load(path: Path) -> ctypes.CDLL | None:
+    """A library, or None if it doesn't exist, or is another version's, another system's or another processor's."""
     if not path.exists():
         return None
     try:
@@ -232,9 +238,9 @@ def load_library(path: Path = LIBRARY) -> ctypes.CDLL | None:
         for name, (result, parameters) in FUNCTIONS.items():
             function = getattr(library, f"layerskip_{name}")
             function.restype, function.argtypes = result, parameters
-    except (OSError, AttributeError):  # another system's, or another version's
+    except (OSError, AttributeError):
         return None
-    if library.layerskip_interface() != INTERFACE or not library.layerskip_runs_here():
+    if not library.layerskip_runs_here() or library.layerskip_interface() != INTERFACE:
         return None
     return library if library.layerskip_layout().decode() == layout() else None
 

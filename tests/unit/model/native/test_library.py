@@ -1,6 +1,8 @@
 """Which library is loaded, and which ones are refused."""
 
 import ctypes
+import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from layerskip.model.native import library as native
 from layerskip.model.native.library import STRUCTURES, layout, load_library
 
+ROOT = Path(__file__).parents[4]
 needs_library = pytest.mark.skipif(load_library() is None, reason="the compiled kernels weren't built")
 
 
@@ -56,5 +59,34 @@ def test_an_older_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_no_library(tmp_path: Path) -> None:
     (tmp_path / "other.so").write_text("not a library")
-    assert load_library(tmp_path / "other.so") is None
-    assert load_library(tmp_path / "missing.so") is None
+    assert load_library((tmp_path / "other.so", tmp_path / "missing.so")) is None
+
+
+def compile_stub(tmp_path: Path, name: str, **results: str) -> Path:
+    """A library whose functions return 0, but for those given."""
+    results = {"interface": str(native.INTERFACE), "runs_here": "1", "layout": f'R"({layout()})"', **results}
+    types = {function: "const char*" if function == "layout" else "int" for function in native.FUNCTIONS}
+    functions = (f"{types[name]} layerskip_{name}() {{ return {results.get(name, '0')}; }}" for name in types)
+    sources = tmp_path / name
+    (sources / "kernels").mkdir(parents=True)
+    (sources / "kernels" / "stub.h").touch()
+    (sources / "kernels" / "stub.cpp").write_text(
+        "\n".join(['#include "kernels/stub.h"', 'extern "C" {', *functions, "}"])
+    )
+    library = tmp_path / f"{name}.so"
+    assert runpy.run_path(str(ROOT / "hatch_build.py"))["compile_library"](sources, library, target=[]) is None
+    return library
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
+def test_the_first_library_that_runs_here_is_taken(tmp_path: Path) -> None:
+    other_processor = compile_stub(tmp_path, "other_processor", runs_here="0")
+    other_version = compile_stub(tmp_path, "other_version", interface="1")
+    other_layout = compile_stub(tmp_path, "other_layout", layout='"Linear 40:\\n"')
+    good, better = (compile_stub(tmp_path, name) for name in ("good", "better"))
+    refused = (tmp_path / "missing.so", other_processor, other_version, other_layout)
+    assert load_library(refused) is None
+    for paths, wanted in (((*refused, good), good), ((other_layout, better, good), better), ((good, better), good)):
+        library = load_library(paths)
+        assert library is not None
+        assert library._name == str(wanted)

@@ -1,4 +1,4 @@
-#include "sampling.h"
+#include "kernels/sampling.h"
 
 #include <algorithm>
 #include <cmath>
@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "vector.h"
+#include "kernels/vector.h"
 
 namespace layerskip {
 namespace {

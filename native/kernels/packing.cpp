@@ -3,8 +3,8 @@
 #include <cmath>
 #include <vector>
 
-#include "formats.h"
-#include "linear.h"
+#include "kernels/formats.h"
+#include "kernels/linear.h"
 
 namespace layerskip {
 namespace {

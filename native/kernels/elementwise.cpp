@@ -1,9 +1,9 @@
-#include "elementwise.h"
+#include "kernels/elementwise.h"
 
 #include <cmath>
 
+#include "kernels/vector.h"
 #include "network.h"
-#include "vector.h"
 
 namespace layerskip {
 namespace {

@@ -6,10 +6,12 @@
 
 #include <cstring>
 
-#include "linear.h"
-#include "vector.h"
+#include "kernels/linear.h"
+#include "kernels/vector.h"
 
 namespace layerskip {
+
+static_assert(kPanel == 2 * kLanes, "a panel's weights of one input are unpacked as two vectors");
 
 // What most formats have in common: no groups, no scale of each output, not fetched ahead.
 struct PlainFormat {

@@ -4,14 +4,13 @@
 // token's result doesn't depend, to the last bit, on the tokens beside it. This makes speculation lossless in float32.
 #pragma once
 
-#include "vector.h"
+#include <cstdint>
 
 namespace layerskip {
 
 // The same for every instruction set, so that packed weights and orders of summation are the same too.
 constexpr int kPanel = 16;  // outputs of a panel
 constexpr int kGroup = 32;  // inputs that share a scale in int4 and in blocks
-static_assert(kPanel == 2 * kLanes, "formats unpack a panel's weights of one input as two vectors");
 
 enum Format : int32_t {
     kFloat32 = 0,

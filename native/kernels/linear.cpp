@@ -1,10 +1,10 @@
-#include "linear.h"
+#include "kernels/linear.h"
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
-#include "formats.h"
+#include "kernels/formats.h"
 
 namespace layerskip {
 namespace {

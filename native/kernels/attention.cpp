@@ -1,7 +1,9 @@
-#include "attention.h"
+#include "kernels/attention.h"
 
 #include <algorithm>
 #include <limits>
+
+#include "kernels/vector.h"
 
 namespace layerskip {
 namespace {

@@ -1,0 +1,34 @@
+#include "kernels/target.h"
+
+namespace layerskip {
+
+bool runs_here() {
+    bool found = true;
+#if defined(__AVX2__)
+    found = found && __builtin_cpu_supports("avx2");
+#endif
+#if defined(__FMA__)
+    found = found && __builtin_cpu_supports("fma");
+#endif
+#if defined(__F16C__)
+    found = found && __builtin_cpu_supports("f16c");
+#endif
+#if defined(__AVX512F__)
+    found = found && __builtin_cpu_supports("avx512f");
+#endif
+#if defined(__AVX512BW__)
+    found = found && __builtin_cpu_supports("avx512bw");
+#endif
+#if defined(__AVX512DQ__)
+    found = found && __builtin_cpu_supports("avx512dq");
+#endif
+#if defined(__AVX512VL__)
+    found = found && __builtin_cpu_supports("avx512vl");
+#endif
+#if defined(__AVX512BF16__)
+    found = found && __builtin_cpu_supports("avx512bf16");
+#endif
+    return found;
+}
+
+}  // namespace layerskip

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 """Of this package."""
 PACKAGES = ("torch", "transformers", "datasets", "lm_eval", "ray")
 

@@ -12,7 +12,7 @@ from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.output.events import GenerationResult
 from layerskip.decoding.request import choose_exit_layer
 from layerskip.language_model import LanguageModel
-from layerskip.model.graphs.decoder import GraphDecoder
+from layerskip.model.decoders.graphs import GraphDecoder
 
 WARM_UP_TOKENS = 8
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from layerskip.model.blocks import BlockWeight, stacked
 from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.decoder import Decoder
+from layerskip.model.decoders.graphs import GraphDecoder
+from layerskip.model.decoders.native import NativeDecoder
 from layerskip.model.graphs.compiled import RoundMode
-from layerskip.model.graphs.decoder import GraphDecoder
-from layerskip.model.native.decoder import NativeDecoder
 from layerskip.model.native.library import PANEL
 from layerskip.model.native.linear import NativeLinear, interleave
 from layerskip.model.native.memory import WeightMemory

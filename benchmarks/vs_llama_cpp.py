@@ -30,9 +30,9 @@ from rich.console import Console
 from rich.table import Table
 
 import layerskip
+from layerskip.checkpoint.loading.tensors import EMBEDDING, FINAL_NORM, HEAD, TensorSource
 from layerskip.checkpoint.transformers_model import load_transformers_model
 from layerskip.model.config.model_config import ModelConfig
-from layerskip.model.weights.tensors import EMBEDDING, FINAL_NORM, HEAD, TensorSource
 
 LLAMA, OURS, SPECULATIVE, ADAPTIVE = "llama.cpp", "autoregressive", "self-speculative", "adaptive"
 NAMES = {

@@ -109,10 +109,10 @@ def load_static() -> Callable[..., Any]:
         import torch
 
         from layerskip.checkpoint.checkpoint import open_checkpoint
+        from layerskip.checkpoint.loading.network import load_decoder
         from layerskip.checkpoint.loading.placement import choose_context
+        from layerskip.checkpoint.loading.plan import LoadingPlan
         from layerskip.language_model import LanguageModel
-        from layerskip.model.weights.loading import load_decoder
-        from layerskip.model.weights.plan import LoadingPlan
 
         checkpoint = open_checkpoint(str(folder))
         plan = LoadingPlan(

@@ -5,9 +5,9 @@ from typing import Any, Never
 import torch
 from torch import Tensor
 
+from layerskip.checkpoint.loading.tensors import Part, tensor_shapes
 from layerskip.model.config.families import parse_config
 from layerskip.model.config.model_config import ModelConfig
-from layerskip.model.weights.tensors import Part, tensor_shapes
 
 SIZES: dict[str, Any] = {
     "vocab_size": 24,

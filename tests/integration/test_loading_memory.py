@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from layerskip.checkpoint.checkpoint import Checkpoint
+from layerskip.checkpoint.loading.tensors import tensor_shapes
 from layerskip.model.native.library import load_library
 from layerskip.model.torch.linear import WIDE
-from layerskip.model.weights.tensors import tensor_shapes
 
 SRC = Path(__file__).parents[2] / "src"
 

@@ -12,7 +12,9 @@ from layerskip.checkpoint.gguf.file import SUFFIX, GGUFFile, find_gguf
 from layerskip.checkpoint.hub import download
 from layerskip.checkpoint.known_file import Report
 from layerskip.checkpoint.loading.config import LoadingConfig
+from layerskip.checkpoint.loading.network import load_decoder
 from layerskip.checkpoint.loading.plan import plan_loading
+from layerskip.checkpoint.loading.tensors import TensorSource, parameter_count, with_own_head
 from layerskip.checkpoint.names import MODELS, explain_absence, resolve
 from layerskip.checkpoint.tuned import TunedSettings, read_tuned
 from layerskip.errors import CheckpointError, CheckpointNotFoundError, InvalidArgumentError, TokenizerError
@@ -21,8 +23,6 @@ from layerskip.model.config.families import parse_config
 from layerskip.model.config.model_config import ModelConfig, read_eos
 from layerskip.model.config.values import shown
 from layerskip.model.decoder import Decoder
-from layerskip.model.weights.loading import load_decoder
-from layerskip.model.weights.tensors import TensorSource, parameter_count, with_own_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from layerskip.checkpoint.contents import Contents, share_of_types
 from layerskip.checkpoint.json_file import read_json
+from layerskip.checkpoint.loading.tensors import Part
 from layerskip.errors import WeightsError, brief
-from layerskip.model.weights.tensors import Part
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 CONVERT = "convert it with transformers: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"

@@ -110,7 +110,7 @@ class Decoder:
         max_context: int,
         token_ids: Tensor | None = None,
     ) -> None:
-        """Put a network together from loaded weights (`weights.load_decoder` does that for a checkpoint).
+        """Put a network together from loaded weights (`checkpoint.loading.network.load_decoder` does that).
 
         Args:
             config: Sizes and switches.

@@ -8,9 +8,9 @@ import torch
 from mapped_files import LARGE_PAGE, needs_smaps, resident_bytes
 from safetensors.torch import save_file
 
+from layerskip.checkpoint.loading.tensors import Part
 from layerskip.checkpoint.safetensors import SafetensorsFiles, find_weight_files
 from layerskip.errors import WeightsError
-from layerskip.model.weights.tensors import Part
 
 Q_PROJ, NORM = "model.layers.1.self_attn.q_proj.weight", "model.norm.weight"
 

@@ -14,9 +14,9 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
 from layerskip.checkpoint.gguf.container import Container, TensorEntry
+from layerskip.checkpoint.loading.tensors import Part
 from layerskip.errors import WeightsError
 from layerskip.model.blocks import BLOCK, BLOCK_BYTES, BlockFormat, BlockWeight
-from layerskip.model.weights.tensors import Part
 
 TYPES = tuple(
     GGMLQuantizationType[name]

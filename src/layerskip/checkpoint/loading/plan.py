@@ -1,7 +1,10 @@
 """The options of loading, held against a checkpoint and this machine: what will be built, decided and checked once."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
 
 from layerskip.checkpoint.loading.config import LoadingConfig
 from layerskip.checkpoint.loading.placement import (
@@ -11,17 +14,57 @@ from layerskip.checkpoint.loading.placement import (
     choose_kernels,
     choose_rounds,
 )
+from layerskip.checkpoint.loading.quantization import check_quantization
+from layerskip.checkpoint.loading.tensors import TensorSource, check_names, parameter_count, weight_bytes
 from layerskip.checkpoint.loading.vocabulary import frequent_tokens
 from layerskip.errors import InvalidArgumentError, OutOfMemoryError
 from layerskip.machine import free_memory
 from layerskip.model.config.model_config import ModelConfig
+from layerskip.model.graphs.compiled import RoundMode
 from layerskip.model.rope import rope_bytes
-from layerskip.model.weights.plan import DraftWeights, LoadingPlan
-from layerskip.model.weights.quantization import check_quantization
-from layerskip.model.weights.tensors import TensorSource, check_names, parameter_count, weight_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+NetworkKind = Literal["torch", "native"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftWeights:
+    """How the weights that draft differ from those that verify."""
+
+    quantize: str | None = None
+    """Fewer bits, for a copy of the first half of the layers and of the head; None: the same layers."""
+    tokens: tuple[int, ...] | None = None
+    """Ids among which drafts are chosen; None: all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadingPlan:
+    """What to build of a checkpoint's tensors; `plan_loading` makes one that this machine can carry out."""
+
+    device: torch.device
+    """Where the weights go."""
+    dtype: torch.dtype
+    """Of the weights in memory, and of hidden states and cache."""
+    context: int
+    """Longest sequence, in tokens, that will be run."""
+    network: NetworkKind = "torch"
+    """native: compiled kernels. torch: torch's operators."""
+    rounds: RoundMode | None = None
+    """How whole greedy rounds are compiled, in a network in torch; None: not at all."""
+    uses_before: int | None = None
+    """Times that a round runs before it is compiled; as often as pays if not given."""
+    quantize: str | None = None
+    """Fewer bits for layers and head, a key of `quantization.QUANTIZATIONS`; None: `dtype`, or the file's blocks."""
+    draft: DraftWeights | None = None
+    """Other weights to draft with; None: the same."""
+
+    @property
+    def keeps_blocks(self) -> bool:
+        """Whether weights stay in the blocks that a GGUF file has them in."""
+        return self.network == "native" and self.quantize is None
 
 
 class LoadableCheckpoint(Protocol):

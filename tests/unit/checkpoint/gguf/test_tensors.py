@@ -14,8 +14,8 @@ from layerskip.checkpoint.checkpoint import open_checkpoint
 from layerskip.checkpoint.gguf.container import read_container
 from layerskip.checkpoint.gguf.file import GGUFFile
 from layerskip.checkpoint.gguf.tensors import TYPES, GGUFTensors, block_format, read_blocks, read_tensor
+from layerskip.checkpoint.loading.tensors import Part
 from layerskip.errors import WeightsError
-from layerskip.model.weights.tensors import Part
 
 Tiny = Callable[..., Path]
 KEPT = {"Q8_0": "q8_0", "Q4_0": "q4_0", "Q4_1": "q4_1", "Q5_0": "q8_0", "IQ4_NL": "q8_0"}

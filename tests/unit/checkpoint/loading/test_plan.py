@@ -14,10 +14,9 @@ from layerskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from layerskip.checkpoint.loading import placement
 from layerskip.checkpoint.loading import plan as plan_module
 from layerskip.checkpoint.loading.config import LoadingConfig
-from layerskip.checkpoint.loading.plan import plan_loading
+from layerskip.checkpoint.loading.plan import DraftWeights, LoadingPlan, plan_loading
 from layerskip.errors import InvalidArgumentError, OutOfMemoryError, WeightsError
 from layerskip.model.native.library import load_library
-from layerskip.model.weights.plan import DraftWeights, LoadingPlan
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NATIVE = load_library() is not None

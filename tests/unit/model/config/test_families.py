@@ -10,11 +10,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from layerskip.checkpoint.loading.tensors import tensor_shapes
 from layerskip.errors import CheckpointError, UnsupportedModelError
 from layerskip.model.config.families import FAMILIES, parse_config
 from layerskip.model.config.model_config import FULL, SLIDING, ModelConfig
 from layerskip.model.rope import inverse_frequencies
-from layerskip.model.weights.tensors import tensor_shapes
 
 # What each repository's config.json holds; Phi's lists of factors have the right length only.
 HUB_CONFIGS: dict[str, dict[str, Any]] = json.loads(

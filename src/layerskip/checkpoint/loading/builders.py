@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from layerskip.checkpoint.loading.plan import LoadingPlan
+from layerskip.checkpoint.loading.quantization import native_storage, quantize_linear
 from layerskip.model.blocks import BlockWeight, stacked
 from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.decoder import Decoder
@@ -24,8 +26,6 @@ from layerskip.model.native.network import NativeNetwork
 from layerskip.model.rope import RopeTable
 from layerskip.model.torch.linear import AnyLinear, DenseLinear, Linear, make_linear, packs
 from layerskip.model.torch.network import LayerWeights, TorchNetwork
-from layerskip.model.weights.plan import LoadingPlan
-from layerskip.model.weights.quantization import native_storage, quantize_linear
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,17 +9,9 @@ from typing import Generic
 import torch
 from torch import Tensor
 
-from layerskip.model.blocks import BlockWeight
-from layerskip.model.config.families import FAMILIES
-from layerskip.model.config.model_config import ModelConfig
-from layerskip.model.decoder import Decoder
-from layerskip.model.native.memory import map_private
-from layerskip.model.rope import RopeTable
-from layerskip.model.torch.linear import AnyLinear
-from layerskip.model.torch.network import LayerWeights
-from layerskip.model.weights.builders import NativeBuilder, NetworkBuilder, SharedWeights, TorchBuilder
-from layerskip.model.weights.plan import DraftWeights, LoadingPlan
-from layerskip.model.weights.tensors import (
+from layerskip.checkpoint.loading.builders import NativeBuilder, NetworkBuilder, SharedWeights, TorchBuilder
+from layerskip.checkpoint.loading.plan import DraftWeights, LoadingPlan
+from layerskip.checkpoint.loading.tensors import (
     EMBEDDING,
     FINAL_NORM,
     HEAD,
@@ -29,6 +21,14 @@ from layerskip.model.weights.tensors import (
     read_tensor,
     stored_shapes,
 )
+from layerskip.model.blocks import BlockWeight
+from layerskip.model.config.families import FAMILIES
+from layerskip.model.config.model_config import ModelConfig
+from layerskip.model.decoder import Decoder
+from layerskip.model.native.memory import map_private
+from layerskip.model.rope import RopeTable
+from layerskip.model.torch.linear import AnyLinear
+from layerskip.model.torch.network import LayerWeights
 
 MATRICES = ("qkv", "o", "gate_up", "down")
 NORMS = ("attention_norm", "q_norm", "k_norm", "post_attention_norm", "mlp_norm", "post_mlp_norm")

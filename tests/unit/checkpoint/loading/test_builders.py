@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from layerskip.checkpoint.loading.builders import NativeBuilder, TorchBuilder
+from layerskip.checkpoint.loading.plan import LoadingPlan
 from layerskip.model.blocks import BlockWeight
 from layerskip.model.native.library import load_library
 from layerskip.model.native.linear import NativeLinear
 from layerskip.model.torch.linear import DenseLinear
-from layerskip.model.weights.builders import NativeBuilder, TorchBuilder
-from layerskip.model.weights.plan import LoadingPlan
 
 CPU = torch.device("cpu")
 needs_library = pytest.mark.skipif(load_library() is None, reason="the compiled kernels weren't built")

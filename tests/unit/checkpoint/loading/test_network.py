@@ -6,14 +6,14 @@ import torch.nn.functional as F
 from tensor_sources import Tensors, make_source
 from torch import Tensor
 
+from layerskip.checkpoint.loading.network import load_decoder
+from layerskip.checkpoint.loading.plan import LoadingPlan
 from layerskip.errors import WeightsError
 from layerskip.model.config.families import FAMILIES
 from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.decoder import Decoder
 from layerskip.model.torch.linear import WIDE, DenseLinear, OneDNNLinear, has_onednn
 from layerskip.model.torch.network import TorchNetwork
-from layerskip.model.weights.loading import load_decoder
-from layerskip.model.weights.plan import LoadingPlan
 
 CPU = torch.device("cpu")
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from tensor_sources import make_source
 
+from layerskip.checkpoint.loading.tensors import EMBEDDING, HEAD, Part, check_names, with_own_head
 from layerskip.errors import WeightsError
-from layerskip.model.weights.tensors import EMBEDDING, HEAD, Part, check_names, with_own_head
 
 
 def test_missing_tensors() -> None:

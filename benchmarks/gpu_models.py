@@ -164,28 +164,30 @@ def _verify(
     max_new_tokens: int,
 ) -> None:
     from layerskip import GenerationConfig
-    from layerskip.evaluation.verify.compare import verify_lossless
+    from layerskip.evaluation.verify.compare import make_plan
+    from layerskip.evaluation.verify.run import verify
 
     config = GenerationConfig(temperature=0.8, top_p=0.95, seed=1, max_new_tokens=max_new_tokens, ignore_eos=True)
     started = time.perf_counter()
-    found = verify_lossless(lm, prompts, settings, config=config, batch_size=batch_size)
+    verified = verify(lm, prompts, make_plan(lm, settings, config=config, batch_size=batch_size))
     made = lm.decoder.compiled
-    divergences = [d for setting in found.settings for d in setting.divergences]
+    divergences = [d for setting in verified.settings for d in setting.divergences]
     report.keep(
         **{
             name: {
-                "texts": len(found.settings) * len(prompts),
-                "errors": found.errors,
-                "near_ties": sum(setting.near_ties for setting in found.settings),
+                "texts": len(verified.settings) * len(prompts),
+                "errors": verified.errors,
+                "near_ties": sum(setting.near_ties for setting in verified.settings),
                 "largest_gap": max((d.gap for d in divergences if d.gap is not None), default=None),
-                "tolerance": found.tolerance,
-                "accepted": sum(s.accepted for s in found.settings) / max(1, sum(s.drafted for s in found.settings)),
+                "tolerance": verified.tolerance,
+                "accepted": sum(s.accepted for s in verified.settings)
+                / max(1, sum(s.drafted for s in verified.settings)),
                 "captured": len(made),
                 "seconds": round(time.perf_counter() - started, 2),
             }
         }
     )
-    report.check(found.errors == 0, f"{name}: {found.errors} texts differ")
+    report.check(verified.errors == 0, f"{name}: {verified.errors} texts differ")
     for capture in made:
         report.check(capture.problem is None, f"{name}: capture failed: {capture.problem}")
     report.check(report.small or bool(made), f"{name}: nothing was captured")
@@ -228,7 +230,8 @@ def training(report: "Report") -> None:
     import torch
 
     import layerskip
-    from layerskip.evaluation.verify.compare import verify_lossless
+    from layerskip.evaluation.verify.compare import make_plan
+    from layerskip.evaluation.verify.run import verify
 
     with TemporaryDirectory() as scratch:
         warm_up = 3 if report.small else 10
@@ -249,8 +252,8 @@ def training(report: "Report") -> None:
             f"loss {figures['first_loss']:.2f} to {figures['last_loss']:.2f}"
         )
         lm = layerskip.load(str(Path(scratch) / "long"), device=report.device)
-        found = verify_lossless(lm, [[5, 6, 7], [8, 9]], [(1, 3)], batch_size=2)
-        report.check(found.errors == 0, "the trained model's speculative text isn't its plain one")
+        verified = verify(lm, [[5, 6, 7], [8, 9]], make_plan(lm, [(1, 3)], batch_size=2))
+        report.check(verified.errors == 0, "the trained model's speculative text isn't its plain one")
 
 
 def _tokens_a_step(report: "Report") -> int:

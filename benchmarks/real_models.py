@@ -22,7 +22,8 @@ from rich.console import Console
 import layerskip
 from layerskip.checkpoint.transformers_model import load_transformers_model
 from layerskip.decoding.config import GenerationConfig
-from layerskip.evaluation.verify.compare import LosslessReport, compare, verify_lossless
+from layerskip.evaluation.verify.compare import VerifyReport, compare, make_plan
+from layerskip.evaluation.verify.run import verify
 
 TOLERANCE = 1e-3
 """Logits by which a near-tie in float32 may differ."""
@@ -58,12 +59,12 @@ def main(arguments: Arguments) -> None:
         parity = compare_with_transformers(lm, prompts, arguments.max_new_tokens)
         num_layers = lm.decoder.num_layers
         exits = (max(1, num_layers // 4), num_layers // 2, num_layers - 1)
-        verified = verify_lossless(
+        plan = make_plan(
             lm,
-            prompts[: arguments.verify_prompts],
             [(exit_layer, drafts) for exit_layer in exits for drafts in arguments.drafts],
             config=GenerationConfig(max_new_tokens=arguments.max_new_tokens, temperature=0.8, top_p=0.95),
         )
+        verified = verify(lm, prompts[: arguments.verify_prompts], plan)
         results[name] = {**parity, "verify": summary(verified)}
         console.print(f"[bold]{name}[/bold] ({lm.decoder.kernels} kernels, {lm.checkpoint.contents.format})")
         for key, value in results[name].items():
@@ -103,7 +104,7 @@ def compare_with_transformers(
     return {"greedy_texts": counts, "largest_difference_of_logits": difference}
 
 
-def summary(report: LosslessReport) -> dict[str, int]:
+def summary(report: VerifyReport) -> dict[str, int]:
     """Counts over all settings."""
     return {
         "texts": sum(s.equal + s.near_ties + s.errors for s in report.settings),

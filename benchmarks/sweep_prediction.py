@@ -27,7 +27,7 @@ from layerskip.evaluation.data.datasets import Example, encode_examples, load_ex
 from layerskip.evaluation.run_folder import RunFolder
 from layerskip.evaluation.setting import Setting
 from layerskip.evaluation.sweep.prediction import SweepRow
-from layerskip.evaluation.sweep.run import TOP, SweepReport, make_grid, planned_units, sweep
+from layerskip.evaluation.sweep.run import TOP, SweepReport, make_grid, sweep
 from layerskip.evaluation.sweep.trajectories import replay
 from layerskip.evaluation.sweep.worker import SweepWork, from_sample, text_key
 
@@ -66,14 +66,14 @@ def main(arguments: Arguments) -> None:
     )
     with tempfile.TemporaryDirectory() as folder, Progress(transient=True) as bar:
         run = RunFolder(Path(folder), "sweep", {})
-        task = bar.add_task("sweep", total=planned_units(len(examples), grid, exhaustive=True))
+        task = bar.add_task("sweep", total=None)
         report = sweep(
             work,
             examples,
             grid,
             run,
             exhaustive=True,
-            on_progress=lambda what, done: bar.update(task, description=what, advance=done),
+            on_progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
         )
         acceptance = predicted_acceptance(run, examples, grid)
     differences = [abs(row.acceptance_rate - acceptance[row.setting]) for row in report.rows]

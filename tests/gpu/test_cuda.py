@@ -9,7 +9,8 @@ import torch
 import layerskip
 from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.rounds.acceptance import accept_block, accept_rejection
-from layerskip.evaluation.verify.compare import verify_lossless
+from layerskip.evaluation.verify.compare import make_plan
+from layerskip.evaluation.verify.run import verify
 from layerskip.language_model import LanguageModel
 from layerskip.machine import free_memory
 from layerskip.model.noise import Purpose, gumbel, make_key, uniforms
@@ -46,8 +47,8 @@ def test_16_bit_logits_are_close(tiny_checkpoint: Any, load_here: Load, family: 
 def test_speculation_loses_nothing(tiny_checkpoint: Any, load_here: Load, dtype: str, compile: str) -> None:
     lm = load_here(tiny_checkpoint(), dtype=dtype, compile=compile)
     config = GenerationConfig(max_new_tokens=24, temperature=0.8, top_p=0.95, top_k=50, min_p=0.01, seed=1)
-    report = verify_lossless(lm, PROMPTS, [(e, k) for e in (1, 2, 4) for k in (1, 4)], config=config, batch_size=3)
-    assert report.errors == 0
+    plan = make_plan(lm, [(e, k) for e in (1, 2, 4) for k in (1, 4)], config=config, batch_size=3)
+    assert verify(lm, PROMPTS, plan).errors == 0
 
 
 def test_rows_that_fill_the_context(tiny_checkpoint: Any, load_here: Load) -> None:

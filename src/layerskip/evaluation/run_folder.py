@@ -17,6 +17,7 @@ from typing import Any
 
 from layerskip.differences import differences
 from layerskip.errors import InvalidArgumentError
+from layerskip.evaluation.samples import SampleStore
 from layerskip.files import parse_json, to_json, write_atomically
 from layerskip.locks import Lock
 from layerskip.machine import describe_machine
@@ -27,7 +28,7 @@ RUN_FILE, SAMPLES_FILE, RESULTS_FILE, REPORT_FILE = "run.json", "samples.jsonl",
 LOCK_FILE = ".lock"
 
 
-class RunFolder:
+class RunFolder(SampleStore):
     """One measurement's folder; `open_run_folder` keeps other processes out of it."""
 
     def __init__(self, path: Path, kind: str, configuration: Mapping[str, Any]) -> None:
@@ -35,15 +36,15 @@ class RunFolder:
 
         Args:
             path: The folder; made if it doesn't exist.
-            kind: `benchmark`, `sweep`, `eval`, `verify` or `batch`.
+            kind: `benchmark`, `sweep`, `eval` or `verify`.
             configuration: All that the results depend on; JSON.
 
         Raises:
             InvalidArgumentError: It holds another configuration's results, or can't be written.
         """
-        self.path, self.kind = path, kind
+        super().__init__()
+        self.path, self.kind, self.place = path, kind, str(path)
         self.configuration: dict[str, Any] = json.loads(json.dumps(configuration, default=str))
-        self.samples: dict[str, dict[str, Any]] = {}
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._check_run()
@@ -63,7 +64,7 @@ class RunFolder:
             file.write(line + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        self.samples[key] = record
+        super().add(key, sample)
 
     def finish(self, results: Mapping[str, Any]) -> dict[str, Any]:
         """Write results.json, and return what is in it."""

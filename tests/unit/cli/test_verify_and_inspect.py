@@ -196,7 +196,7 @@ def test_the_command_of_the_report_is_this_one(
 
 
 def test_distribution_tests_are_kept(cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest, tested = distribution.check_distribution, list[bool]()
+    honest, tested = distribution.verify_distribution, list[bool]()
 
     def stops(*given: Any, block: bool, **options: Any) -> Any:
         if block:
@@ -210,9 +210,9 @@ def test_distribution_tests_are_kept(cli: Callable[..., Any], tmp_path: Path, mo
 
     named = ["--prompt", "def f(x):", "--max-new-tokens", "4", "--exit-layers", "4", "--top-k", "5", "--distribution"]
     flags = [*named, "--draws", "1000", "--output-dir", str(tmp_path), "--json"]
-    monkeypatch.setattr(distribution, "check_distribution", stops)
+    monkeypatch.setattr(distribution, "verify_distribution", stops)
     assert cli("verify", *flags).code == 130
-    monkeypatch.setattr(distribution, "check_distribution", counts)
+    monkeypatch.setattr(distribution, "verify_distribution", counts)
     found = cli("verify", *flags)
     tests = json.loads(found.out)["results"]["distribution"]
     assert (found.code, tested) == (0, [False, True])

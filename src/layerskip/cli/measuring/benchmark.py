@@ -12,7 +12,7 @@ from layerskip.cli.exit_code import ExitCode
 from layerskip.cli.flags.arguments import DecodingArguments, ModelArguments, OutputArguments, Switch, parse
 from layerskip.cli.flags.dataset import DatasetArguments, load_examples, open_run
 from layerskip.cli.flags.ray import RayArguments, check_ray
-from layerskip.cli.terminal.progress import make_progress
+from layerskip.cli.terminal.progress import show_progress
 from layerskip.cli.terminal.terminal import make_console, tell_left_out
 from layerskip.cli.workers import keep_output_clean, make_mapper, model_loader
 from layerskip.errors import InvalidArgumentError
@@ -72,18 +72,11 @@ def run(argv: Sequence[str]) -> int:
     )
     with (
         open_run(arguments.output_dir, "benchmark", arguments.model, arguments.data, settings) as folder,
-        make_progress(arguments.output) as bar,
+        show_progress(arguments.output, "benchmark") as on_progress,
         keep_output_clean(arguments.where),
         make_mapper(arguments.where, arguments.model, len(examples)) as mapper,
     ):
-        task = bar.add_task("benchmark", total=len(examples) * len(strategies))
-        results = benchmark(
-            work,
-            examples,
-            folder,
-            mapper=mapper,
-            on_progress=lambda what, done: bar.update(task, description=what, advance=done),
-        )
+        results = benchmark(work, examples, folder, mapper=mapper, on_progress=on_progress)
         content = folder.finish(results)
         write_report(folder.path)
     tell_left_out(arguments.output, results["left_out"], len(examples))

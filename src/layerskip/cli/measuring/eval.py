@@ -11,7 +11,7 @@ from tyro.conf import arg
 from layerskip.cli.exit_code import ExitCode
 from layerskip.cli.flags.arguments import ModelArguments, OutputArguments, Switch, parse, parse_numbers
 from layerskip.cli.flags.ray import RayArguments, check_ray
-from layerskip.cli.terminal.progress import make_progress
+from layerskip.cli.terminal.progress import show_progress
 from layerskip.cli.terminal.terminal import load_model, make_console, open_model
 from layerskip.cli.workers import keep_output_clean, make_mapper, model_loader
 from layerskip.decoding.config import GenerationConfig
@@ -104,15 +104,8 @@ def run(argv: Sequence[str]) -> int:
         if arguments.where.ray:
             answer_on_cluster(arguments, names, options, folder)
         lm = load_model(arguments.model, arguments.output)
-        with make_progress(arguments.output) as bar:
-            task = bar.add_task("reading tasks", total=None)
-            report = evaluate(
-                lm,
-                tasks,
-                output=folder,
-                on_progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
-                **options,
-            )
+        with show_progress(arguments.output, "reading tasks") as on_progress:
+            report = evaluate(lm, tasks, output=folder, on_progress=on_progress, **options)
         content, _ = read_results(folder.path)
         write_report(folder.path)
     notes = [NO_SPEEDUP] if report.scores and speculates(arguments) else []
@@ -143,18 +136,11 @@ def answer_on_cluster(
     )
     shards = number_of_shards(arguments.where.num_workers)
     with (
-        make_progress(arguments.output) as bar,
+        show_progress(arguments.output, "starting workers") as on_progress,
         keep_output_clean(arguments.where),
         make_mapper(arguments.where, arguments.model, shards) as mapper,
     ):
-        task = bar.add_task("starting workers", total=None)
-        answer_elsewhere(
-            work,
-            folder,
-            mapper,
-            shards,
-            on_progress=lambda done: bar.update(task, description="answering", completed=done),
-        )
+        answer_elsewhere(work, folder, mapper, shards, on_progress=on_progress)
 
 
 def make_config(arguments: EvalArguments) -> GenerationConfig:
@@ -208,8 +194,8 @@ def print_report(arguments: EvalArguments, report: "EvalReport", note: str | Non
     metrics = dict.fromkeys(
         (task, metric)
         for exit_ in report.exits
-        for task, found in exit_.tasks.items()
-        for metric in found
+        for task, values in exit_.tasks.items()
+        for metric in values
         if ERROR not in metric
     )
     quality = {

@@ -10,7 +10,7 @@ from tyro.conf import arg
 
 from layerskip.cli.exit_code import ExitCode
 from layerskip.cli.flags.arguments import File, ModelArguments, OutputArguments, Text, parse
-from layerskip.cli.terminal.progress import make_progress
+from layerskip.cli.terminal.progress import show_progress
 from layerskip.cli.terminal.terminal import load_model, make_console
 from layerskip.errors import InvalidArgumentError
 from layerskip.files import to_json
@@ -53,9 +53,8 @@ def run(argv: Sequence[str]) -> int:
     from layerskip.evaluation.inspect.exits import measure_exits
 
     tokens = cut(lm.encode(texts), arguments.max_tokens)
-    with make_progress(arguments.output) as bar:
-        task = bar.add_task("reading tokens", total=sum(len(text) - 1 for text in tokens))
-        report = measure_exits(lm, tokens, on_progress=lambda done: bar.advance(task, done))
+    with show_progress(arguments.output, "reading tokens") as on_progress:
+        report = measure_exits(lm, tokens, on_progress=on_progress)
     if arguments.output.json:
         print(to_json({"model": describe(lm), **asdict(report)}))
     else:

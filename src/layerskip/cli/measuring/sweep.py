@@ -12,7 +12,7 @@ from layerskip.cli.exit_code import ExitCode
 from layerskip.cli.flags.arguments import ModelArguments, OutputArguments, Switch, parse
 from layerskip.cli.flags.dataset import DatasetArguments, load_examples, open_run
 from layerskip.cli.flags.ray import RayArguments, check_ray
-from layerskip.cli.terminal.progress import make_progress
+from layerskip.cli.terminal.progress import show_progress
 from layerskip.cli.terminal.terminal import make_console, open_model, tell_left_out
 from layerskip.cli.workers import keep_output_clean, make_mapper, model_loader
 from layerskip.decoding.config import GenerationConfig
@@ -76,7 +76,7 @@ def run(argv: Sequence[str]) -> int:
     config = GenerationConfig(max_new_tokens=arguments.max_new_tokens, ignore_eos=arguments.ignore_eos, do_sample=False)
 
     from layerskip.evaluation.report import write_report
-    from layerskip.evaluation.sweep.run import planned_units, sweep
+    from layerskip.evaluation.sweep.run import sweep
     from layerskip.evaluation.sweep.worker import SweepWork
 
     checkpoint = open_model(arguments.model, arguments.output)
@@ -85,14 +85,12 @@ def run(argv: Sequence[str]) -> int:
     flags = ("exhaustive", "max_new_tokens", "ignore_eos")
     settings = {"grid": grid, **{name: getattr(arguments, name) for name in flags}}
     exits = sorted({exit_layer for exit_layer, _ in grid})
-    units = planned_units(len(examples), grid, exhaustive=arguments.exhaustive)
     with (
         open_run(arguments.output_dir, "sweep", arguments.model, arguments.data, settings) as folder,
-        make_progress(arguments.output) as bar,
+        show_progress(arguments.output, "sweep") as on_progress,
         keep_output_clean(arguments.where),
         make_mapper(arguments.where, arguments.model, len(examples)) as mapper,
     ):
-        task = bar.add_task("sweep", total=units)
         report = sweep(
             SweepWork(load=model_loader(arguments.model), exits=exits, config=config),
             examples,
@@ -100,7 +98,7 @@ def run(argv: Sequence[str]) -> int:
             folder,
             exhaustive=arguments.exhaustive,
             mapper=mapper,
-            on_progress=lambda what, done: bar.update(task, description=what, advance=done),
+            on_progress=on_progress,
         )
         content = folder.finish(as_record(arguments, report))
         write_report(folder.path)

@@ -8,15 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import arg
+from tyro.conf import Suppress, arg
 
 from layerskip.cli.exit_code import ExitCode
 from layerskip.cli.flags.arguments import File, ModelArguments, OutputArguments, Switch, parse, parse_numbers
 from layerskip.cli.flags.arguments import Text as TextFlag
 from layerskip.cli.flags.dataset import DatasetArguments, load_examples, open_run
-from layerskip.cli.terminal.progress import make_progress
+from layerskip.cli.terminal.progress import make_progress, show_progress
 from layerskip.cli.terminal.terminal import load_model, make_console, tell_left_out
-from layerskip.decoding.config import GenerationConfig
+from layerskip.decoding.config import Acceptance, GenerationConfig, Strategy
 from layerskip.errors import InvalidArgumentError, PromptTooLongError
 from layerskip.files import to_json
 
@@ -25,25 +25,49 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from layerskip.evaluation.data.datasets import Example
-    from layerskip.evaluation.run_folder import RunFolder
-    from layerskip.evaluation.verify.compare import LosslessReport, Mode
+    from layerskip.evaluation.samples import SampleStore
+    from layerskip.evaluation.verify.compare import VerifyReport
     from layerskip.evaluation.verify.distribution import DistributionReport
     from layerskip.language_model import LanguageModel
 
 DEFAULT_PROMPTS = ("def add(a, b):", "import os\n\n\nclass Reader:\n", 'def count_words(text):\n    """')
 PROMPT_TOKENS = 32
 """Tokens of the first prompt after which the distribution test draws."""
+SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
+"""Fields of `GenerationConfig` that have flags here."""
 NEAR_TIES_SHOWN = 40
 """Rows of the list of near-ties."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptDataArguments(DatasetArguments):
-    """A data set to check on, in place of prompts."""
+    """A data set to verify on, in place of prompts."""
 
     dataset: Annotated[str | None, arg(metavar="NAME")] = None  # type: ignore[assignment]
     """cnn_dm_summarization, cnn_dm_lm, xsum_summarization, human_eval, top_v2, gsm8k, spec_bench, custom_jsonl or
     chat_format."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingArguments(GenerationConfig):
+    """Length and sampling; all else is what is verified."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.8
+    top_p: float = 0.95
+    seed: int | None = 0
+    """Seed of sampling."""
+    generation_strategy: Suppress[Strategy | None] = None
+    exit_layer: Suppress[int | None] = None
+    num_speculations: Suppress[int | None] = None
+    do_sample: Suppress[bool | None] = None
+    repetition_penalty: Suppress[float] = 1.0
+    no_repeat_ngram_size: Suppress[int] = 0
+    acceptance: Suppress[Acceptance] = "coupled"
+    block_verification: Suppress[bool] = True
+    stop: Suppress[tuple[str, ...]] = ()
+    eos_token_ids: Suppress[tuple[int, ...] | None] = None
+    ignore_eos: Suppress[bool] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,25 +92,14 @@ class VerifyArguments:
     """Most prompts to use."""
     data: PromptDataArguments = default(default_factory=PromptDataArguments)
     exit_layers: Annotated[str | None, arg(metavar="E,E,...")] = None
-    """Exit layers to check, or 'all'; a quarter and a half of the depth if not given."""
+    """Exit layers to verify, or 'all'; a quarter and a half of the depth if not given."""
     num_speculations: Annotated[str, arg(metavar="K,K,...")] = "4"
-    """Draft lengths to check with each exit layer."""
+    """Draft lengths to verify with each exit layer."""
     mode: Literal["both", "greedy", "coupled"] = "both"
     """Greedy decoding, coupled sampling, or both."""
-    max_new_tokens: int = 64
-    """Most tokens to write for each prompt."""
     batch_size: int = 1
     """Prompts to decode together."""
-    temperature: float = 0.8
-    """Of sampling."""
-    top_k: int = 0
-    """Sample among the k most likely tokens only; 0 is all."""
-    top_p: float = 0.95
-    """Sample among the most likely tokens that together have this probability."""
-    min_p: float = 0.0
-    """Sample among tokens with at least this share of the likeliest one's probability."""
-    seed: int = 0
-    """Seed of sampling."""
+    sampling: SamplingArguments = default(default_factory=SamplingArguments)
     tolerance: float | None = None
     """Logits may differ by this much in a near-tie; by dtype if not given (float32: 0.001)."""
     distribution: Switch = False
@@ -102,10 +115,10 @@ def run(argv: Sequence[str]) -> int:
     """Run the command; 1 if anything is lost."""
     arguments = parse(VerifyArguments, "verify", argv)
     check_sources(arguments)
-    config = make_config(arguments)
+    config = GenerationConfig(**asdict(arguments.sampling))
     lengths = parse_numbers("num_speculations", arguments.num_speculations)
     asked = read_asked(arguments)
-    with nullcontext() if arguments.output_dir is None else open_folder(arguments, arguments.output_dir) as folder:
+    with open_store(arguments) as store:
         lm = load_model(arguments.model, arguments.output)
         exits = exit_layers(arguments, lm.decoder.num_layers)
         num_asked = len(asked)
@@ -113,9 +126,9 @@ def run(argv: Sequence[str]) -> int:
         tell_left_out(arguments.output, left_out, num_asked)
         settings = [(exit_layer, length) for exit_layer in exits for length in lengths]
         indices = [example.index for example in asked]
-        report = compare(arguments, lm, prompts, indices, settings, config, folder)
-        tests = check_distributions(arguments, lm, prompts[0], config, exits, folder) if arguments.distribution else []
-        content = None if folder is None else finish(folder, report, tests, left_out)
+        report = compare(arguments, lm, prompts, indices, settings, config, store)
+        tests = verify_distributions(arguments, lm, prompts[0], config, exits, store) if arguments.distribution else []
+        content = finish(store, report, tests, left_out)
     report = renumbered(report, indices)
     content = content or {**as_record(report, tests), "left_out": left_out}
     if arguments.output.json:
@@ -184,17 +197,22 @@ def encode(
     return kept, [encoded[example.index] for example in kept], left_out
 
 
-def open_folder(arguments: VerifyArguments, path: Path) -> "AbstractContextManager[RunFolder]":
-    """The folder that keeps comparisons; its configuration is all flags that these depend on.
+def open_store(arguments: VerifyArguments) -> "AbstractContextManager[SampleStore]":
+    """What keeps comparisons: memory, or a folder, whose configuration is all flags that comparisons depend on.
 
     Raises:
-        InvalidArgumentError: It holds another configuration's comparisons.
+        InvalidArgumentError: The folder has another configuration's comparisons.
     """
-    apart = ("model", "data", "output", "output_dir")  # the first two are added by `open_run`
+    if arguments.output_dir is None:
+        from layerskip.evaluation.samples import SampleStore
+
+        return nullcontext(SampleStore())
+    apart = ("model", "data", "output", "output_dir", "sampling")  # the first two are added by `open_run`
     settings = {name: value for name, value in vars(arguments).items() if name not in apart}
+    settings |= {name: getattr(arguments.sampling, name) for name in SAMPLING}
     if not arguments.distribution:
         settings["draws"] = None
-    return open_run(path, "verify", arguments.model, arguments.data, settings)
+    return open_run(arguments.output_dir, "verify", arguments.model, arguments.data, settings)
 
 
 def compare(
@@ -204,65 +222,53 @@ def compare(
     indices: list[int],
     settings: list[tuple[int, int]],
     config: GenerationConfig,
-    folder: "RunFolder | None",
-) -> "LosslessReport":
-    """Decode and compare, in a folder if there is one."""
-    from layerskip.evaluation.verify.compare import make_plan, verify_lossless
-    from layerskip.evaluation.verify.run import run_lossless
+    store: "SampleStore",
+) -> "VerifyReport":
+    """Decode and compare."""
+    from layerskip.evaluation.verify.compare import make_plan
+    from layerskip.evaluation.verify.run import verify
 
-    modes: tuple[Mode, ...] = ("greedy", "coupled") if arguments.mode == "both" else (arguments.mode,)
-    options: dict[str, Any] = {"modes": modes, "config": config}
-    options |= {"batch_size": arguments.batch_size, "tolerance": arguments.tolerance}
-    with make_progress(arguments.output) as bar:
-        task = bar.add_task("verifying", total=len(prompts) * len(modes) * (len(settings) + 1))
-
-        def on_progress(what: str, done: int) -> None:
-            bar.update(task, description=what, advance=done)
-
-        if folder is None:
-            return verify_lossless(lm, prompts, settings, on_progress=on_progress, **options)
-        plan = make_plan(lm, settings, **options)
-        return run_lossless(lm, prompts, plan, folder, indices=indices, on_progress=on_progress)
+    plan = make_plan(
+        lm,
+        settings,
+        modes=("greedy", "coupled") if arguments.mode == "both" else (arguments.mode,),
+        config=config,
+        batch_size=arguments.batch_size,
+        tolerance=arguments.tolerance,
+    )
+    with show_progress(arguments.output, "verifying") as on_progress:
+        return verify(lm, prompts, plan, store, indices=indices, on_progress=on_progress)
 
 
-def renumbered(report: "LosslessReport", indices: list[int]) -> "LosslessReport":
+def renumbered(report: "VerifyReport", indices: list[int]) -> "VerifyReport":
     """The report with prompts numbered as their file or data set has them."""
     settings = [
-        replace(setting, divergences=[replace(found, prompt=indices[found.prompt]) for found in setting.divergences])
+        replace(setting, divergences=[replace(d, prompt=indices[d.prompt]) for d in setting.divergences])
         for setting in report.settings
     ]
     return replace(report, settings=settings)
 
 
 def finish(
-    folder: "RunFolder",
-    report: "LosslessReport",
+    store: "SampleStore",
+    report: "VerifyReport",
     tests: "list[DistributionReport]",
     left_out: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """Write results and report; returns what is in results.json."""
+) -> dict[str, Any] | None:
+    """Write a folder's results and report; returns what is in results.json, None where nothing is written."""
     from layerskip.evaluation.report import write_report
+    from layerskip.evaluation.run_folder import RunFolder
     from layerskip.evaluation.verify.run import to_results
 
-    content = folder.finish({**to_results(report, folder, tests), "left_out": left_out})
-    write_report(folder.path)
+    if not isinstance(store, RunFolder):
+        return None
+    content = store.finish({**to_results(report, store, tests), "left_out": left_out})
+    write_report(store.path)
     return content
 
 
-def make_config(arguments: VerifyArguments) -> GenerationConfig:
-    """How the prompts are decoded."""
-    return GenerationConfig(
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        min_p=arguments.min_p,
-        seed=arguments.seed,
-    )
-
-
 def exit_layers(arguments: VerifyArguments, num_layers: int) -> list[int]:
-    """Exit layers to check."""
+    """Exit layers to verify."""
     if arguments.exit_layers is None:
         return list(dict.fromkeys(max(1, num_layers // part) for part in (4, 2)))
     if arguments.exit_layers == "all":
@@ -279,33 +285,33 @@ def read_texts(arguments: VerifyArguments) -> list[str]:
     return list(DEFAULT_PROMPTS) if arguments.prompt is None else [arguments.prompt]
 
 
-def check_distributions(
+def verify_distributions(
     arguments: VerifyArguments,
     lm: "LanguageModel",
     prompt: list[int],
     config: GenerationConfig,
     exits: list[int],
-    folder: "RunFolder | None",
+    store: "SampleStore",
 ) -> "list[DistributionReport]":
     """Distribution tests of both kinds of rejection sampling for each exit layer."""
-    from layerskip.evaluation.verify.distribution import check_distribution
+    from layerskip.evaluation.verify.distribution import verify_distribution
     from layerskip.evaluation.verify.run import run_distribution_test
 
     reports = []
     with make_progress(arguments.output) as bar:
         task = bar.add_task("drawing", total=2 * len(exits))
         for exit_layer in exits:
-            test = partial(check_distribution, lm, prompt[:PROMPT_TOKENS], config, exit_layer, draws=arguments.draws)
+            test = partial(verify_distribution, lm, prompt[:PROMPT_TOKENS], config, exit_layer, draws=arguments.draws)
             for block in (False, True):
                 kind = "block" if block else "plain"
                 bar.update(task, description=f"drawing {arguments.draws} pairs, exit {exit_layer}, {kind}")
                 key = f"distribution/{exit_layer}/{kind}"
-                reports.append(run_distribution_test(folder, key, partial(test, block=block)))
+                reports.append(run_distribution_test(store, key, partial(test, block=block)))
                 bar.advance(task)
     return reports
 
 
-def as_record(report: "LosslessReport", tests: "list[DistributionReport]") -> dict[str, Any]:
+def as_record(report: "VerifyReport", tests: "list[DistributionReport]") -> dict[str, Any]:
     """The object that `--json` prints where there is no folder."""
     settings = [asdict(setting) for setting in report.settings]
     for setting in settings:
@@ -320,7 +326,7 @@ def as_record(report: "LosslessReport", tests: "list[DistributionReport]") -> di
     }
 
 
-def print_report(arguments: VerifyArguments, report: "LosslessReport", tests: "list[DistributionReport]") -> None:
+def print_report(arguments: VerifyArguments, report: "VerifyReport", tests: "list[DistributionReport]") -> None:
     """Tables of settings, near-ties and distribution tests, and a verdict."""
     console = make_console(arguments.output)
     console.print(_settings_table(report))
@@ -337,7 +343,7 @@ def print_report(arguments: VerifyArguments, report: "LosslessReport", tests: "l
         console.print(f"Report: {arguments.output_dir / 'report.html'}", style="dim", soft_wrap=True)
 
 
-def _settings_table(report: "LosslessReport") -> "Table":
+def _settings_table(report: "VerifyReport") -> "Table":
     from rich.table import Table
     from rich.text import Text
 
@@ -352,7 +358,7 @@ def _settings_table(report: "LosslessReport") -> "Table":
     return table
 
 
-def _print_near_ties(console: "Console", report: "LosslessReport", source: str) -> None:
+def _print_near_ties(console: "Console", report: "VerifyReport", source: str) -> None:
     """Where rounding swapped tokens; `source` says who has the rest of a long list."""
     from rich.table import Table
 

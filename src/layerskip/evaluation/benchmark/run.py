@@ -17,6 +17,7 @@ from layerskip.evaluation.benchmark.summary import summarize
 from layerskip.evaluation.data.datasets import Example, encode_examples
 from layerskip.evaluation.data.metrics import sample_metrics
 from layerskip.evaluation.left_out import LEFT_OUT, find_left_out, left_out_key, left_out_sample
+from layerskip.evaluation.progress import Meter, Progress, ignore_progress
 from layerskip.evaluation.run_folder import RunFolder
 from layerskip.language_model import LanguageModel
 from layerskip.machine import resident_bytes
@@ -24,8 +25,6 @@ from layerskip.workers.fan_out import Mapper, in_process
 
 SHOWN_TEXTS = 4
 """Prompts whose texts are also written piece by piece, telling what was drafted."""
-Progress = Callable[[str, int], None]
-"""Told what is done, and how many prompts were decoded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +100,7 @@ def benchmark(
     run: RunFolder,
     *,
     mapper: Mapper = in_process,
-    on_progress: Progress = lambda what, done: None,
+    on_progress: Progress = ignore_progress,
 ) -> dict[str, Any]:
     """Decode every prompt by every strategy, and summarise.
 
@@ -110,7 +109,7 @@ def benchmark(
         examples: Prompts with references.
         run: Keeps every finished sample.
         mapper: Where the work is done.
-        on_progress: Told after each prompt and strategy.
+        on_progress: Told of every prompt that was decoded by a strategy.
 
     Returns:
         The `results` of results.json.
@@ -120,15 +119,16 @@ def benchmark(
         PromptError: No prompt leaves room for an answer.
     """
     check_strategies(work.strategies)
+    meter = Meter(on_progress, len(examples) * len(work.strategies))
     missing = []
     for example in examples:
         names = [name for name in work.strategies if sample_key(example, name) not in run.samples]
-        on_progress("benchmark", len(work.strategies) - len(names))
+        meter.advance("benchmark", len(work.strategies) - len(names))
         if names and left_out_key(example) not in run.samples:
             missing.append((example, names))
     for key, sample in mapper(missing, work.start):
         run.add(key, sample)
-        on_progress(sample.get("strategy", "benchmark"), 1 if "strategy" in sample else len(work.strategies))
+        meter.advance(sample.get("strategy", "benchmark"), 1 if "strategy" in sample else len(work.strategies))
     examples, left_out = find_left_out(examples, run.samples)
     samples = {name: [run.samples[sample_key(example, name)] for example in examples] for name in work.strategies}
     return {**summarize(work.dataset, samples), LEFT_OUT: left_out}

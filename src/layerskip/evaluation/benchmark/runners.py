@@ -38,13 +38,13 @@ class OwnRunner:
 
     def pieces(self, prompt: list[int]) -> list[tuple[str, str]]:
         """The text in pieces, each with where it came from: accepted, corrected, bonus or decoded."""
-        found: list[tuple[str, str]] = []
+        pieces: list[tuple[str, str]] = []
         for event in self.lm.stream([prompt], self.config, **self.options):
             if isinstance(event, TokenEvent):
-                found.append((event.text, event.source))
+                pieces.append((event.text, event.source))
             elif isinstance(event, FinishEvent) and event.text:
-                found.append((event.text, found[-1][1] if found else "decoded"))
-        return found
+                pieces.append((event.text, pieces[-1][1] if pieces else "decoded"))
+        return pieces
 
 
 def make_runners(lm: LanguageModel, strategies: Sequence[str], config: GenerationConfig) -> dict[str, Runner]:

@@ -20,16 +20,16 @@ def summarize(dataset: str, samples: dict[str, list[Sample]]) -> dict[str, Any]:
         samples: By strategy, in the same order of prompts.
     """
     strategies = []
-    for name, found in samples.items():
+    for name, own in samples.items():
         row = {
             "name": name,
-            "options": found[0]["options"],
-            **_figures(found),
-            "metrics": combine_metrics(dataset, found),
+            "options": own[0]["options"],
+            **_figures(own),
+            "metrics": combine_metrics(dataset, own),
         }
         low, middle, high = None, None, None
         if BASELINE in samples and name != BASELINE:
-            low, middle, high = speedup_interval(found, samples[BASELINE])
+            low, middle, high = speedup_interval(own, samples[BASELINE])
         elif name == BASELINE:
             middle = 1.0
         strategies.append({**row, "speedup": middle, "speedup_low": low, "speedup_high": high})
@@ -38,10 +38,10 @@ def summarize(dataset: str, samples: dict[str, list[Sample]]) -> dict[str, Any]:
 
 def empty_note(strategies: Sequence[Mapping[str, Any]]) -> str | None:
     """What to say of rows of `summarize` with texts that end at once: their speed is that of reading prompts."""
-    found = [row for row in strategies if row.get("empty_texts")]
-    if not found:
+    empty = [row for row in strategies if row.get("empty_texts")]
+    if not empty:
         return None
-    most = max(found, key=lambda row: int(row["empty_texts"]))
+    most = max(empty, key=lambda row: int(row["empty_texts"]))
     return (
         f"{most['empty_texts']} of {most['samples']} texts of {most['name']} are empty: the model ends them at once, "
         "and their speed is that of reading prompts. Use prompts that want an answer, or write on (ignore_eos)."

@@ -64,10 +64,10 @@ class TransformersRunner:
         return {"do_sample": True, **chosen, "min_p": config.min_p or None}
 
     def _ends(self, prompt: list[int]) -> dict[str, Any]:
-        ends = self._config.eos_token_ids
-        found = list(self._lm.end_tokens(prompt) if ends is None else ends)
-        padding = {"pad_token_id": found[0] if found else 0}
-        return {"eos_token_id": None if self._config.ignore_eos or not found else found, **padding}
+        named = self._config.eos_token_ids
+        ends = list(self._lm.end_tokens(prompt) if named is None else named)
+        padding = {"pad_token_id": ends[0] if ends else 0}
+        return {"eos_token_id": None if self._config.ignore_eos or not ends else ends, **padding}
 
     def _text(self, tokens: list[int]) -> str:
         return str(self._lm.tokenizer.decode(tokens, skip_special_tokens=True))

@@ -195,7 +195,7 @@ def combine_metrics(dataset: str, samples: Sequence[Mapping[str, Any]]) -> dict[
     find_dataset(dataset)
     names = dict.fromkeys(name for sample in samples for name in sample["metrics"])
     having = {name: [sample for sample in samples if name in sample["metrics"]] for name in names}
-    metrics = {name: fmean(sample["metrics"][name] for sample in found) for name, found in having.items()}
+    metrics = {name: fmean(sample["metrics"][name] for sample in own) for name, own in having.items()}
     if "bleu" in metrics:
         texts = [cut_prediction(dataset, sample["text"]) for sample in having["bleu"]]
         metrics["bleu"] = bleu(texts, [sample["reference"] for sample in having["bleu"]])

@@ -5,43 +5,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import fsum
-from typing import Any, Protocol
+from typing import Any
 
-
-class AnswerStore(Protocol):
-    """Keeps answers by key: a run's folder, or what stands for one."""
-
-    @property
-    def samples(self) -> "AnswersByKey":
-        """Those that there are."""
-        ...
-
-    def add(self, key: str, sample: Mapping[str, Any]) -> None:
-        """Keep one."""
-        ...
-
-
-class AnswersByKey(Protocol):
-    """A mapping, as far as it is used."""
-
-    def __contains__(self, key: str, /) -> bool: ...
-
-    def __getitem__(self, key: str, /) -> dict[str, Any]: ...
-
+from layerskip.evaluation.samples import SampleStore
 
 WITHOUT_TOKENS = "scores_without_tokens"
 """Figure: continuations that have no token of their own, which count 0."""
-
-
-@dataclass(kw_only=True)
-class MemoryAnswers:
-    """Answers that nobody wants on disk."""
-
-    samples: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def add(self, key: str, sample: Mapping[str, Any]) -> None:
-        """Keep one."""
-        self.samples[key] = dict(sample)
 
 
 @dataclass(kw_only=True)
@@ -49,7 +18,7 @@ class Answers:
     """Finished requests of one exit, kept in a store as they come."""
 
     exit_layer: int
-    output: AnswerStore
+    store: SampleStore
     asked: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What this run asked for, by key."""
 
@@ -64,14 +33,14 @@ class Answers:
 
     def find(self, key: str) -> bool:
         """Whether a request is finished."""
-        if key not in self.asked and key in self.output.samples:
-            self.asked[key] = self.output.samples[key]
+        if key not in self.asked and key in self.store.samples:
+            self.asked[key] = self.store.samples[key]
         return key in self.asked
 
     def add(self, key: str, answer: Mapping[str, Any]) -> None:
         """Keep the answer of a request that has just finished."""
         record = {"kind": key.split("/")[1], "exit_layer": self.exit_layer, **answer}
-        self.output.add(key, record)
+        self.store.add(key, record)
         self.asked[key] = record
 
     def speed(self) -> dict[str, float]:

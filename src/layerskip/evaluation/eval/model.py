@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 from layerskip.checks import check_text
 from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import InvalidArgumentError, PromptError, TokenizerError
-from layerskip.evaluation.eval.answers import Answers, AnswerStore, MemoryAnswers
+from layerskip.evaluation.eval.answers import Answers
 from layerskip.evaluation.eval.options import MAX_NEW_TOKENS, TaskOptions, writing_config
 from layerskip.evaluation.eval.scoring import Likelihood, score_continuations
+from layerskip.evaluation.progress import Meter, Progress, ignore_progress
+from layerskip.evaluation.samples import SampleStore
 from layerskip.language_model import LanguageModel
 from layerskip.text.chat_template import render
 
@@ -27,9 +29,6 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
     from transformers import PreTrainedTokenizerBase
-
-Progress = Callable[[str, int, int], None]
-"""Told what is done, how many requests of that kind are finished, and how many there are."""
 
 
 @dataclass(kw_only=True)
@@ -54,9 +53,9 @@ class EngineMethods:
         *,
         config: GenerationConfig,
         batch_size: int = 1,
-        output: AnswerStore,
+        store: SampleStore,
         scored_exits: Sequence[int],
-        on_progress: Progress = lambda what, done, total: None,
+        on_progress: Progress = ignore_progress,
     ) -> None:
         super().__init__()
         self._lm = lm
@@ -64,9 +63,9 @@ class EngineMethods:
         self._on_progress = on_progress
         self._options = TaskOptions(lm, config)
         self.exit_layer = lm.config.check_exit_layer(exit_layer)
-        self.answers = Answers(exit_layer=exit_layer, output=output)
+        self.answers = Answers(exit_layer=exit_layer, store=store)
         self._scored = [
-            self.answers if other == exit_layer else Answers(exit_layer=other, output=output)
+            self.answers if other == exit_layer else Answers(exit_layer=other, store=store)
             for other in sorted({exit_layer, *scored_exits})
         ]
 
@@ -87,13 +86,13 @@ class EngineMethods:
     def prefix_token_id(self) -> int:
         """What stands before a text without context."""
         tokens = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
-        found = next((token for token in tokens if token is not None), None)
-        if found is None:
+        token = next((token for token in tokens if token is not None), None)
+        if token is None:
             raise TokenizerError(
                 "the tokenizer has neither a token for the beginning nor one for the end of a text, so that texts "
                 "without context can't be scored; set bos_token in tokenizer_config.json"
             )
-        return int(found)
+        return int(token)
 
     @property
     def max_length(self) -> int:
@@ -169,7 +168,7 @@ class EngineMethods:
             scores = self._score(context_ids, list(todo.values()))
             seconds = (time.perf_counter() - started) / len(todo)
             for i, (key, after) in enumerate(todo.items()):
-                likelihoods = [{"logprob": found[i][0], "is_greedy": found[i][1]} for found in scores]
+                likelihoods = [{"logprob": by_exit[i][0], "is_greedy": by_exit[i][1]} for by_exit in scores]
                 self._add_scored(key, likelihoods, len(after), seconds)
                 tell()
         return [(self.answers.asked[key]["logprob"], self.answers.asked[key]["is_greedy"]) for key in keys]
@@ -294,16 +293,9 @@ class EngineMethods:
     def _counter(self, what: str, keys: Iterable[str]) -> Callable[[], None]:
         """Reports how far requests are, now and whenever it is called."""
         unique = set(keys)
-        done = sum(map(self.answers.find, unique))
-        what = f"{what}, exit {self.exit_layer}"
-        self._on_progress(what, done, len(unique))
-
-        def tell() -> None:
-            nonlocal done
-            done += 1
-            self._on_progress(what, done, len(unique))
-
-        return tell
+        what, meter = f"{what}, exit {self.exit_layer}", Meter(self._on_progress, len(unique))
+        meter.advance(what, sum(map(self.answers.find, unique)))
+        return partial(meter.advance, what)
 
 
 def make_model(
@@ -312,9 +304,9 @@ def make_model(
     *,
     config: GenerationConfig | None = None,
     batch_size: int = 1,
-    output: AnswerStore | None = None,
+    store: SampleStore | None = None,
     scored_exits: Sequence[int] = (),
-    on_progress: Progress = lambda what, done, total: None,
+    on_progress: Progress = ignore_progress,
 ) -> "TemplateLM":
     """A model for `lm_eval.simple_evaluate`.
 
@@ -323,9 +315,9 @@ def make_model(
         exit_layer: Layers that score and write (1..L).
         config: How texts are written with all layers; tasks say how long, until what, and whether they are sampled.
         batch_size: Texts to write together.
-        output: Keeps every finished request, and knows those of an earlier run; memory if not given.
+        store: Keeps every finished request, and has those of an earlier run; memory if not given.
         scored_exits: Exits whose log-likelihoods are computed in the same pass, for models of these exits with the same
-            `output`.
+            `store`.
         on_progress: Told after each request.
 
     Raises:
@@ -343,7 +335,7 @@ def make_model(
         exit_layer,
         config=chosen,
         batch_size=batch_size,
-        output=MemoryAnswers() if output is None else output,
+        store=SampleStore() if store is None else store,
         scored_exits=scored_exits,
         on_progress=on_progress,
     )

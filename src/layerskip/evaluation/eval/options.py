@@ -101,5 +101,5 @@ def writing_config(lm: LanguageModel, exit_layer: int, config: GenerationConfig 
 
 def _generation_defaults(lm: LanguageModel) -> dict[str, Any]:
     """What generation_config.json says of how this model writes; transformers, and with it the harness, heeds it."""
-    found = lm.checkpoint.generation_config
-    return {name: found[name] for name in (*SAMPLING, *PENALTIES) if found.get(name) is not None}
+    defaults = lm.checkpoint.generation_config
+    return {name: defaults[name] for name in (*SAMPLING, *PENALTIES) if defaults.get(name) is not None}

@@ -1,8 +1,10 @@
 """EleutherAI's lm-evaluation-harness (`lm_eval`) on our engine, at one exit after another.
 
-    harness_model.py     our engine as the harness's model
-    harness_scoring.py   log-likelihoods; harness_options.py, how tasks want their texts
-    harness_answers.py   finished requests, on disk as they come
+    model.py     our engine as the harness's model
+    scoring.py   log-likelihoods
+    options.py   how tasks want their texts
+    answers.py   finished requests, kept as they come
+    shards.py    requests shared out over workers
 
 Every exit is evaluated as if the model ended there. Log-likelihoods of all exits take one pass, which speculation can't
 make faster; texts of the whole network are the same with any strategy, up to rounding.
@@ -23,10 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import InvalidArgumentError, LayerSkipError
-from layerskip.evaluation.eval.answers import AnswerStore, MemoryAnswers
-from layerskip.evaluation.eval.model import Progress, make_model, require_harness
+from layerskip.evaluation.eval.model import make_model, require_harness
 from layerskip.evaluation.eval.options import writing_config
+from layerskip.evaluation.progress import Progress, ignore_progress
 from layerskip.evaluation.run_folder import RunFolder
+from layerskip.evaluation.samples import SampleStore
 from layerskip.language_model import LanguageModel
 from layerskip.machine import describe_machine
 from layerskip.text.chat_template import require_template
@@ -67,7 +70,7 @@ class EvalReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Tasks:
-    """Tasks that were found, not loaded yet."""
+    """Tasks by name, not loaded yet."""
 
     names: list[str]
     manager: "TaskManager"
@@ -103,12 +106,12 @@ def find_tasks(tasks: Sequence[str], include_path: Path | None = None) -> Tasks:
 def _match(task: str, manager: "TaskManager") -> list[str]:
     if Path(task).suffix in (".yaml", ".yml") and Path(task).is_file():
         return [task]
-    found = [task] if task in manager.all_tasks else list(manager.match_tasks([task]))
-    if not found:
+    names = [task] if task in manager.all_tasks else list(manager.match_tasks([task]))
+    if not names:
         close = get_close_matches(task, manager.all_tasks, n=3)
         advice = f"did you mean {' or '.join(map(repr, close))}?" if close else "include_path adds tasks of your own"
         raise InvalidArgumentError(f"task {task!r} is not known; {advice}")
-    return found
+    return names
 
 
 def evaluate(
@@ -123,14 +126,14 @@ def evaluate(
     config: GenerationConfig | None = None,
     apply_chat_template: bool = False,
     output: RunFolder | None = None,
-    store: AnswerStore | None = None,
-    on_progress: Progress = lambda what, done, total: None,
+    store: SampleStore | None = None,
+    on_progress: Progress = ignore_progress,
 ) -> EvalReport:
     """Run tasks at one or more exits.
 
     Args:
         lm: The model.
-        tasks: Names, or what `find_tasks` found.
+        tasks: Names, or what `find_tasks` returned.
         exit_layers: Exits to evaluate (1..L); all layers only if not given.
         include_path: A folder of further tasks in YAML.
         limit: Most documents of each task.
@@ -151,11 +154,11 @@ def evaluate(
     """
     exits = [lm.decoder.num_layers] if exit_layers is None else list(dict.fromkeys(exit_layers))
     _check_arguments(lm, exits, config, limit, num_fewshot, apply_chat_template)
-    found = tasks if isinstance(tasks, Tasks) else find_tasks(tasks, include_path)
+    chosen = tasks if isinstance(tasks, Tasks) else find_tasks(tasks, include_path)
     asked = {"limit": limit, "num_fewshot": num_fewshot, "apply_chat_template": apply_chat_template}
     with _quiet(), _machine_described_once():
-        loaded = _load(found)
-        answers = output or store or MemoryAnswers()
+        loaded = _load(chosen)
+        answers = output or store or SampleStore()
         scores = []
         for exit_layer in exits:
             model = make_model(
@@ -163,11 +166,11 @@ def evaluate(
                 exit_layer,
                 config=config,
                 batch_size=batch_size,
-                output=answers,
+                store=answers,
                 scored_exits=exits,
                 on_progress=on_progress,
             )
-            results = _run(lm, model, loaded, found.manager, asked, output)
+            results = _run(lm, model, loaded, chosen.manager, asked, output)
             scores.append(ExitScores(exit_layer=exit_layer, tasks=_metrics(results), speed=model.answers.speed()))
     kinds = {task.OUTPUT_TYPE for item in loaded for task in _leaves(item)}
     report = EvalReport(exits=scores, scores=bool(kinds - {"generate_until"}), writes="generate_until" in kinds)
@@ -195,24 +198,24 @@ def _check_arguments(
         require_template(lm.tokenizer, lm.checkpoint.name)
 
 
-def _load(found: Tasks) -> list[Any]:
+def _load(tasks: Tasks) -> list[Any]:
     """Tasks and groups with their documents, once for all exits."""
     loaded: list[Any] = []
-    for name in found.names:
+    for name in tasks.names:
         try:
-            content = found.manager.load([name])
+            content = tasks.manager.load([name])
         except LayerSkipError:
             raise
         except Exception as error:  # tasks are files of others and may fetch data: nearly anything is raised here
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise InvalidArgumentError(f"task {name!r} can't be loaded: {reason[:400]}") from error
         inner = {child for names in content.get("group_map", {}).values() for child in names}
-        groups, tasks = content.get("groups", {}), content["tasks"]
-        for task in tasks.values():
+        groups, single = content.get("groups", {}), content["tasks"]
+        for task in single.values():
             _check(task)
         grouped = {task.task_name for group in groups.values() for task in _leaves(group)}
         loaded += [group for name, group in groups.items() if name not in inner]
-        loaded += [task for name, task in tasks.items() if name not in grouped]
+        loaded += [task for name, task in single.items() if name not in grouped]
     return loaded
 
 

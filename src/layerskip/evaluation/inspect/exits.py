@@ -3,7 +3,7 @@
 Shapes: Q tokens of a text, D width, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from layerskip.decoding.scoring import exit_states_in_chunks
 from layerskip.errors import PromptError
+from layerskip.evaluation.progress import Meter, Progress, ignore_progress
 from layerskip.language_model import LanguageModel
 from layerskip.model.finite import check_finite
 
@@ -48,14 +49,14 @@ EARLY_AGREEMENT = 0.35
 
 @torch.inference_mode()
 def measure_exits(
-    lm: LanguageModel, texts: Sequence[Sequence[int]], *, on_progress: Callable[[int], None] | None = None
+    lm: LanguageModel, texts: Sequence[Sequence[int]], *, on_progress: Progress = ignore_progress
 ) -> ExitReport:
     """Read texts once and compare every exit with the text and with the last layer.
 
     Args:
         lm: The model.
         texts: Token ids of each text; longer ones are cut into windows.
-        on_progress: Called with the number of tokens just read.
+        on_progress: Told of the tokens that were read.
 
     Raises:
         PromptError: No text has two tokens.
@@ -65,7 +66,9 @@ def measure_exits(
     windows = [list(text[i : i + window + 1]) for text in texts for i in range(0, max(len(text) - 1, 0), window)]
     if not windows:
         raise PromptError("the text has fewer than two tokens; give a longer one")
-    losses, agreed, total = torch.zeros(num_layers), torch.zeros(num_layers), 0
+    losses, agreed = torch.zeros(num_layers), torch.zeros(num_layers)
+    total = sum(len(tokens) - 1 for tokens in windows)
+    meter = Meter(on_progress, total)
     for tokens in windows:
         for start, states in exit_states_in_chunks(lm.decoder, tokens[:-1], range(1, num_layers + 1)):
             size = states[0].shape[1]
@@ -76,9 +79,7 @@ def measure_exits(
                 logits = last if i == num_layers - 1 else lm.decoder.unembed(state)[0]
                 losses[i] += F.cross_entropy(logits, wanted, reduction="sum").item()
                 agreed[i] += (logits.argmax(-1) == choice).sum().item()
-            total += size
-            if on_progress is not None:
-                on_progress(size)
+            meter.advance("reading tokens", size)
     exits = [
         ExitQuality(exit_layer=i + 1, loss=losses[i].item() / total, agreement=agreed[i].item() / total)
         for i in range(num_layers)

@@ -15,6 +15,7 @@ from layerskip.decoding.adaptive.costs import Costs
 from layerskip.errors import InvalidArgumentError, PromptError
 from layerskip.evaluation.data.datasets import Example
 from layerskip.evaluation.left_out import find_left_out, left_out_key
+from layerskip.evaluation.progress import Meter, Progress, ignore_progress
 from layerskip.evaluation.run_folder import RunFolder
 from layerskip.evaluation.setting import Setting
 from layerskip.evaluation.sweep.files import write_csv
@@ -46,9 +47,6 @@ TOP = 3
 """Predicted settings that are run for real, and measured ones of a whole grid that are run once more."""
 MOST_TRIED_PROMPTS = 4
 """Prompts decoded for real before anything is predicted."""
-
-Progress = Callable[[str, int], None]
-"""Told what is done, and how many units of work were finished: prompts decoded once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +84,8 @@ def make_grid(exits: Iterable[int], lengths: Iterable[int], num_layers: int) -> 
     return [Setting(exit_layer, length) for exit_layer in exits for length in lengths]
 
 
-def planned_units(num_examples: int, grid: Sequence[Setting], *, exhaustive: bool) -> int:
-    """Units of work that `sweep` reports in all."""
+def _planned_units(num_examples: int, grid: Sequence[Setting], *, exhaustive: bool) -> int:
+    """Units of work in all: prompts decoded once."""
     best = min(TOP, len(grid))
     measured = len(grid) + 1 + best if exhaustive else best  # and decoding without drafts, whenever settings are run
     return num_examples * (2 + measured) + _planned_trials(num_examples)
@@ -105,7 +103,7 @@ def sweep(
     *,
     exhaustive: bool = False,
     mapper: Mapper = in_process,
-    on_progress: Progress = lambda what, done: None,
+    on_progress: Progress = ignore_progress,
 ) -> SweepReport:
     """Predict the speed of every setting, and measure the best, or all.
 
@@ -116,7 +114,7 @@ def sweep(
         run: Keeps every finished sample; `sweep.csv` is written there as results come.
         exhaustive: Run the whole grid.
         mapper: Where the work is done.
-        on_progress: Told of every finished unit.
+        on_progress: Told of every prompt that was decoded once.
 
     Raises:
         InvalidArgumentError: The config samples: guesses along a sampled text depend on noise.
@@ -124,7 +122,8 @@ def sweep(
     """
     if work.config.samples:
         raise InvalidArgumentError("a sweep decodes greedily: leave temperature, top-k, top-p and min-p out")
-    steps = _Steps(work=work, examples=examples, grid=grid, run=run, mapper=mapper, on_progress=on_progress)
+    meter = Meter(on_progress, _planned_units(len(examples), grid, exhaustive=exhaustive))
+    steps = _Steps(work=work, examples=examples, grid=grid, run=run, mapper=mapper, meter=meter)
     started = time.perf_counter()
     trajectories, left_out = steps.follow()
     kept = [example for example in examples if left_out_key(example) not in run.samples]
@@ -158,17 +157,17 @@ class _Steps:
     grid: Sequence[Setting]
     run: RunFolder
     mapper: Mapper
-    on_progress: Progress
+    meter: Meter
 
     def follow(self) -> tuple[list[Trajectory], list[dict[str, Any]]]:
         """The pass: every prompt's text, and the exits' agreement with it; and the prompts that were left out."""
         samples = self.run.samples
         there = [{text_key(example), left_out_key(example)} & samples.keys() for example in self.examples]
         missing = [(TEXT, example) for example, keys in zip(self.examples, there, strict=True) if not keys]
-        self.on_progress("one pass", len(self.examples) - len(missing))
+        self.meter.advance("one pass", len(self.examples) - len(missing))
         for key, sample in self.mapper(missing, self.work.start):
             self.run.add(key, sample)
-            self.on_progress("one pass", 1)
+            self.meter.advance("one pass", 1)
         kept, left_out = find_left_out(self.examples, self.run.samples)
         trajectories = [from_sample(self.run.samples[text_key(example)]) for example in kept]
         if all(len(trajectory.token_ids) < 2 for trajectory in trajectories):
@@ -233,10 +232,10 @@ class _Steps:
         left = {e.index: [s for s in settings if run_key(kind, e, s) not in samples] for e in examples}
         missing = [(kind, example, left[example.index]) for example in examples if left[example.index]]
         waiting = {index: len(settings_left) for index, settings_left in left.items()}
-        self.on_progress(what, planned - sum(waiting.values()))
+        self.meter.advance(what, planned - sum(waiting.values()))
         for key, sample in self.mapper(missing, self.work.start):
             self.run.add(key, sample)
-            self.on_progress(what, 1)
+            self.meter.advance(what, 1)
             waiting[sample["index"]] -= 1
             if waiting[sample["index"]] == 0:
                 on_prompt([example for example in examples if waiting[example.index] == 0])

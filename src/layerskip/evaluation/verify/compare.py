@@ -1,4 +1,4 @@
-"""Proof that speculation changes nothing: decode both ways, and teacher-force every divergence.
+"""What a verification compares, and how it judges a difference: by teacher-forcing both texts up to it.
 
 In floating point a product of several rows and one of a single row may round differently, so that two tokens of nearly
 the same score can swap places. Each divergence is therefore examined: a *near-tie* is one in which either token wins
@@ -8,18 +8,17 @@ Shapes: V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.output.events import GenerationResult
 from layerskip.decoding.sampler import Sampler
 from layerskip.errors import InvalidArgumentError
+from layerskip.evaluation.setting import Setting
 from layerskip.language_model import LanguageModel
 from layerskip.model.noise import Purpose, gumbel, make_key
 
@@ -27,7 +26,7 @@ Mode = Literal["greedy", "coupled"]
 
 LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-1}
 """How far rounding may move a logit, by dtype of the network."""
-NOTHING_TO_CHECK = "verification needs at least one prompt, setting and mode, and a batch size above 0"
+NOTHING_TO_VERIFY = "verification needs at least one prompt, setting and mode, and a batch size above 0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +34,7 @@ class Divergence:
     """The first token at which two texts of one prompt differ."""
 
     prompt: int
-    """The prompt's place among those checked."""
+    """The prompt's place among those verified."""
     position: int
     """Index of the token in the output."""
     expected: int | None
@@ -61,9 +60,9 @@ class SettingReport:
     near_ties: int = 0
     """Prompts whose first difference is a near-tie."""
     errors: int = 0
-    """Prompts whose first difference is none."""
+    """Prompts whose first difference is not a near-tie."""
     tokens: int = 0
-    """Tokens written self-speculatively."""
+    """Tokens generated self-speculatively."""
     drafted: int = 0
     accepted: int = 0
     divergences: list[Divergence] = field(default_factory=list)
@@ -85,7 +84,7 @@ class SettingReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LosslessReport:
+class VerifyReport:
     """Comparison over all settings."""
 
     settings: list[SettingReport]
@@ -100,11 +99,10 @@ class LosslessReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LosslessPlan:
-    """What is compared, checked to be possible; from `make_plan`."""
+class VerifyPlan:
+    """What is compared; from `make_plan`, which checks that it is possible."""
 
-    settings: tuple[tuple[int, int], ...]
-    """Pairs of exit layer and draft length."""
+    settings: tuple[Setting, ...]
     modes: tuple[Mode, ...]
     base: GenerationConfig
     """What all modes and settings share."""
@@ -113,17 +111,12 @@ class LosslessPlan:
     """In logits."""
 
     def autoregressive(self, mode: Mode) -> GenerationConfig:
-        """How the texts are written that others are compared with."""
+        """How the texts are generated that others are compared with."""
         return replace(self.base, do_sample=mode == "coupled", generation_strategy="autoregressive", exit_layer=None)
 
-    def drafting(self, mode: Mode, exit_layer: int, num_speculations: int) -> GenerationConfig:
-        """How a setting writes them."""
-        return replace(
-            self.autoregressive(mode),
-            generation_strategy="self_speculative",
-            exit_layer=exit_layer,
-            num_speculations=num_speculations,
-        )
+    def drafting(self, mode: Mode, setting: Setting) -> GenerationConfig:
+        """How a setting generates them."""
+        return replace(self.autoregressive(mode), generation_strategy="self_speculative", **setting._asdict())
 
 
 def make_plan(
@@ -134,20 +127,28 @@ def make_plan(
     config: GenerationConfig | None = None,
     batch_size: int = 1,
     tolerance: float | None = None,
-) -> LosslessPlan:
-    """Check what is to be compared, and fill in what is open; arguments are those of `verify_lossless`.
+) -> VerifyPlan:
+    """Check what is to be compared, and fill in what is open.
+
+    Args:
+        lm: The model.
+        settings: Pairs of exit layer and draft length.
+        modes: Greedy, coupled sampling, or both.
+        config: Length, processors and seed; `coupled` samples with its temperature, top-k, top-p and min-p.
+        batch_size: Prompts to decode together.
+        tolerance: Of near-ties, in logits; `LOGIT_TOLERANCE` if not given.
 
     Raises:
         InvalidArgumentError: Nothing to check, or an exit layer that the network doesn't have.
     """
     if not settings or not modes or batch_size < 1:
-        raise InvalidArgumentError(NOTHING_TO_CHECK)
+        raise InvalidArgumentError(NOTHING_TO_VERIFY)
     for exit_layer, num_speculations in settings:
         lm.config.check_exit_layer(exit_layer)
         GenerationConfig(num_speculations=num_speculations)
     base = config or GenerationConfig(temperature=0.8, top_p=0.95)
-    return LosslessPlan(
-        settings=tuple(settings),
+    return VerifyPlan(
+        settings=tuple(Setting(*pair) for pair in settings),
         modes=tuple(modes),
         base=replace(base, acceptance="coupled", seed=0 if base.seed is None else base.seed, stop=()),
         batch_size=batch_size,
@@ -155,73 +156,11 @@ def make_plan(
     )
 
 
-def verify_lossless(
-    lm: LanguageModel,
-    prompts: Sequence[Sequence[int]],
-    settings: Sequence[tuple[int, int]],
-    *,
-    modes: Sequence[Mode] = ("greedy", "coupled"),
-    config: GenerationConfig | None = None,
-    batch_size: int = 1,
-    tolerance: float | None = None,
-    on_progress: Callable[[str, int], None] | None = None,
-) -> LosslessReport:
-    """Decode prompts autoregressively and self-speculatively, and compare token by token.
-
-    `lossless_run.run_lossless` does the same in a folder, where an interrupted run goes on.
-
-    Args:
-        lm: The model.
-        prompts: Token ids of each prompt.
-        settings: Pairs of exit layer and draft length.
-        modes: Greedy, coupled sampling, or both.
-        config: Length, processors and seed; `coupled` samples with its temperature, top-k, top-p and min-p.
-        batch_size: Prompts to decode together.
-        tolerance: Of near-ties, in logits; `LOGIT_TOLERANCE` if not given.
-        on_progress: Called with what is under way, and the number of prompts just finished.
-
-    Raises:
-        InvalidArgumentError: Nothing to check, or an exit layer that the network doesn't have.
-    """
-    if not prompts:
-        raise InvalidArgumentError(NOTHING_TO_CHECK)
-    plan = make_plan(lm, settings, modes=modes, config=config, batch_size=batch_size, tolerance=tolerance)
-    progress = on_progress or (lambda what, num_prompts: None)
-    reports = []
-    for mode in plan.modes:
-        plain = plan.autoregressive(mode)
-        results = _decode(lm, prompts, plain, batch_size, partial(progress, describe(mode)))
-        expected = [result.token_ids for result in results]
-        for exit_layer, num_speculations in plan.settings:
-            report = SettingReport(exit_layer=exit_layer, num_speculations=num_speculations, mode=mode)
-            drafting = plan.drafting(mode, exit_layer, num_speculations)
-            on_batch = partial(progress, describe(mode, exit_layer, num_speculations))
-            for index, result in enumerate(_decode(lm, prompts, drafting, batch_size, on_batch)):
-                report.count(result.stats.tokens, result.stats.drafted, result.stats.accepted)
-                found = compare(lm, plain, index, prompts[index], expected[index], result.token_ids, plan.tolerance)
-                report.add(found)
-            reports.append(report)
-    return LosslessReport(settings=reports, tolerance=plan.tolerance, num_prompts=len(prompts))
-
-
-def describe(mode: Mode, exit_layer: int | None = None, num_speculations: int | None = None) -> str:
-    """What is under way, for people."""
-    return f"{mode}, plain" if exit_layer is None else f"{mode}, exit {exit_layer}, {num_speculations} drafts"
-
-
-def _decode(
-    lm: LanguageModel,
-    prompts: Sequence[Sequence[int]],
-    config: GenerationConfig,
-    batch_size: int,
-    on_batch: Callable[[int], None],
-) -> list[GenerationResult]:
-    results: list[GenerationResult] = []
-    for start in range(0, len(prompts), batch_size):
-        batch = lm.generate([list(prompt) for prompt in prompts[start : start + batch_size]], config)
-        results += batch
-        on_batch(len(batch))
-    return results
+def describe(mode: Mode, setting: Setting | None = None) -> str:
+    """What is under way, for people: decoding with a setting, or without drafts."""
+    return (
+        f"{mode}, plain" if setting is None else f"{mode}, exit {setting.exit_layer}, {setting.num_speculations} drafts"
+    )
 
 
 def compare(
@@ -238,10 +177,10 @@ def compare(
     Args:
         lm: The model.
         config: How `expected` was chosen, with its seed.
-        index: The prompt's place among those checked.
+        index: The prompt's place among those verified.
         prompt: Token ids of the prompt.
-        expected: Token ids that autoregressive decoding wrote after it.
-        actual: Token ids that self-speculative decoding wrote.
+        expected: Token ids that autoregressive decoding generated after it.
+        actual: Token ids that self-speculative decoding generated.
         tolerance: Of near-ties, in logits.
     """
     if list(expected) == list(actual):
@@ -271,31 +210,8 @@ def compare(
     )
 
 
-def judge(
-    lm: LanguageModel, config: GenerationConfig, context: Sequence[int], tokens: tuple[int, int], tolerance: float
-) -> tuple[float | None, bool]:
-    """Teacher-force a context and ask whether two tokens are nearly tied as its continuation.
-
-    They are if each of them wins in some network whose logits differ from these by at most the tolerance. Three are
-    tried: this one; one that favours the token, which may let it pass top-k, top-p or min-p; and one that is against
-    the other token, which may keep that out.
-
-    Args:
-        lm: The model.
-        config: How tokens were chosen, with its seed.
-        context: Token ids before the divergence.
-        tokens: The two tokens.
-        tolerance: In logits.
-
-    Returns:
-        Distance of the two scores (None where one is filtered out), and whether it is a near-tie.
-    """
-    scores = _Scores(lm, config, context)
-    return scores.gap(*tokens), scores.near_tie(tokens, tolerance)
-
-
 class _Scores:
-    """Scores of all tokens as a context's continuation: the best is chosen."""
+    """Scores of all tokens as a context's continuation; the token with the highest score is chosen."""
 
     def __init__(self, lm: LanguageModel, config: GenerationConfig, context: Sequence[int]) -> None:
         self._config, self._context = config, list(context)
@@ -318,7 +234,11 @@ class _Scores:
         return _finite(best - second)
 
     def near_tie(self, tokens: tuple[int, int], tolerance: float) -> bool:
-        """Whether either of two tokens wins in some network whose logits differ by at most the tolerance."""
+        """Whether each of two tokens wins in some network whose logits differ from these by at most the tolerance.
+
+        Three networks are tried: this one; one that favours the token, which may let it pass top-k, top-p or min-p; and
+        one that is against the other token, which may keep that out.
+        """
         return self._can_win(*tokens, tolerance) and self._can_win(*tokens[::-1], tolerance)
 
     def _can_win(self, token: int, other: int, tolerance: float) -> bool:

@@ -46,7 +46,7 @@ class DistributionReport:
     passed: bool
 
 
-def check_distribution(
+def verify_distribution(
     lm: LanguageModel,
     prompt: Sequence[int],
     config: GenerationConfig,

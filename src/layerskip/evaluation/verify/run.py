@@ -1,9 +1,9 @@
-"""The check of `lossless.py` over whole data sets: each comparison is kept in a folder, and an interrupted run goes on.
+"""Proof that speculation changes nothing: prompts are decoded with and without drafts, and compared token by token.
 
-Prompts are taken in batches. A batch is decoded autoregressively and then by each setting; what one decoding gave is
-kept before the next one begins, so that whatever ends the process costs one batch. Samples of the folder:
+Prompts are taken in batches. A batch is decoded autoregressively and then with each setting. The outcome of one
+decoding is kept before the next one begins, so that an interrupted run in a folder loses one batch at most. Samples:
 
-    conditions          what prompts, and which dtype, device and kernels; the same when the run goes on
+    conditions          the prompts' hash, and dtype, device and kernels; the same when the run goes on
     3/greedy            the autoregressive text of prompt 3, to compare with
     3/greedy/4/6        prompt 3 by exit 4 with 6 drafts: figures, and the first difference if there is one
 """
@@ -20,14 +20,16 @@ from layerskip.decoding.output.events import GenerationResult
 from layerskip.decoding.request import check_prompt
 from layerskip.differences import differences
 from layerskip.errors import InvalidArgumentError, TokenizerError
-from layerskip.evaluation.run_folder import RunFolder
+from layerskip.evaluation.progress import Meter, Progress, ignore_progress
+from layerskip.evaluation.samples import SampleStore
+from layerskip.evaluation.setting import Setting
 from layerskip.evaluation.verify.compare import (
-    NOTHING_TO_CHECK,
+    NOTHING_TO_VERIFY,
     Divergence,
-    LosslessPlan,
-    LosslessReport,
     Mode,
     SettingReport,
+    VerifyPlan,
+    VerifyReport,
     compare,
     describe,
 )
@@ -40,73 +42,71 @@ TOKENS_BEFORE, TOKENS_AFTER = 48, 16
 """Tokens of text that are kept with a difference."""
 
 
-def run_lossless(
+def verify(
     lm: LanguageModel,
     prompts: Sequence[Sequence[int]],
-    plan: LosslessPlan,
-    run: RunFolder,
+    plan: VerifyPlan,
+    store: SampleStore | None = None,
     *,
     indices: Sequence[int] | None = None,
-    on_progress: Callable[[str, int], None] = lambda what, num_prompts: None,
-) -> LosslessReport:
-    """Decode prompts autoregressively and self-speculatively, and compare; what the folder has isn't decoded again.
+    on_progress: Progress = ignore_progress,
+) -> VerifyReport:
+    """Decode prompts autoregressively and self-speculatively, and compare.
 
     Args:
         lm: The model.
         prompts: Token ids of each prompt.
-        plan: What is compared, from `lossless.make_plan`.
-        run: Keeps every comparison as it is finished.
-        indices: Each prompt's record in its data set; its place among those checked if not given.
-        on_progress: Called with what is under way, and the number of prompts just finished.
+        plan: What is compared, from `make_plan`.
+        store: Keeps every comparison as it is finished; what it has isn't decoded again. Memory if not given.
+        indices: Each prompt's record in its data set; its place among those verified if not given.
+        on_progress: Told of every prompt that was decoded in one way.
 
     Returns:
         The report of all prompts, whichever process compared them.
 
     Raises:
-        InvalidArgumentError: No prompts, or the folder has the comparisons of other prompts or of another machine.
+        InvalidArgumentError: No prompts, or the store has the comparisons of other prompts or of another machine.
         PromptError: A prompt leaves no room; found before anything is decoded.
     """
     if not prompts:
-        raise InvalidArgumentError(NOTHING_TO_CHECK)
+        raise InvalidArgumentError(NOTHING_TO_VERIFY)
     for place, prompt in enumerate(prompts):
         check_prompt(prompt, plan.base, lm.decoder, place)
-    work = _Work(lm=lm, prompts=prompts, plan=plan, run=run, indices=indices or range(len(prompts)))
+    store = store or SampleStore()
+    work = _Work(lm=lm, prompts=prompts, plan=plan, store=store, indices=indices or range(len(prompts)))
     work.check_conditions()
+    meter = Meter(on_progress, len(prompts) * len(plan.modes) * (1 + len(plan.settings)))
     for start in range(0, len(prompts), plan.batch_size):
         places = range(start, min(start + plan.batch_size, len(prompts)))
         for mode in plan.modes:
             work.decode(mode, places)
-            on_progress(describe(mode), len(places))
+            meter.advance(describe(mode), len(places))
             for setting in plan.settings:
                 work.compare(mode, setting, places)
-                on_progress(describe(mode, *setting), len(places))
-    settings = [_summarize(mode, setting, len(prompts), run) for mode in plan.modes for setting in plan.settings]
-    return LosslessReport(settings=settings, tolerance=plan.tolerance, num_prompts=len(prompts))
+                meter.advance(describe(mode, setting), len(places))
+    settings = [_summarize(mode, setting, len(prompts), store) for mode in plan.modes for setting in plan.settings]
+    return VerifyReport(settings=settings, tolerance=plan.tolerance, num_prompts=len(prompts))
 
 
-def run_distribution_test(
-    run: RunFolder | None, key: str, test: Callable[[], DistributionReport]
-) -> DistributionReport:
-    """Run a test, or take its outcome from the folder.
+def run_distribution_test(store: SampleStore, key: str, test: Callable[[], DistributionReport]) -> DistributionReport:
+    """Run a test, or take its outcome from the store.
 
     Args:
-        run: Keeps the outcome; if not given, nothing does.
-        key: Names the test in the folder.
+        store: Keeps the outcome.
+        key: Names the test in the store.
         test: What runs it.
     """
-    if run is None:
-        return test()
-    if key not in run.samples:
-        run.add(key, asdict(test()))
-    return DistributionReport(**{field.name: run.samples[key][field.name] for field in fields(DistributionReport)})
+    if key not in store.samples:
+        store.add(key, asdict(test()))
+    return DistributionReport(**{field.name: store.samples[key][field.name] for field in fields(DistributionReport)})
 
 
-def to_results(report: LosslessReport, run: RunFolder, tests: Sequence[DistributionReport] = ()) -> dict[str, Any]:
+def to_results(report: VerifyReport, store: SampleStore, tests: Sequence[DistributionReport] = ()) -> dict[str, Any]:
     """The `results` of results.json.
 
     Args:
-        report: From `run_lossless`.
-        run: Its folder.
+        report: From `verify`.
+        store: Its samples.
         tests: Distribution tests that were run.
     """
     settings = [asdict(setting) for setting in report.settings]
@@ -122,23 +122,23 @@ def to_results(report: LosslessReport, run: RunFolder, tests: Sequence[Distribut
         "errors": report.errors,
         "tolerance": report.tolerance,
         "distribution": [asdict(test) for test in tests],
-        "divergences": list(_divergences(report, run)),
+        "divergences": list(_divergences(report, store)),
     }
 
 
-def _divergences(report: LosslessReport, run: RunFolder) -> Iterator[dict[str, Any]]:
+def _divergences(report: VerifyReport, store: SampleStore) -> Iterator[dict[str, Any]]:
     """All differences as they are kept, each with its setting."""
     for s in report.settings:
         for divergence in s.divergences:
-            sample = run.samples[_key(divergence.prompt, s.mode, (s.exit_layer, s.num_speculations))]
+            sample = store.samples[_key(divergence.prompt, s.mode, Setting(s.exit_layer, s.num_speculations))]
             setting = {name: sample[name] for name in ("index", "mode", "exit_layer", "num_speculations")}
             yield {**setting, **sample["divergence"]}
 
 
-def _summarize(mode: Mode, setting: tuple[int, int], num_prompts: int, run: RunFolder) -> SettingReport:
-    report = SettingReport(exit_layer=setting[0], num_speculations=setting[1], mode=mode)
+def _summarize(mode: Mode, setting: Setting, num_prompts: int, store: SampleStore) -> SettingReport:
+    report = SettingReport(mode=mode, **setting._asdict())
     for place in range(num_prompts):
-        sample = run.samples[_key(place, mode, setting)]
+        sample = store.samples[_key(place, mode, setting)]
         kept = sample["divergence"]
         report.count(sample["tokens"], sample["drafted"], sample["accepted"])
         report.add(
@@ -147,9 +147,9 @@ def _summarize(mode: Mode, setting: tuple[int, int], num_prompts: int, run: RunF
     return report
 
 
-def _key(place: int, mode: Mode, setting: tuple[int, int] | None = None) -> str:
-    """Name of a text to compare with, or of a comparison, in the run's folder."""
-    return f"{place}/{mode}" if setting is None else f"{place}/{mode}/{setting[0]}/{setting[1]}"
+def _key(place: int, mode: Mode, setting: Setting | None = None) -> str:
+    """Name of a text to compare with, or of a comparison, in the store."""
+    return "/".join(map(str, (place, mode, *(setting or ()))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,24 +158,24 @@ class _Work:
 
     lm: LanguageModel
     prompts: Sequence[Sequence[int]]
-    plan: LosslessPlan
-    run: RunFolder
+    plan: VerifyPlan
+    store: SampleStore
     indices: Sequence[int]
 
     def check_conditions(self) -> None:
         """Texts of another device or dtype would differ for other reasons than speculation."""
-        kept = self.run.samples.get(CONDITIONS)
+        kept = self.store.samples.get(CONDITIONS)
         if kept is None:
             return
         there = {name: value for name, value in kept.items() if name != "key"}
         if differing := differences(there, self._conditions()):
             raise InvalidArgumentError(
-                f"{self.run.path} holds comparisons made under other conditions ({', '.join(differing)}); "
+                f"{self.store.place} has comparisons made under other conditions ({', '.join(differing)}); "
                 "name another folder, or delete it"
             )
 
     def decode(self, mode: Mode, places: Sequence[int]) -> None:
-        """Write the texts to compare with."""
+        """Generate the texts to compare with."""
         missing = self._missing(_key(place, mode) for place in places)
         if not missing:
             return
@@ -184,20 +184,19 @@ class _Work:
                 text = {"text": result.text, "token_ids": list(result.token_ids)}
                 self._keep(key, {"index": self.indices[place], "mode": mode, "strategy": "autoregressive", **text})
 
-    def compare(self, mode: Mode, setting: tuple[int, int], places: Sequence[int]) -> None:
-        """Write the same texts by a setting, and judge differences."""
+    def compare(self, mode: Mode, setting: Setting, places: Sequence[int]) -> None:
+        """Generate the same texts with a setting, and judge differences."""
         missing = self._missing(_key(place, mode, setting) for place in places)
         if not missing:
             return
-        for place, result in self._generate(places, self.plan.drafting(mode, *setting)):
+        for place, result in self._generate(places, self.plan.drafting(mode, setting)):
             if (key := _key(place, mode, setting)) in missing:
                 self._keep(
                     key,
                     {
                         "index": self.indices[place],
                         "mode": mode,
-                        "exit_layer": setting[0],
-                        "num_speculations": setting[1],
+                        **setting._asdict(),
                         "tokens": result.stats.tokens,
                         "drafted": result.stats.drafted,
                         "accepted": result.stats.accepted,
@@ -206,14 +205,14 @@ class _Work:
                 )
 
     def _judge(self, mode: Mode, place: int, actual: Sequence[int]) -> dict[str, Any] | None:
-        prompt, expected = self.prompts[place], self.run.samples[_key(place, mode)]["token_ids"]
+        prompt, expected = self.prompts[place], self.store.samples[_key(place, mode)]["token_ids"]
         config, tolerance = self.plan.autoregressive(mode), self.plan.tolerance
-        found = compare(self.lm, config, place, prompt, expected, actual, tolerance)
-        if found is None:
+        divergence = compare(self.lm, config, place, prompt, expected, actual, tolerance)
+        if divergence is None:
             return None
-        at = found.position
+        at = divergence.position
         return {
-            **asdict(found),
+            **asdict(divergence),
             "tolerance": tolerance,
             "before": self._text([*prompt, *expected[:at]][-TOKENS_BEFORE:]),
             "expected_text": self._text(expected[at : at + TOKENS_AFTER]),
@@ -227,17 +226,17 @@ class _Work:
         return None
 
     def _generate(self, places: Sequence[int], config: GenerationConfig) -> Iterable[tuple[int, GenerationResult]]:
-        """Results of a whole batch: how texts round may depend on what they are decoded with."""
+        """Results of a whole batch: how logits are rounded may depend on which prompts are decoded together."""
         results = self.lm.generate([list(self.prompts[place]) for place in places], config)
         return zip(places, results, strict=True)
 
     def _missing(self, keys: Iterable[str]) -> set[str]:
-        return {key for key in keys if key not in self.run.samples}
+        return {key for key in keys if key not in self.store.samples}
 
     def _keep(self, key: str, sample: dict[str, Any]) -> None:
-        if CONDITIONS not in self.run.samples:  # not before there is something that they are the conditions of
-            self.run.add(CONDITIONS, self._conditions())
-        self.run.add(key, sample)
+        if CONDITIONS not in self.store.samples:  # not before there is something that they are the conditions of
+            self.store.add(CONDITIONS, self._conditions())
+        self.store.add(key, sample)
 
     def _conditions(self) -> dict[str, Any]:
         decoder = self.lm.decoder

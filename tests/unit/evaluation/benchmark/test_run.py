@@ -57,11 +57,10 @@ def test_strategies_side_by_side(text_lm: LanguageModel, tmp_path: Path) -> None
 
 
 def test_an_interrupted_benchmark_goes_on(text_lm: LanguageModel, tmp_path: Path) -> None:
-    names, done = ("autoregressive", "self_speculative"), 0
+    names = ("autoregressive", "self_speculative")
 
-    def stop_at_three(what: str, units: int) -> None:
-        nonlocal done
-        done += units
+    def stop_at_three(what: str, done: int, total: int | None) -> None:
+        assert total == len(EXAMPLES) * len(names)
         if done == 3:
             raise KeyboardInterrupt
 

@@ -13,12 +13,12 @@ import layerskip
 from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import InvalidArgumentError, PromptError, TokenizerError
 from layerskip.evaluation.eval import model as harness_model
-from layerskip.evaluation.eval.answers import MemoryAnswers
 from layerskip.evaluation.eval.model import make_model
 from layerskip.evaluation.eval.options import TaskOptions
 from layerskip.evaluation.eval.run import EvalReport, evaluate, find_tasks
 from layerskip.evaluation.eval.shards import EvalWork, answer_elsewhere, number_of_shards
 from layerskip.evaluation.run_folder import RunFolder, read_results
+from layerskip.evaluation.samples import SampleStore
 
 pytest.importorskip("lm_eval")
 
@@ -159,10 +159,10 @@ def test_log_likelihoods_are_those_of_the_harness(
 
 
 def test_exits_that_share_a_pass_score_as_they_do_alone(tiny: layerskip.LanguageModel) -> None:
-    store, exits = MemoryAnswers(), (1, 2, 4)
+    store, exits = SampleStore(), (1, 2, 4)
     pairs, texts = instances("loglikelihood", PAIRS), instances("loglikelihood_rolling", [(text,) for text in TEXTS])
     for exit_layer in (2, 4, 1):
-        shared = make_model(tiny, exit_layer, output=store, scored_exits=exits)
+        shared = make_model(tiny, exit_layer, store=store, scored_exits=exits)
         before = tiny.decoder.layer_calls
         found = shared.loglikelihood(pairs), shared.loglikelihood_rolling(texts)
         assert (tiny.decoder.layer_calls > before) == (exit_layer == 2)  # the first model does the work of all
@@ -265,7 +265,7 @@ def test_finished_requests_are_not_run_again(
     def run(folder: Path, stop_at: int | None = None) -> EvalReport:
         told = 0
 
-        def progress(what: str, done: int, total: int) -> None:
+        def progress(what: str, done: int, total: int | None) -> None:
             nonlocal told
             told += 1
             if told == stop_at:

@@ -36,10 +36,10 @@ def test_loss_and_agreement_are_those_of_the_logits(lm: layerskip.LanguageModel)
 
 def test_long_texts_are_cut_into_windows(lm: layerskip.LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exits, "WINDOW", 8)
-    seen: list[int] = []
-    report = measure_exits(lm, [list(range(20))], on_progress=seen.append)
+    seen: list[tuple[int, int | None]] = []
+    report = measure_exits(lm, [list(range(20))], on_progress=lambda what, done, total: seen.append((done, total)))
     assert report.num_tokens == 19  # every token but the first is predicted once
-    assert seen == [8, 8, 3]
+    assert seen == [(8, 19), (16, 19), (19, 19)]
 
 
 def test_a_text_without_two_tokens_is_refused(lm: layerskip.LanguageModel) -> None:

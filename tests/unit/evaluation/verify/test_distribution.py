@@ -10,7 +10,7 @@ import layerskip
 from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.rounds.verifying import draw_accepted
 from layerskip.errors import InvalidArgumentError
-from layerskip.evaluation.verify.distribution import check_distribution
+from layerskip.evaluation.verify.distribution import verify_distribution
 
 PROMPT = [5, 9, 11]
 FILTERS = [{"temperature": 0.9}, {"temperature": 0.9, "top_k": 8}, {"temperature": 0.9, "top_p": 0.8}]
@@ -26,7 +26,7 @@ def lm(tiny_checkpoint: Any) -> layerskip.LanguageModel:
 def test_rejection_sampling_draws_from_the_target(
     lm: layerskip.LanguageModel, options: dict[str, Any], block: bool
 ) -> None:
-    report = check_distribution(lm, PROMPT, GenerationConfig(**options), 2, block=block, draws=50_000)
+    report = verify_distribution(lm, PROMPT, GenerationConfig(**options), 2, block=block, draws=50_000)
     assert report.p_value > 0.01
     assert report.cells > 10
     assert 0.05 < report.acceptance_rate < 0.95
@@ -39,7 +39,7 @@ def test_a_biased_rule_is_rejected(lm: layerskip.LanguageModel, block: bool) -> 
         return draw_accepted(sampler, drafts, draft_probs, lenient, **options)
 
     config = GenerationConfig(temperature=0.9)
-    report = check_distribution(lm, PROMPT, config, 2, block=block, draws=20_000, accept=too_generous)
+    report = verify_distribution(lm, PROMPT, config, 2, block=block, draws=20_000, accept=too_generous)
     assert report.p_value < 1e-6
     assert not report.passed
 
@@ -55,14 +55,14 @@ def test_noise_that_is_used_twice_is_rejected(lm: layerskip.LanguageModel) -> No
         return torch.cat((result[:, :3], token), 1)
 
     config = GenerationConfig(temperature=0.9)
-    report = check_distribution(lm, PROMPT, config, 2, block=False, draws=20_000, accept=no_residual)
+    report = verify_distribution(lm, PROMPT, config, 2, block=False, draws=20_000, accept=no_residual)
     assert not report.passed
 
 
 def test_bad_arguments(lm: layerskip.LanguageModel) -> None:
     with pytest.raises(InvalidArgumentError, match="temperature"):
-        check_distribution(lm, PROMPT, GenerationConfig(do_sample=False), 2, block=True)
+        verify_distribution(lm, PROMPT, GenerationConfig(do_sample=False), 2, block=True)
     with pytest.raises(InvalidArgumentError, match="1000"):
-        check_distribution(lm, PROMPT, GenerationConfig(temperature=0.9), 2, block=True, draws=10)
+        verify_distribution(lm, PROMPT, GenerationConfig(temperature=0.9), 2, block=True, draws=10)
     with pytest.raises(InvalidArgumentError, match="exit_layer"):
-        check_distribution(lm, PROMPT, GenerationConfig(temperature=0.9), 9, block=True)
+        verify_distribution(lm, PROMPT, GenerationConfig(temperature=0.9), 9, block=True)

@@ -41,6 +41,7 @@ from layerskip.model.weights.loading import (
     with_own_head,
 )
 from layerskip.model.weights.quantization import check_quantization
+from layerskip.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,7 +87,12 @@ class CheckpointFiles(Protocol):
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The tokenizer; raises `TokenizerError` if there is none."""
+        """The tokenizer as transformers has it; raises `TokenizerError` if there is none."""
+        ...
+
+    @property
+    def text_tokenizer(self) -> Tokenizer:
+        """The tokenizer, without transformers where that gives the same; raises `TokenizerError` if there is none."""
         ...
 
 
@@ -163,8 +169,13 @@ class Checkpoint:
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The checkpoint's tokenizer; raises `TokenizerError` if there is none, or it can't be read."""
+        """The tokenizer as transformers has it; raises `TokenizerError` if there is none, or it can't be read."""
         return self.files.tokenizer
+
+    @property
+    def text_tokenizer(self) -> Tokenizer:
+        """The tokenizer, without transformers where that gives the same; raises as `tokenizer` does."""
+        return self.files.text_tokenizer
 
     @property
     def contents(self) -> Contents:
@@ -215,10 +226,12 @@ class Checkpoint:
 
     def _tokenizer_eos(self) -> tuple[int, ...]:
         try:
-            end = self.tokenizer.eos_token_id
+            tokenizer = self.text_tokenizer
         except TokenizerError:
             return ()
-        return (int(end),) if end is not None and end < self.config.vocab_size else ()
+        name = tokenizer.special_tokens_map.get("eos_token")
+        ids = [] if name is None else tokenizer.convert_tokens_to_ids([name])
+        return tuple(token_id for token_id in ids if token_id is not None and token_id < self.config.vocab_size)
 
     def _draft_weights(self, how: LoadingConfig) -> DraftWeights | None:
         tokens = None
@@ -247,7 +260,7 @@ class Checkpoint:
                 content = Path(text).read_text("utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise InvalidArgumentError(f"draft_text {str(text)!r} can't be read: {error}") from error
-            found = self.tokenizer(content, add_special_tokens=False)["input_ids"]
+            found = self.text_tokenizer.encode(content, add_special_tokens=False)
         return frequent_tokens(found, count, size, self.eos_token_ids)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from layerskip.decoding.batch import Batch, FinishReason, Row
 from layerskip.decoding.engine import Committed, Drafted, decode
@@ -10,9 +10,7 @@ from layerskip.decoding.policy import Policy
 from layerskip.decoding.stats import GenerationStats
 from layerskip.text.detokenizer import Detokenizer, special_tokens
 from layerskip.text.stop_strings import StopMatcher
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from layerskip.text.tokenizer import Tokenizer
 
 Source = Literal["decoded", "accepted", "corrected", "bonus"]
 """Where a token comes from: plain decoding; a draft that holds; the target, in place of a draft that doesn't; the
@@ -79,7 +77,7 @@ class GenerationStream(Iterator[StreamEvent]):
     interruption hits the caller's own code instead, `results()` has the same.
     """
 
-    def __init__(self, batch: Batch, tokenizer: "PreTrainedTokenizerBase | None", *, show_drafts: bool = False) -> None:
+    def __init__(self, batch: Batch, tokenizer: Tokenizer | None, *, show_drafts: bool = False) -> None:
         """Begin; nothing is computed before the first event is asked for.
 
         Args:
@@ -142,7 +140,7 @@ class GenerationStream(Iterator[StreamEvent]):
 class _RowWriter:
     """Text and events of one row."""
 
-    def __init__(self, row: Row, tokenizer: "PreTrainedTokenizerBase | None", stops: Sequence[str]) -> None:
+    def __init__(self, row: Row, tokenizer: Tokenizer | None, stops: Sequence[str]) -> None:
         self._row = row
         self._detokenizer = Detokenizer(tokenizer, row.tokens) if tokenizer is not None else None
         self.stops = tuple(stops)

@@ -23,6 +23,7 @@ from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.decoder import Decoder
 from layerskip.text.chat_template import AnswerFrame, Message, answer_frame, render, require_template
 from layerskip.text.prompts import Prompt, Prompts, encode_prompts
+from layerskip.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,8 +83,13 @@ class LanguageModel:
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The tokenizer, loaded when first used; raises `TokenizerError` if there is none."""
+        """The tokenizer as transformers has it, loaded when first used; raises `TokenizerError` if there is none."""
         return self.checkpoint.tokenizer
+
+    @property
+    def text_tokenizer(self) -> Tokenizer:
+        """The same without transformers, where that gives the same and `tokenizer` wasn't asked for."""
+        return self.checkpoint.text_tokenizer
 
     def generate(
         self, prompts: Prompts, config: GenerationConfig | None = None, **options: Any
@@ -215,7 +221,7 @@ class LanguageModel:
             PromptError: Something that is neither text nor token ids, or a text with half a character.
             TokenizerError: There is no tokenizer for a text.
         """
-        return encode_prompts(prompts, lambda: self.tokenizer, special_tokens=special_tokens)
+        return encode_prompts(prompts, lambda: self.text_tokenizer, special_tokens=special_tokens)
 
     def encode_chat(
         self,
@@ -238,8 +244,8 @@ class LanguageModel:
             PromptError: The template doesn't take the messages.
         """
         tools = None if tools is None else list(tools)
-        require_template(self.tokenizer, self.checkpoint.name, template, tools=tools)
-        text = render(self.tokenizer, messages, template=template, tools=tools, name=name)
+        require_template(self.text_tokenizer, self.checkpoint.name, template, tools=tools)
+        text = render(self.text_tokenizer, messages, template=template, tools=tools, name=name)
         check_text(text, name)
         (tokens,) = self.encode(text, special_tokens=False)
         return tokens
@@ -259,19 +265,19 @@ class LanguageModel:
         frame = self._answer_frame(template)
         if frame is None or set(frame.end_tokens) <= set(own):
             return own
-        return tuple(dict.fromkeys((*own, *frame.ends_of(self.tokenizer, prompt))))
+        return tuple(dict.fromkeys((*own, *frame.ends_of(self.text_tokenizer, prompt))))
 
     def _answer_frame(self, template: str | None) -> AnswerFrame | None:
         """What the template writes around an answer; None without a template."""
         try:
-            wanted = template or self.tokenizer.chat_template
+            wanted = template or self.text_tokenizer.chat_template
         except TokenizerError:
             return None
         if not wanted:
             return None
         key = str(wanted)
         if key not in self._frames:
-            self._frames[key] = answer_frame(self.tokenizer, template)
+            self._frames[key] = answer_frame(self.text_tokenizer, template)
         return self._frames[key]
 
     def _depth(self, exit_layer: int | None) -> int:
@@ -362,10 +368,10 @@ class LanguageModel:
             keeps_prefixes=keeps_prefixes,
         )
 
-    def _tokenizer_or_none(self, requests: Sequence[Request]) -> "PreTrainedTokenizerBase | None":
+    def _tokenizer_or_none(self, requests: Sequence[Request]) -> Tokenizer | None:
         """Token ids need no tokenizer, unless stop strings are to be found in their text."""
         try:
-            return self.tokenizer
+            return self.text_tokenizer
         except TokenizerError:
             if any(request.config.stop for request in requests):
                 raise

@@ -3,6 +3,8 @@
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from layerskip.text.tokenizer import TextTokenizer
+
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 LETTERS = "▁abcdefghijklmnopqrstuvwxyzABCHT.,:!?\néü日"
 WORDS = ["▁the", "▁hi", "▁a", "ing", "▁▁", "▁▁▁▁"]
@@ -65,6 +67,16 @@ def unigram() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="always", split=True)
     tokenizer.decoder = decoders.Metaspace("▁", prepend_scheme="always")
     return _finish(tokenizer)
+
+
+def without_transformers(tokenizer: PreTrainedTokenizerFast) -> TextTokenizer:
+    """The same tokenizer as this package has it."""
+    return TextTokenizer(
+        Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()),
+        special_tokens=tokenizer.special_tokens_map,
+        extra_special_tokens=[str(token) for token in tokenizer.extra_special_tokens],
+        chat_template=tokenizer.chat_template,
+    )
 
 
 def slow() -> PreTrainedTokenizerBase:

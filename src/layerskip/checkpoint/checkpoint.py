@@ -23,6 +23,7 @@ from layerskip.model.config.families import parse_config
 from layerskip.model.config.model_config import ModelConfig, read_eos
 from layerskip.model.config.values import shown
 from layerskip.model.decoder import Decoder
+from layerskip.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,7 +69,12 @@ class CheckpointFiles(Protocol):
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The tokenizer; raises `TokenizerError` if there is none."""
+        """The tokenizer as transformers has it; raises `TokenizerError` if there is none."""
+        ...
+
+    @property
+    def text_tokenizer(self) -> Tokenizer:
+        """The tokenizer, without transformers where that gives the same; raises `TokenizerError` if there is none."""
         ...
 
 
@@ -145,8 +151,13 @@ class Checkpoint:
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The checkpoint's tokenizer; raises `TokenizerError` if there is none, or it can't be read."""
+        """The tokenizer as transformers has it; raises `TokenizerError` if there is none, or it can't be read."""
         return self.files.tokenizer
+
+    @property
+    def text_tokenizer(self) -> Tokenizer:
+        """The tokenizer, without transformers where that gives the same; raises as `tokenizer` does."""
+        return self.files.text_tokenizer
 
     @property
     def contents(self) -> Contents:
@@ -170,10 +181,12 @@ class Checkpoint:
 
     def _tokenizer_eos(self) -> tuple[int, ...]:
         try:
-            end = self.tokenizer.eos_token_id
+            tokenizer = self.text_tokenizer
         except TokenizerError:
             return ()
-        return (int(end),) if end is not None and end < self.config.vocab_size else ()
+        name = tokenizer.special_tokens_map.get("eos_token")
+        ids = [] if name is None else tokenizer.convert_tokens_to_ids([name])
+        return tuple(token_id for token_id in ids if token_id is not None and token_id < self.config.vocab_size)
 
 
 def open_checkpoint(name: str, *, revision: str | None = None, report: Report | None = None) -> Checkpoint:

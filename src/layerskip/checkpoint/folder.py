@@ -1,5 +1,6 @@
 """A checkpoint in Hugging Face's format: a folder with config.json, safetensors and a tokenizer."""
 
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,10 +10,13 @@ from layerskip.checkpoint.contents import Contents
 from layerskip.checkpoint.json_file import read_json
 from layerskip.checkpoint.safetensors import SafetensorsFiles, find_weight_files, instead
 from layerskip.errors import CheckpointError, TokenizerError, brief
+from layerskip.text.tokenizer import TextTokenizer, Tokenizer
+from layerskip.text.tokenizer_folder import TokenizerFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
 TUNED_FILE = "layerskip.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -49,16 +53,12 @@ class HuggingFaceFolder:
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The tokenizer.
+        """The tokenizer, as transformers has it.
 
         Raises:
             TokenizerError: There is none, or it can't be read.
         """
-        if not any((self.folder / file).is_file() for file in TOKENIZER_FILES):
-            raise TokenizerError(
-                f"{self.folder} has no tokenizer (tokenizer.json); copy the one that the model was trained with there, "
-                "or pass token ids in place of text"
-            )
+        self._check_tokenizer_files()
         try:
             tokenizer: PreTrainedTokenizerBase = self._tokenizer_class().from_pretrained(
                 self.folder, local_files_only=True
@@ -68,8 +68,39 @@ class HuggingFaceFolder:
             raise TokenizerError(f"the tokenizer in {self.folder} can't be read: {brief(error)}") from error
         return tokenizer
 
+    @property
+    def text_tokenizer(self) -> Tokenizer:
+        """What turns text into tokens and back, without transformers where that gives the same.
+
+        It is transformers' tokenizer once somebody has asked for that: they may have changed it.
+
+        Raises:
+            TokenizerError: There is none, or it can't be read.
+        """
+        if "tokenizer" in vars(self):
+            return self.tokenizer
+        return self._own_tokenizer or self.tokenizer
+
+    @cached_property
+    def _own_tokenizer(self) -> TextTokenizer | None:
+        """The tokenizer without transformers; None where only transformers can read it."""
+        self._check_tokenizer_files()
+        files = TokenizerFolder(self.folder)
+        reason = files.why_transformers()
+        if reason is None:
+            return files.read()
+        logger.info("%s: transformers reads the tokenizer, which takes longer: %s", self.folder, reason)
+        return None
+
+    def _check_tokenizer_files(self) -> None:
+        if not any((self.folder / file).is_file() for file in TOKENIZER_FILES):
+            raise TokenizerError(
+                f"{self.folder} has no tokenizer (tokenizer.json); copy the one that the model was trained with there, "
+                "or pass token ids in place of text"
+            )
+
     def _tokenizer_class(self) -> Any:
-        """What reads the tokenizer.
+        """What reads the tokenizer in transformers.
 
         Where tokenizer_config.json asks for tokenizer.json as it stands, that is what counts. transformers' own choice
         would be the family's class for some families (qwen2), which splits text in Qwen's way whatever tokenizer.json
@@ -77,10 +108,7 @@ class HuggingFaceFolder:
         """
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-        path = self.folder / "tokenizer_config.json"
-        config = read_json(path) if path.is_file() else {}
-        as_it_stands = config.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
-        return PreTrainedTokenizerFast if as_it_stands and (self.folder / "tokenizer.json").is_file() else AutoTokenizer
+        return PreTrainedTokenizerFast if TokenizerFolder(self.folder).as_it_stands else AutoTokenizer
 
     @property
     def tuned_file(self) -> Path:

@@ -1,17 +1,15 @@
 """Chat templates: a conversation as one text, and what the template writes around an answer.
 
 A rendered text holds all its special tokens, a leading <s> too. It becomes ids without adding any:
-`LanguageModel.encode_chat`, or `tokenizer(text, add_special_tokens=False)`.
+`LanguageModel.encode_chat`, or `tokenizer.encode(text, add_special_tokens=False)`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from layerskip.errors import PromptError, TokenizerError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from layerskip.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 """What one side says: `role`, `content`, and whatever else the template reads."""
@@ -31,7 +29,7 @@ class AnswerFrame:
     end_tokens: tuple[int, ...] = ()
     """The token directly after an answer, if it is a single one that stands for the end of a turn."""
 
-    def ends_of(self, tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[int]) -> tuple[int, ...]:
+    def ends_of(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> tuple[int, ...]:
         """Tokens that end what is written after a prompt: the template's, if the prompt is one of its conversations.
 
         It is if a turn in it has ended in the template's way, or if it stops where an answer begins.
@@ -40,13 +38,13 @@ class AnswerFrame:
             return self.end_tokens
         if not self.openings:
             return ()
-        size = max(len(tokenizer(opening, add_special_tokens=False)["input_ids"]) for opening in self.openings)
+        size = max(len(tokenizer.encode(opening, add_special_tokens=False)) for opening in self.openings)
         tail = str(tokenizer.decode(list(prompt[-size - SPARE_TOKENS :]), clean_up_tokenization_spaces=False))
         return self.end_tokens if tail.rstrip().endswith(self.openings) else ()
 
 
 def require_template(
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: Tokenizer,
     name: str,
     template: str | None = None,
     *,
@@ -78,7 +76,7 @@ def require_template(
 
 
 def render(
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: Tokenizer,
     messages: Iterable[Message],
     *,
     template: str | None = None,
@@ -130,7 +128,7 @@ def render(
     return str(rendered)
 
 
-def answer_frame(tokenizer: "PreTrainedTokenizerBase", template: str | None = None) -> AnswerFrame:
+def answer_frame(tokenizer: Tokenizer, template: str | None = None) -> AnswerFrame:
     """What the template writes around an answer; nothing where there is no template, or it takes no plain question.
 
     The last answer of a conversation decides. Where the template leaves that one open, an answer that the user
@@ -154,7 +152,7 @@ def answer_frame(tokenizer: "PreTrainedTokenizerBase", template: str | None = No
     return AnswerFrame(openings=tuple(dict.fromkeys(filter(None, openings))), end_tokens=() if end is None else (end,))
 
 
-def end_of_turn_tokens(tokenizer: "PreTrainedTokenizerBase", template: str | None = None) -> tuple[int, ...]:
+def end_of_turn_tokens(tokenizer: Tokenizer, template: str | None = None) -> tuple[int, ...]:
     """Ids of the token that the chat template puts directly after an answer, where that is a single added token.
 
     Such as `<|im_end|>`, `<|eot_id|>`, `<end_of_turn>` or `</s>`. Nothing where there is no template, or where
@@ -167,9 +165,7 @@ def end_of_turn_tokens(tokenizer: "PreTrainedTokenizerBase", template: str | Non
     return answer_frame(tokenizer, template).end_tokens
 
 
-def _rendered(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], template: str | None, **options: Any
-) -> str:
+def _rendered(tokenizer: Tokenizer, messages: Sequence[Message], template: str | None, **options: Any) -> str:
     """A conversation as the template writes it; nothing where it can't."""
     try:
         return render(tokenizer, messages, template=template, **options)
@@ -182,7 +178,7 @@ def _after(text: str, part: str) -> str:
     return text.rpartition(part)[2] if part in text else ""
 
 
-def _leading_token(tokenizer: "PreTrainedTokenizerBase", text: str) -> int | None:
+def _leading_token(tokenizer: Tokenizer, text: str) -> int | None:
     """The added token that a text begins with; they are found in a text before anything else is."""
     added = {str(token): index for index, token in tokenizer.added_tokens_decoder.items()}
     found = [token for token in added if token.strip() and text.startswith(token.strip())]

@@ -6,11 +6,10 @@ from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from layerskip.text.tokenizer import TextTokenizer, Tokenizer
 
 REPLACEMENT = "\ufffd"
 """What a decoder writes for bytes that aren't a whole character."""
@@ -33,7 +32,7 @@ class Detokenizer:
     certain. Reading a token takes the same time whatever came before it.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         """Start after a prompt.
 
         Args:
@@ -129,27 +128,28 @@ class Vocabulary:
     """Tokens that are single bytes of a character that has no token (Llama 2, Mistral, Gemma)."""
 
     @classmethod
-    def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "Vocabulary":
+    def of(cls, tokenizer: Tokenizer) -> "Vocabulary":
         """Ask a tokenizer."""
         decode = _decoder(tokenizer)
         special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         special |= {index for index in tokenizer.all_special_ids if index is not None}
         names = [f"<0x{byte:02X}>" for byte in range(256)]
         indices: Any = tokenizer.convert_tokens_to_ids(names)
-        found: Any = tokenizer.convert_ids_to_tokens([0 if index is None else index for index in indices])
+        found = tokenizer.convert_ids_to_tokens([0 if index is None else index for index in indices])
         byte_of = {index: byte for byte, index in enumerate(indices) if found[byte] == names[byte]}
         letter = next((index for index, byte in byte_of.items() if byte == ord("A")), None)
         falls_back = letter is not None and decode([letter]) == "A"
+        silent = [index for index in special if not decode([index])]
         return cls(
-            special={index: str(tokenizer.convert_ids_to_tokens(index)) for index in special if not decode([index])},
+            special=dict(zip(silent, map(str, tokenizer.convert_ids_to_tokens(silent)), strict=True)),
             byte_of=byte_of if falls_back else {},
         )
 
 
-_VOCABULARIES: "WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, Vocabulary]]" = WeakKeyDictionary()
+_VOCABULARIES: "WeakKeyDictionary[Tokenizer, tuple[int, Vocabulary]]" = WeakKeyDictionary()
 
 
-def _vocabulary(tokenizer: "PreTrainedTokenizerBase") -> Vocabulary:
+def _vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     """A tokenizer's vocabulary, kept for as long as no token is added."""
     size, known = _VOCABULARIES.get(tokenizer, (None, None))
     if known is None or size != len(tokenizer):
@@ -158,20 +158,23 @@ def _vocabulary(tokenizer: "PreTrainedTokenizerBase") -> Vocabulary:
     return known
 
 
-def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> Mapping[int, str]:
+def special_tokens(tokenizer: Tokenizer) -> Mapping[int, str]:
     """Tokens that give no text, and what they are called."""
     return _vocabulary(tokenizer).special
 
 
-def _decoder(tokenizer: "PreTrainedTokenizerBase") -> Callable[[list[int]], str]:
+def _decoder(tokenizer: Tokenizer) -> Callable[[list[int]], str]:
     """Token ids to text, special tokens left out.
 
-    A fast tokenizer's own way there takes several times as long as the compiled one that it ends in, each token anew.
+    The way of transformers' fast tokenizers takes several times as long as the compiled one that it ends in, each token
+    anew.
     """
+    if isinstance(tokenizer, TextTokenizer):
+        return partial(tokenizer.backend.decode, skip_special_tokens=True)
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
     ways = type(tokenizer).decode, getattr(type(tokenizer), "_decode", None)
     decode: Callable[..., Any] = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
     if ways == (PreTrainedTokenizerBase.decode, PreTrainedTokenizerFast._decode):
-        decode = tokenizer.backend_tokenizer.decode
+        decode = cast("PreTrainedTokenizerFast", tokenizer).backend_tokenizer.decode
     return partial(decode, skip_special_tokens=True)

@@ -2,21 +2,19 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from operator import index
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from layerskip.checks import check_text
 from layerskip.errors import PromptError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from layerskip.text.tokenizer import Tokenizer
 
 Prompt = str | Iterable[int] | Mapping[str, Any] | Tensor
 """One text: as text, token ids, or what a tokenizer returned for it."""
 Prompts = Prompt | Iterable[Prompt]
 """One or several of them; also what a tokenizer returned for several texts."""
-TokenizerGetter = Callable[[], "PreTrainedTokenizerBase"]
+TokenizerGetter = Callable[[], Tokenizer]
 
 
 def encode_prompts(given: Prompts, tokenizer: TokenizerGetter, *, special_tokens: bool = True) -> list[list[int]]:
@@ -128,13 +126,13 @@ def _is_id(item: object) -> bool:
     return "bool" not in str(getattr(item, "dtype", ""))
 
 
-def _encode_text(text: str, place: int, tokenizer: "PreTrainedTokenizerBase", special_tokens: bool) -> list[int]:
+def _encode_text(text: str, place: int, tokenizer: Tokenizer, special_tokens: bool) -> list[int]:
     if not text:
         raise PromptError(f"prompt {place} is empty; give at least one character")
     check_text(text, f"prompt {place}")
-    ids = list(tokenizer(text, add_special_tokens=special_tokens)["input_ids"])
+    ids = tokenizer.encode(text, add_special_tokens=special_tokens)
     if special_tokens and len(ids) > 1 and ids[0] == ids[1]:  # the text's own <s> after the tokenizer's?
-        own = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        own = tokenizer.encode(text, add_special_tokens=False)
         if own == ids[1:] and ids[0] in tokenizer.all_special_ids:
             return own
     return ids

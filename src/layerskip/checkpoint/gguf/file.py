@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerskip.checkpoint.contents import Contents, share_of_types
 from layerskip.errors import CheckpointError, CheckpointNotFoundError
+from layerskip.text.tokenizer import TextTokenizer, Tokenizer
 
 if TYPE_CHECKING:  # the other modules load the gguf package, which other checkpoints don't need
     from transformers import PreTrainedTokenizerBase
@@ -85,7 +86,7 @@ class GGUFFile:
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The tokenizer that the metadata describes.
+        """The tokenizer that the metadata describes, as transformers has it.
 
         Raises:
             TokenizerError: The file has no tokenizer, or it can't be built.
@@ -93,6 +94,21 @@ class GGUFFile:
         from layerskip.checkpoint.gguf.tokenizer import build_tokenizer
 
         return build_tokenizer(self.container.plain_metadata())
+
+    @property
+    def text_tokenizer(self) -> Tokenizer:
+        """The same without transformers; transformers' once somebody has asked for that, who may have changed it.
+
+        Raises:
+            TokenizerError: There is none, or it can't be made.
+        """
+        return self.tokenizer if "tokenizer" in vars(self) else self._own_tokenizer
+
+    @cached_property
+    def _own_tokenizer(self) -> TextTokenizer:
+        from layerskip.checkpoint.gguf.tokenizer import build_text_tokenizer
+
+        return build_text_tokenizer(self.container.plain_metadata())
 
 
 def find_gguf(folder: Path) -> Path | None:

@@ -1,10 +1,11 @@
-"""The tokenizer of a GGUF file, built from its key-value section as a tokenizer of transformers.
+"""The tokenizer of a GGUF file, built from its key-value section.
 
 Token ids are those of the tokenizer that the model was trained with, as llama.cpp's are (`pretokenizers.py` says where
 the two part). Special tokens are found in text, as in transformers and in llama.cpp with `parse_special`.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from layerskip.checkpoint.gguf.pretokenizers import PreTokenizer, find_pre_tokenizer
@@ -19,6 +20,7 @@ from layerskip.checkpoint.gguf.vocabulary import (
     shown,
 )
 from layerskip.errors import TokenizerError
+from layerskip.text.tokenizer import ChatTemplates, TextTokenizer
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -43,7 +45,19 @@ ENDS = frozenset(
 CHAT_TEMPLATE = "tokenizer.chat_template"
 
 
-def build_tokenizer(metadata: Mapping[str, Any]) -> "PreTrainedTokenizerFast":
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """What a file's tokenizer consists of."""
+
+    backend: "Tokenizer"
+    special_tokens: dict[str, str]
+    """By transformers' names."""
+    adds_bos: bool
+    adds_eos: bool
+    chat_template: ChatTemplates | None
+
+
+def build_text_tokenizer(metadata: Mapping[str, Any]) -> TextTokenizer:
     """Build the tokenizer that a file describes.
 
     Args:
@@ -52,24 +66,54 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> "PreTrainedTokenizerFast":
     Raises:
         TokenizerError: The file has no tokenizer, a damaged one, or one of a kind that isn't supported.
     """
+    from tokenizers.processors import TemplateProcessing
+
+    parts = _read(metadata)
+    bos, eos = parts.special_tokens.get("bos_token"), parts.special_tokens.get("eos_token")
+    around = [token for token in (parts.adds_bos and bos, "$A", parts.adds_eos and eos) if token]
+    added = [(token, parts.backend.token_to_id(token)) for token in around if token != "$A"]
+    parts.backend.post_processor = TemplateProcessing(single=" ".join(around), special_tokens=added)
+    return TextTokenizer(parts.backend, special_tokens=parts.special_tokens, chat_template=parts.chat_template)
+
+
+def build_tokenizer(metadata: Mapping[str, Any]) -> "PreTrainedTokenizerFast":
+    """Build the same tokenizer as one of transformers.
+
+    Args:
+        metadata: As for `build_text_tokenizer`.
+
+    Raises:
+        TokenizerError: As there.
+    """
     from transformers import PreTrainedTokenizerFast
 
+    parts = _read(metadata)
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=parts.backend,
+        chat_template=parts.chat_template,
+        add_bos_token=parts.adds_bos,
+        add_eos_token=parts.adds_eos,
+        clean_up_tokenization_spaces=False,
+        **parts.special_tokens,
+    )
+
+
+def _read(metadata: Mapping[str, Any]) -> _Parts:
     checked = TokenizerKeys(metadata)
     vocabulary = read_vocabulary(checked)
     names = _special_tokens(checked, vocabulary)
     if vocabulary.model == SENTENCE_PIECE:
-        adds_bos, tokenizer = True, _sentence_piece(checked, vocabulary, names.get("unk_token"))
+        adds_bos, backend = True, _sentence_piece(checked, vocabulary, names.get("unk_token"))
     else:
         pre_tokenizer = find_pre_tokenizer(checked.text(f"{PREFIX}pre"))
-        adds_bos, tokenizer = pre_tokenizer.adds_bos, _byte_level(checked, vocabulary, pre_tokenizer)
-    _add_tokens(checked, vocabulary, tokenizer)
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer,
+        adds_bos, backend = pre_tokenizer.adds_bos, _byte_level(checked, vocabulary, pre_tokenizer)
+    _add_tokens(checked, vocabulary, backend)
+    return _Parts(
+        backend=backend,
+        special_tokens=names,
+        adds_bos=_is_added(checked, "bos", names, default=adds_bos),
+        adds_eos=_is_added(checked, "eos", names, default=False),
         chat_template=_chat_template(checked),
-        add_bos_token=_is_added(checked, "bos", names, default=adds_bos),
-        add_eos_token=_is_added(checked, "eos", names, default=False),
-        clean_up_tokenization_spaces=False,
-        **names,
     )
 
 
@@ -164,7 +208,7 @@ def _is_added(metadata: TokenizerKeys, name: str, special_tokens: dict[str, str]
             f"the GGUF file's tokenizer adds its {name} token to texts, but {PREFIX}{name}_token_id is missing; "
             "the file is damaged or incomplete"
         )
-    if is_added and token is not None and set(token) & set(" :$"):  # signs of the templates that transformers adds with
+    if is_added and token is not None and set(token) & set(" :$"):  # signs of the templates that tokens are added with
         raise TokenizerError(f"the GGUF file's {name} token is {shown(token)}, which can't be added to texts")
     return is_added
 
@@ -196,7 +240,7 @@ def _tokens_that_keep_spaces(metadata: TokenizerKeys, vocabulary: Vocabulary) ->
     return frozenset(("<unk>", "<s>", "<|endoftext|>")) if is_phi3 and vocabulary.model == SENTENCE_PIECE else None
 
 
-def _chat_template(metadata: TokenizerKeys) -> str | dict[str, str] | None:
+def _chat_template(metadata: TokenizerKeys) -> ChatTemplates | None:
     """The chat template, or all by name where there are several."""
     default = metadata.text(CHAT_TEMPLATE)
     prefix = f"{CHAT_TEMPLATE}."

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -22,10 +22,7 @@ from layerskip.machine import free_memory
 from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.graphs.compiled import RoundMode
 from layerskip.model.rope import rope_bytes
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
+from layerskip.text.tokenizer import Tokenizer
 
 NetworkKind = Literal["torch", "native"]
 
@@ -96,7 +93,7 @@ class LoadableCheckpoint(Protocol):
         ...
 
     @property
-    def tokenizer(self) -> "PreTrainedTokenizerBase":
+    def text_tokenizer(self) -> Tokenizer:
         """The tokenizer; only asked for where the most frequent tokens of a text are wanted."""
         ...
 
@@ -160,7 +157,7 @@ def _draft_tokens(checkpoint: LoadableCheckpoint, count: int, text: str | Path |
             content = Path(text).read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidArgumentError(f"draft_text {str(text)!r} can't be read: {error}") from error
-        token_ids = checkpoint.tokenizer(content, add_special_tokens=False)["input_ids"]
+        token_ids = checkpoint.text_tokenizer.encode(content, add_special_tokens=False)
     return frequent_tokens(token_ids, count, size, checkpoint.eos_token_ids)
 
 

@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from layerskip.decoding.engine import Engine
 from layerskip.decoding.output.events import GenerationResult, StreamEvent
@@ -10,9 +9,7 @@ from layerskip.decoding.output.writer import RowWriter
 from layerskip.decoding.policy import Policy
 from layerskip.decoding.request import Request
 from layerskip.decoding.row import Row
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from layerskip.text.tokenizer import Tokenizer
 
 
 class GenerationStream(Iterator[StreamEvent]):
@@ -90,7 +87,7 @@ class GenerationStream(Iterator[StreamEvent]):
 
 
 def generate_each(
-    engine: Engine, requests: Sequence[Request], tokenizer: "PreTrainedTokenizerBase | None"
+    engine: Engine, requests: Sequence[Request], tokenizer: Tokenizer | None
 ) -> Iterator[tuple[int, GenerationResult]]:
     """Results of many requests as they end; a request joins as soon as the engine has a free row.
 

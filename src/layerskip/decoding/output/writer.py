@@ -1,22 +1,19 @@
 """Text and events of one row, from the tokens that it gains."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from layerskip.decoding.engine import Engine, Event
 from layerskip.decoding.output.events import DraftEvent, FinishEvent, GenerationResult, Source, TokenEvent
 from layerskip.decoding.row import Row
 from layerskip.text.detokenizer import Detokenizer, special_tokens
 from layerskip.text.stop_strings import StopMatcher
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from layerskip.text.tokenizer import Tokenizer
 
 
 class RowWriter:
     """Turns a row's tokens into text, and ends the row where a stop string is complete."""
 
-    def __init__(self, engine: Engine, row: Row, tokenizer: "PreTrainedTokenizerBase | None", index: int = 0) -> None:
+    def __init__(self, engine: Engine, row: Row, tokenizer: Tokenizer | None, index: int = 0) -> None:
         """Begin after the row's prompt.
 
         Args:

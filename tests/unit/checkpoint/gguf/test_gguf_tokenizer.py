@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from same_tokenizers import assert_same
 
 from layerskip.checkpoint.folder import HuggingFaceFolder
 from layerskip.checkpoint.gguf.pretokenizers import PRE_TOKENIZERS
-from layerskip.checkpoint.gguf.tokenizer import build_tokenizer, end_of_text_ids
+from layerskip.checkpoint.gguf.tokenizer import build_text_tokenizer, build_tokenizer, end_of_text_ids
 from layerskip.errors import TokenizerError
 
 ROOT = Path(__file__).parents[4]
@@ -90,6 +91,20 @@ def test_sentence_piece_gives_llama_cpps_ids(name: str) -> None:
     assert differing(checksums(values), name) == []
 
 
+@pytest.mark.parametrize("name", first_names())
+def test_byte_level_needs_no_transformers(name: str) -> None:
+    for changes in ({}, {"add_bos_token": True, "add_eos_token": True}, {"bos_token_id": None, "add_bos_token": False}):
+        values = metadata("byte_level", pre=name, **changes) | {"tokenizer.chat_template.tool_use": "tools"}
+        assert_same(build_text_tokenizer(values), build_tokenizer(values))
+
+
+@pytest.mark.parametrize("name", [*SENTENCE_PIECE_FORMS, "phi3", "ordinary ends"])
+def test_sentence_piece_needs_no_transformers(name: str) -> None:
+    changes = {"phi3": {"general.architecture": "phi3"}, "ordinary ends": {f"{KEY}eos_token_id": 300}}
+    values = metadata("sentence_piece") | SENTENCE_PIECE_FORMS.get(name, changes.get(name, {}))
+    assert_same(build_text_tokenizer(values), build_tokenizer(values))
+
+
 @pytest.mark.parametrize("names", [{"general.architecture": "phi3"}, {"general.name": "Phi-3 Mini"}])
 def test_special_tokens_of_phi3_swallow_spaces(names: dict[str, str]) -> None:
     kinds = [1 if kind == 4 else kind for kind in FROZEN["vocabularies"]["sentence_piece"]["token_type"]]
@@ -123,6 +138,7 @@ def test_real_models_give_llama_cpps_ids(package: str, name: str, pattern: str, 
         assert tokenizer(text)["input_ids"] == expected, text
     assert len(tokenizer) == len(values[f"{KEY}tokens"])
     assert tokenizer.chat_template == values.get("tokenizer.chat_template")
+    assert_same(build_text_tokenizer(values), tokenizer)
     for text in TEXTS:
         decoded = tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
         assert decoded == (text.replace("▁", " ") if name == "gemma" else text)
@@ -347,14 +363,15 @@ def test_damaged_metadata_gives_a_tokenizer_or_one_line(
     values = (metadata(base) if base else {}) | known | others
     try:
         end_of_text_ids(values)
-        tokenizer = build_tokenizer(values)
+        tokenizer, ours = build_tokenizer(values), build_text_tokenizer(values)
     except TokenizerError as error:
         message = str(error)
     else:
         message = ""
         ids = tokenizer(text.encode(errors="replace").decode())["input_ids"]
         assert all(0 <= token_id < len(values[f"{KEY}tokens"]) for token_id in ids)
-        tokenizer.decode(ids)
+        assert ours.encode(text.encode(errors="replace").decode()) == ids
+        assert ours.decode(ids) == tokenizer.decode(ids)
     assert "\n" not in message
 
 

@@ -15,10 +15,6 @@ PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.m
 FILE = r"[\w./-]+\.(?:py|cpp|h|md|toml|svg|png)"
 WRITTEN_BY_RUNS = {"training.toml", "agreement.png"}
 """Files that commands write, which the pages name too."""
-PLANNED = {"decoding/request.py", "decoding/prefixes.py"}
-PLANNED_NAMES = {"Engine.finish"}
-"""Modules and functions that the pages describe already; a test fails when one exists and is still listed here."""
-
 
 def without_code_blocks(markdown: str) -> str:
     return re.sub(r"^```.*?^```", "", markdown, flags=re.MULTILINE | re.DOTALL)
@@ -92,19 +88,15 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_are_named_exist(page: Path) -> None:
-    names = files_named(page.read_text("utf-8")) - WRITTEN_BY_RUNS - PLANNED
+    names = files_named(page.read_text("utf-8")) - WRITTEN_BY_RUNS
     assert sorted(name for name in names if not exists(name)) == []
-
-
-def test_nothing_planned_exists_already() -> None:
-    assert sorted(name for name in PLANNED if exists(name)) == []
 
 
 def test_functions_that_answer_questions_exist() -> None:
     pairs = list(answers((ROOT / "docs" / "architecture.md").read_text("utf-8")))
     assert len(pairs) > 10
     missing = {name for file, name in pairs if not is_defined(file, name)}
-    assert missing == PLANNED_NAMES & {name for _, name in pairs}
+    assert missing == set()
 
 
 def test_the_tree_of_folders_is_true() -> None:
@@ -132,6 +124,6 @@ def test_a_broken_link_is_found(tmp_path: Path) -> None:
 def test_files_are_found_by_path_and_by_name() -> None:
     assert files_named("`docs/x.md`, `a.py`, `a.py: f`, `run`\n```\n`b.py`\n```") == {"docs/x.md", "a.py"}
     assert exists("model/cache.py")
-    assert exists("native/network.cpp")
+    assert exists("native/pass.cpp")
     assert exists("families.py")
     assert not exists("model/families.py")

@@ -1,37 +1,15 @@
 #include "choosing.h"
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "kernels/elementwise.h"
-#include "kernels/linear.h"
 #include "kernels/sampling.h"
 #include "pass.h"
 #include "threads.h"
 
 namespace layerskip {
 namespace {
-
-void embed(const Embedding& embedding, int64_t token, int64_t size, float* to) {
-    switch (embedding.format) {
-        case kFloat32:
-            std::memcpy(to, static_cast<const float*>(embedding.table) + token * size, size * sizeof(float));
-            break;
-        case kBFloat16:
-            for (int64_t i = 0; i < size; ++i) {
-                const uint16_t half = static_cast<const uint16_t*>(embedding.table)[token * size + i];
-                const uint32_t bits = static_cast<uint32_t>(half) << 16;
-                std::memcpy(to + i, &bits, sizeof bits);
-            }
-            break;
-        default:
-            const int64_t blocks = size / kGroup, bytes = block_bytes(embedding.format);
-            const uint8_t* from = static_cast<const uint8_t*>(embedding.table) + token * blocks * bytes;
-            for (int64_t i = 0; i < blocks; ++i) unpack_block(from + i * bytes, embedding.format, to + i * kGroup);
-    }
-    for (int64_t i = 0; i < size; ++i) to[i] *= embedding.multiplier;
-}
 
 // Tokens for positions first[b], first[b] + 1, ... of row b from hidden [rows, queries, D], as indices of the head's
 // outputs: sampled by the row's rules, or the likeliest; -1 where a logit isn't finite. `logits` is room for [rows,

@@ -1,9 +1,10 @@
 #include "kernels/elementwise.h"
 
 #include <cmath>
+#include <cstring>
 
+#include "kernels/linear.h"
 #include "kernels/vector.h"
-#include "network.h"
 
 namespace layerskip {
 namespace {
@@ -22,6 +23,26 @@ Vector activated(Vector x, int32_t activation) {
 }
 
 }  // namespace
+
+void embed(const Embedding& embedding, int64_t token, int64_t size, float* to) {
+    switch (embedding.format) {
+        case kFloat32:
+            std::memcpy(to, static_cast<const float*>(embedding.table) + token * size, size * sizeof(float));
+            break;
+        case kBFloat16:
+            for (int64_t i = 0; i < size; ++i) {
+                const uint16_t half = static_cast<const uint16_t*>(embedding.table)[token * size + i];
+                const uint32_t bits = static_cast<uint32_t>(half) << 16;
+                std::memcpy(to + i, &bits, sizeof bits);
+            }
+            break;
+        default:
+            const int64_t blocks = size / kGroup, bytes = block_bytes(embedding.format);
+            const uint8_t* from = static_cast<const uint8_t*>(embedding.table) + token * blocks * bytes;
+            for (int64_t i = 0; i < blocks; ++i) unpack_block(from + i * bytes, embedding.format, to + i * kGroup);
+    }
+    for (int64_t i = 0; i < size; ++i) to[i] *= embedding.multiplier;
+}
 
 void normalize(const float* x, const float* weight, int64_t size, float epsilon, float* y) {
     Vector squares{};

@@ -1,9 +1,14 @@
-// What a layer computes between its products, number by number: norms, activations, rotations.
+// What a network computes beside products and attention: embeddings, norms, activations, rotations.
 #pragma once
 
 #include <cstdint>
 
+#include "network.h"
+
 namespace layerskip {
+
+// to [size] = the embedding of a token.
+void embed(const Embedding& embedding, int64_t token, int64_t size, float* to);
 
 // y [size] = x / rms(x) * weight
 void normalize(const float* x, const float* weight, int64_t size, float epsilon, float* y);

@@ -1,8 +1,7 @@
 // Eight floats at a time, by the vector extensions of GCC and Clang: one source for AVX2, NEON and anything else.
 //
-// All sources in this folder compute with floats, and are the ones whose machine code and rounding depend on the
-// instruction set that they are compiled for. The sources above it only call them: interface, layout, pass, choosing and
-// threads are the same for every instruction set.
+// The sources in this folder do the arithmetic: their machine code and rounding depend on the instruction set that they
+// are compiled for. The sources above it only call them, and are the same for every instruction set.
 #pragma once
 
 #include <cstdint>

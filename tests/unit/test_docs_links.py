@@ -16,6 +16,7 @@ FILE = r"[\w./-]+\.(?:py|cpp|h|md|toml|svg|png)"
 WRITTEN_BY_RUNS = {"training.toml", "agreement.png"}
 """Files that commands write, which the pages name too."""
 
+
 def without_code_blocks(markdown: str) -> str:
     return re.sub(r"^```.*?^```", "", markdown, flags=re.MULTILINE | re.DOTALL)
 

@@ -256,12 +256,14 @@ def finish(
     left_out: list[dict[str, Any]],
 ) -> dict[str, Any] | None:
     """Write a folder's results and report; returns what is in results.json, None where nothing is written."""
-    from layerskip.evaluation.report import write_report
     from layerskip.evaluation.run_folder import RunFolder
-    from layerskip.evaluation.verify.run import to_results
 
     if not isinstance(store, RunFolder):
         return None
+
+    from layerskip.evaluation.report import write_report
+    from layerskip.evaluation.verify.run import to_results
+
     content = store.finish({**to_results(report, store, tests), "left_out": left_out})
     write_report(store.path)
     return content

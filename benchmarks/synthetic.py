@@ -5,12 +5,16 @@ shuffled copy of the embedding, so that a model doesn't repeat itself; the layer
 until the exit agrees as often as it should.
 """
 
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
+from tiny import contributing_layer
 
 EMBEDDING_SCALE = 6.0
 CALIBRATION_TOKENS = 384
@@ -90,8 +94,7 @@ def random_prompts(vocab_size: int, count: int, length: int = 64) -> list[list[i
 
 def _calibrate(model: nn.Module, exit_layer: int, agreement: float) -> float:
     """Find the factor of the late layers' outputs by bisection."""
-    late = model.model.layers[exit_layer:]
-    weights = [weight for layer in late for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight)]
+    weights = [weight for name, weight in model.named_parameters() if contributing_layer(name) >= exit_layer]
     current, low, high, reached = 1.0, 0.0, 1.0, 0.0
     for _ in range(CALIBRATION_STEPS):
         factor = (low + high) / 2

@@ -10,28 +10,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
-from random_weights import randomize
+from tiny import TINY_CONFIG, write_tiny
 
 DEMO = Path(__file__).parents[1] / "src" / "layerskip" / "assets" / "demo"
 
-# Small enough to be written and loaded in milliseconds; 4 layers, 32 channels, grouped heads.
-TINY_CONFIG: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 56,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
 WORDS = "the red fox runs over a lazy dog while rain falls on green hills".split()
-TINY_FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
-    "qwen3": {"head_dim": 8},
-    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8, "sliding_window_pattern": 2},
-}
 
 
 def pytest_configure() -> None:
@@ -84,15 +67,11 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, demo_config: dict[
         tokenizer: bool = False,
         **config: Any,
     ) -> Path:
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         vocabulary = {"vocab_size": demo_config["vocab_size"]} if tokenizer else {}
-        settings = {**TINY_CONFIG, **TINY_FAMILY_CONFIGS.get(model_type, {}), **vocabulary, **config}
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
-        randomize(model, seed)
         folder = tmp_path_factory.mktemp(model_type)
-        model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size or "1GB")
+        write_tiny(
+            folder, model_type, seed=seed, dtype=dtype, max_shard_size=max_shard_size, **{**vocabulary, **config}
+        )
         if tokenizer:
             for file in ("tokenizer.json", "tokenizer_config.json"):
                 shutil.copy(DEMO / file, folder)
@@ -120,7 +99,8 @@ def load_static() -> Callable[..., Any]:
             dtype=getattr(torch, dtype),
             device=torch.device("cpu"),
             max_context=choose_context(checkpoint.config, None),
-            rounds="static",
+            rounds="graphs",
+            uses_before=0,
         )
         return LanguageModel(checkpoint, decoder)
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from random_weights import randomize
 from safetensors.torch import load_file, save_file
+from tiny import randomize
 
 DATA = Path(__file__).parents[1] / "data" / "hub"
 WEIGHTS = "model.safetensors"

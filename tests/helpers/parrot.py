@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import contributing_layer
 from transformers import PreTrainedTokenizerBase
 
 
@@ -32,7 +33,7 @@ def write_parrot(
     path = folder / "model.safetensors"
     tensors = load_file(path)
     for name, tensor in tensors.items():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
+        if contributing_layer(name) >= 0:
             tensor.zero_()
         elif "norm" in name:
             tensor.fill_(1)

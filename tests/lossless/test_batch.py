@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from engines import generate
+from layers import Entry
 
 from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.engine import decode, make_batch
 from layerskip.language_model import LanguageModel
 from layerskip.model.cache import KVCache
 
@@ -16,8 +17,8 @@ MODES: list[dict[str, Any]] = [
     {"do_sample": True, "acceptance": "rejection"},
     {"do_sample": True, "acceptance": "rejection", "block_verification": False, "top_k": 10},
     {"do_sample": True, "repetition_penalty": 1.2, "no_repeat_ngram_size": 3},
-    {"generation_strategy": "autoregressive"},
-    {"generation_strategy": "autoregressive", "exit_layer": 2, "do_sample": True},
+    {"generation_strategy": "autoregressive", "exit_layer": None},
+    {"generation_strategy": "early_exit", "exit_layer": 2, "do_sample": True},
 ]
 
 
@@ -70,33 +71,30 @@ def test_identical_prompts_give_identical_texts(lm: LanguageModel, acceptance: s
 
 def test_rows_may_have_seeds_of_their_own(lm: LanguageModel) -> None:
     config = GenerationConfig(do_sample=True, max_new_tokens=12, exit_layer=3)
-    batch = make_batch(lm.decoder, [[1, 2, 3]] * 4, config, eos_token_ids=(), seed=0)
-    rows = list(batch.rows)
-    for row in rows:
-        row.seed = 100 + row.index
-    for _ in decode(batch):
-        pass
-    for row in rows:
-        assert row.output == lm.generate([[1, 2, 3]], config, seed=row.seed)[0].token_ids
+    seeds = range(100, 104)
+    together = generate(lm.decoder, [[1, 2, 3]] * 4, config, seeds=seeds)
+    assert together == [lm.generate([[1, 2, 3]], config, seed=seed)[0].token_ids for seed in seeds]
+    assert len({tuple(tokens) for tokens in together}) > 1
 
 
-def test_finished_rows_leave_the_cache(
-    lm: LanguageModel, ragged: list[list[int]], layer_log: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
+def test_finished_rows_leave_the_batch(
+    lm: LanguageModel, ragged: list[list[int]], layer_log: list[Entry], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    removed: list[int] = []
-    remove_row = KVCache.remove_row
+    moved: list[tuple[int, int]] = []
+    copy_row = KVCache.copy_row
 
-    def spy(self: KVCache, row: int) -> None:
-        removed.append(row)
-        remove_row(self, row)
+    def spy(self: KVCache, source: int, to: int, length: int) -> None:
+        moved.append((source, to))
+        copy_row(self, source, to, length)
 
     options: dict[str, Any] = {"exit_layer": 3, "max_new_tokens": 24}
     options["eos_token_ids"] = eos_for(lm, ragged, options)
-    monkeypatch.setattr(KVCache, "remove_row", spy)
+    monkeypatch.setattr(KVCache, "copy_row", spy)
     layer_log.clear()
     lm.generate(ragged, **options)
     rows = [rows for _, rows, _ in layer_log]
     assert rows[0] == 8
-    assert rows == sorted(rows, reverse=True)  # batches only shrink
+    assert rows == sorted(rows, reverse=True)  # nothing joins
     assert rows[-1] < 8
-    assert any(place < count - 1 for place, count in zip(removed, range(8, 0, -1), strict=False))  # some row moved
+    assert moved
+    assert all(source > to for source, to in moved)  # into the place of one that has ended

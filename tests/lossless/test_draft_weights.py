@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from engines import cache_of, drain, start
 
 import layerskip
-from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.engine import decode, make_batch
 from layerskip.errors import InvalidArgumentError
 from layerskip.language_model import LanguageModel
 from layerskip.model.drafts import frequent_tokens
@@ -67,11 +66,9 @@ def test_the_cache_holds_what_the_verifier_computed(
     reload: Callable[..., LanguageModel], prompts: list[list[int]], way: dict[str, Any]
 ) -> None:
     def written(lm: LanguageModel, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        config = GenerationConfig(max_new_tokens=20, **options)
-        batch = make_batch(lm.decoder, [prompts[1]], config, eos_token_ids=(), seed=0)
-        cache, length = batch.cache, len(prompts[1]) + 19
-        for _ in decode(batch):
-            pass
+        engine = start(lm.decoder, [prompts[1]], max_new_tokens=20, **options)
+        cache, length = cache_of(engine), len(prompts[1]) + 19
+        drain(engine)
         return cache.keys[:, 0, :length], cache.values[:, 0, :length]
 
     expected = written(reload(), generation_strategy="autoregressive")
@@ -84,12 +81,10 @@ def test_the_cache_holds_what_the_verifier_computed(
 def test_layers_that_are_entered(reload: Callable[..., LanguageModel], way: dict[str, Any]) -> None:
     """Copies with fewer bits run each draft once, and verification then all layers; other drafts share their layers."""
     lm = reload(**way)
-    config = GenerationConfig(exit_layer=2, num_speculations=4, max_new_tokens=60, ignore_eos=True)
-    batch = make_batch(lm.decoder, [[1, 2, 3]], config, eos_token_ids=(), seed=0)
-    events = decode(batch)
-    next(events)
+    engine = start(lm.decoder, [[1, 2, 3]], exit_layer=2, num_speculations=4, max_new_tokens=60)
+    engine.step()  # reads the prompt
     before = lm.decoder.layer_calls
-    next(events)
+    engine.step()
     depth = lm.decoder.num_layers
     expected = 4 * 2 + depth if "quantize_draft" in way else 5 * 2 + depth - 2
     assert lm.decoder.layer_calls - before == expected

@@ -1,78 +1,74 @@
 """Every drafter and policy writes the tokens of autoregressive decoding, also when plans change between rounds."""
 
 import random
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from engines import generate
 
 from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.engine import decode, make_batch
-from layerskip.decoding.ngram import Match
-from layerskip.decoding.policy import Drafter, Outcome, Plan
+from layerskip.decoding.policy import BatchView, DraftSource, Plan, RoundResult
 from layerskip.language_model import LanguageModel
 from layerskip.model.confidence import CONFIDENCE_CLASSES
-from layerskip.model.drafts import DraftStop
+from layerskip.model.drafts import StopRule
 
 SAMPLED = {"temperature": 0.9, "top_k": 12, "seed": 5}
 REPEATING = [3, 1, 4, 1, 5, 3, 1, 4, 1, 5, 3, 1, 4]
 
 
 class Erratic:
-    """Another plan for every round, at random; every other one with probes."""
-
-    uses_ngrams = True
+    """Another plan for every round, at random; every other one with probes, some of several steps."""
 
     def __init__(self, seed: int, num_layers: int) -> None:
         self.pick = random.Random(seed)
         self.exits = tuple(range(1, num_layers))
         self.seen: list[Plan] = []
-        self.stopped = self.rested = 0
+        self.prepared = self.stopped = self.rested = 0
+        self.num_rows = 0
 
-    @property
-    def probes(self) -> bool:
-        return self.pick.random() < 0.5
+    def prepare(self, view: BatchView) -> None:
+        self.prepared += view.num_rows
 
-    def rests(self) -> int:
-        self.rest = self.pick.choice([0, 0, 0, 0, 0, 1, 2])
-        return self.rest
-
-    def observe_rest(self, seconds: Sequence[float]) -> None:
-        assert 0 < len(seconds) <= self.rest
-        self.rested += 1
-        assert min(seconds) > 0
-
-    def plan(self, matches: Sequence[Match | None], remaining: int) -> Plan:
-        drafter: Drafter = self.pick.choice(["none", "early_exit", "early_exit", "ngram"])
-        exit_layer = self.pick.randrange(1, len(self.exits) + 2) if drafter == "early_exit" else 0
+    def plan(self, view: BatchView) -> Plan:
+        self.num_rows = view.num_rows
+        assert len(view.samples) == len(view.matches()) == view.num_rows
+        assert view.remaining > 0
+        steps = self.pick.choice([0, 0, 0, 0, 0, 1, 2])
+        if steps:
+            return Plan(source="none", steps=steps)
+        source: DraftSource = self.pick.choice(["none", "layers", "layers", "text"])
+        exit_layer = self.pick.randrange(1, len(self.exits) + 2) if source == "layers" else 0
         stop = None
         if self.pick.random() < 0.5:
             rates = tuple(self.pick.random() for _ in range(CONFIDENCE_CLASSES))
-            stop = DraftStop(rates=rates, least=self.pick.random() / 2)
+            stop = StopRule(rates=rates, least=self.pick.random() / 2)
+        probe = self.exits if self.pick.random() < 0.5 else ()
         drafts = self.pick.randrange(1, 7)
-        self.seen.append(Plan(drafter=drafter, exit_layer=exit_layer, num_speculations=drafts, stop=stop))
-        return self.seen[-1]
+        plan = Plan(source=source, exit_layer=exit_layer, num_speculations=drafts, stop=stop, probe=probe)
+        self.seen.append(plan)
+        return plan
 
-    def observe(self, plan: Plan, matches: Sequence[Match | None], outcome: Outcome) -> None:
-        assert len(matches) == len(outcome.held) == len(outcome.drafted) == len(outcome.tokens)
-        assert outcome.seconds > 0
-        drafted = max(outcome.drafted)
+    def observe(self, plan: Plan, result: RoundResult) -> None:
+        if plan.steps:
+            assert 0 < len(result.step_seconds) <= plan.steps
+            assert min(result.step_seconds) > 0
+            self.rested += 1
+            return
+        assert plan is self.seen[-1]
+        assert len(result.num_accepted) == len(result.drafts) == len(result.tokens) == self.num_rows
+        assert result.seconds > 0
+        drafted = max(map(len, result.drafts))
         assert drafted <= plan.num_speculations
-        assert all(len(row) >= drafted and all(0 < x <= 1.001 for x in row) for row in outcome.confidences)
-        self.stopped += bool(outcome.confidences) and drafted < plan.num_speculations
-        for agreed, tokens in outcome.agreement.values():
+        assert all(len(row) >= drafted and all(0 < x <= 1.001 for x in row) for row in result.confidences)
+        self.stopped += bool(result.confidences) and drafted < plan.num_speculations
+        assert set(result.agreement) <= set(plan.probe)
+        assert not plan.probe or set(result.agreement) >= {exit_ for exit_ in plan.probe if exit_ > plan.exit_layer}
+        for agreed, tokens in result.agreement.values():
             assert 0 <= agreed <= tokens + 1e-4
 
 
 def write(lm: LanguageModel, prompts: list[list[int]], policy: Any = None, **options: Any) -> list[list[int]]:
-    config = GenerationConfig(**options)
-    batch = make_batch(
-        lm.decoder, prompts, config, eos_token_ids=config.eos_token_ids or (), seed=config.seed or 0, policy=policy
-    )
-    rows = list(batch.rows)
-    for _ in decode(batch):
-        pass
-    return [row.output for row in rows]
+    return generate(lm.decoder, prompts, policy=policy, **options)
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLED, {"repetition_penalty": 1.2}], ids=["greedy", "coupled", "penalty"])
@@ -93,7 +89,8 @@ def test_plans_that_change_every_round(
     expected = write(lm, texts, generation_strategy="autoregressive", max_new_tokens=36, **options)
     policy = Erratic(seed, lm.decoder.num_layers)
     assert write(lm, texts, policy, max_new_tokens=36, **options) == expected
-    assert len({(plan.drafter, plan.exit_layer) for plan in policy.seen}) > 3
+    assert len({(plan.source, plan.exit_layer) for plan in policy.seen}) > 3
+    assert policy.prepared == len(texts)
     assert policy.rested > 0
 
 

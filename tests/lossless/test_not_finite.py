@@ -17,7 +17,7 @@ from layerskip.model.native.library import load_library
 
 Tiny = Callable[..., Path]
 PROMPTS = [[5, 3, 80, 41, 9], [7, 7, 2]]
-EARLY_EXIT: dict[str, Any] = {"generation_strategy": "autoregressive", "exit_layer": 2}
+EARLY_EXIT: dict[str, Any] = {"generation_strategy": "early_exit", "exit_layer": 2}
 STRATEGIES: list[dict[str, Any]] = [
     {"generation_strategy": "autoregressive"},
     EARLY_EXIT,

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from engines import generate
 
-from layerskip.decoding.rounds import plain as autoregressive
 from layerskip.language_model import LanguageModel
 
 SAMPLED = [
@@ -20,7 +20,8 @@ SAMPLED = [
 def test_greedy_equals_decoding_without_a_cache(
     lm: LanguageModel, prompts: list[list[int]], slow_decode: Callable[..., list[int]], exit_layer: int | None
 ) -> None:
-    options = {"max_new_tokens": 20, "exit_layer": exit_layer, "generation_strategy": "autoregressive"}
+    strategy = "autoregressive" if exit_layer is None else "early_exit"
+    options = {"max_new_tokens": 20, "exit_layer": exit_layer, "generation_strategy": strategy}
     for prompt in prompts:
         assert lm.generate([prompt], **options)[0].token_ids == slow_decode(lm, prompt, **options)
 
@@ -48,16 +49,14 @@ def test_context_processors_equal_decoding_without_a_cache(
 
 def test_early_exits_write_other_texts(lm: LanguageModel, prompts: list[list[int]]) -> None:
     texts = [
-        tuple(lm.generate([prompts[1]], exit_layer=exit_layer, generation_strategy="autoregressive")[0].token_ids)
+        tuple(lm.generate([prompts[1]], exit_layer=exit_layer, generation_strategy="early_exit")[0].token_ids)
         for exit_layer in (1, 2, 5)
     ]
     assert len(set(texts)) == 3
 
 
-def test_prompts_read_in_chunks_give_the_same_text(
-    lm: LanguageModel, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_read_in_chunks_give_the_same_text(lm: LanguageModel, prompts: list[list[int]]) -> None:
     whole = [result.token_ids for result in lm.generate(prompts, max_new_tokens=12)]
-    monkeypatch.setattr(autoregressive, "PREFILL_CHUNK", 4)
-    assert [result.token_ids for result in lm.generate(prompts, max_new_tokens=12)] == whole
-    assert [lm.generate([prompt], max_new_tokens=12)[0].token_ids for prompt in prompts] == whole
+    assert generate(lm.decoder, prompts, max_new_tokens=12, prefill_chunk=4) == whole
+    for prompt, expected in zip(prompts, whole, strict=True):
+        assert generate(lm.decoder, [prompt], max_new_tokens=12, prefill_chunk=4) == [expected]

@@ -5,16 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+from engines import drain, start
 from scipy.stats import chisquare
 from torch import Tensor
 
 from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.engine import decode, make_batch
-from layerskip.decoding.rounds import verifying as self_speculative
+from layerskip.decoding.rounds import verifying
 from layerskip.decoding.sampler import Sampler
 from layerskip.language_model import LanguageModel
 
-VOCAB, ROWS, BATCHES = 12, 4000, 5
+VOCAB, ROWS, BATCHES = 12, 500, 40
 PROMPT = [1, 2, 7, 1, 3, 8, 1, 4, 9, 1]  # after 2, 3 and 4, n-grams have drafts
 
 
@@ -25,7 +25,7 @@ def small(make_lm: Callable[..., LanguageModel]) -> LanguageModel:
 
 def exact_pairs(lm: LanguageModel, config: GenerationConfig) -> Tensor:
     """[V, V], joint probability of tokens 1 and 2 after the prompt (token 0 is the prefill's, and summed over)."""
-    sampler = Sampler(config)
+    sampler = Sampler([config], [0])
 
     def probs(tokens: list[int]) -> Tensor:
         return sampler.scores(lm.logits(tokens)[None, -1:]).softmax(-1)[0, 0].double()
@@ -43,14 +43,10 @@ def drawn_pairs(lm: LanguageModel, config: GenerationConfig) -> Tensor:
     """[V, V], how often tokens 1 and 2 of many rows, each with a seed of its own, were which pair."""
     outputs: list[list[int]] = []
     for number in range(BATCHES):
-        batch = make_batch(lm.decoder, [PROMPT] * ROWS, config, eos_token_ids=(), seed=0)
-        rows = list(batch.rows)
-        for row in rows:
-            row.seed = number * ROWS + row.index
-        for event in decode(batch):
-            if len(event.row.output) >= 3:
-                event.row.finish("length", length=3)
-        outputs += [row.output for row in rows]
+        engine = start(lm.decoder, [PROMPT] * ROWS, config, seeds=range(number * ROWS, (number + 1) * ROWS))
+        rows = engine.rows
+        drain(engine)
+        outputs += [row.output[:3] for row in rows]
     chosen = torch.tensor(outputs)
     counts = torch.zeros(VOCAB, VOCAB)
     return counts.index_put_((chosen[:, 1], chosen[:, 2]), torch.ones(len(chosen)), accumulate=True)
@@ -93,5 +89,5 @@ def test_a_biased_rule_is_noticed(small: LanguageModel, monkeypatch: pytest.Monk
     def always(drafts: Tensor, draft_probs: Tensor, target_probs: Tensor, uniforms: Tensor, num: Tensor) -> Any:
         return num, target_probs[torch.arange(len(num)), num]
 
-    monkeypatch.setattr(self_speculative, "accept_block", always)
+    monkeypatch.setattr(verifying, "accept_block", always)
     assert joint_p_value(small, {}) < 1e-6

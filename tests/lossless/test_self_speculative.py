@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from layerskip.decoding.engine import Committed
-from layerskip.decoding.rounds import verifying as self_speculative
+from layerskip.decoding.engine import Event
 from layerskip.language_model import LanguageModel
+from layerskip.model.decoder import Decoder
 from layerskip.model.torch.linear import WIDE
 
 EXITS = [1, 2, 3, 4, 5]
@@ -33,7 +33,7 @@ def autoregressive(lm: LanguageModel, prompt: list[int], **options: Any) -> list
 
 
 def test_rounds_are_accepted_wholly_partly_and_not_at_all(
-    lm: LanguageModel, prompts: list[list[int]], rounds_of: Callable[..., list[Committed]]
+    lm: LanguageModel, prompts: list[list[int]], rounds_of: Callable[..., list[Event]]
 ) -> None:
     """Without all three kinds of rounds, equality below would prove little."""
     for options in ({}, {"do_sample": True, "seed": 1}):
@@ -45,7 +45,7 @@ def test_rounds_are_accepted_wholly_partly_and_not_at_all(
                     lm, prompt, max_new_tokens=60, exit_layer=exit_layer, num_speculations=3, **options
                 )
             ]
-            accepted = {event.num_accepted for event in rounds if event.num_drafted == 3}
+            accepted = {event.num_accepted for event in rounds if len(event.drafts) == 3}
             assert accepted == {0, 1, 2, 3}
 
 
@@ -141,7 +141,7 @@ def test_never_more_tokens_than_asked_for(
 class TestEndOfSequence:
     @pytest.fixture
     def mid_draft(
-        self, lm: LanguageModel, prompts: list[list[int]], rounds_of: Callable[..., list[Committed]]
+        self, lm: LanguageModel, prompts: list[list[int]], rounds_of: Callable[..., list[Event]]
     ) -> tuple[list[int], int, int]:
         """A prompt, and a token whose first occurrence is an accepted draft with accepted drafts after it."""
         for prompt in prompts:
@@ -221,14 +221,14 @@ def test_drafts_never_write_past_the_capacity(
 ) -> None:
     """The scratch slot behind the last one stays untouched by a lone row: it drafts no more than it can use."""
     caches, lm = [], make_lm()
-    verify = self_speculative.verify
+    verify = Decoder.verify
 
-    def spy(batch: Any, draft: Any, exits: Any) -> Any:
-        assert batch.cache.lengths[0] + draft.hidden.shape[1] <= batch.cache.capacity
-        caches.append(batch.cache)
-        return verify(batch, draft, exits)
+    def spy(self: Decoder, pending: Any, drafts: Any, cache: Any, draw: Any, num_layers: int) -> Any:
+        assert cache.lengths[0] + drafts.hidden.shape[1] <= cache.capacity
+        caches.append(cache)
+        return verify(self, pending, drafts, cache, draw, num_layers)
 
-    monkeypatch.setattr(self_speculative, "verify", spy)
+    monkeypatch.setattr(Decoder, "verify", spy)
     lm.generate([prompts[1]], max_new_tokens=13, num_speculations=8, exit_layer=3)
     cache = caches[-1]
     assert cache.capacity == len(prompts[1]) + 13

@@ -126,6 +126,30 @@ def test_a_config_must_be_one() -> None:
         make_config({"top_k": 3}, {})
 
 
+def test_autoregressive_decoding_runs_all_layers() -> None:
+    with pytest.raises(InvalidArgumentError, match=r"'autoregressive' .* exit_layer 3 .*'early_exit'"):
+        GenerationConfig(generation_strategy="autoregressive", exit_layer=3)
+    with pytest.raises(InvalidArgumentError, match="'early_exit'"):
+        make_config(GenerationConfig(exit_layer=3), {"generation_strategy": "autoregressive"})
+
+
+@pytest.mark.parametrize(
+    ("options", "strategy", "speculates"),
+    [
+        ({}, "adaptive", True),
+        ({"exit_layer": 2}, "self_speculative", True),
+        ({"num_speculations": 2}, "self_speculative", True),
+        ({"generation_strategy": "adaptive", "exit_layer": 2}, "adaptive", True),
+        ({"generation_strategy": "ngram"}, "ngram", True),
+        ({"generation_strategy": "autoregressive"}, "autoregressive", False),
+        ({"generation_strategy": "early_exit", "exit_layer": 2}, "early_exit", False),
+    ],
+)
+def test_which_strategy_is_meant(options: dict[str, Any], strategy: str, speculates: bool) -> None:
+    config = GenerationConfig(**options)
+    assert (config.strategy, config.speculates) == (strategy, speculates)
+
+
 def test_it_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         GenerationConfig().top_k = 3

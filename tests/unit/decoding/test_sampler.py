@@ -52,7 +52,7 @@ def processed_by_transformers(model: LlamaForCausalLM, logits: torch.Tensor, opt
 def test_scores_equal_transformers(
     reference: LlamaForCausalLM, logits: torch.Tensor, options: dict[str, Any], context: dict[str, Any]
 ) -> None:
-    sampler = Sampler(GenerationConfig(do_sample=True, **options, **context))
+    sampler = Sampler([GenerationConfig(do_sample=True, **options, **context)], [0])
     before = logits.clone()
     scores = sampler.scores(logits, [[CONTEXT]])
     expected = processed_by_transformers(reference, logits, {"do_sample": True, **options, **context})
@@ -63,49 +63,50 @@ def test_scores_equal_transformers(
 
 def test_greedy_keeps_context_processors_only(reference: LlamaForCausalLM, logits: torch.Tensor) -> None:
     options = {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2}
-    sampler = Sampler(GenerationConfig(do_sample=False, temperature=0.5, top_k=3, **options))
+    sampler = Sampler([GenerationConfig(do_sample=False, temperature=0.5, top_k=3, **options)], [0])
     expected = processed_by_transformers(reference, logits, {"do_sample": False, **options})
     assert torch.equal(sampler.scores(logits, [[CONTEXT]])[0], expected)
 
 
 def test_each_position_sees_its_own_context() -> None:
     logits = torch.arange(VOCAB, dtype=torch.float32).expand(2, 2, VOCAB)
-    sampler = Sampler(GenerationConfig(do_sample=False, no_repeat_ngram_size=2))
+    sampler = Sampler([GenerationConfig(do_sample=False, no_repeat_ngram_size=2)] * 2, [0, 0])
     contexts = [[[39, 39], [39, 39, 38]], [[38, 39, 38, 38, 37, 38], [39, 38, 39]]]
-    chosen = sampler.choose(sampler.scores(logits, contexts), [0, 0], [0, 0])
+    chosen = sampler.choose(sampler.scores(logits, contexts), [0, 0])
     assert chosen.tolist() == [[38, 39], [36, 39]]
 
 
 @pytest.mark.parametrize("temperature", [0, 0.0, 1e-7])
 def test_temperature_0_takes_the_likeliest(logits: torch.Tensor, temperature: float) -> None:
-    sampler = Sampler(GenerationConfig(do_sample=True, temperature=temperature, top_p=0.9))
-    assert not sampler.samples
-    assert torch.equal(sampler.scores(logits), logits)
     for seed in range(20):
-        assert sampler.choose(sampler.scores(logits), [seed], [5]).item() == logits.argmax()
+        sampler = Sampler([GenerationConfig(do_sample=True, temperature=temperature, top_p=0.9)], [seed])
+        assert sampler.draw is None
+        assert torch.equal(sampler.scores(logits), logits)
+        assert sampler.choose(sampler.scores(logits), [5]).item() == logits.argmax()
 
 
 def test_filtered_tokens_are_never_drawn(logits: torch.Tensor) -> None:
-    sampler = Sampler(GenerationConfig(temperature=5.0, top_k=3))
+    sampler = Sampler([GenerationConfig(temperature=5.0, top_k=3)] * 2000, range(2000))
     scores = sampler.scores(logits.expand(2000, 1, VOCAB))
-    drawn = sampler.choose(scores, list(range(2000)), [4] * 2000)
+    drawn = sampler.choose(scores, [4] * 2000)
     assert set(drawn.flatten().tolist()) == set(logits.flatten().topk(3).indices.tolist())
 
 
 def test_draws_depend_on_seed_position_purpose_and_counter() -> None:
-    sampler = Sampler(GenerationConfig(do_sample=True))
+    configs = [GenerationConfig(do_sample=True)] * 2
+    sampler, same_seeds = Sampler(configs, [7, 8]), Sampler(configs, [7, 7])
     scores = torch.zeros(2, 3, 1000)
-    drawn = sampler.choose(scores, [7, 8], [10, 11])
+    drawn = sampler.choose(scores, [10, 11])
     assert len(set(drawn.flatten().tolist())) == 6
-    shifted = sampler.choose(scores, [7, 7], [11, 12])
+    shifted = same_seeds.choose(scores, [11, 12])
     assert shifted[0, :2].tolist() == drawn[0, 1:].tolist()  # the place in the text counts, not that in the block
     assert shifted[1, 0] == drawn[0, 2]
     others = [
-        sampler.choose(scores, [7, 8], [10, 11], Purpose.DRAFT),
-        sampler.choose(scores, [7, 8], [10, 11], Purpose.TARGET, [1, 1]),
+        sampler.choose(scores, [10, 11], Purpose.DRAFT),
+        sampler.choose(scores, [10, 11], Purpose.TARGET, [1, 1]),
     ]
     assert all((other != drawn).any(-1).all() for other in others)
-    assert torch.equal(sampler.choose(scores, [7, 8], [10, 11], Purpose.TARGET, [0, 0]), drawn)
+    assert torch.equal(sampler.choose(scores, [10, 11], Purpose.TARGET, [0, 0]), drawn)
 
 
 def test_similar_distributions_draw_the_same_token_mostly() -> None:
@@ -113,10 +114,42 @@ def test_similar_distributions_draw_the_same_token_mostly() -> None:
     generator = torch.Generator().manual_seed(0)
     target = torch.randn(4000, 1, 30, generator=generator) * 1.5
     draft = target + 0.3 * torch.randn(4000, 1, 30, generator=generator)
-    sampler = Sampler(GenerationConfig(do_sample=True))
-    seeds, first = list(range(4000)), [6] * 4000
-    same = (sampler.choose(target, seeds, first) == sampler.choose(draft, seeds, first)).double().mean()
+    sampler = Sampler([GenerationConfig(do_sample=True)] * 4000, range(4000))
+    first = [6] * 4000
+    same = (sampler.choose(target, first) == sampler.choose(draft, first)).double().mean()
     p, q = target.softmax(-1), draft.softmax(-1)
     best = torch.minimum(p, q).sum(-1).mean()
     independent = (p * q).sum(-1).mean()
     assert independent + 0.4 < same <= best + 0.01
+
+
+def test_each_row_has_its_own_rules() -> None:
+    """Filters, penalties and seeds: what a row gets beside others is what it gets alone."""
+    rows: list[dict[str, Any]] = [
+        {"do_sample": False},
+        {"temperature": 0.7, "top_k": 5},
+        {"do_sample": True, "top_p": 0.6, "repetition_penalty": 1.4},
+        {"do_sample": False, "no_repeat_ngram_size": 2},
+        {"temperature": 2.0, "min_p": 0.1},
+    ]
+    configs, seeds, first = [GenerationConfig(**row) for row in rows], [3, 1, 4, 1, 5], [9, 13, 8, 13, 20]
+    logits = 3 * torch.randn(5, 2, VOCAB, generator=torch.Generator().manual_seed(1))
+    contexts = [[CONTEXT, [*CONTEXT, 4 + i]] for i in range(5)]
+    together = Sampler(configs, seeds)
+    scores = together.scores(logits, contexts)
+    chosen = together.choose(scores, first)
+    for i, config in enumerate(configs):
+        alone = Sampler([config], seeds[i : i + 1])
+        expected = alone.scores(logits[i : i + 1], contexts[i : i + 1])
+        assert torch.equal(scores[i : i + 1], expected)
+        assert torch.equal(chosen[i : i + 1], alone.choose(expected, first[i : i + 1]))
+    assert torch.equal(scores[0], logits[0])
+    assert chosen[0].tolist() == logits[0].argmax(-1).tolist()
+
+
+def test_only_rows_that_sample_are_drawn() -> None:
+    draw = Sampler([GenerationConfig(), GenerationConfig(temperature=0.5, top_k=7, min_p=0.2)], [1, 2]).draw
+    assert draw is not None
+    assert (draw.temperatures, draw.top_k, draw.top_p, draw.min_p) == ((0.0, 0.5), (0, 7), (1.0, 1.0), (0.0, 0.2))
+    assert draw.seeds == (1, 2)
+    assert Sampler([GenerationConfig(), GenerationConfig(top_k=3, do_sample=False)], [1, 2]).draw is None

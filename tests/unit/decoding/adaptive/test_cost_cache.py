@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from layerskip.decoding.adaptive import cost_cache
 from layerskip.decoding.adaptive.cost_cache import find_costs
 from layerskip.decoding.adaptive.costs import Costs, measure_costs
-from layerskip.decoding.adaptive import cost_cache
 from layerskip.files import cache_folder
 from layerskip.language_model import LanguageModel
 from layerskip.model.decoder import Decoder

@@ -5,7 +5,6 @@ import math
 import pytest
 
 from layerskip.decoding.adaptive.costs import MEASURED_QUERIES, CallTimer, measure_costs
-from layerskip.decoding.adaptive.experience import Experience
 from layerskip.language_model import LanguageModel
 
 
@@ -28,20 +27,3 @@ def test_slow_calls_are_timed_once(text_lm: LanguageModel, monkeypatch: pytest.M
     timer, made = CallTimer(text_lm.decoder, 1, 4), []
     timer._time(lambda: made.append(1), 50)
     assert len(made) == 2
-
-
-def test_experience_is_shared_by_sizes_and_kept_by_kind(
-    text_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    experience, measured = Experience(), []
-    monkeypatch.setattr(
-        "layerskip.decoding.adaptive.experience.find_costs",
-        lambda decoder, rows: measured.append(rows) or measure_costs(decoder, rows),
-    )
-    policies = [experience.policy(text_lm.decoder, rows, samples=False) for rows in (1, 3, 4, 2, 1)]
-    assert measured == [1, 4, 2]
-    assert all(policy.rates is policies[0].rates for policy in policies)
-    assert policies[1].times is policies[2].times
-    sampling = experience.policy(text_lm.decoder, 1, samples=True)
-    assert sampling.rates is not policies[0].rates
-    assert sampling.times is not policies[0].times

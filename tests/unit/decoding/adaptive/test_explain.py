@@ -1,48 +1,39 @@
 """What is said of a model that gains something or nothing, and why."""
 
-from typing import Any
+from policies import Known, View, make_costs, rates_of, result, steps
 
-from layerskip.decoding.adaptive.costs import Costs
 from layerskip.decoding.adaptive.explain import explain
 from layerskip.decoding.adaptive.pace import COLD_STEPS, TIMED_STEPS
 from layerskip.decoding.adaptive.policy import AdaptivePolicy
-from layerskip.decoding.adaptive.round_times import RoundTimes
-from layerskip.decoding.policy import Outcome, Plan
+from layerskip.decoding.policy import Plan
 
 
 def policy_of(rates: dict[int, float], *, row: float = 0.05, head: float = 0.5) -> AdaptivePolicy:
-    costs = Costs(
-        num_layers=16,
-        layer=tuple(1 + row * n for n in range(13)),
-        fixed=(head,) * 13,
-        draft_layer=1.0,
-        draft_head=head,
-        draft_fixed=0.1,
-    )
-    policy = AdaptivePolicy(times=RoundTimes(costs=costs), exits=tuple(rates))
+    policy = AdaptivePolicy(knowledge=Known(make_costs(row=row, fixed=head)), exits=tuple(rates))
+    policy.prepare(View())
     for exit_layer, rate in rates.items():
         for _ in range(200):
-            policy.rates.observe_exits({exit_layer: (5 * rate, 5)})
+            rates_of(policy).observe_exits({exit_layer: (5 * rate, 5)})
     return policy
 
 
 def follow(policy: AdaptivePolicy, rounds: int = 8) -> Plan:
-    for _ in range(rounds):
-        steps = policy.rests()
-        if steps:
-            policy.observe_rest([policy.times.seconds("none")] * steps)
-        plan = policy.plan((None,), 100)
-        drafts = plan.num_speculations
-        outcome: dict[str, Any] = {"held": [drafts], "drafted": [drafts], "tokens": [[0] * (drafts + 1)]}
-        policy.observe(plan, (None,), Outcome(seconds=policy.seconds(plan), **outcome))
+    """The last of some plans; every draft is accepted, and all takes the time that it should."""
+    while rounds:
+        plan = policy.plan(View())
+        if plan.steps:
+            steps(policy, [policy.times.seconds("none")] * plan.steps)
+            continue
+        policy.observe(plan, result(plan.num_speculations, plan.num_speculations, policy.seconds(plan)))
+        rounds -= 1
     return plan
 
 
 def test_a_model_that_gains() -> None:
     policy = policy_of({4: 0.9, 8: 0.92})
-    assert follow(policy).drafter == "early_exit"
+    assert follow(policy).source == "layers"
     found = explain(policy)
-    assert found.rounds == {"early_exit": 7, "ngram": 0, "none": 1 + COLD_STEPS + TIMED_STEPS}
+    assert found.rounds == {"layers": 7, "text": 0, "none": 1 + COLD_STEPS + TIMED_STEPS}
     assert len(found.reasons) == 1
     assert "mostly 4 of 16" in found.reasons[0]
     best = found.exits[0]
@@ -53,7 +44,7 @@ def test_a_model_that_gains() -> None:
 
 def test_a_model_without_early_exits() -> None:
     policy = policy_of({4: 0.02, 8: 0.05})
-    assert follow(policy).drafter == "none"
+    assert follow(policy).source == "none"
     text = " ".join(explain(policy).reasons)
     rounds = sum(policy.counts.values())
     assert rounds > 8

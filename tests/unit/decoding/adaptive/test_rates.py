@@ -23,7 +23,7 @@ def test_the_present_text_counts_more_and_the_next_starts_from_the_long_memory()
     for _ in range(10):
         rate.observe(0, 4)
     assert rate.value < 0.45
-    rate.begin_text()
+    rate.forget_recent()
     assert 0.75 < rate.value < 0.9
 
 
@@ -37,7 +37,7 @@ def test_drafts_behind_a_rejected_one_are_not_counted() -> None:
     rates = ExitRates()
     rates.observe(2, 8, [0.9] * 8)
     assert rates.overall.long.tried == pytest.approx(3)
-    assert rates.overall.long.held == pytest.approx(2)
+    assert rates.overall.long.accepted == pytest.approx(2)
     assert [rate.long.tried for rate in rates.depths] == [1, 1, 1]
     assert sum(rate.long.tried for rate in rates.classes) == pytest.approx(3, rel=0.01)
 

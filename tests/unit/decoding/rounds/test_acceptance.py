@@ -30,7 +30,7 @@ def chains(filters: dict[str, Any], seed: int = 3, similarity: float = 0.4) -> t
     generator = torch.Generator().manual_seed(seed)
     target = 1.5 * torch.randn(1, VOCAB, VOCAB, generator=generator)
     other = 1.5 * torch.randn(1, VOCAB, VOCAB, generator=generator)
-    sampler = Sampler(GenerationConfig(**filters))
+    sampler = Sampler([GenerationConfig(**filters)], [0])
     draft = similarity * target + (1 - similarity) * other
     return sampler.scores(draft).softmax(-1)[0], sampler.scores(target).softmax(-1)[0]
 

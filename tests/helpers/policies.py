@@ -1,0 +1,83 @@
+"""Costs, batches and results for policies that are tried without a network."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from layerskip.decoding.adaptive.costs import Costs
+from layerskip.decoding.adaptive.pace import Pace
+from layerskip.decoding.adaptive.policy import AdaptivePolicy
+from layerskip.decoding.adaptive.rates import AcceptanceRates
+from layerskip.decoding.adaptive.round_times import RoundTimes
+from layerskip.decoding.ngram import Match
+from layerskip.decoding.policy import Plan, RoundResult
+
+
+@dataclass
+class View:
+    """A batch, as far as a policy sees it."""
+
+    found: Sequence[Match | None] = (None,)
+    remaining: int = 100
+    samples: Sequence[bool] = (False,)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.samples)
+
+    def matches(self) -> Sequence[Match | None]:
+        return self.found
+
+
+def make_costs(*, row: float = 0.05, fixed: float = 0.5, num_layers: int = 16) -> Costs:
+    """A layer takes 1, each further token `row` more; all else of a call `fixed`."""
+    return Costs(
+        num_layers=num_layers,
+        layer=tuple(1 + row * n for n in range(13)),
+        fixed=(fixed,) * 13,
+        draft_layer=1.0,
+        draft_head=fixed,
+        draft_fixed=0.1,
+    )
+
+
+class Known:
+    """What is known of one model (`policy.Knowledge`): costs of a size are those of all sizes."""
+
+    def __init__(self, costs: Costs) -> None:
+        self._costs = costs
+        self.measured: list[int] = []
+        self._times: dict[tuple[int, bool], RoundTimes] = {}
+        self._paces: dict[tuple[int, bool], Pace] = {}
+        self._rates: dict[bool, AcceptanceRates] = {}
+
+    def measure(self, num_rows: int) -> None:
+        self.measured.append(num_rows)
+
+    def times(self, num_rows: int, *, samples: bool) -> RoundTimes:
+        return self._times.setdefault((num_rows, samples), RoundTimes(costs=self._costs))
+
+    def pace(self, num_rows: int, *, samples: bool) -> Pace:
+        return self._paces.setdefault((num_rows, samples), Pace())
+
+    def rates(self, *, samples: bool) -> AcceptanceRates:
+        return self._rates.setdefault(samples, AcceptanceRates())
+
+
+def rates_of(policy: AdaptivePolicy) -> AcceptanceRates:
+    return policy.knowledge.rates(samples=False)
+
+
+def result(num_accepted: int, num_drafts: int, seconds: float, tokens: Sequence[int] = (), **rest: Any) -> RoundResult:
+    """Of one row; what it gained is `tokens`, zeros if not given."""
+    gained = list(tokens) or [0] * (num_accepted + 1)
+    drafts = (*gained[:num_accepted], *[-1] * (num_drafts - num_accepted))
+    return RoundResult(
+        drafts=[drafts], num_accepted=[num_accepted], tokens=[gained[num_accepted]], seconds=seconds, **rest
+    )
+
+
+def steps(policy: AdaptivePolicy, seconds: Sequence[float]) -> None:
+    """Plain steps that were planned at once."""
+    none = RoundResult(drafts=(), num_accepted=(), tokens=(), step_seconds=seconds)
+    policy.observe(Plan(source="none", steps=len(seconds)), none)

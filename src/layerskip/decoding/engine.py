@@ -294,6 +294,9 @@ class Engine:
 
     def _settle(self) -> None:
         """Bring batches and cache in line after rows have come, moved or gone."""
+        for batch in self._running:
+            if not batch.rows:
+                batch.end_rest()
         self._running = [batch for batch in self._running if batch.rows]
         self._reading = [batch for batch in self._reading if batch.rows]
         self._slots.batches = [*self._running, *self._reading]

@@ -75,7 +75,7 @@ class LayerCalls:
 
     count: int = 0
     observer: Callable[[int, int, int, int], None] | None = None
-    """Called with start, stop, B and Q before layers start..stop-1 run over a block [B, Q]."""
+    """Called with start, stop, B and Q when layers start..stop-1 run over a block [B, Q]."""
 
     def add(self, start: int, stop: int, num_rows: int, num_queries: int) -> None:
         """Count layers start..stop-1, once whatever the block's rows and tokens."""
@@ -163,12 +163,13 @@ class Decoder:
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
-        """Layers entered meanwhile aren't counted."""
-        before = self.calls.count
+        """Layers entered meanwhile are neither counted nor observed."""
+        calls, count, observer = self.calls, self.calls.count, self.calls.observer
+        calls.observer = None
         try:
             yield
         finally:
-            self.calls.count = before
+            calls.count, calls.observer = count, observer
 
     def set_drafter(self, decoder: "Decoder", *, num_layers: int, shares_states: bool) -> None:
         """Let another decoder draft, at exits up to `num_layers`; it uses this one's caches and counts its layers."""

@@ -73,9 +73,9 @@ class GraphDecoder(Decoder):
         if result is None:
             return super().round(tokens, cache, request, num_layers)
         seconds = self.stopwatch.between(start, self.stopwatch.mark())
-        for _ in range(planned):
+        for _ in range(planned + 1 if exit_layer else 0):
             self.calls.add(0, exit_layer, len(tokens), 1)
-        self.calls.add(0, num_layers, len(tokens), planned + 1)
+        self.calls.add(exit_layer, num_layers, len(tokens), planned + 1)
         # A graph is one call, in which nothing can be timed: its seconds are split by the layers entered.
         share = (planned + 1) * exit_layer / (planned * exit_layer + num_layers) if planned else 0.0
         return RoundTokens(

@@ -3,7 +3,6 @@
 from policies import Known, View, make_costs, rates_of, result, steps
 
 from layerskip.cli.terminal.explanation import explain
-from layerskip.decoding.adaptive.costs import Costs
 from layerskip.decoding.adaptive.pace import COLD_STEPS, TIMED_STEPS
 from layerskip.decoding.adaptive.policy import AdaptivePolicy
 from layerskip.decoding.policy import Plan

@@ -24,7 +24,7 @@ SIZES: dict[str, Any] = {
 
 
 class Tensors:
-    """Tensors in memory (`model.weights.TensorSource`), counting what is read."""
+    """Tensors in memory (`checkpoint.loading.tensors.TensorSource`), counting what is read."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors

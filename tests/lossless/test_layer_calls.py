@@ -12,7 +12,7 @@ import layerskip
 from layerskip.decoding.engine import Event
 from layerskip.language_model import LanguageModel
 from layerskip.model.cache import KVCache
-from layerskip.model.graphs.decoder import GraphDecoder
+from layerskip.model.decoders.graphs import GraphDecoder
 from layerskip.model.native.library import load_library
 from layerskip.model.torch.network import TorchNetwork
 

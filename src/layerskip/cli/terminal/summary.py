@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any
-
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from layerskip.cli.terminal.stream import Run, follow, ignore
-from layerskip.decoding.adaptive.explain import Explanation
 from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.engine import choose_exit_layer
 from layerskip.decoding.output.stream import GenerationResult
 from layerskip.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from layerskip.decoding.adaptive.explain import Explanation
 
 WARM_UP_TOKENS = 8
 
@@ -84,7 +86,7 @@ def describe(lm: LanguageModel, config: GenerationConfig, seed: int) -> str:
     return f"{work}, {choice}{_describe_compilation(lm)}"
 
 
-def explanation_lines(explanation: Explanation) -> list[str]:
+def explanation_lines(explanation: "Explanation") -> list[str]:
     """An explanation, for people."""
     lines = list(explanation.reasons)
     for outlook in explanation.exits:
@@ -110,7 +112,7 @@ def _describe_compilation(lm: LanguageModel) -> str:
     return f", {len(compiled)} rounds compiled in {sum(round_.seconds for round_ in compiled):.1f} s"
 
 
-def stats_table(run: Run, reference: Run | None = None, *, same_text: bool | None = None) -> Table:
+def stats_table(run: Run, reference: Run | None = None, *, same_text: bool | None = None) -> "Table":
     """Figures of a generation, beside those of the same text decoded autoregressively.
 
     Args:
@@ -118,6 +120,8 @@ def stats_table(run: Run, reference: Run | None = None, *, same_text: bool | Non
         reference: The same prompt without drafts.
         same_text: Whether both have the same tokens; None if that isn't to be expected.
     """
+    from rich.table import Table
+
     stats = run.result.stats
     table = Table(show_header=reference is not None)
     table.add_column("")

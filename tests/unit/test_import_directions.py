@@ -211,6 +211,41 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     assert modules_loaded_by("import layerskip").isdisjoint({"torch", "transformers", "rich", "tyro"})
 
 
+def packages_beyond_torch(code: str) -> set[str]:
+    """Packages that a process loads for `code`, but not for torch, Python's own left out."""
+    return modules_loaded_by(code) - modules_loaded_by("import torch") - sys.stdlib_module_names - {"layerskip"}
+
+
+def test_generating_loads_what_the_call_needs() -> None:
+    """Not transformers, nor what draws on terminals, renders templates, downloads or reads other formats."""
+    code = """
+from layerskip import load
+lm = load("demo")
+assert lm.generate("def f(", max_new_tokens=4, stop="zzz")[0].text
+assert lm.generate("def f(", max_new_tokens=4, temperature=0.7, top_k=5, seed=1, exit_layer=4)[0].text
+"""
+    assert packages_beyond_torch(code) <= {"safetensors", "tokenizers"}
+
+
+@pytest.mark.parametrize("options", ["", "--json", "--temperature 0.7 --top-p 0.9 --seed 1"])
+def test_the_command_loads_its_flags_parser_besides(options: str) -> None:
+    argv = ["generate", "--prompt", "def f(", "--max-new-tokens", "4", *options.split()]
+    code = f"from layerskip.cli.main import main\nassert main({argv}) == 0"
+    parser = {"tyro", "docstring_parser", "typeguard", "typing_extensions"}
+    assert packages_beyond_torch(code) <= {"safetensors", "tokenizers", *parser}
+
+
+def test_a_conversation_loads_jinja2() -> None:
+    code = """
+from layerskip import load
+lm = load("demo")
+template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+prompt = lm.encode_chat([{"role": "user", "content": "def f("}], template=template)
+assert lm.generate([prompt], max_new_tokens=4)[0].text
+"""
+    assert packages_beyond_torch(code) <= {"safetensors", "tokenizers", "jinja2", "markupsafe"}
+
+
 def test_help_does_not_load_torch() -> None:
     code = """
 from layerskip.cli.main import main

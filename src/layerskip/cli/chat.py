@@ -77,20 +77,20 @@ class Conversation:
             TokenizerError: There is no chat template.
             PromptError: The template leaves the system's message out, or refuses it.
         """
-        require_template(lm.tokenizer, lm.checkpoint.name, template)
+        require_template(lm.text_tokenizer, lm.checkpoint.name, template)
         self.lm = lm
         self._template = template
         self._opening = [] if system is None else [{"role": "system", "content": system}]
         if system is not None:
             self._check_system(system)
-        ends = (*lm.checkpoint.eos_token_ids, *end_of_turn_tokens(lm.tokenizer, template))
+        ends = (*lm.checkpoint.eos_token_ids, *end_of_turn_tokens(lm.text_tokenizer, template))
         self.end_tokens = tuple(dict.fromkeys(ends))
         """Tokens that end an answer."""
         self.reset()
 
     def _check_system(self, system: str) -> None:
         """Raise `PromptError` where the template would leave the system's message out."""
-        apply = partial(render, self.lm.tokenizer, template=self._template, name="a system message (--system)")
+        apply = partial(render, self.lm.text_tokenizer, template=self._template, name="a system message (--system)")
         question = {"role": "user", "content": "Hello!"}
         text = apply([*self._opening, question])
         if system.strip() not in text and text == apply([question]):  # it may be there in another spelling
@@ -206,7 +206,7 @@ class Chat:
         return self.asks or not turn.interrupted
 
     def _speak(self, message: str) -> "Run":
-        from layerskip.cli.terminal.stream import Painter, follow, ignore, write_plain
+        from layerskip.cli.terminal.stream import follow, ignore, write_plain
 
         prompt = self._conversation.prompt(message)
         stream = self._lm.stream([prompt], self._config, session=self._conversation.session, show_drafts=self._draws)
@@ -216,6 +216,8 @@ class Chat:
             turn = follow(stream, write_plain)
             print(flush=True)
             return turn
+        from layerskip.cli.terminal.painter import Painter
+
         painter = Painter(self._console())
         try:
             return follow(stream, painter.draw)

@@ -143,7 +143,8 @@ def record(lm: "LanguageModel", config: GenerationConfig, measurement: Measureme
 
 def _show(lm: "LanguageModel", config: GenerationConfig, output: OutputArguments) -> bool:
     """Write after each prompt in both ways for all to see; False if the user stops it."""
-    from layerskip.cli.terminal.stream import Painter, follow, write_plain
+    from layerskip.cli.terminal.painter import Painter
+    from layerskip.cli.terminal.stream import follow, write_plain
     from layerskip.cli.terminal.summary import autoregressive, warm_up
     from layerskip.decoding.request import choose_exit_layer
 

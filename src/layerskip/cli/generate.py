@@ -115,8 +115,8 @@ def _write_json(lm: "LanguageModel", prompt: str, arguments: GenerateArguments) 
         warm_up(lm, prompt, config)
     run = follow(lm.stream(prompt, config), ignore)
     record: dict[str, Any] = {"prompt": prompt, **result_record(lm, config, run.result, prompt)}
-    if arguments.explain and run.explanation is not None:
-        record["explanation"] = asdict(run.explanation)
+    if arguments.explain and (explanation := run.explain()) is not None:
+        record["explanation"] = asdict(explanation)
     if arguments.compare and not run.interrupted:
         reference = compare(lm, prompt, config, run.result.seed)
         record["autoregressive"] = result_record(lm, config, reference.result)["stats"]
@@ -143,7 +143,8 @@ def _write_plain(lm: "LanguageModel", prompt: str, arguments: GenerateArguments)
 
 
 def _draw(lm: "LanguageModel", prompt: str, arguments: GenerateArguments, *, show_prompt: bool) -> int:
-    from layerskip.cli.terminal.stream import Painter, follow
+    from layerskip.cli.terminal.painter import Painter
+    from layerskip.cli.terminal.stream import follow
     from layerskip.cli.terminal.summary import warm_up
 
     config = arguments.decoding
@@ -189,14 +190,14 @@ def _show_table(
 def _show_explanation(arguments: GenerateArguments, run: "Run", *, stderr: bool = False) -> None:
     from layerskip.cli.terminal.summary import explanation_lines
 
-    if arguments.explain and run.explanation is not None:
+    if arguments.explain and (explanation := run.explain()) is not None:
         console = make_console(arguments.output, stderr=stderr)
-        for line in explanation_lines(run.explanation):
+        for line in explanation_lines(explanation):
             console.print(line, highlight=False)
 
 
 def _ask_for_prompts(lm: "LanguageModel", arguments: GenerateArguments) -> int:
-    from layerskip.cli.terminal.stream import Painter
+    from layerskip.cli.terminal.painter import Painter
 
     console = make_console(arguments.output)
     console.print(HELP)

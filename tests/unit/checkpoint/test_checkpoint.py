@@ -9,13 +9,14 @@ import packages
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Tokenizer
 
 import layerskip
 from layerskip.checkpoint import checkpoint as checkpoint_module
 from layerskip.checkpoint.checkpoint import DEMO_FOLDER, Checkpoint, open_checkpoint
 from layerskip.checkpoint.gguf.file import GGUFFile
 from layerskip.files import cache_folder
+from layerskip.text.tokenizer import TextTokenizer
 
 TOKENS = [5, 3, 80, 41]
 
@@ -55,10 +56,34 @@ def test_open_tensors_outlive_their_file(tiny_checkpoint: Callable[..., Path], t
     assert torch.equal(lm.logits(TOKENS), before)
 
 
+def test_whoever_changes_transformers_tokenizer_is_heard(tiny_checkpoint: Callable[..., Path]) -> None:
+    """Without being asked for, it isn't there; once it is, it is the one that is used."""
+    checkpoint = Checkpoint.in_folder(tiny_checkpoint(tokenizer=True))
+    assert isinstance(checkpoint.text_tokenizer, TextTokenizer)
+    before = len(checkpoint.tokenizer)
+    checkpoint.tokenizer.add_tokens(["hello world"])
+    assert checkpoint.text_tokenizer is checkpoint.tokenizer
+    assert before in checkpoint.text_tokenizer.encode("hello world")
+
+
+def test_transformers_reads_what_only_it_can(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(tiny_checkpoint(tokenizer=True), tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": "GPT2Tokenizer"}))
+    checkpoint = Checkpoint.in_folder(tmp_path)
+    with caplog.at_level("INFO", logger="layerskip"):
+        assert isinstance(checkpoint.text_tokenizer, GPT2Tokenizer)
+    assert "transformers reads the tokenizer, which takes longer: its class is GPT2Tokenizer" in caplog.text
+    assert checkpoint.text_tokenizer is checkpoint.tokenizer
+
+
 def test_demo() -> None:
     checkpoint = open_checkpoint("demo")
     assert checkpoint.config.model_type == "llama"
-    ids = checkpoint.tokenizer("hello world")["input_ids"]
+    ids = checkpoint.text_tokenizer.encode("hello world")
+    assert ids == checkpoint.tokenizer("hello world")["input_ids"]
     assert checkpoint.tokenizer.decode(ids, skip_special_tokens=True).strip() == "hello world"
     assert checkpoint.num_parameters == sum(
         tensor.numel() for tensor in load_file(DEMO_FOLDER / "model.safetensors").values()

@@ -8,7 +8,8 @@ from rich.cells import cell_len
 from rich.console import Console
 
 import layerskip
-from layerskip.cli.terminal.stream import Painter, follow
+from layerskip.cli.terminal.painter import Painter
+from layerskip.cli.terminal.stream import follow
 from layerskip.decoding.output.stream import DraftEvent, Source, StreamEvent, TokenEvent
 
 TOKEN = re.compile(r"\x1b\[(?P<arguments>[\d;?]*)(?P<command>[A-Za-z])|(?P<text>.|\n)")

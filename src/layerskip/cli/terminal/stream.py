@@ -1,27 +1,18 @@
-"""A generation as it appears: events to plain text, or on a terminal to colours with drafts that come and go."""
+"""A generation as it appears, followed event by event."""
 
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
+from typing import TYPE_CHECKING
 
-from rich.cells import cell_len
-from rich.console import Console
-from rich.control import Control
-from rich.segment import ControlType
-from rich.text import Text
-
-from layerskip.cli.terminal.explanation import Explanation, explain
 from layerskip.decoding.adaptive.policy import AdaptivePolicy
-from layerskip.decoding.output.events import DraftEvent, GenerationResult, Source, StreamEvent, TokenEvent
+from layerskip.decoding.output.events import DraftEvent, GenerationResult, StreamEvent
 from layerskip.decoding.output.stream import GenerationStream
+from layerskip.decoding.policy import Policy
 
-STYLES: dict[Source, str] = {"accepted": "green", "corrected": "bold yellow", "bonus": "", "decoded": ""}
-PROMPT_STYLE, DRAFT_STYLE = "bold", "dim"
-TAB = 8
-CONTROL_PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {127: "␡"}
-"""Control characters of a model's text are shown, never sent to the terminal."""
-DRAFT_PICTURES = CONTROL_PICTURES | {ord("\n"): "↵", ord("\t"): "→"}
+if TYPE_CHECKING:
+    from layerskip.cli.terminal.explanation import Explanation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +22,8 @@ class Run:
     result: GenerationResult
     seconds: float
     """Spent in the engine; drawing is left out."""
-    explanation: Explanation | None = None
-    """Why it was decoded as it was, where that was adaptive."""
+    policy: Policy | None = None
+    """What planned its rounds."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -43,6 +34,12 @@ class Run:
     def interrupted(self) -> bool:
         """Whether the user stopped it."""
         return self.result.finish_reason == "interrupted"
+
+    def explain(self) -> "Explanation | None":
+        """Why it was decoded as it was, where that was adaptive."""
+        from layerskip.cli.terminal.explanation import explain
+
+        return explain(self.policy) if isinstance(self.policy, AdaptivePolicy) else None
 
 
 def follow(stream: GenerationStream, handle: Callable[[StreamEvent], None]) -> Run:
@@ -63,9 +60,7 @@ def follow(stream: GenerationStream, handle: Callable[[StreamEvent], None]) -> R
             handle(event)
     except KeyboardInterrupt:  # it hit `handle`; within the stream it ends the stream's way
         pass
-    policy = stream.policy
-    explanation = explain(policy) if isinstance(policy, AdaptivePolicy) else None
-    return Run(result=stream.results()[0], seconds=seconds, explanation=explanation)
+    return Run(result=stream.results()[0], seconds=seconds, policy=stream.policy)
 
 
 def ignore(event: StreamEvent) -> None:
@@ -77,88 +72,3 @@ def write_plain(event: StreamEvent) -> None:
     if not isinstance(event, DraftEvent) and event.text:
         sys.stdout.write(event.text)
         sys.stdout.flush()
-
-
-class Painter:
-    """Draws a generation on a terminal, knowing where the cursor stands.
-
-    Drafts are shown on the rest of the cursor's row only, and never up to its last column: there, terminals disagree
-    about where the cursor is, and on one row a few steps back and "clear to the end of line" take everything back.
-    """
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._column = 0
-        self._draft_width = 0
-
-    def legend(self) -> None:
-        """Say what the colours mean."""
-        line = Text.assemble(
-            ("colours: ", "dim"),
-            ("accepted draft", STYLES["accepted"]),
-            "  ",
-            ("corrected draft", STYLES["corrected"]),
-            "  own token  ",
-            ("draft to be verified", DRAFT_STYLE),
-        )
-        self._console.print(line)
-
-    def prompt(self, text: str) -> None:
-        """Show the prompt, which the generation continues."""
-        self._write(text, PROMPT_STYLE)
-
-    def draw(self, event: StreamEvent) -> None:
-        """Show an event."""
-        self._erase_draft()
-        if isinstance(event, DraftEvent):
-            self._show_draft(event.text)
-        else:
-            self._write(event.text, STYLES[event.source] if isinstance(event, TokenEvent) else "")
-
-    def finish(self) -> None:
-        """End the text's last line."""
-        self._erase_draft()
-        if self._column:
-            self._console.print()
-        self._column = 0
-
-    def _write(self, text: str, style: str) -> None:
-        shown = self._advance(text.translate(CONTROL_PICTURES))
-        if shown:
-            self._print(shown, style)
-
-    def _advance(self, text: str) -> str:
-        """Move the known column along a text, and return it with tabs as spaces."""
-        width, shown = self._console.width, []
-        for character in text:
-            cells = cell_len(character)
-            if character == "\n" or self._column + max(cells, character == "\t") > width:
-                self._column = 0
-            if character == "\t":
-                cells = min(TAB - self._column % TAB, width - self._column)
-                character = " " * cells
-            if character != "\n":
-                self._column += cells
-            shown.append(character)
-        return "".join(shown)
-
-    def _show_draft(self, text: str) -> None:
-        room, shown = self._console.width - 1 - self._column, ""
-        for character in text.translate(DRAFT_PICTURES):
-            cells = cell_len(character)
-            if self._draft_width + cells > room:
-                break
-            shown += character
-            self._draft_width += cells
-        if shown:
-            self._print(shown, DRAFT_STYLE)
-
-    def _erase_draft(self) -> None:
-        if self._draft_width:
-            back = (ControlType.CURSOR_BACKWARD, self._draft_width)
-            self._console.control(Control(back, (ControlType.ERASE_IN_LINE, 0)))
-            self._draft_width = 0
-
-    def _print(self, text: str, style: str) -> None:
-        self._console.print(Text(text, style), end="", soft_wrap=True)
-        self._console.file.flush()

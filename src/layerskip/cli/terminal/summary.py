@@ -2,17 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
-from layerskip.cli.terminal.explanation import Explanation
 from layerskip.cli.terminal.stream import Run, follow, ignore
 from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.output.events import GenerationResult
 from layerskip.decoding.request import choose_exit_layer
 from layerskip.language_model import LanguageModel
 from layerskip.model.decoders.graphs import GraphDecoder
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from layerskip.cli.terminal.explanation import Explanation
 
 WARM_UP_TOKENS = 8
 
@@ -87,7 +89,7 @@ def describe(lm: LanguageModel, config: GenerationConfig, seed: int) -> str:
     return f"{work}, {choice}{_describe_compilation(lm)}"
 
 
-def explanation_lines(explanation: Explanation) -> list[str]:
+def explanation_lines(explanation: "Explanation") -> list[str]:
     """An explanation, for people."""
     lines = list(explanation.reasons)
     for outlook in explanation.exits:
@@ -113,7 +115,7 @@ def _describe_compilation(lm: LanguageModel) -> str:
     return f", {len(compiled)} rounds compiled in {sum(round_.seconds for round_ in compiled):.1f} s"
 
 
-def stats_table(run: Run, reference: Run | None = None, *, same_text: bool | None = None) -> Table:
+def stats_table(run: Run, reference: Run | None = None, *, same_text: bool | None = None) -> "Table":
     """Figures of a generation, beside those of the same text decoded autoregressively.
 
     Args:
@@ -121,6 +123,8 @@ def stats_table(run: Run, reference: Run | None = None, *, same_text: bool | Non
         reference: The same prompt without drafts.
         same_text: Whether both have the same tokens; None if that isn't to be expected.
     """
+    from rich.table import Table
+
     stats = run.result.stats
     table = Table(show_header=reference is not None)
     table.add_column("")

@@ -10,13 +10,13 @@ from pathlib import Path
 from time import monotonic
 from typing import IO, TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
 from layerskip.cli.flags.arguments import ModelArguments, NamedModel, OutputArguments
 from layerskip.errors import TokenizerError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
     from layerskip.checkpoint.checkpoint import Checkpoint
     from layerskip.checkpoint.known_file import Report
     from layerskip.language_model import LanguageModel
@@ -38,8 +38,10 @@ def draws(output: OutputArguments) -> bool:
     return is_terminal(sys.stdout) and not output.json
 
 
-def make_console(output: OutputArguments, *, stderr: bool = False) -> Console:
+def make_console(output: OutputArguments, *, stderr: bool = False) -> "Console":
     """A console for tables and coloured text that shows texts as they are; `NO_COLOR` is respected."""
+    from rich.console import Console
+
     no_color = True if output.no_color else None
     return Console(stderr=stderr, no_color=no_color, highlight=False, markup=False, emoji=False)
 
@@ -54,20 +56,14 @@ def progress(output: OutputArguments, message: str) -> AbstractContextManager[ob
 @contextmanager
 def late_bar(output: OutputArguments, message: str) -> Iterator["Report"]:
     """What work on files tells its progress to; shown as a bar, like `progress`, if it takes more than a moment."""
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-        console=make_console(output, stderr=True),
-        transient=True,
-    )
-    visible, began = not output.json and is_terminal(sys.stderr), monotonic()
+    visible, began, bar = not output.json and is_terminal(sys.stderr), monotonic(), None
 
     def report(done: int, total: int) -> None:
+        nonlocal bar
         if not visible or monotonic() - began < BAR_AFTER:
             return
-        if not bar.task_ids:
+        if bar is None:
+            bar = _download_bar(output)
             bar.start()
             bar.add_task(message, total=total)
         bar.update(bar.task_ids[0], completed=done, total=total)
@@ -75,8 +71,21 @@ def late_bar(output: OutputArguments, message: str) -> Iterator["Report"]:
     try:
         yield report
     finally:
-        if bar.task_ids:
+        if bar is not None:
             bar.stop()
+
+
+def _download_bar(output: OutputArguments) -> "Progress":
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        console=make_console(output, stderr=True),
+        transient=True,
+    )
 
 
 def open_model(arguments: NamedModel, output: OutputArguments) -> "Checkpoint":
@@ -108,7 +117,7 @@ def load_model(arguments: ModelArguments, output: OutputArguments) -> "LanguageM
         decoder = checkpoint.load_decoder(arguments)
         model = LanguageModel(checkpoint, decoder)
         with suppress(TokenizerError):
-            _ = model.tokenizer
+            _ = model.text_tokenizer
     return model
 
 
@@ -132,16 +141,25 @@ def tell_left_out(output: OutputArguments, left_out: Sequence[Mapping[str, Any]]
 
 
 def silence_libraries(*, bars: bool) -> None:
-    """Keep other libraries' remarks and progress bars off the terminal, but for downloads if `bars`."""
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-    from transformers.utils import logging as transformers_logging
+    """Keep other libraries' remarks and progress bars off the terminal, but for downloads if `bars`.
 
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    Importing them takes seconds. What isn't imported yet, and may never be, is told by the environment.
+    """
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    else:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
-    if not bars:
+    if not bars and "huggingface_hub" in sys.modules:
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
         disable_progress_bars()
+    elif not bars:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
 

@@ -16,6 +16,7 @@ from layerskip.checkpoint.gguf.container import read_container
 from layerskip.checkpoint.gguf.file import GGUFFile
 from layerskip.checkpoint.transformers_model import load_transformers_model
 from layerskip.language_model import LanguageModel
+from layerskip.text.tokenizer import TextTokenizer
 
 Tiny = Callable[..., Path]
 TOKENS = [5, 3, 80, 41, 9, 9, 17, 62, 33, 21, 2, 70]
@@ -230,6 +231,18 @@ def test_a_folder_that_holds_a_file(tiny_checkpoint: Tiny, tmp_path: Path) -> No
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     assert open_checkpoint(str(tmp_path)).contents.format == "safetensors"
+
+
+def test_the_tokenizer_needs_no_transformers(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    tokens = ["<unk>", "<s>", "</s>", *map(chr, range(33, 127))]
+    keys = {"model": "gpt2", "pre": "gpt-2", "tokens": tokens, "merges": ["a b"], "bos_token_id": 1, "eos_token_id": 2}
+    keys |= {"tokens": [*tokens, "ab"], "token_type": [2, 3, 3, *[1] * (len(tokens) - 2)]}
+    metadata = {f"tokenizer.ggml.{name}": value for name, value in keys.items()}
+    checkpoint = open_checkpoint(str(convert(tiny_checkpoint(), tmp_path / "model.gguf", metadata=metadata)))
+    ours = checkpoint.text_tokenizer
+    assert isinstance(ours, TextTokenizer)
+    assert ours.encode("abc<s>") == checkpoint.tokenizer("abc<s>")["input_ids"]
+    assert checkpoint.text_tokenizer is checkpoint.tokenizer
 
 
 def test_each_file_has_tuned_settings_of_its_own(tiny_checkpoint: Tiny, tmp_path: Path) -> None:

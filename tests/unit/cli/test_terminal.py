@@ -11,7 +11,7 @@ import pytest
 from layerskip.checkpoint import checkpoint
 from layerskip.cli.flags.arguments import ModelArguments, OutputArguments
 from layerskip.cli.flags.ray import anywhere
-from layerskip.cli.terminal.terminal import terminal
+from layerskip.cli.terminal import terminal
 
 
 class Screen(io.StringIO):

@@ -10,7 +10,6 @@ import layerskip
 from layerskip.checkpoint.folder import TUNED_FILE
 from layerskip.checkpoint.tuned import TunedSettings, read_tuned, write_tuned
 from layerskip.decoding.adaptive.experience import Experience
-from layerskip.decoding.adaptive.policy import AdaptivePolicy
 from layerskip.errors import CheckpointError, InvalidArgumentError
 from layerskip.language_model import LanguageModel
 
@@ -53,11 +52,11 @@ def test_self_speculation_takes_what_is_open(folder: Path) -> None:
 
 def test_adaptive_decoding_starts_from_the_sweep(folder: Path) -> None:
     decoder = load(folder).decoder
-    policy = Experience(TUNED.agreement, TUNED.exit_layer).policy(decoder, 1, samples=False)
-    assert isinstance(policy, AdaptivePolicy)
-    assert 3 in policy.exits
-    assert 3 not in Experience().policy(decoder, 1, samples=False).exits
-    assert policy.rates.of_exit(1).overall.value < 0.4 < 0.6 < policy.rates.of_exit(3).overall.value
+    experience = Experience(decoder, TUNED)
+    assert 3 in experience.policy().exits
+    assert 3 not in Experience(decoder).policy().exits
+    rates = experience.rates(samples=False)
+    assert rates.of_exit(1).overall.value < 0.4 < 0.6 < rates.of_exit(3).overall.value
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,141 @@
+"""What is known of a model from one call to the next, by the number of rows that run."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import pytest
+from engines import drain
+from policies import make_costs
+
+from layerskip.decoding.adaptive.costs import Costs
+from layerskip.decoding.adaptive.experience import Experience, size_of
+from layerskip.decoding.adaptive.round_times import RoundTimes
+from layerskip.decoding.config import GenerationConfig
+from layerskip.decoding.engine import Engine
+from layerskip.decoding.policy import DraftSource
+from layerskip.decoding.request import make_request
+from layerskip.language_model import LanguageModel
+
+COSTS = {size: make_costs(num_layers=5, row=0.05 * size) for size in (1, 2, 4, 8, 16)}
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Batch sizes that are measured, as it happens; their costs are those of `COSTS`."""
+    sizes: list[int] = []
+
+    def find(decoder: Any, num_rows: int) -> Costs:
+        sizes.append(num_rows)
+        return COSTS[num_rows]
+
+    monkeypatch.setattr("layerskip.decoding.adaptive.experience.find_costs", find)
+    return sizes
+
+
+def test_sizes_are_powers_of_two() -> None:
+    assert [size_of(n) for n in (1, 2, 3, 4, 5, 8, 9)] == [1, 2, 4, 4, 8, 8, 16]
+
+
+def test_sizes_share_costs_and_kinds_of_rows_share_nothing(text_lm: LanguageModel, measured: list[int]) -> None:
+    experience = Experience(text_lm.decoder)
+    for num_rows in (1, 3, 4, 2, 1):
+        experience.measure(num_rows)
+    assert measured == [1, 4, 2]
+    assert experience.times(3, samples=False) is experience.times(4, samples=False)
+    assert experience.times(3, samples=False).costs is COSTS[4]
+    assert experience.times(4, samples=False) is not experience.times(4, samples=True)
+    assert experience.pace(3, samples=False) is experience.pace(4, samples=False)
+    assert experience.pace(4, samples=False) is not experience.pace(4, samples=True)
+    assert experience.rates(samples=False) is experience.rates(samples=False)
+    assert experience.rates(samples=False) is not experience.rates(samples=True)
+    policies = [experience.policy(), experience.policy(exit_layer=2, most_drafts=3)]
+    assert [policy.knowledge for policy in policies] == [experience] * 2
+    assert (policies[1].exits, policies[1].most_drafts) == ((2,), 3)
+
+
+def test_a_size_that_was_not_measured_borrows_the_next_larger_ones_costs(
+    text_lm: LanguageModel, measured: list[int]
+) -> None:
+    experience = Experience(text_lm.decoder, costs={2: COSTS[2], 8: COSTS[8]})
+    found = {num_rows: experience.times(num_rows, samples=False).costs for num_rows in (1, 2, 3, 4, 6, 9)}
+    assert found == {1: COSTS[2], 2: COSTS[2], 3: COSTS[8], 4: COSTS[8], 6: COSTS[8], 9: COSTS[8]}
+    assert measured == []  # rows are running: measuring would take their time
+
+
+def test_borrowed_costs_are_corrected_by_rounds_of_that_size_and_replaced_once_measured(
+    text_lm: LanguageModel, measured: list[int]
+) -> None:
+    experience = Experience(text_lm.decoder, costs={8: COSTS[8]})
+    borrowed, eight = experience.times(4, samples=False), experience.times(8, samples=False)
+    for _ in range(9):
+        borrowed.observe("none", 0, 0, 0.5 * COSTS[8].step())
+    assert experience.times(4, samples=False).seconds("none") == pytest.approx(0.5 * COSTS[8].step())
+    assert eight.correction("none") == 1.0
+    experience.measure(3)
+    assert measured == [4]
+    assert experience.times(4, samples=False).costs is COSTS[4]
+    assert experience.times(4, samples=False).correction("none") == 1.0
+    assert experience.times(8, samples=False) is eight
+
+
+def test_measuring_again_keeps_what_was_learned(text_lm: LanguageModel, measured: list[int]) -> None:
+    experience = Experience(text_lm.decoder, costs={4: COSTS[4]})
+    times = experience.times(4, samples=True)
+    experience.measure(4)
+    assert measured == []
+    assert experience.times(3, samples=True) is times
+
+
+@dataclass(kw_only=True)
+class Noted(RoundTimes):
+    """Also lists how many rows each round had that corrected it."""
+
+    last_entry: ClassVar[int] = 0
+    """Rows of the last entry into layers."""
+    rows: list[int] = field(default_factory=list)
+
+    def observe(self, source: DraftSource, exit_layer: int, num_drafts: int, seconds: float) -> None:
+        super().observe(source, exit_layer, num_drafts, seconds)
+        self.rows.append(Noted.last_entry)
+
+
+@pytest.fixture
+def noted(text_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Corrections note the rows of their rounds."""
+
+    def note(start: int, stop: int, num_rows: int, num_queries: int) -> None:
+        Noted.last_entry = num_rows
+
+    monkeypatch.setattr("layerskip.decoding.adaptive.experience.RoundTimes", Noted)
+    text_lm.decoder.calls.observer = note
+    yield
+    text_lm.decoder.calls.observer = None
+
+
+def run_eight(lm: LanguageModel, experience: Experience, lengths: list[int], **options: Any) -> None:
+    """A batch of eight rows of these lengths."""
+    engine = Engine(lm.decoder, max_rows=8, capacity=lm.decoder.max_context, experience=experience)
+    for seed, length in enumerate(lengths):
+        config = GenerationConfig(generation_strategy="adaptive", max_new_tokens=length, **options)
+        engine.add(make_request(lm.decoder, [2 + seed, 5, 6], config, seed=seed))
+    drain(engine)
+
+
+@pytest.mark.usefixtures("noted")
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8}], ids=["greedy", "sampled"])
+def test_rows_that_end_early_teach_the_next_batch_of_eight_nothing_wrong(
+    text_lm: LanguageModel, options: dict[str, Any]
+) -> None:
+    """The times of eight rows are corrected by rounds of five to eight rows only, and so are those of fewer."""
+    experience = Experience(text_lm.decoder, costs={8: COSTS[8]})
+    run_eight(text_lm, experience, [4, 4, 4, 4, 4, 40, 60, 110], **options)
+    found = {size: experience.times(size, samples=bool(options)) for size in (1, 2, 4, 8)}
+    times = {size: each for size, each in found.items() if isinstance(each, Noted)}
+    assert all(times[size].rows for size in (1, 2, 4)), "no rounds of few rows were timed"
+    before = len(times[8].rows)
+    run_eight(text_lm, experience, [60] * 8, **options)
+    assert len(times[8].rows) > before
+    for size, each in times.items():
+        assert experience.times(size, samples=bool(options)) is each
+        assert {size_of(count) for count in each.rows} == {size}, each.rows

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from layerskip.checkpoint.loading.config import LoadingConfig
     from layerskip.decoding.config import GenerationConfig
     from layerskip.decoding.output.events import DraftEvent, FinishEvent, GenerationResult, StreamEvent, TokenEvent
     from layerskip.decoding.output.stream import GenerationStream
@@ -44,6 +45,7 @@ __all__ = [
     "LayerSkipError",
     "LayerSkipRecipe",
     "LayerSkipTrainer",
+    "LoadingConfig",
     "OptimizationConfig",
     "Score",
     "Session",
@@ -66,6 +68,7 @@ _MODULES = {
     ),
     "GenerationStream": "decoding.output.stream",
     "LayerSkipError": "errors",
+    "LoadingConfig": "checkpoint.loading.config",
     **dict.fromkeys(("LanguageModel", "Session", "load"), "language_model"),
     **dict.fromkeys(
         ("CheckpointConfig", "LayerSkipConfig", "OptimizationConfig", "StartConfig", "TrainingConfig"),

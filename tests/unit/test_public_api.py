@@ -14,7 +14,7 @@ SIGNATURES = {
     "LanguageModel.encode": "self, prompts, *, special_tokens",
     "LanguageModel.encode_chat": "self, messages, *, template, tools, name",
     "LanguageModel.end_tokens": "self, prompt, template",
-    "LanguageModel.new_session": "self",
+    "LanguageModel.new_session": "self, slots",
     "LayerSkipRecipe": "model, config, *, seed",
     "LayerSkipRecipe.begin_step": "self, step, num_steps, *, rank, world_size",
     "LayerSkipTrainer": "model, args, *, layerskip, **kwargs",
@@ -45,7 +45,7 @@ def test_every_public_name_can_be_imported() -> None:
     assert sorted(layerskip.__all__) == sorted(
         """CheckpointConfig DataConfig DraftEvent FinishEvent GenerationConfig GenerationResult GenerationStats
         GenerationStream LanguageModel LayerSkipConfig LayerSkipError LayerSkipRecipe LayerSkipTrainer
-        OptimizationConfig Score Session StartConfig StreamEvent TokenEvent TrainingConfig TrainingResult __version__
+        LoadingConfig OptimizationConfig Score Session StartConfig StreamEvent TokenEvent TrainingConfig TrainingResult __version__
         load train""".split()
     )
 

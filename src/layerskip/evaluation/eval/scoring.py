@@ -72,12 +72,8 @@ def _add_scores(results: list[Likelihood], logits: Tensor, wanted: Mapping[int, 
 
 def _run(decoder: Decoder, tokens: Sequence[int], cache: KVCache, exit_layers: Sequence[int]) -> list[Tensor]:
     """Read the next tokens of the text in the cache; returns their states [1, Q, D] at each exit."""
-    positions = decoder.place(cache, [cache.lengths[0]], len(tokens))
+    positions = decoder.place(cache, cache.lengths, len(tokens))
     hidden = decoder.embed(torch.tensor([list(tokens)], device=decoder.device))
-    states, done = [], 0
-    for exit_layer in exit_layers:
-        hidden = decoder.run_layers(hidden, positions, cache, done, exit_layer)
-        done = exit_layer
-        states.append(hidden)
+    _, states = decoder.run_exits(hidden, positions, cache, 0, max(exit_layers), exit_layers)
     cache.commit(0, len(tokens))
-    return states
+    return [states[exit_layer] for exit_layer in exit_layers]

@@ -15,7 +15,8 @@ from rich.table import Table
 
 import layerskip
 from layerskip.cli.demo import PROMPTS
-from layerskip.cli.terminal.stream import Painter, Run, follow, ignore
+from layerskip.cli.terminal.painter import Painter
+from layerskip.cli.terminal.stream import Run, follow, ignore
 
 WIDTH = 88
 EXIT_LAYER, NUM_SPECULATIONS = 4, 4

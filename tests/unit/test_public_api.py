@@ -45,8 +45,8 @@ def test_every_public_name_can_be_imported() -> None:
     assert sorted(layerskip.__all__) == sorted(
         """CheckpointConfig DataConfig DraftEvent FinishEvent GenerationConfig GenerationResult GenerationStats
         GenerationStream LanguageModel LayerSkipConfig LayerSkipError LayerSkipRecipe LayerSkipTrainer
-        LoadingConfig OptimizationConfig Score Session StartConfig StreamEvent TokenEvent TrainingConfig TrainingResult __version__
-        load train""".split()
+        LoadingConfig OptimizationConfig Score Session StartConfig StreamEvent TokenEvent TrainingConfig
+        TrainingResult __version__ load train""".split()
     )
 
 

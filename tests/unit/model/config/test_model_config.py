@@ -8,10 +8,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from layerskip.errors import CheckpointError, InvalidArgumentError, UnsupportedModelError
+from layerskip.model.config import keys as config_keys
 from layerskip.model.config.families import parse_config
 from layerskip.model.config.keys import INERT_KEYS, NEUTRAL_VALUES, declared_keys
 from layerskip.model.config.model_config import ModelConfig, read_eos
-from layerskip.model.config import keys as config_keys
 
 SIZES: dict[str, Any] = {
     "vocab_size": 100,

@@ -1,4 +1,4 @@
-"""Shapes of whole rounds, positions and masks made on the device, and what is kept of compiled rounds and buffers."""
+"""Whole rounds: when they are compiled or captured, what they write, and what is kept of them."""
 
 import gc
 import weakref
@@ -15,17 +15,14 @@ from engines import drain, start
 import layerskip
 from layerskip.decoding.policy import FixedPolicy, Plan, RoundResult
 from layerskip.errors import InvalidArgumentError
-from layerskip.language_model import LanguageModel
 from layerskip.model.cache import KVCache
 from layerskip.model.confidence import CONFIDENCE_CLASSES
-from layerskip.model.config.model_config import SLIDING
 from layerskip.model.drafts import DraftRequest, RoundTokens, StopRule
 from layerskip.model.draw import Draw
 from layerskip.model.graphs import compiled as compiled_rounds
-from layerskip.model.graphs.cache_pool import GRAIN, CachePool
 from layerskip.model.graphs.compiled import CompiledRounds, _Program, _Recorder
 from layerskip.model.graphs.decoder import GraphDecoder
-from layerskip.model.graphs.static import DevicePositions, StaticRound, slots_for
+from layerskip.model.graphs.static import StaticRound
 from layerskip.model.torch.network import TorchNetwork
 
 
@@ -64,25 +61,6 @@ class FakeCuda:
         self.log.append("end")
 
 
-@pytest.fixture
-def load_decoder(
-    tiny_checkpoint: Callable[..., Path], load_static: Callable[..., LanguageModel]
-) -> Callable[..., GraphDecoder]:
-    """Loads Mistral with a window of 7, in whole rounds."""
-
-    def load(**options: Any) -> GraphDecoder:
-        decoder = load_static(tiny_checkpoint("mistral", sliding_window=7), **options).decoder
-        assert isinstance(decoder, GraphDecoder)
-        return decoder
-
-    return load
-
-
-@pytest.fixture
-def decoder(load_decoder: Callable[..., GraphDecoder]) -> GraphDecoder:
-    return load_decoder()
-
-
 def rounds_of(decoder: GraphDecoder) -> CompiledRounds:
     return decoder._rounds
 
@@ -94,57 +72,6 @@ def run(decoder: GraphDecoder, cache: KVCache, num_drafts: int = 2) -> RoundToke
 
 def tokens_of(round_: RoundTokens) -> list[list[int]]:
     return [drafts + targets for drafts, targets in zip(round_.drafts, round_.targets, strict=True)]
-
-
-@pytest.mark.parametrize(
-    ("live", "capacity", "slots"),
-    [
-        (1, 1000, 64),
-        (64, 1000, 64),
-        (65, 1000, 128),
-        (600, 1000, 1001),
-        (1500, 1000, 1001),
-        (5, 20, 21),
-        (512, 511, 512),
-        (129, 4000, 256),
-    ],
-)
-def test_slots(live: int, capacity: int, slots: int) -> None:
-    assert slots_for(live, capacity) == slots
-
-
-@pytest.mark.parametrize("first", [[0, 0, 0], [3, 3, 3], [0, 9, 30], [29, 12, 31]])
-@pytest.mark.parametrize("num_queries", [1, 4])
-def test_positions_on_the_device_are_those_of_the_host(
-    decoder: GraphDecoder, first: list[int], num_queries: int
-) -> None:
-    """Same slots and rotary factors; the same masks where the host makes any, and nothing to see beyond."""
-    cache = KVCache(decoder.config, num_rows=3, capacity=32, dtype=torch.float32, device=torch.device("cpu"))
-    theirs = decoder.place(cache, first, num_queries)
-    ours = DevicePositions(rounds_of(decoder)._parts, torch.tensor(first), num_queries, 33, 32)
-    written, expected = torch.zeros(3, 33, 1, 1), torch.zeros(3, 33, 1, 1)
-    written[ours.slots], expected[theirs.slots] = 1.0, 1.0
-    assert torch.equal(written, expected)
-    for kind in set(decoder.config.layer_types):
-        span, other = ours.span(kind), theirs.span(kind)
-        counts = (torch.tensor(first).unsqueeze(1) + torch.arange(num_queries) < 32)[..., None, None]
-        for name in ("cos", "sin"):
-            assert torch.equal(getattr(span, name) * counts, getattr(other, name).expand(3, -1, -1, -1) * counts)
-        assert span.mask is not None
-        inside = span.mask[..., other.first_slot : other.last_slot]
-        assert torch.equal(inside, torch.zeros_like(inside) if other.mask is None else other.mask.expand_as(inside))
-        assert span.mask[..., : other.first_slot].isinf().all()
-        assert span.mask[..., other.last_slot :].isinf().all()
-
-
-def test_every_query_sees_something(decoder: GraphDecoder) -> None:
-    """Rows without a text and rows beyond the capacity too: a query that sees nothing would be NaN."""
-    assert SLIDING in decoder.config.layer_types
-    for num_slots, first in [(33, [40, 32, 31]), (16, [0, 5, 9])]:
-        positions = DevicePositions(rounds_of(decoder)._parts, torch.tensor(first), 5, num_slots, 32)
-        mask = positions.span(SLIDING).mask
-        assert mask is not None
-        assert (mask == 0).any(-1).all()
 
 
 class TestRounds:
@@ -304,64 +231,6 @@ class TestRounds:
         assert tokens_of(run(decoder, cache, 3)) == expected
         assert [x.problem for x in decoder.compiled] == ["RuntimeError: no graph today"]
         assert decoder.layer_calls - calls == 2 * (4 * 2 + 4 - 2)
-
-
-class TestPool:
-    @pytest.fixture
-    def dropped(self) -> list[int]:
-        return []
-
-    @pytest.fixture
-    def pool(self, decoder: GraphDecoder, dropped: list[int]) -> CachePool:
-        def allocate(num_rows: int, capacity: int) -> KVCache:
-            return KVCache(
-                decoder.config, num_rows=num_rows, capacity=capacity, dtype=torch.float32, device=torch.device("cpu")
-            )
-
-        return CachePool(allocate, 1000, dropped.append)
-
-    def test_buffers_come_back_empty(self, pool: CachePool, dropped: list[int]) -> None:
-        cache = pool.take(2, 300)
-        address = cache.keys.data_ptr()
-        assert cache.keys.shape[2] == 2 * GRAIN
-        cache.keys.fill_(torch.nan)
-        cache.commit(0, 5)
-        del cache
-        gc.collect()
-        again = pool.take(1, 511)
-        assert again.keys.data_ptr() == address
-        assert (again.lengths, again.capacity) == ([0], 511)
-        assert not again.keys.any()
-        assert dropped == []
-
-    def test_buffers_in_use_are_left_alone(self, pool: CachePool) -> None:
-        first, second = pool.take(1, 10), pool.take(1, 10)
-        assert first.keys.data_ptr() != second.keys.data_ptr()
-
-    def test_buffers_that_are_too_small_are_given_up(self, pool: CachePool, dropped: list[int]) -> None:
-        cache = pool.take(1, 10)
-        address = cache.keys.data_ptr()
-        del cache
-        gc.collect()
-        pool.take(1, GRAIN)
-        assert dropped == [address]
-
-    def test_no_more_slots_than_the_context_needs(self, pool: CachePool) -> None:
-        assert [pool.take(1, capacity).capacity for capacity in (10, 255, 256, 900, 1000)] == [
-            255,
-            255,
-            511,
-            1000,
-            1000,
-        ]
-
-    @pytest.mark.parametrize("size", [(0, 5), (1, 0), (-1, 5)])
-    def test_bad_sizes(self, pool: CachePool, size: tuple[int, int]) -> None:
-        del_me = pool.take(1, 10)
-        del del_me
-        gc.collect()
-        with pytest.raises(InvalidArgumentError, match="at least 1 row and 1 token"):
-            pool.take(*size)
 
 
 class TestChoice:

@@ -82,9 +82,12 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, demo_config: dict[
 
 @pytest.fixture(scope="session")
 def load_static() -> Callable[..., Any]:
-    """Loads a folder as a `LanguageModel` on the CPU whose greedy rounds are those that CUDA graphs capture."""
+    """Loads a folder as a `LanguageModel` on the CPU whose greedy rounds are those that CUDA graphs capture.
 
-    def load(folder: Path, *, dtype: str = "float32") -> Any:
+    They run whole from the first on, or after `uses_before` rounds of the same shape.
+    """
+
+    def load(folder: Path, *, dtype: str = "float32", uses_before: int = 0) -> Any:
         import torch
 
         from layerskip.checkpoint.checkpoint import open_checkpoint
@@ -99,7 +102,7 @@ def load_static() -> Callable[..., Any]:
             device=torch.device("cpu"),
             context=choose_context(checkpoint.config, None),
             rounds="graphs",
-            uses_before=0,
+            uses_before=uses_before,
         )
         return LanguageModel(checkpoint, load_decoder(checkpoint.config, checkpoint.weights, plan))
 

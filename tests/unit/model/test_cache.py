@@ -1,8 +1,10 @@
-"""The cache: lengths move and tensors don't, rows leave, and what has no room lands in the scratch slot.
+"""The cache: lengths move and tensors don't, rows are views, and what has no room lands in the scratch slot.
 
 Shapes: L layers, B rows, T capacity in tokens.
 """
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,23 +80,138 @@ def test_rollback_goes_back_only(length: int) -> None:
         cache.rollback(0, length)
 
 
-@pytest.mark.parametrize("row", [0, 1, 2])
-def test_a_removed_row_is_replaced_by_the_last(row: int) -> None:
-    cache = make()
-    cache.keys.normal_()
-    cache.values.normal_()
-    for index, length in enumerate((2, 7, 5)):
-        cache.commit(index, length)
-    keys, values = cache.keys.clone(), cache.values.clone()
-    cache.remove_row(row)
+def filled(lengths: tuple[int, ...] = (2, 7, 5), capacity: int = 8) -> KVCache:
+    """A cache with random contents, of which some are committed."""
+    cache = make(len(lengths), capacity)
+    cache.keys.normal_(generator=torch.Generator().manual_seed(0))
+    cache.values.normal_(generator=torch.Generator().manual_seed(1))
+    for row, length in enumerate(lengths):
+        cache.commit(row, length)
+    return cache
+
+
+def contents(cache: KVCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Committed keys and values of each row, [L, length, H_kv, D_head]."""
+    return [
+        (cache.keys[:, row, :length].clone(), cache.values[:, row, :length].clone())
+        for row, length in enumerate(cache.lengths)
+    ]
+
+
+def assert_same(found: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]) -> None:
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 3), (0, 2), (1, 2), (1, 3), (2, 2), (0, 0)])
+def test_a_view_shares_buffers_and_lengths(start: int, stop: int) -> None:
+    cache = filled()
+    view = cache.view(start, stop)
+    assert (view.num_rows, view.capacity) == (stop - start, 8)
+    assert view.lengths == [2, 7, 5][start:stop]
+    for row in range(stop - start):
+        view.commit(row, 1)
+        cache.rollback(start + row, 2)
+        assert view.lengths[row] == cache.lengths[start + row] == 2
+        keys, values = view.read(1, 0, 2)
+        assert torch.equal(keys[row], cache.keys[1, start + row, :2])
+        assert torch.equal(values[row], cache.values[1, start + row, :2])
+        assert keys.data_ptr() == cache.keys[1, start].data_ptr()
+
+
+def test_what_a_view_writes_is_in_the_cache() -> None:
+    cache, keys, values = make(), torch.randn(2, 2, 2, 8), torch.randn(2, 2, 2, 8)
+    view = cache.view(1, 3)
+    view.write(2, (torch.tensor([[0], [1]]), torch.tensor([[3, 4], [0, 1]])), keys, values)
+    assert torch.equal(cache.keys[2, 1, 3:5], keys[0])
+    assert torch.equal(cache.values[2, 2, 0:2], values[1])
+    assert not cache.keys[:, 0].any()
+    assert not cache.keys[:2].any()
+
+
+def test_a_view_of_a_view() -> None:
+    cache = filled((1, 2, 3, 4))
+    view = cache.view(1, 4).view(1, 3)
+    assert view.lengths == [3, 4]
+    view.rollback(0, 1)
+    assert cache.lengths == [1, 2, 1, 4]
+    assert torch.equal(view.read(0, 0, 4)[0][1], cache.keys[0, 3, :4])
+
+
+def test_a_view_keeps_its_cache_alive() -> None:
+    """Whose buffers may serve another cache once it is gone."""
+    cache = filled()
+    gone = weakref.ref(cache)
+    view = cache.view(1, 2).view(0, 1)
+    del cache
+    gc.collect()
+    assert gone() is not None
+    assert view.lengths == [7]
+    del view
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 2), (2, 1), (0, 4)])
+def test_a_view_lies_within_the_cache(start: int, stop: int) -> None:
+    with pytest.raises(AssertionError):
+        make().view(start, stop)
+
+
+@pytest.mark.parametrize(("source", "to", "length"), [(1, 0, 7), (1, 2, 4), (0, 1, 2), (2, 0, 0), (1, 1, 3)])
+def test_a_copied_row_replaces_another(source: int, to: int, length: int) -> None:
+    cache = filled()
+    before = contents(cache)
+    cache.copy_row(source, to, length)
+    expected = [2, 7, 5]
+    expected[to] = length
+    assert cache.lengths == expected
+    for row, (keys, values) in enumerate(contents(cache)):
+        from_ = before[source] if row == to else before[row]
+        assert_same((keys, values), (from_[0][:, : cache.lengths[row]], from_[1][:, : cache.lengths[row]]))
+
+
+@pytest.mark.parametrize(("row", "other"), [(0, 1), (1, 0), (0, 2), (1, 2), (1, 1)])
+def test_swapped_rows_exchange_what_they_hold(row: int, other: int) -> None:
+    cache = filled()
+    before = contents(cache)
+    cache.swap_rows(row, other)
     order = [0, 1, 2]
-    order[row] = order[-1]
-    assert cache.num_rows == 2
-    assert cache.lengths == [(2, 7, 5)[index] for index in order[:2]]
-    for place, index in enumerate(order[:2]):
-        length = cache.lengths[place]
-        assert torch.equal(cache.keys[:, place, :length], keys[:, index, :length])
-        assert torch.equal(cache.values[:, place, :length], values[:, index, :length])
+    order[row], order[other] = other, row
+    assert cache.lengths == [(2, 7, 5)[place] for place in order]
+    for found, place in zip(contents(cache), order, strict=True):
+        assert_same(found, before[place])
+
+
+def test_rows_of_a_view_move_within_it() -> None:
+    cache = filled((1, 2, 3, 4))
+    before = contents(cache)
+    view = cache.view(1, 4)
+    view.swap_rows(0, 2)
+    view.copy_row(1, 0, 2)
+    assert cache.lengths == [1, 2, 3, 2]
+    found = contents(cache)
+    for row, place in ((0, 0), (2, 2), (3, 1)):
+        assert_same(found[row], before[place])
+    assert_same(found[1], (before[2][0][:, :2], before[2][1][:, :2]))
+
+
+def test_a_larger_cache_takes_what_a_smaller_one_holds() -> None:
+    small = filled()
+    large = make(5, 20)
+    large.take(small)
+    assert large.lengths == [2, 7, 5, 0, 0]
+    for found, expected in zip(contents(large), contents(small), strict=False):
+        assert_same(found, expected)
+    assert not large.keys[:, 3:].any()
+    with pytest.raises(AssertionError):
+        small.take(large)
+
+
+def test_an_empty_cache_over_buffers_that_exist() -> None:
+    cache = filled()
+    again = KVCache.over(cache.keys, cache.values, 2)
+    assert (again.num_rows, again.capacity, again.lengths) == (2, 8, [0, 0])
+    assert again.keys is cache.keys
 
 
 @pytest.mark.parametrize(("num_rows", "capacity"), [(0, 8), (1, 0), (-1, 8), (2, -3)])

@@ -45,8 +45,8 @@ def why_not_compile(device: torch.device) -> str | None:
     return None
 
 
-Key = tuple[RoundShape, int]
-"""A shape, and the address of the cache's keys."""
+Key = tuple[RoundShape, int, int]
+"""A shape, the address of the buffer of keys, and that of the first row's keys in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ class CompiledRounds:
 
     def _program(self, shape: RoundShape, cache: KVCache, tokens: Sequence[int]) -> "_Program | None":
         """The round's program, made now if it has been asked for often enough."""
-        key = (shape, cache.keys.data_ptr())
+        key = (shape, cache.keys.untyped_storage().data_ptr(), cache.keys.data_ptr())
         program = self._programs.get(key)
         if program is not None:
             self._programs.move_to_end(key)

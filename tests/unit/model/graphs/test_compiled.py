@@ -1,6 +1,7 @@
-"""Shapes of whole rounds, positions and masks made on the device, and what is kept of compiled rounds and buffers."""
+"""Whole rounds: when they are compiled or captured, what they write, and what is kept of them."""
 
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -9,20 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from engines import drain, start
 
 import layerskip
-from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.engine import decode, make_batch
-from layerskip.decoding.policy import FixedPolicy, Outcome, Plan
+from layerskip.decoding.policy import FixedPolicy, Plan, RoundResult
 from layerskip.errors import InvalidArgumentError
-from layerskip.language_model import LanguageModel
 from layerskip.model.cache import KVCache
-from layerskip.model.config.model_config import SLIDING
-from layerskip.model.decoder import Decoder
+from layerskip.model.confidence import CONFIDENCE_CLASSES
+from layerskip.model.drafts import DraftRequest, RoundTokens, StopRule
+from layerskip.model.draw import Draw
 from layerskip.model.graphs import compiled as compiled_rounds
-from layerskip.model.graphs.cache_pool import GRAIN, CachePool
 from layerskip.model.graphs.compiled import CompiledRounds, _Program, _Recorder
-from layerskip.model.graphs.static import DevicePositions, StaticRound, slots_for
+from layerskip.model.graphs.decoder import GraphDecoder
+from layerskip.model.graphs.static import StaticRound
 from layerskip.model.torch.network import TorchNetwork
 
 
@@ -61,132 +61,143 @@ class FakeCuda:
         self.log.append("end")
 
 
-@pytest.fixture
-def decoder(tiny_checkpoint: Callable[..., Path], load_static: Callable[[Path], LanguageModel]) -> Decoder:
-    """Mistral with a window of 7, in whole rounds."""
-    return load_static(tiny_checkpoint("mistral", sliding_window=7)).decoder
-
-
-def rounds_of(decoder: Decoder) -> CompiledRounds:
-    assert decoder._rounds is not None
+def rounds_of(decoder: GraphDecoder) -> CompiledRounds:
     return decoder._rounds
 
 
-@pytest.mark.parametrize(
-    ("live", "capacity", "slots"),
-    [
-        (1, 1000, 64),
-        (64, 1000, 64),
-        (65, 1000, 128),
-        (600, 1000, 1001),
-        (1500, 1000, 1001),
-        (5, 20, 21),
-        (512, 511, 512),
-        (129, 4000, 256),
-    ],
-)
-def test_slots(live: int, capacity: int, slots: int) -> None:
-    assert slots_for(live, capacity) == slots
+def run(decoder: GraphDecoder, cache: KVCache, num_drafts: int = 2) -> RoundTokens:
+    """A round of the first two of four layers' drafts, after token 5 in each row."""
+    return decoder.round([5] * cache.num_rows, cache, DraftRequest(exit_layer=2, num_drafts=num_drafts), 4)
 
 
-@pytest.mark.parametrize("first", [[0, 0, 0], [3, 3, 3], [0, 9, 30], [29, 12, 31]])
-@pytest.mark.parametrize("num_queries", [1, 4])
-def test_positions_on_the_device_are_those_of_the_host(decoder: Decoder, first: list[int], num_queries: int) -> None:
-    """Same slots and rotary factors; the same masks where the host makes any, and nothing to see beyond."""
-    cache = KVCache(decoder.config, num_rows=3, capacity=32, dtype=torch.float32, device=torch.device("cpu"))
-    theirs = decoder.place(cache, first, num_queries)
-    ours = DevicePositions(rounds_of(decoder)._parts, torch.tensor(first), num_queries, 33, 32)
-    written, expected = torch.zeros(3, 33, 1, 1), torch.zeros(3, 33, 1, 1)
-    written[ours.slots], expected[theirs.slots] = 1.0, 1.0
-    assert torch.equal(written, expected)
-    for kind in set(decoder.config.layer_types):
-        span, other = ours.span(kind), theirs.span(kind)
-        counts = (torch.tensor(first).unsqueeze(1) + torch.arange(num_queries) < 32)[..., None, None]
-        for name in ("cos", "sin"):
-            assert torch.equal(getattr(span, name) * counts, getattr(other, name).expand(3, -1, -1, -1) * counts)
-        assert span.mask is not None
-        inside = span.mask[..., other.first_slot : other.last_slot]
-        assert torch.equal(inside, torch.zeros_like(inside) if other.mask is None else other.mask.expand_as(inside))
-        assert span.mask[..., : other.first_slot].isinf().all()
-        assert span.mask[..., other.last_slot :].isinf().all()
-
-
-def test_every_query_sees_something(decoder: Decoder) -> None:
-    """Rows without a text and rows beyond the capacity too: a query that sees nothing would be NaN."""
-    assert SLIDING in decoder.config.layer_types
-    for num_slots, first in [(33, [40, 32, 31]), (16, [0, 5, 9])]:
-        positions = DevicePositions(rounds_of(decoder)._parts, torch.tensor(first), 5, num_slots, 32)
-        mask = positions.span(SLIDING).mask
-        assert mask is not None
-        assert (mask == 0).any(-1).all()
+def tokens_of(round_: RoundTokens) -> list[list[int]]:
+    return [drafts + targets for drafts, targets in zip(round_.drafts, round_.targets, strict=True)]
 
 
 class TestRounds:
-    def run(self, decoder: Decoder, cache: KVCache, num_drafts: int = 2) -> Any:
-        return decoder.round_greedy([5] * cache.num_rows, cache, 2, num_drafts)
-
-    def test_a_round_commits_nothing_and_can_be_run_again(self, decoder: Decoder) -> None:
+    def test_a_round_commits_nothing_and_can_be_run_again(self, decoder: GraphDecoder) -> None:
         cache = decoder.new_cache(3, 40)
         calls = decoder.layer_calls
-        first = self.run(decoder, cache)
+        first = run(decoder, cache)
         keys = cache.keys.clone()
-        again = self.run(decoder, cache)
+        again = run(decoder, cache)
         assert cache.lengths == [0, 0, 0]
-        assert (first.drafts.shape, first.targets.shape) == ((3, 2), (3, 3))
-        assert torch.equal(first.drafts, again.drafts)
-        assert torch.equal(first.targets, again.targets)
+        assert [len(row) for row in first.drafts] == [2, 2, 2]
+        assert [len(row) for row in first.targets] == [3, 3, 3]
+        assert tokens_of(again) == tokens_of(first)
         assert torch.equal(keys, cache.keys)
         assert decoder.layer_calls - calls == 2 * (3 * 2 + 4 - 2)
 
-    def test_rows_are_rounded_up_within_the_buffers(self, decoder: Decoder) -> None:
+    def test_rows_are_rounded_up_within_the_buffers(self, decoder: GraphDecoder) -> None:
         cache = decoder.new_cache(6, 40)
         for rows, made_for in [(6, 6), (5, 6), (4, 4), (3, 4), (2, 2), (1, 1)]:
-            while cache.num_rows > rows:
-                cache.remove_row(0)
-            assert self.run(decoder, cache).drafts.shape == (rows, 2)
+            assert len(run(decoder, cache.view(0, rows)).drafts) == rows
             assert decoder.compiled[-1].shape.num_rows == made_for
         assert len(decoder.compiled) == 4
+        assert len(run(decoder, cache.view(3, 6)).drafts) == 3
+        assert decoder.compiled[-1].shape.num_rows == 3
 
-    def test_a_round_is_made_once_for_its_shape_and_buffers(self, decoder: Decoder) -> None:
+    def test_rows_of_others_are_left_alone(self, decoder: GraphDecoder) -> None:
+        """A round of three rows is made for four: the fourth one's place may belong to a running row."""
+        whole, alone = decoder.new_cache(6, 40), decoder.new_cache(3, 40)
+        whole.keys.normal_(generator=torch.Generator().manual_seed(0))
+        whole.values.normal_(generator=torch.Generator().manual_seed(1))
+        for row in range(6):
+            whole.commit(row, 30 + row)
+        for row in range(3):
+            for ours, theirs in ((alone.keys, whole.keys), (alone.values, whole.values)):
+                ours[:, row] = theirs[:, 1 + row]
+            alone.commit(row, 31 + row)
+        keys, values = whole.keys.clone(), whole.values.clone()
+        assert tokens_of(run(decoder, whole.view(1, 4))) == tokens_of(run(decoder, alone))
+        assert [round_.shape.num_rows for round_ in decoder.compiled] == [4, 3]
+        assert whole.lengths == [30, 31, 32, 33, 34, 35]
+        for row in (0, 4, 5):  # but for the scratch slot, which nobody reads
+            assert torch.equal(whole.keys[:, row, :-1], keys[:, row, :-1])
+            assert torch.equal(whole.values[:, row, :-1], values[:, row, :-1])
+        for row in (1, 2, 3):
+            assert torch.equal(whole.keys[:, row, : 30 + row], keys[:, row, : 30 + row])
+
+    def test_a_round_is_made_once_for_its_shape_and_buffers(self, decoder: GraphDecoder) -> None:
         cache = decoder.new_cache(1, 100)
         for num_drafts in (2, 2, 3, 2, 3):
-            self.run(decoder, cache, num_drafts)
+            run(decoder, cache, num_drafts)
         assert [x.shape.num_drafts for x in decoder.compiled] == [2, 3]
         cache.commit(0, 62)  # with the round's 3 tokens: beyond 64 slots
-        self.run(decoder, cache)
+        run(decoder, cache)
         assert [x.shape.num_slots for x in decoder.compiled] == [64, 64, 128]
         other = decoder.new_cache(1, 100)
-        self.run(decoder, other)
+        run(decoder, other)
         assert len(decoder.compiled) == 4
 
-    def test_those_unused_for_longest_go_first(self, decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_those_unused_for_longest_go_first(self, decoder: GraphDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(compiled_rounds, "MOST_ROUNDS", 2)
         cache = decoder.new_cache(1, 100)
         for num_drafts in (1, 2, 1, 3, 1, 2):
-            self.run(decoder, cache, num_drafts)
+            run(decoder, cache, num_drafts)
         assert [x.shape.num_drafts for x in decoder.compiled] == [1, 2, 3, 2]
 
-    def test_it_waits_until_a_round_has_been_asked_for(self, decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(compiled_rounds.USES_BEFORE, "static", 2)
-        cache = decoder.new_cache(1, 100)
-        found = [self.run(decoder, cache, n) is not None for n in (1, 2, 1, 1, 2, 1, 2)]
-        assert found == [False, False, False, True, False, True, True]
+    def test_it_waits_until_a_round_has_been_asked_for(self, load_decoder: Callable[..., GraphDecoder]) -> None:
+        """Until then, the other verbs answer, with the same tokens."""
+        decoder = load_decoder(uses_before=2)
+        cache, expected, made = decoder.new_cache(1, 100), {}, []
+        for num_drafts in (1, 2, 1, 1, 2, 1, 2):
+            found = tokens_of(run(decoder, cache, num_drafts))
+            assert found == expected.setdefault(num_drafts, found)
+            made.append(len(decoder.compiled))
+        assert made == [0, 0, 0, 1, 1, 1, 2]
 
-    def test_the_next_text_finds_the_rounds_of_the_last(self, decoder: Decoder) -> None:
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"stop": StopRule(rates=(1.0,) * CONFIDENCE_CLASSES, least=0.0)},
+            {"draw": Draw(temperatures=(1.0,), top_k=(0,), top_p=(1.0,), min_p=(0.0,), seeds=(3,))},
+            {"planned": 7},  # most drafts would be in vain: the rows are about to end
+        ],
+        ids=lambda options: next(iter(options)),
+    )
+    def test_rounds_that_are_not_greedy_and_of_a_fixed_length_run_by_the_other_verbs(
+        self, decoder: GraphDecoder, options: dict[str, Any]
+    ) -> None:
+        cache = decoder.new_cache(1, 40)
+        round_ = decoder.round([5], cache, DraftRequest(exit_layer=2, num_drafts=3, **options), 4)
+        assert len(round_.drafts[0]) == 3
+        assert decoder.compiled == ()
+
+    def test_a_round_drafts_as_many_as_it_is_made_for(self, decoder: GraphDecoder) -> None:
+        cache = decoder.new_cache(1, 40)
+        expected = run(decoder, cache, 5)
+        found = decoder.round([5], cache, DraftRequest(exit_layer=2, num_drafts=3, planned=5), 4)
+        assert tokens_of(found) == tokens_of(expected)
+        assert len(decoder.compiled) == 1
+
+    def test_the_next_text_finds_the_rounds_of_the_last(self, decoder: GraphDecoder) -> None:
         for _ in range(3):
             cache = decoder.new_cache(1, 40)
-            self.run(decoder, cache)
+            run(decoder, cache)
             del cache
             gc.collect()
         assert len(decoder.compiled) == 1
-        self.run(decoder, decoder.new_cache(2, 40))
+        run(decoder, decoder.new_cache(2, 40))
         assert [key[0].num_rows for key in rounds_of(decoder)._programs] == [2]  # the first buffers are gone
 
-    def test_capture(self, decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_rounds_of_views_go_with_their_buffers(self, decoder: GraphDecoder) -> None:
+        cache = decoder.new_cache(4, 40)
+        for row in range(4):
+            run(decoder, cache.view(row, row + 1))
+        buffer = weakref.ref(cache.keys)
+        del cache
+        gc.collect()
+        run(decoder, decoder.new_cache(5, 40))
+        assert [key[0].num_rows for key in rounds_of(decoder)._programs] == [5]
+        gc.collect()
+        assert buffer() is None
+
+    def test_capture(self, decoder: GraphDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
         """With a device that only looks like a GPU: what is called, in which order, and what a replay is given."""
         log: list[str] = []
         rounds, cache = rounds_of(decoder), decoder.new_cache(3, 40)
-        expected = self.run(decoder, cache)
+        expected = run(decoder, cache)
         monkeypatch.setattr(torch, "cuda", FakeCuda(log))
         program = _Program(StaticRound(rounds._parts, decoder.compiled[0].shape, cache), torch.device("cpu"))
         call = program._call
@@ -197,84 +208,29 @@ class TestRounds:
         assert log == wait + warm_up + ["begin on side", "call", "end"]
         log.clear()
         assert program._outputs is not None
-        program._outputs[:3] = torch.cat((expected.drafts, expected.targets), 1)
+        program._outputs[:3] = torch.tensor(tokens_of(expected))
         found = program.run([5, 5, 5], [0, 0, 0])
         assert log == ["replay"]
-        assert torch.equal(found[:, 2:], expected.targets)
+        assert found[:, 2:].tolist() == expected.targets
         assert program._inputs.tolist() == [[5, 0]] * 3 + [[0, 0]] * (len(program._inputs) - 3)
 
-    def test_a_failure_leaves_the_other_verbs(self, decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-        lm_rounds = rounds_of(decoder)
+    def test_a_failure_leaves_the_other_verbs(self, decoder: GraphDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+        expected = tokens_of(run(decoder, decoder.new_cache(1, 40), 3))
+        rounds = rounds_of(decoder)
+        rounds.report.clear()
+        rounds._programs.clear()
 
         def fail(*_: Any) -> None:
             raise RuntimeError("no graph today\nand more")
 
-        monkeypatch.setattr(lm_rounds, "_prepare", fail)
+        monkeypatch.setattr(rounds, "_prepare", fail)
         cache = decoder.new_cache(1, 40)
         calls = decoder.layer_calls
         with pytest.warns(RuntimeWarning, match="run uncompiled: RuntimeError: no graph today"):
-            assert self.run(decoder, cache) is None
-        assert self.run(decoder, cache) is None
+            assert tokens_of(run(decoder, cache, 3)) == expected
+        assert tokens_of(run(decoder, cache, 3)) == expected
         assert [x.problem for x in decoder.compiled] == ["RuntimeError: no graph today"]
-        assert decoder.layer_calls == calls
-
-
-class TestPool:
-    @pytest.fixture
-    def dropped(self) -> list[int]:
-        return []
-
-    @pytest.fixture
-    def pool(self, decoder: Decoder, dropped: list[int]) -> CachePool:
-        def allocate(num_rows: int, capacity: int) -> KVCache:
-            return KVCache(
-                decoder.config, num_rows=num_rows, capacity=capacity, dtype=torch.float32, device=torch.device("cpu")
-            )
-
-        return CachePool(allocate, 1000, dropped.append)
-
-    def test_buffers_come_back_empty(self, pool: CachePool, dropped: list[int]) -> None:
-        cache = pool.take(2, 300)
-        address = cache.keys.data_ptr()
-        assert cache.keys.shape[2] == 2 * GRAIN
-        cache.keys.fill_(torch.nan)
-        cache.commit(0, 5)
-        del cache
-        gc.collect()
-        again = pool.take(1, 511)
-        assert again.keys.data_ptr() == address
-        assert (again.lengths, again.capacity) == ([0], 511)
-        assert not again.keys.any()
-        assert dropped == []
-
-    def test_buffers_in_use_are_left_alone(self, pool: CachePool) -> None:
-        first, second = pool.take(1, 10), pool.take(1, 10)
-        assert first.keys.data_ptr() != second.keys.data_ptr()
-
-    def test_buffers_that_are_too_small_are_given_up(self, pool: CachePool, dropped: list[int]) -> None:
-        cache = pool.take(1, 10)
-        address = cache.keys.data_ptr()
-        del cache
-        gc.collect()
-        pool.take(1, GRAIN)
-        assert dropped == [address]
-
-    def test_no_more_slots_than_the_context_needs(self, pool: CachePool) -> None:
-        assert [pool.take(1, capacity).capacity for capacity in (10, 255, 256, 900, 1000)] == [
-            255,
-            255,
-            511,
-            1000,
-            1000,
-        ]
-
-    @pytest.mark.parametrize("size", [(0, 5), (1, 0), (-1, 5)])
-    def test_bad_sizes(self, pool: CachePool, size: tuple[int, int]) -> None:
-        del_me = pool.take(1, 10)
-        del del_me
-        gc.collect()
-        with pytest.raises(InvalidArgumentError, match="at least 1 row and 1 token"):
-            pool.take(*size)
+        assert decoder.layer_calls - calls == 2 * (4 * 2 + 4 - 2)
 
 
 class TestChoice:
@@ -282,10 +238,11 @@ class TestChoice:
         folder = str(tiny_checkpoint())
         for value in ("auto", "off"):
             decoder = layerskip.load(folder, device="cpu", compile=value).decoder
-            assert decoder._rounds is None
-            assert decoder.round_greedy([1], decoder.new_cache(1, 5), 0, 0) is None
-            assert decoder.compiled == ()
-        assert isinstance(layerskip.load(folder, device="cpu", compile="max").decoder._network, TorchNetwork)
+            assert not isinstance(decoder, GraphDecoder)
+            assert decoder.provisional_rounds == 0
+        decoder = layerskip.load(folder, device="cpu", compile="max").decoder
+        assert isinstance(decoder, GraphDecoder)
+        assert isinstance(decoder._network, TorchNetwork)
 
     def test_unknown_values(self, tiny_checkpoint: Callable[..., Path]) -> None:
         folder = str(tiny_checkpoint())
@@ -301,42 +258,33 @@ class TestChoice:
             layerskip.load(str(tiny_checkpoint()), device="cpu", compile="max")
 
 
-def test_rounds_that_will_be_faster_are_told(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_that_will_be_faster_are_told(load_decoder: Callable[..., GraphDecoder]) -> None:
     """Those before a shape is compiled, and the one that compiles it."""
-    monkeypatch.setitem(compiled_rounds.USES_BEFORE, "static", 2)
+    decoder = load_decoder(uses_before=2)
     cache = decoder.new_cache(1, 20)
     counts = []
     for _ in range(5):
-        decoder.round_greedy([5], cache, 2, 3)
+        run(decoder, cache, 3)
         counts.append(decoder.provisional_rounds)
     assert counts == [1, 2, 3, 3, 3]
-    decoder.round_greedy([5], cache, 2, 4)
+    run(decoder, cache, 4)
     assert decoder.provisional_rounds == 4
 
 
-def test_adaptive_decoding_learns_no_times_of_such_rounds(
-    tiny_checkpoint: Callable[..., Path],
-    load_static: Callable[[Path], LanguageModel],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(compiled_rounds.USES_BEFORE, "static", 3)
-    lm = load_static(tiny_checkpoint())
+def test_adaptive_decoding_learns_no_times_of_such_rounds(load_decoder: Callable[..., GraphDecoder]) -> None:
     seen: list[bool] = []
 
     class Watching(FixedPolicy):
-        def observe(self, plan: Plan, matches: Any, outcome: Outcome) -> None:
-            seen.append(outcome.typical)
+        def observe(self, plan: Plan, result: RoundResult) -> None:
+            seen.append(result.settled)
 
-    policy = Watching(fixed=Plan(drafter="early_exit", exit_layer=2, num_speculations=2))
-    config = GenerationConfig(max_new_tokens=40, ignore_eos=True)
-    batch = make_batch(lm.decoder, [[5, 9]], config, eos_token_ids=(), seed=0, policy=policy)
-    for _ in decode(batch):
-        pass
+    policy = Watching(fixed=Plan(source="layers", exit_layer=2, num_speculations=2))
+    drain(start(load_decoder(uses_before=3), [[5, 9]], max_new_tokens=40, policy=policy))
     assert len(seen) > 6
     assert seen == [False] * 4 + [True] * (len(seen) - 4)
 
 
-def test_attention_on_cuda_needs_no_plans_of_cudnn(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_on_cuda_needs_no_plans_of_cudnn(decoder: GraphDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     network = decoder._network
     assert isinstance(network, TorchNetwork)
     allowed: list[bool] = []
@@ -362,9 +310,10 @@ def test_torch_compile(tiny_checkpoint: Callable[..., Path], monkeypatch: pytest
 
     Also with the operators that the layers use on CUDA, which the compiler must see through as well.
     """
-    monkeypatch.setitem(compiled_rounds.USES_BEFORE, "max", 0)
+    monkeypatch.setattr(compiled_rounds, "USES_BEFORE", 0)
     folder = tiny_checkpoint("gemma3_text", num_hidden_layers=2)
     lm = layerskip.load(str(folder), device="cpu", compile="max")
+    assert isinstance(lm.decoder, GraphDecoder)
     monkeypatch.setattr(lm.decoder._network, "_on_cpu", on_cpu)
     plain = layerskip.load(str(folder), device="cpu", kernels="torch")
     options: dict[str, Any] = {"max_new_tokens": 16, "ignore_eos": True}

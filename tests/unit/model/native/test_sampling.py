@@ -12,7 +12,7 @@ import layerskip
 from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.sampler import Sampler
 from layerskip.model.confidence import CONFIDENCE_CLASSES
-from layerskip.model.drafts import DraftRequest, DraftStop
+from layerskip.model.drafts import DraftRequest, StopRule
 from layerskip.model.draw import Draw
 from layerskip.model.native import sampling as native_sampling
 from layerskip.model.noise import Purpose, gumbel_in_torch, make_key
@@ -44,7 +44,7 @@ def test_noise_equals_torchs_up_to_rounding() -> None:
 
 @pytest.mark.parametrize("rules", RULES, ids=str)
 def test_filters_equal_torchs(rules: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    sampler, logits = Sampler(GenerationConfig(do_sample=True, **rules)), random_logits(2, 3, 5_003)
+    sampler, logits = Sampler([GenerationConfig(do_sample=True, **rules)] * 2, [0, 1]), random_logits(2, 3, 5_003)
     found = sampler.scores(logits)
     monkeypatch.setattr(native_sampling, "is_available", lambda: False)
     assert torch.equal(found, sampler.scores(logits))
@@ -53,14 +53,13 @@ def test_filters_equal_torchs(rules: dict[str, float], monkeypatch: pytest.Monke
 @pytest.mark.parametrize("rules", RULES, ids=str)
 def test_a_network_draws_what_the_sampler_draws(tiny_checkpoint: Callable[..., Path], rules: dict[str, float]) -> None:
     decoder = layerskip.load(str(tiny_checkpoint()), kernels="native").decoder
-    sampler, seeds = Sampler(GenerationConfig(do_sample=True, **rules)), [3, 2**64 + 5]
+    sampler = Sampler([GenerationConfig(do_sample=True, **rules)] * 2, [3, 2**64 + 5])
     tokens = torch.randint(0, 96, (2, 40), generator=torch.Generator().manual_seed(1))
     cache = decoder.new_cache(2, 60)
     positions = decoder.place(cache, cache.lengths, 40)
-    found = decoder.choose(tokens, positions, cache, 0, 4, sampler.draw(seeds))
+    found = decoder.choose(tokens, positions, cache, 0, 4, sampler.draw)
     logits = decoder.unembed(decoder.run_layers(decoder.embed(tokens), positions, cache, 0, 4))
-    wanted = sampler.choose(sampler.scores(logits), seeds, [1, 1])
-    assert found is not None
+    wanted = sampler.choose(sampler.scores(logits), [1, 1])
     assert torch.equal(found, wanted)
 
 
@@ -106,18 +105,17 @@ def test_drafts_are_drawn_with_their_places_noise(
     options: dict[str, Any] = {} if draft_vocabulary is None else {"draft_vocabulary": draft_vocabulary}
     lm = layerskip.load(str(tiny_checkpoint()), kernels="native", **options)
     decoder = lm.decoder.drafter(2).decoder
-    sampler, seeds = Sampler(GenerationConfig(do_sample=True, temperature=0.9, top_k=30)), [3, 4]
+    sampler = Sampler([GenerationConfig(do_sample=True, temperature=0.9, top_k=30)] * 2, [3, 4])
     cache, token = decoder.new_cache(2, 60), torch.tensor([[5], [6]])
     for row, length in enumerate((7, 9)):
         cache.commit(row, length)
-    stop = DraftStop(rates=(1.0,) * CONFIDENCE_CLASSES, least=0.0)
-    request = DraftRequest(exit_layer=2, num_drafts=5, stop=stop, draw=sampler.draw(seeds))
+    stop = StopRule(rates=(1.0,) * CONFIDENCE_CLASSES, least=0.0)
+    request = DraftRequest(exit_layer=2, num_drafts=5, stop=stop, draw=sampler.draw)
     found = decoder.draft(token, cache, request)
-    assert found is not None
     for i in range(5):
         positions = decoder.place(cache, [7 + i, 9 + i], 1)
         scores = sampler.scores(decoder.unembed(decoder.run_layers(decoder.embed(token), positions, cache, 0, 2)))
-        token = sampler.choose(scores, seeds, [8 + i, 10 + i])
+        token = sampler.choose(scores, [8 + i, 10 + i])
         assert torch.equal(found.tokens[:, i], token[:, 0])
         chosen = scores.softmax(-1).gather(-1, token.unsqueeze(-1)).flatten()
         torch.testing.assert_close(torch.tensor([row[i] for row in found.confidences]), chosen, rtol=1e-4, atol=1e-5)

@@ -54,7 +54,11 @@ class RowWriter:
                 return
 
     def add(self, event: Event) -> None:
-        """Take new tokens without events; not with stop strings."""
+        """Take new tokens without events."""
+        if self.stops:
+            for _ in self.write(event):
+                pass
+            return
         self._num_written += len(event.tokens)
         if self._detokenizer is not None:
             self._pieces.append(self._detokenizer.push(*event.tokens))

@@ -333,8 +333,8 @@ class LanguageModel:
                 engine.finish(row, "interrupted")
             if len(requests) > engine.free_rows:
                 raise InvalidArgumentError(
-                    f"a session of {engine.free_rows} slots can't generate for {len(requests)} prompts at once; "
-                    "make one with new_session(slots=...)"
+                    f"{len(requests)} prompts at once need as many slots, and the session has {engine.free_rows}; "
+                    f"make one with new_session(slots={len(requests)})"
                 )
             if capacity > engine.capacity:
                 engine.reserve(engine.free_rows, min(max(capacity, 2 * engine.capacity), self.decoder.max_context))

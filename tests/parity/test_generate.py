@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from engines import generate
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import layerskip
-from layerskip.decoding.rounds import plain as autoregressive
 
 NUM_NEW = 24
 
@@ -19,8 +19,7 @@ def their_text(model: Any, prompt: list[int], num_new: int = NUM_NEW) -> list[in
     return text[0, len(prompt) :].tolist()
 
 
-def test_tiny_models(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autoregressive, "PREFILL_CHUNK", 11)  # several chunks, the last one not full
+def test_tiny_models(pair: Any) -> None:
     original = 32 if pair.case.max_context else 0  # transformers takes the long factors only for longer texts
     prompts = [pair.tokens[: original + 4], pair.tokens[::-1][: original + 7]]
     wanted = [their_text(pair.theirs, prompt) for prompt in prompts]
@@ -29,8 +28,10 @@ def test_tiny_models(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         {"generation_strategy": "autoregressive"},
         {"generation_strategy": "self_speculative", "exit_layer": 2, "num_speculations": 3},
     ):
-        results = pair.ours.generate(prompts, max_new_tokens=NUM_NEW, temperature=0, **options)
-        assert [list(result.token_ids) for result in results] == wanted, options
+        options |= {"max_new_tokens": NUM_NEW, "temperature": 0}
+        assert [result.token_ids for result in pair.ours.generate(prompts, **options)] == wanted, options
+        # in several chunks, the last one not full
+        assert generate(pair.ours.decoder, prompts, prefill_chunk=11, ignore_eos=True, **options) == wanted, options
 
 
 @pytest.mark.parametrize("prompt", ["def add(a, b):", "Once upon a time"])

@@ -1,34 +1,31 @@
 """The front: prompts, sessions, scores."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from engines import generate
 
 from layerskip.decoding import scoring
-from layerskip.decoding.rounds import plain as autoregressive
 from layerskip.errors import InvalidArgumentError, PromptError
 from layerskip.language_model import LanguageModel, Session
-from layerskip.model.decoder import Decoder
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 12, "exit_layer": 3, "seed": 0}
 
 
 @pytest.fixture
-def tokens_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def tokens_read(text_lm: LanguageModel) -> Iterator[list[int]]:
     """Tokens that enter layer 0, call by call."""
     log: list[int] = []
-    original = Decoder.run_layers
 
-    def run_layers(
-        self: Decoder, hidden: torch.Tensor, positions: Any, cache: Any, start: int, stop: int
-    ) -> torch.Tensor:
+    def note(start: int, stop: int, num_rows: int, num_queries: int) -> None:
         if start == 0 and stop > 0:
-            log.append(hidden.shape[0] * hidden.shape[1])
-        return original(self, hidden, positions, cache, start, stop)
+            log.append(num_rows * num_queries)
 
-    monkeypatch.setattr(Decoder, "run_layers", run_layers)
-    return log
+    text_lm.decoder.calls.observer = note
+    yield log
+    text_lm.decoder.calls.observer = None
 
 
 class TestPrompts:
@@ -157,10 +154,10 @@ class TestSessions:
 
     def test_layers_that_an_early_exit_left_out_are_not_taken_for_read(self, text_lm: LanguageModel) -> None:
         session = text_lm.new_session()
-        shallow = {"generation_strategy": "autoregressive", "exit_layer": 2}
+        shallow = {"generation_strategy": "early_exit", "exit_layer": 2}
         first = self.turn(text_lm, session, [*self.FIRST], **shallow)
         prompt = [*self.FIRST, *first.token_ids, 8]
-        deeper = {"generation_strategy": "autoregressive", "exit_layer": 4}
+        deeper = {"generation_strategy": "early_exit", "exit_layer": 4}
         assert self.turn(text_lm, session, prompt, **deeper).stats.cached_tokens == 0
         assert self.turn(text_lm, session, prompt, **shallow).stats.cached_tokens == len(prompt) - 1
         assert self.turn(text_lm, session, prompt).stats.cached_tokens == 0  # speculation needs all layers
@@ -169,7 +166,7 @@ class TestSessions:
         session = text_lm.new_session()
         first = self.turn(text_lm, session, [*self.FIRST])
         prompt = [*self.FIRST, *first.token_ids, 8]
-        second = self.turn(text_lm, session, prompt, generation_strategy="autoregressive", exit_layer=2)
+        second = self.turn(text_lm, session, prompt, generation_strategy="early_exit", exit_layer=2)
         assert second.stats.cached_tokens > 0
         self.turn(text_lm, session, [*prompt, *second.token_ids, 9])
 
@@ -191,9 +188,40 @@ class TestSessions:
             text_lm.stream([[4, 5] * 64], session=session)
         assert self.turn(text_lm, session, [4, 5] * 60).stats.cached_tokens == 119  # a refused prompt costs nothing
 
-    def test_it_holds_one_text(self, text_lm: LanguageModel) -> None:
-        with pytest.raises(InvalidArgumentError, match="a session holds one text; got 2 prompts"):
+    def test_as_many_prompts_at_once_as_slots(self, text_lm: LanguageModel) -> None:
+        message = r"2 prompts at once need as many slots, and the session has 1; make one with new_session\(slots=2\)"
+        with pytest.raises(InvalidArgumentError, match=message):
             text_lm.stream([[2], [3]], session=text_lm.new_session())
+        prompts = [[2, 3, 4], [*self.FIRST]]
+        found = text_lm.stream(prompts, session=text_lm.new_session(slots=2), **OPTIONS).run()
+        assert [result.token_ids for result in found] == [r.token_ids for r in text_lm.generate(prompts, **OPTIONS)]
+
+    @pytest.mark.parametrize("slots", [0, -1, 1.5, True, "2"])
+    def test_a_session_has_slots(self, text_lm: LanguageModel, slots: Any) -> None:
+        with pytest.raises(InvalidArgumentError, match=f"slots must be .* got {slots!r}"):
+            text_lm.new_session(slots=slots)
+
+    @pytest.mark.parametrize("slots", [1, 2, 3])
+    def test_conversations_that_take_turns(self, text_lm: LanguageModel, slots: int) -> None:
+        """Each finds its own keys and values again, where there are as many slots; else the older ones make room."""
+        session = text_lm.new_session(slots=slots)
+        prompts = [[*self.FIRST], [9, 8, 7, 6]]
+        for turn in range(3):
+            for number, prompt in enumerate(prompts):
+                result = self.turn(text_lm, session, prompt, num_speculations=2)
+                assert (result.stats.cached_tokens > 0) == (turn > 0 and slots > 1)
+                assert slots == 1 or result.stats.cached_tokens == max(0, len(prompt) - 3) * (turn > 0)
+                prompts[number] = [*prompt, *result.token_ids, 4, 2 + turn]
+
+    def test_the_next_call_ends_a_stream_that_was_left(self, text_lm: LanguageModel) -> None:
+        session = text_lm.new_session()
+        left = text_lm.stream([[*self.FIRST]], session=session, **OPTIONS)
+        told = [next(left).token_id for _ in range(3)]  # type: ignore[union-attr]
+        self.turn(text_lm, session, [*self.FIRST, *told, 8])
+        (result,) = left.results()
+        assert result.finish_reason == "interrupted"
+        assert result.token_ids == told
+        assert list(left) == []
 
 
 class TestScores:
@@ -219,7 +247,7 @@ class TestScores:
 
     @pytest.mark.parametrize("exit_layer", [2, 5])
     def test_is_greedy(self, text_lm: LanguageModel, exit_layer: int) -> None:
-        options = {"generation_strategy": "autoregressive", "exit_layer": exit_layer, "max_new_tokens": 6}
+        options = {"generation_strategy": "early_exit", "exit_layer": exit_layer, "max_new_tokens": 6}
         written = text_lm.generate([[5, 6]], **options)[0].token_ids
         assert text_lm.score([[5, 6]], [written], exit_layer=exit_layer)[0].is_greedy
         for place in (0, 3, 5):
@@ -278,9 +306,8 @@ class TestScores:
             text_lm.logits([2.5])
 
 
-def test_prompts_longer_than_a_chunk(text_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_longer_than_a_chunk(text_lm: LanguageModel) -> None:
     prompts = [[4, 5, 6] * 12, [7] * 5, [8, 9] * 9]
     whole = [result.token_ids for result in text_lm.generate(prompts, **OPTIONS)]
     for size in (1, 5, 18):
-        monkeypatch.setattr(autoregressive, "PREFILL_CHUNK", size)
-        assert [result.token_ids for result in text_lm.generate(prompts, **OPTIONS)] == whole
+        assert generate(text_lm.decoder, prompts, prefill_chunk=size, **OPTIONS) == whole

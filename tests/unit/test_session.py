@@ -18,7 +18,7 @@ def test_the_cache_grows_up_to_the_context(tiny_checkpoint: Any, monkeypatch: py
         result = lm.stream([prompt], session=session, **OPTIONS).run()[0]
         assert result.token_ids == lm.generate([prompt], **OPTIONS)[0].token_ids
         assert result.stats.cached_tokens == (len(prompt) - 3 if turn else 0)  # all but the last token and two new ones
-        capacities.append(session.cache.capacity)
+        capacities.append(session.engine.capacity)
         prompt = [*prompt, *result.token_ids, 7, 8]
     assert capacities == [8, 16, 32, 64, 64, 128, 128]
-    assert session.cache.capacity == lm.decoder.max_context
+    assert session.engine.capacity == lm.decoder.max_context

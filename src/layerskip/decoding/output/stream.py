@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-from layerskip.decoding.engine import Engine
+from layerskip.decoding.engine import Engine, Event
 from layerskip.decoding.output.events import GenerationResult, StreamEvent
 from layerskip.decoding.output.writer import RowWriter
 from layerskip.decoding.policy import Policy
@@ -31,17 +31,19 @@ class GenerationStream(Iterator[StreamEvent]):
         self._by_row = {writer.row: writer for writer in writers}
         self._policies = [engine.policy_of(writer.row) for writer in writers]
         self._show_drafts = show_drafts
-        self._events: deque[StreamEvent] = deque()
+        self._events: Iterator[StreamEvent] = iter(())
 
     def __next__(self) -> StreamEvent:
-        while not self._events:
-            if all(writer.finished for writer in self._writers):
-                raise StopIteration
+        while True:
             try:
-                self._step(tells=True)
+                event = next(self._events, None)
+                if event is not None:
+                    return event
+                if self._finished:
+                    raise StopIteration
+                self._events = self._report(self._engine.step())
             except KeyboardInterrupt:
-                self._finish_all()
-        return self._events.popleft()
+                self._events = self._end_all()
 
     @property
     def policy(self) -> Policy | None:
@@ -50,40 +52,47 @@ class GenerationStream(Iterator[StreamEvent]):
 
     def run(self) -> list[GenerationResult]:
         """Run to the end without reporting events; Ctrl-C is the caller's to handle here."""
-        while not all(writer.finished for writer in self._writers):
-            self._step(tells=False)
-            self._events.clear()
+        while not self._finished:
+            for event in self._engine.step():
+                writer = self._by_row.get(event.row)
+                if writer is not None and not writer.finished:
+                    writer.take(event)
+            for _ in self._report(()):
+                pass
         return self.results()
 
     def results(self) -> list[GenerationResult]:
-        """Results in the order of the prompts; rows that haven't ended count as interrupted."""
-        self._finish_all()
-        self._events.clear()
+        """Results in the order of the prompts, as far as events have been reported; the others count as interrupted."""
+        for _ in self._end_all():
+            pass
+        self._events = iter(())
         return [writer.result() for writer in self._writers]
 
-    def _step(self, *, tells: bool) -> None:
-        """Take a step of the engine, and turn what it gave into events."""
-        for event in self._engine.step():
+    @property
+    def _finished(self) -> bool:
+        return all(writer.finished for writer in self._writers)
+
+    def _report(self, events: Sequence[Event]) -> Iterator[StreamEvent]:
+        """Turn what a step gave into events, one by one: a caller who stops in between has results up to there."""
+        for event in events:
             writer = self._by_row.get(event.row)
             if writer is None or writer.finished:  # another stream's row, or one that has ended meanwhile
                 continue
             if self._show_drafts and event.drafts:
-                self._events.append(writer.preview(event))
-            if tells:
-                self._events.extend(writer.write(event))
-            else:
-                writer.take(event)
+                yield writer.preview(event)
+            yield from writer.write(event)
             if event.row.finish_reason is not None:
-                self._events.append(writer.finish())
+                yield writer.finish()
         for writer in self._writers:  # ended from outside, as by another stream of the same session
             if not writer.finished and writer.row.finish_reason is not None:
-                self._events.append(writer.finish())
+                yield writer.finish()
 
-    def _finish_all(self) -> None:
+    def _end_all(self) -> Iterator[StreamEvent]:
+        """End the rows that haven't ended, after the last tokens that were reported."""
         for writer in self._writers:
             if not writer.finished:
                 writer.interrupt()
-                self._events.append(writer.finish())
+                yield writer.finish()
 
 
 def generate_each(

@@ -1,17 +1,16 @@
 """Events and results: text, sources, stop strings, interruption."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from layerskip import DraftEvent, FinishEvent, GenerationResult, GenerationStream, TokenEvent
-from layerskip.decoding import engine as loop
-from layerskip.decoding.rounds import plain as autoregressive
-from layerskip.decoding.rounds import verifying as self_speculative
+from layerskip.decoding import engine
 from layerskip.language_model import LanguageModel
+from layerskip.model.decoder import Decoder
 from layerskip.text.detokenizer import REPLACEMENT
 
 PROMPTS = [[9], [2, 3, 4], [5, 6, 7, 2, 3]]
@@ -35,7 +34,7 @@ MODES: list[dict[str, Any]] = [
     {},
     {"do_sample": True, "seed": 1},
     {"do_sample": True, "seed": 1, "acceptance": "rejection"},
-    {"generation_strategy": "autoregressive"},
+    {"generation_strategy": "autoregressive", "exit_layer": None},
 ]
 
 
@@ -63,12 +62,18 @@ def test_events_add_up_to_the_results(
     )
 
 
-def rounds(events: list[Any], index: int) -> Iterator[tuple[DraftEvent, list[TokenEvent]]]:
-    """Drafts of one prompt, each with the tokens that followed."""
-    own = [event for event in events if event.index == index and not isinstance(event, FinishEvent)]
-    starts = [i for i, event in enumerate(own) if isinstance(event, DraftEvent)]
-    for start, end in itertools.pairwise([*starts, len(own)]):
-        yield own[start], own[start + 1 : end]
+def rounds(events: list[Any], index: int) -> list[tuple[tuple[int, ...], list[TokenEvent]]]:
+    """Drafts of each round of one prompt, with the tokens that followed; a round without drafts gives one token."""
+    _first, *own = [event for event in events if event.index == index and not isinstance(event, FinishEvent)]
+    found: list[tuple[tuple[int, ...], list[TokenEvent]]] = []
+    for event in own:
+        if isinstance(event, DraftEvent):
+            found.append((event.token_ids, []))
+        elif event.source == "decoded":
+            found.append(((), [event]))
+        else:
+            found[-1][1].append(event)
+    return found
 
 
 @pytest.mark.parametrize("mode", MODES[:3], ids=str)
@@ -78,18 +83,18 @@ def test_sources_say_what_became_of_the_drafts(text_lm: LanguageModel, mode: dic
     for index, result in results_of(events).items():
         accepted = [0] * 3
         drafted = [0] * 3
-        for draft, tokens in rounds(events, index):
+        for drafts, tokens in rounds(events, index):
             *kept, last = tokens
-            assert [token.token_id for token in kept] == list(draft.token_ids[: len(kept)])
+            assert [token.token_id for token in kept] == list(drafts[: len(kept)])
             assert {token.source for token in kept} <= {"accepted"}
-            if not draft.token_ids:
+            if not drafts:
                 assert last.source == "decoded"
-            elif len(kept) == len(draft.token_ids):
+            elif len(kept) == len(drafts):
                 assert last.source == "bonus"
             else:
                 assert last.source == "corrected"
-                assert mode.get("acceptance") == "rejection" or last.token_id != draft.token_ids[len(kept)]
-            for i in range(len(draft.token_ids)):
+                assert mode.get("acceptance") == "rejection" or last.token_id != drafts[len(kept)]
+            for i in range(len(drafts)):
                 drafted[i] += 1
                 accepted[i] += i < len(kept)
             seen |= {token.source for token in tokens}
@@ -97,7 +102,7 @@ def test_sources_say_what_became_of_the_drafts(text_lm: LanguageModel, mode: dic
         assert (stats.drafted_by_position, stats.accepted_by_position) == (tuple(drafted), tuple(accepted))
         assert (stats.drafted, stats.accepted) == (sum(drafted), sum(accepted))
         assert stats.acceptance_rate == pytest.approx(sum(accepted) / sum(drafted))
-        num_rounds = len(list(rounds(events, index)))
+        num_rounds = len(rounds(events, index))
         assert stats.rounds == num_rounds
         assert stats.mean_accepted_length == pytest.approx((len(result.token_ids) - 1) / num_rounds)
     assert seen >= {"accepted", "corrected", "bonus"}
@@ -114,6 +119,20 @@ def test_drafts_come_with_their_text(text_lm: LanguageModel, byte_tokenizer: Pre
                 assert shown + event.text == settled(byte_tokenizer, [*tokens, *event.token_ids])
             elif isinstance(event, TokenEvent):
                 shown, tokens = shown + event.text, [*tokens, event.token_id]
+
+
+@pytest.mark.parametrize("mode", MODES[:3], ids=str)
+def test_showing_drafts_changes_nothing(text_lm: LanguageModel, mode: dict[str, Any]) -> None:
+    """The same rounds run, with the same tokens."""
+    shown, hidden = (
+        list(text_lm.stream(PROMPTS, show_drafts=show, **{**SPECULATIVE, **mode})) for show in (True, False)
+    )
+    assert [event for event in shown if isinstance(event, TokenEvent)] == [
+        event for event in hidden if isinstance(event, TokenEvent)
+    ]
+    ours, theirs = results_of(shown), results_of(hidden)
+    assert [ours[i].stats.rounds for i in range(3)] == [theirs[i].stats.rounds for i in range(3)]
+    assert [ours[i].stats.layer_calls for i in range(3)] == [theirs[i].stats.layer_calls for i in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +167,7 @@ class TestStopStrings:
             (result,) = results_of(events).values()
             accepted = [e for e in events if isinstance(e, TokenEvent) and e.source == "accepted"]
             assert result.stats.accepted == len(accepted)
-            *_, (draft, tokens) = [(None, []), *rounds(events, 0)]
-            cut += draft is not None and tokens[-1].source == "accepted"
+            cut += any(tokens[-1].source == "accepted" for _, tokens in rounds(events, 0)[-1:])
         assert cut > 3
 
     def test_several(self, text_lm: LanguageModel, full: str) -> None:
@@ -190,25 +208,25 @@ class TestInterruption:
         """Makes the n-th call of a decoding function raise KeyboardInterrupt, as Ctrl-C does."""
 
         def set_up(name: str, number: int) -> None:
-            module = {"draft_early_exit": loop, "verify": self_speculative}.get(name, autoregressive)
-            original, calls = getattr(module, name), itertools.count(1)
+            owner: Any = engine if name in ("step", "read_chunk") else Decoder
+            original, calls = getattr(owner, name), itertools.count(1)
 
             def raising(*arguments: Any) -> Any:
                 if next(calls) == number:
                     raise KeyboardInterrupt
                 return original(*arguments)
 
-            monkeypatch.setattr(module, name, raising)
+            monkeypatch.setattr(owner, name, raising)
 
         return set_up
 
-    @pytest.mark.parametrize("place", [("draft_early_exit", 3), ("verify", 3), ("step", 5), ("prefill", 1)])
+    @pytest.mark.parametrize("place", [("draft", 3), ("verify", 3), ("step", 5), ("read_chunk", 1)])
     def test_ctrl_c_while_decoding_ends_the_stream(
         self, text_lm: LanguageModel, interrupt_at: Callable[[str, int], None], place: tuple[str, int]
     ) -> None:
         options = dict(SPECULATIVE)
         if place[0] == "step":
-            options["generation_strategy"] = "autoregressive"
+            options |= {"generation_strategy": "autoregressive", "exit_layer": None}
         full = [result.token_ids for result in text_lm.generate(PROMPTS, **options)]
         interrupt_at(*place)
         stream = text_lm.stream(PROMPTS, **options)
@@ -221,7 +239,7 @@ class TestInterruption:
             assert [e.token_id for e in events if isinstance(e, TokenEvent) and e.index == index] == result.token_ids
             assert text_of(events, index) == result.text
             assert result.stats.tokens == len(result.token_ids)
-        assert all(bool(result.token_ids) == (place[0] != "prefill") for result in results.values())
+        assert all(bool(result.token_ids) == (place[0] != "read_chunk") for result in results.values())
         assert list(stream) == []
 
     def test_rows_that_had_ended_keep_their_reason(
@@ -267,7 +285,7 @@ def test_other_exceptions_are_not_swallowed(text_lm: LanguageModel, monkeypatch:
     def broken(*arguments: Any) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(self_speculative, "verify", broken)
+    monkeypatch.setattr(Decoder, "verify", broken)
     with pytest.raises(RuntimeError, match="broken"):
         list(text_lm.stream([PROMPTS[0]], **SPECULATIVE))
 

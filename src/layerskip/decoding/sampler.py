@@ -29,7 +29,7 @@ class Sampler:
             configs: Rules of each row.
             seeds: Seed of each row.
         """
-        self._configs = configs
+        self._configs, self.seeds = configs, tuple(seeds)
         self.draw = make_draw(configs, seeds)
         """How a network draws the rows' tokens; None where every row takes the most likely one."""
         self.needs_context = any(map(looks_back, configs))

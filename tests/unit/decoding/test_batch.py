@@ -57,7 +57,7 @@ def test_a_new_set_of_rows_is_put_together_anew(batch: Batch) -> None:
 
 def test_a_sampler_of_some_rows(batch: Batch) -> None:
     assert batch.sampler_of([0, 1, 2, 3]) is batch.sampler
-    assert batch.sampler_of([1, 3])._seeds == (8, 6)
+    assert batch.sampler_of([1, 3]).seeds == (8, 6)
 
 
 def test_steps_under_way_are_told_when_rows_change(batch: Batch) -> None:

@@ -127,7 +127,7 @@ def test_a_config_must_be_one() -> None:
 
 
 def test_autoregressive_decoding_runs_all_layers() -> None:
-    with pytest.raises(InvalidArgumentError, match=r"'autoregressive' .* exit_layer 3 .*'early_exit'"):
+    with pytest.raises(InvalidArgumentError, match=r"'autoregressive' .* exit_layer is 3; use .*'early_exit'"):
         GenerationConfig(generation_strategy="autoregressive", exit_layer=3)
     with pytest.raises(InvalidArgumentError, match="'early_exit'"):
         make_config(GenerationConfig(exit_layer=3), {"generation_strategy": "autoregressive"})

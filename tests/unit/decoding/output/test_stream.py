@@ -220,7 +220,7 @@ class TestInterruption:
 
         return set_up
 
-    @pytest.mark.parametrize("place", [("draft", 3), ("verify", 3), ("step", 5), ("read_chunk", 1)])
+    @pytest.mark.parametrize("place", [("draft", 3), ("round", 3), ("step", 5), ("read_chunk", 1)])
     def test_ctrl_c_while_decoding_ends_the_stream(
         self, text_lm: LanguageModel, interrupt_at: Callable[[str, int], None], place: tuple[str, int]
     ) -> None:
@@ -246,7 +246,7 @@ class TestInterruption:
         self, text_lm: LanguageModel, interrupt_at: Callable[[str, int], None]
     ) -> None:
         eos = text_lm.generate([PROMPTS[0]], **SPECULATIVE)[0].token_ids[0]
-        interrupt_at("verify", 2)
+        interrupt_at("round", 2)
         results = results_of(list(text_lm.stream(PROMPTS[:2], eos_token_ids=(eos,), **SPECULATIVE)))
         assert [results[i].finish_reason for i in range(2)] == ["stop", "interrupted"]
 
@@ -276,7 +276,7 @@ class TestInterruption:
         assert result.finish_reason == "interrupted"
 
     def test_generate_lets_it_through(self, text_lm: LanguageModel, interrupt_at: Callable[[str, int], None]) -> None:
-        interrupt_at("verify", 2)
+        interrupt_at("round", 2)
         with pytest.raises(KeyboardInterrupt):
             text_lm.generate(PROMPTS, **SPECULATIVE)
 
@@ -285,7 +285,7 @@ def test_other_exceptions_are_not_swallowed(text_lm: LanguageModel, monkeypatch:
     def broken(*arguments: Any) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(Decoder, "verify", broken)
+    monkeypatch.setattr(Decoder, "round", broken)
     with pytest.raises(RuntimeError, match="broken"):
         list(text_lm.stream([PROMPTS[0]], **SPECULATIVE))
 

@@ -21,8 +21,8 @@ SAMPLED = GenerationConfig(max_new_tokens=8, temperature=0.9, seed=5)
 PROMPTS = ["def add(a, b):", "import os\n", "class Reader:\n    def read(self, path):", "x = 1", "for line in file:"]
 
 
-def work_of(lm: LanguageModel, config: GenerationConfig, results: PartialResults) -> BatchWork:
-    return BatchWork(load=lambda: lm, config=config, seed=results.seed)
+def work_of(lm: LanguageModel, config: GenerationConfig, results: PartialResults, batch_size: int) -> BatchWork:
+    return BatchWork(load=lambda: lm, config=config, seed=results.seed, batch_size=batch_size)
 
 
 def write(path: Path, records: Sequence[Any]) -> Path:
@@ -37,7 +37,7 @@ def prompts_file(folder: Path, prompts: Sequence[str] = PROMPTS) -> Path:
 def decode_file(lm: LanguageModel, file: Path, output: Path, config: GenerationConfig, batch_size: int) -> list[Record]:
     lines, digest = read_lines(file)
     results = PartialResults(output, config, {"input": digest})
-    run_batch(work_of(lm, config, results), lines, results, batch_size=batch_size)
+    run_batch(work_of(lm, config, results, batch_size), lines, results, group_size=batch_size)
     return read(output)
 
 
@@ -80,7 +80,7 @@ def test_a_line_that_cannot_be_decoded_does_not_stop_the_others(demo: LanguageMo
     lines, _ = read_lines(file)
     results = PartialResults(tmp_path / "out.jsonl", GREEDY, {})
     told: list[int] = []
-    summary = run_batch(work_of(demo, GREEDY, results), lines, results, batch_size=4, on_progress=told.append)
+    summary = run_batch(work_of(demo, GREEDY, results, 4), lines, results, on_progress=told.append)
     records = read(tmp_path / "out.jsonl")
     assert (summary.lines, summary.errors, summary.resumed, sum(told)) == (4, 2, 0, 4)
     assert ["error" in record for record in records] == [False, True, True, False]
@@ -100,7 +100,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(demo: LanguageModel, tmp_pa
 
     results = PartialResults(output, SAMPLED, {"input": digest})
     with pytest.raises(KeyboardInterrupt):
-        run_batch(work_of(demo, SAMPLED, results), lines, results, mapper=stops, batch_size=2)
+        run_batch(work_of(demo, SAMPLED, results, 2), lines, results, mapper=stops, group_size=2)
     results.close()
     partial_file = tmp_path / "out.jsonl.partial.jsonl"
     assert not output.exists()
@@ -113,7 +113,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(demo: LanguageModel, tmp_pa
         asked.extend(line.index for batch in batches for line in batch)
         yield from in_process(batches, make_worker)
 
-    summary = run_batch(work_of(demo, SAMPLED, results), lines, results, mapper=rest, batch_size=2)
+    summary = run_batch(work_of(demo, SAMPLED, results, 2), lines, results, mapper=rest, group_size=2)
     assert (len(asked), summary.resumed, summary.lines) == (1, 4, 5)
     assert without_stats(read(output)) == without_stats(expected)
     assert summary.tokens == sum(len(record["token_ids"]) for record in expected)
@@ -123,4 +123,4 @@ def test_an_interrupted_run_goes_on_where_it_stopped(demo: LanguageModel, tmp_pa
 def test_a_batch_size_below_1_is_refused(demo: LanguageModel, tmp_path: Path) -> None:
     results = PartialResults(tmp_path / "out.jsonl", GREEDY, {})
     with pytest.raises(InvalidArgumentError, match="batch_size must be at least 1, got 0"):
-        run_batch(work_of(demo, GREEDY, results), [], results, batch_size=0)
+        run_batch(work_of(demo, GREEDY, results, 0), [], results)

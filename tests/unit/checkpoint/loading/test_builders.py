@@ -29,7 +29,7 @@ def test_weights_for_torch_compile_stay_as_torch_has_them() -> None:
     assert isinstance(linear, DenseLinear)
     assert linear.weight is weight
     assert not builder.copies(32)
-    assert builder.quantized("int8").copies(32)
+    assert builder.for_drafts("int8").copies(32)
 
 
 @needs_library
@@ -67,7 +67,7 @@ def test_gate_and_up_in_blocks_may_be_one_tensor_or_two() -> None:
 def test_blocks_are_kept_unless_other_bits_are_asked_for() -> None:
     builder = NativeBuilder.of(plan())
     assert builder.keeps_blocks
-    few = builder.quantized("int4")
+    few = builder.for_drafts("int4")
     assert not few.keeps_blocks
     assert few.memory is builder.memory
     weight = random(32, 64)

@@ -60,7 +60,7 @@ def test_compiled_rounds_take_a_network_of_torch(checkpoint: Checkpoint) -> None
     assert plan(checkpoint, compile="max") == replace(PLAIN, network="torch", rounds="max")
 
 
-@pytest.mark.parametrize(("compile", "rounds"), [("auto", "graphs"), ("off", "off")])
+@pytest.mark.parametrize(("compile", "rounds"), [("auto", "graphs"), ("off", None)])
 def test_plans_on_a_gpu(checkpoint: Checkpoint, compile: str, rounds: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planned only, so that no GPU is needed."""
     monkeypatch.setattr(plan_module, "choose_device", lambda device: CUDA)

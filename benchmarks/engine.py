@@ -34,6 +34,7 @@ from roofline import Roofline
 
 import layerskip
 from layerskip.decoding.adaptive.costs import CallTimer
+from layerskip.model.graphs.decoder import GraphDecoder
 
 ADAPTIVE = -1
 """Stands for adaptive decoding where results are kept by draft length."""
@@ -136,7 +137,7 @@ def measure(
     rate = 0.0
 
     def seconds(start: int, stop: int, num_queries: int, *, head: bool = True) -> float:
-        if lm.decoder.compiles_rounds:
+        if isinstance(lm.decoder, GraphDecoder):
             return lm.decoder.weight_bytes(start, stop, head=head) / rate
         return timer.seconds(start, stop, num_queries, head=head, repetitions=15)
 
@@ -252,7 +253,7 @@ def report(
         speedup = statistics.median(m.speeds[ADAPTIVE] / m.speeds[0] for m in measurements)
         console.print(f"adaptive: {statistics.median(speeds):.1f} tokens/s, {speedup:.2f}x autoregressive")
         content["adaptive"] = {"tokens_per_second": speeds, "speedup": speedup}
-    captured = lm.decoder.compiled
+    captured = lm.decoder.compiled if isinstance(lm.decoder, GraphDecoder) else ()
     if captured:
         took = [x.seconds for x in captured]
         console.print(f"{len(took)} rounds captured, {statistics.median(took):.2f} s each, {max(took):.2f} s at most")

@@ -165,11 +165,12 @@ def _verify(
 ) -> None:
     from layerskip import GenerationConfig
     from layerskip.evaluation.verify.compare import verify_lossless
+    from layerskip.model.graphs.decoder import GraphDecoder
 
     config = GenerationConfig(temperature=0.8, top_p=0.95, seed=1, max_new_tokens=max_new_tokens, ignore_eos=True)
     started = time.perf_counter()
     found = verify_lossless(lm, prompts, settings, config=config, batch_size=batch_size)
-    made = lm.decoder.compiled
+    made = lm.decoder.compiled if isinstance(lm.decoder, GraphDecoder) else ()
     divergences = [d for setting in found.settings for d in setting.divergences]
     report.keep(
         **{

@@ -119,7 +119,7 @@ def test_early_exit_names_the_exit(flags: list[str], capfd: pytest.CaptureFixtur
         (["--tasks", ","], "no tasks were given"),
         (["--generation-strategy", "early_exit"], "needs either exit_layer or exit_layers"),
         (["--generation-strategy", "early_exit", "--exit-layer", "4", "--num-speculations", "2"], "early_exit doesn't"),
-        (["--generation-strategy", "autoregressive", "--exit-layer", "4"], "in exit_layers"),
+        (["--generation-strategy", "autoregressive", "--exit-layer", "4"], "use generation_strategy 'early_exit'"),
         (["--apply-chat-template"], "no chat template"),
     ],
 )

@@ -35,6 +35,7 @@ from roofline import Roofline
 
 import layerskip
 from layerskip.decoding.adaptive.costs import CallTimer
+from layerskip.model.decoders.graphs import GraphDecoder
 
 ADAPTIVE = -1
 """Key of adaptive decoding among results that are kept by draft length."""
@@ -130,7 +131,7 @@ def measure(
     rate = 0.0
 
     def seconds(start: int, stop: int, num_queries: int, *, head: bool = True) -> float:
-        if lm.decoder.compiles_rounds:
+        if isinstance(lm.decoder, GraphDecoder):
             return lm.decoder.weight_bytes(start, stop, head=head) / rate
         return timer.seconds(start, stop, num_queries, head=head, repetitions=15)
 
@@ -246,7 +247,7 @@ def report(
         speedup = statistics.median(m.speeds[ADAPTIVE] / m.speeds[0] for m in measurements)
         console.print(f"adaptive: {statistics.median(speeds):.1f} tokens/s, {speedup:.2f}x autoregressive")
         content["adaptive"] = {"tokens_per_second": speeds, "speedup": speedup}
-    captured = lm.decoder.compiled
+    captured = lm.decoder.compiled if isinstance(lm.decoder, GraphDecoder) else ()
     if captured:
         took = [x.seconds for x in captured]
         console.print(f"{len(took)} rounds captured, {statistics.median(took):.2f} s each, {max(took):.2f} s at most")

@@ -166,11 +166,12 @@ def _verify(
     from layerskip import GenerationConfig
     from layerskip.evaluation.verify.compare import make_plan
     from layerskip.evaluation.verify.run import verify
+    from layerskip.model.decoders.graphs import GraphDecoder
 
     config = GenerationConfig(temperature=0.8, top_p=0.95, seed=1, max_new_tokens=max_new_tokens, ignore_eos=True)
     started = time.perf_counter()
     verified = verify(lm, prompts, make_plan(lm, settings, config=config, batch_size=batch_size))
-    made = lm.decoder.compiled
+    made = lm.decoder.compiled if isinstance(lm.decoder, GraphDecoder) else ()
     divergences = [d for setting in verified.settings for d in setting.divergences]
     report.keep(
         **{

@@ -10,7 +10,7 @@ from rich.console import Console
 import layerskip
 from layerskip.cli.terminal.painter import Painter
 from layerskip.cli.terminal.stream import follow
-from layerskip.decoding.output.stream import DraftEvent, Source, StreamEvent, TokenEvent
+from layerskip.decoding.output.events import DraftEvent, Source, StreamEvent, TokenEvent
 
 TOKEN = re.compile(r"\x1b\[(?P<arguments>[\d;?]*)(?P<command>[A-Za-z])|(?P<text>.|\n)")
 

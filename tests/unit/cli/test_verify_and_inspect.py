@@ -3,16 +3,16 @@
 import json
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from layerskip.cli.main import main
-from layerskip.decoding.batch import Batch, Round
-from layerskip.decoding.rounds import verifying as self_speculative
-from layerskip.decoding.rounds.drafting import Draft
-from layerskip.decoding.rounds.verifying import Verification
+from layerskip.decoding import engine
+from layerskip.decoding.batch import Batch
+from layerskip.decoding.policy import Plan, RoundResult
 from layerskip.evaluation.verify import distribution
 from layerskip.language_model import LanguageModel
 
@@ -41,14 +41,14 @@ def test_verify_prints_every_setting_as_json(prompts: Path, capsys: pytest.Captu
 @pytest.fixture
 def wrong_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make verification write other tokens than the model's."""
-    honest = self_speculative.verify
+    honest = engine.run_round
 
-    def wrong(batch: Batch, draft: Draft, exits: Any) -> Verification:
-        rounds = honest(batch, draft, exits).rounds
-        wrong = [Round(drafts=r.drafts, num_accepted=0, token=(r.token + 1) % 256) for r in rounds]
-        return Verification(rounds=wrong)
+    def wrong(batch: Batch, plan: Plan) -> RoundResult:
+        result = honest(batch, plan)
+        tokens = [(token + 1) % 256 for token in result.tokens]
+        return replace(result, num_accepted=[0] * len(tokens), tokens=tokens)
 
-    monkeypatch.setattr(self_speculative, "verify", wrong)
+    monkeypatch.setattr(engine, "run_round", wrong)
 
 
 @pytest.mark.usefixtures("wrong_tokens")

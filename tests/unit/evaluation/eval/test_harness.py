@@ -236,7 +236,7 @@ def test_an_early_exit_scores_and_writes_by_its_own_layers(demo: layerskip.Langu
     ((logprob, _),) = ours.loglikelihood(instances("loglikelihood", [(context, continuation)]))
     assert logprob == pytest.approx(score.logprob, abs=1e-4)
     (text,) = ours.generate_until(instances("generate_until", [(context, {"max_gen_toks": 9})]))
-    alone = demo.generate([context], max_new_tokens=9, generation_strategy="autoregressive", exit_layer=2)
+    alone = demo.generate([context], max_new_tokens=9, generation_strategy="early_exit", exit_layer=2)
     assert text == alone[0].text
 
 
@@ -397,7 +397,7 @@ def test_bad_requests(tiny: layerskip.LanguageModel) -> None:
         ({"num_fewshot": -1}, "num_fewshot must be a whole number of at least 0, got -1"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
         ({"include_path": Path("nowhere")}, "nowhere is no folder"),
-        ({"config": GenerationConfig(generation_strategy="autoregressive", exit_layer=3)}, "name the exits"),
+        ({"config": GenerationConfig(generation_strategy="early_exit", exit_layer=3)}, "name the exits"),
     ],
 )
 def test_bad_arguments(demo: layerskip.LanguageModel, task_folder: Path, options: dict[str, Any], message: str) -> None:

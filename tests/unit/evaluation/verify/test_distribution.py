@@ -51,7 +51,7 @@ def test_noise_that_is_used_twice_is_rejected(lm: layerskip.LanguageModel) -> No
         result = draw_accepted(sampler, drafts, draft_probs, target_probs, **options)
         rows = torch.arange(len(drafts))
         scores = target_probs[rows, result[:, 2].clamp(max=1)].log().unsqueeze(1)
-        token = sampler.choose(scores, options["seeds"], options["first"], counters=[7] * len(drafts))
+        token = sampler.choose(scores, options["first"], counters=[7] * len(drafts))
         return torch.cat((result[:, :3], token), 1)
 
     config = GenerationConfig(temperature=0.9)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from layerskip.language_model import LanguageModel
-from layerskip.model.graphs.decoder import GraphDecoder
+from layerskip.model.decoders.graphs import GraphDecoder
 
 
 @pytest.fixture

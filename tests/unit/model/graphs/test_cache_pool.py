@@ -7,8 +7,8 @@ import torch
 
 from layerskip.errors import InvalidArgumentError
 from layerskip.model.cache import KVCache
+from layerskip.model.decoders.graphs import GraphDecoder
 from layerskip.model.graphs.cache_pool import GRAIN, CachePool
-from layerskip.model.graphs.decoder import GraphDecoder
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 
 from layerskip.model.cache import KVCache
 from layerskip.model.config.model_config import SLIDING
-from layerskip.model.graphs.decoder import GraphDecoder
+from layerskip.model.decoders.graphs import GraphDecoder
 from layerskip.model.graphs.static import DevicePositions, slots_for
 
 

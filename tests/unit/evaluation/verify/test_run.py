@@ -9,11 +9,8 @@ import pytest
 import torch
 
 import layerskip
-from layerskip.decoding.batch import Batch, Round
 from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.rounds import verifying as self_speculative
-from layerskip.decoding.rounds.drafting import Draft
-from layerskip.decoding.rounds.verifying import Verification
+from layerskip.decoding.rounds import verifying
 from layerskip.errors import InvalidArgumentError, PromptError
 from layerskip.evaluation.run_folder import SAMPLES_FILE, RunFolder
 from layerskip.evaluation.samples import SampleStore
@@ -50,17 +47,8 @@ def test_equal_texts_are_counted_for_each_setting(lm: layerskip.LanguageModel) -
 
 @pytest.fixture
 def accepts_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make every draft hold, right or wrong."""
-    honest = self_speculative.verify
-
-    def accepts_all(batch: Batch, draft: Draft, exits: Any) -> Verification:
-        rounds = honest(batch, draft, exits).rounds
-        for row, result in enumerate(rounds):
-            batch.cache.commit(row, len(result.drafts) - result.num_accepted)
-        wrong = [Round(drafts=r.drafts, num_accepted=len(r.drafts), token=r.token) for r in rounds]
-        return Verification(rounds=wrong)
-
-    monkeypatch.setattr(self_speculative, "verify", accepts_all)
+    """Accept every draft, right or wrong."""
+    monkeypatch.setattr(verifying, "accept_matching", lambda drafts, targets: len(drafts))
 
 
 @pytest.mark.parametrize("mode", ["greedy", "coupled"])

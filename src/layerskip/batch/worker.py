@@ -44,7 +44,7 @@ class BatchWorker:
         self._lm, self._seed, self._batch_size = work.load(), work.seed, work.batch_size
         self._config = self._lm.configure(work.config)
         check_exit_layer(self._config, self._lm.decoder)
-        self._lm.tokenizer  # noqa: B018  raises if there is none
+        self._lm.text_tokenizer  # noqa: B018  raises if there is none
 
     def __call__(self, lines: Sequence[Line]) -> Iterator[list[Record]]:
         """Records of lines as they are finished; those that can't be decoded have an `error`."""

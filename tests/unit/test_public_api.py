@@ -15,7 +15,7 @@ SIGNATURES = {
     "LanguageModel.encode": "self, prompts, *, special_tokens",
     "LanguageModel.encode_chat": "self, messages, *, template, tools, name",
     "LanguageModel.end_tokens": "self, prompt, template",
-    "LanguageModel.new_session": "self",
+    "LanguageModel.new_session": "self, slots",
     "LayerSkipRecipe": "model, config, *, seed",
     "LayerSkipRecipe.begin_step": "self, step, num_steps, *, rank, world_size",
     "LayerSkipTrainer": "model, args, *, layerskip, **kwargs",

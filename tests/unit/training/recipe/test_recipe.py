@@ -14,8 +14,8 @@ from layerskip.errors import InvalidArgumentError, UnsupportedModelError
 from layerskip.evaluation.inspect.exits import measure_exits
 from layerskip.training.config import LayerSkipConfig
 from layerskip.training.data.packing import IGNORED
-from layerskip.training.recipe.recipe import LayerSkipRecipe
 from layerskip.training.recipe import recipe as recipe_module
+from layerskip.training.recipe.recipe import LayerSkipRecipe
 
 PLAIN = LayerSkipConfig(dropout_max=0.0, exit_loss_scale=0.0)
 JOINT = LayerSkipConfig(dropout_max=0.0, exit_loss_scale=1.0, curriculum="all")

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from layerskip.training.config import LayerSkipConfig
 from layerskip.training.data.packing import IGNORED
+from layerskip.training.recipe import recipe as recipe_module
 from layerskip.training.recipe.layer_dropout import draw_kept
 from layerskip.training.recipe.recipe import LayerSkipRecipe
-from layerskip.training.recipe import recipe as recipe_module
 
 DROPPED = LayerSkipConfig(dropout_max=0.5, exit_loss_scale=1.0, exit_weights="equal", curriculum="all")
 # [4 samples, 4 layers]: all, some, one and none of the samples go through a layer.

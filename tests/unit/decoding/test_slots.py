@@ -196,6 +196,18 @@ def test_a_beginning_that_others_may_want_is_copied(house: Callable[..., House])
     home.check()
 
 
+def test_a_beginning_is_never_copied_onto_itself(house: Callable[..., House]) -> None:
+    """Even where the row that holds it is the least recently used one: another one makes room."""
+    home = house(2)
+    long, _ = home.add(BEGINNING + [1] * (LEAST_COPIED + 2))
+    other, _ = home.add([7, 7, 7])
+    home.leave(long)
+    home.leave(other)
+    assert home.add([*BEGINNING, 7, 8])[1] == LEAST_COPIED
+    assert home.slots.prefixes.match(long.tokens, DEPTH, {})[1] == len(long.tokens) - 1
+    home.check()
+
+
 def test_a_short_beginning_is_read_again_rather_than_copied(house: Callable[..., House]) -> None:
     home = house(3)
     long, _ = home.add(BEGINNING + [1] * LEAST_COPIED)

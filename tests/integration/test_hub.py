@@ -56,7 +56,7 @@ results = []
 for name, revision in json.loads(sys.argv[1]):
     try:
         found = checkpoint.open_checkpoint(name, revision=revision)
-        results.append({"folder": str(found.folder), "name": found.name})
+        results.append({"folder": str(found.hugging_face_folder), "name": found.name})
     except LayerSkipError as error:
         results.append({"error": type(error).__name__, "message": str(error)})
 print(json.dumps(results))

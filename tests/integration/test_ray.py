@@ -56,13 +56,13 @@ def texts(output: Path) -> list[tuple[int, list[int]]]:
     return [(record["index"], record["token_ids"]) for record in records]
 
 
-def work_of(model: Path) -> BatchWork:
-    return BatchWork(load=partial(load, str(model)), config=CONFIG, seed=5)
+def work_of(model: Path, batch_size: int) -> BatchWork:
+    return BatchWork(load=partial(load, str(model)), config=CONFIG, seed=5, batch_size=batch_size)
 
 
 def expected_texts(model: Path, prompts: Path, output: Path) -> list[tuple[int, list[int]]]:
     """What a single process writes."""
-    run_batch(work_of(model), read_lines(prompts)[0], PartialResults(output, CONFIG, {}), batch_size=3)
+    run_batch(work_of(model, 3), read_lines(prompts)[0], PartialResults(output, CONFIG, {}))
     return texts(output)
 
 
@@ -116,7 +116,7 @@ def test_a_killed_worker_loses_nothing(cluster: Any, model: Path, prompts: Path,
                 yield records
 
     results = PartialResults(tmp_path / "ray.jsonl", CONFIG, {})
-    summary = run_batch(work_of(model), read_lines(prompts)[0], results, mapper=kills, batch_size=1)
+    summary = run_batch(work_of(model, 1), read_lines(prompts)[0], results, mapper=kills, group_size=1)
     assert texts(tmp_path / "ray.jsonl") == expected_texts(model, prompts, tmp_path / "one.jsonl")
     assert summary.tokens == 12 * 24
     workers = {path.name.split("-")[0] for path in pids.iterdir()}

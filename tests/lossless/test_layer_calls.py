@@ -109,7 +109,7 @@ def test_what_is_counted_is_what_a_network_runs(
     """Drafts with fewer tokens run in a network of their own, and are counted with the others."""
     lm = make_lm(kernels="torch" if kernels == "draft vocabulary" else kernels)
     if kernels == "draft vocabulary":
-        lm = layerskip.load(str(lm.checkpoint.folder), device="cpu", kernels="torch", draft_vocabulary=20)
+        lm = layerskip.load(str(lm.checkpoint.hugging_face_folder), device="cpu", kernels="torch", draft_vocabulary=20)
     counted: list[Entry] = []
     ran: list[Entry] = []
     run_layer = TorchNetwork._run_layer

@@ -5,6 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from layerskip.decoding.engine import Event
 from layerskip.language_model import LanguageModel
@@ -221,14 +222,14 @@ def test_drafts_never_write_past_the_capacity(
 ) -> None:
     """The scratch slot behind the last one stays untouched by a lone row: it drafts no more than it can use."""
     caches, lm = [], make_lm()
-    verify = Decoder.verify
+    choose = Decoder.choose
 
-    def spy(self: Decoder, pending: Any, drafts: Any, cache: Any, draw: Any, num_layers: int) -> Any:
-        assert cache.lengths[0] + drafts.hidden.shape[1] <= cache.capacity
+    def spy(self: Decoder, inputs: Tensor, positions: Any, cache: Any, *rest: Any) -> Tensor:
+        assert cache.lengths[0] + inputs.shape[1] <= cache.capacity
         caches.append(cache)
-        return verify(self, pending, drafts, cache, draw, num_layers)
+        return choose(self, inputs, positions, cache, *rest)
 
-    monkeypatch.setattr(Decoder, "verify", spy)
+    monkeypatch.setattr(Decoder, "choose", spy)
     lm.generate([prompts[1]], max_new_tokens=13, num_speculations=8, exit_layer=3)
     cache = caches[-1]
     assert cache.capacity == len(prompts[1]) + 13

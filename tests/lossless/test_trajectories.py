@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from layerskip.decoding.config import GenerationConfig
+from layerskip.evaluation.setting import Setting
 from layerskip.evaluation.sweep.trajectories import record_trajectory, replay
 from layerskip.language_model import LanguageModel
 
@@ -22,10 +23,9 @@ def test_replays_are_exact(lm: LanguageModel, prompts: list[list[int]], max_new_
             for exit_layer in exits:
                 for length in (1, 4):
                     stats = decode(lm, prompt, config, exit_layer=exit_layer, num_speculations=length).stats
-                    found = replay(trajectory, exit_layer, length)
+                    found = replay(trajectory, Setting(exit_layer, length))
                     assert (found.drafted, found.accepted) == (stats.drafted, stats.accepted)
                     assert sum(found.rounds.values()) == stats.rounds
-                    assert found.acceptance_rate == stats.acceptance_rate
                     accepted += found.accepted
     assert accepted > 0 or max_new_tokens <= 2
 
@@ -35,7 +35,7 @@ def test_texts_that_fill_the_context(lm: LanguageModel) -> None:
     trajectory = record_trajectory(lm, [5, 6, 7], [2], config)
     assert len(trajectory.token_ids) == lm.decoder.max_context - 3
     stats = decode(lm, [5, 6, 7], config, exit_layer=2, num_speculations=6).stats
-    found = replay(trajectory, 2, 6)
+    found = replay(trajectory, Setting(2, 6))
     assert (found.drafted, found.accepted, sum(found.rounds.values())) == (stats.drafted, stats.accepted, stats.rounds)
 
 

@@ -14,7 +14,7 @@ from layerskip.cli.flags.ray import RayArguments, check_ray
 from layerskip.cli.terminal.progress import show_progress
 from layerskip.cli.terminal.terminal import load_model, make_console, open_model
 from layerskip.cli.workers import keep_output_clean, make_mapper, model_loader
-from layerskip.decoding.config import GenerationConfig
+from layerskip.decoding.config import GenerationConfig, Strategy
 from layerskip.errors import InvalidArgumentError
 from layerskip.files import to_json
 
@@ -55,7 +55,7 @@ class EvalArguments:
     """Solved examples in each prompt; the task's own number if not given."""
     exit_layers: Annotated[str | None, arg(metavar="E,E,...")] = None
     """Exit layers to evaluate, or 'all'; all layers of the model if not given."""
-    generation_strategy: Literal["autoregressive", "early_exit", "self_speculative", "adaptive", "ngram"] | None = None
+    generation_strategy: Strategy | None = None
     """How texts are written with all layers, as in generate; earlier exits write one token a step. early_exit:
     evaluate the exit that exit_layer or exit_layers names."""
     exit_layer: Annotated[int | None, arg(metavar="E")] = None

@@ -345,7 +345,7 @@ class Decoder:
             drafts=[row[:length] for row in both],
             targets=[row[length:] for row in both],
             confidences=drafts.confidences,
-            seconds_drafting=self.stopwatch.between(start, middle),
+            seconds_drafting=self.stopwatch.between(start, middle) if length else 0.0,
             seconds_verifying=self.stopwatch.between(middle, end),
         )
 

@@ -140,7 +140,6 @@ class Engine:
         row.recorder.cached_tokens = self._slots.claim(row, reading)
         self._homes[row] = home
         self._new.append((row, home))
-        self._settle()
         return row
 
     def step(self) -> list[Event]:
@@ -152,7 +151,9 @@ class Engine:
         Raises:
             NotFiniteError: A token could not be chosen.
         """
-        self._start_new()
+        if self._new:
+            self._settle()
+            self._start_new()
         events: list[Event] = []
         for batch in list(self._running):
             events += self._run(batch)

@@ -51,7 +51,7 @@ class PrefixStore:
             places: Cache rows; at least one.
         """
         order = {place: age for age, place in enumerate(self._idle)}
-        return min(places, key=lambda place: order.get(place, -1))
+        return min(places, key=lambda place: order.get(place, -1)) if order else next(iter(places))
 
     def match(self, tokens: Sequence[int], num_layers: int, running: dict[int, Prefix]) -> tuple[int, int]:
         """The row, idle or running, whose sequence has the longest beginning in common with some tokens.

@@ -14,6 +14,7 @@ from layerskip.decoding.row import Row
 from layerskip.decoding.sampler import Sampler, looks_back
 from layerskip.model.cache import KVCache
 from layerskip.model.decoder import Decoder
+from layerskip.model.drafts import DraftRequest
 
 Needs = Literal["tokens", "contexts", "distributions", "distributions one by one"]
 """What the rows of a batch need of the network: tokens only; logits, because penalties look at the sequence; or
@@ -82,7 +83,7 @@ class Batch:
         if self._placed == self.rows:
             return
         self._placed = list(self.rows)
-        for name in ("seeds", "samples", "sampler"):
+        for name in ("seeds", "samples", "sampler", "step_request"):
             self.__dict__.pop(name, None)
         self.end_rest()
 
@@ -117,6 +118,11 @@ class Batch:
     def sampler(self) -> Sampler:
         """The rows' distributions, and draws from them."""
         return Sampler([row.request.config for row in self.rows], self.seeds)
+
+    @cached_property
+    def step_request(self) -> DraftRequest:
+        """What the network is asked for a step without drafts."""
+        return DraftRequest(exit_layer=0, num_drafts=0, draw=self.sampler.draw)
 
     def sampler_of(self, places: Sequence[int]) -> Sampler:
         """The sampler of some of the rows."""

@@ -1,7 +1,7 @@
 """The engine: requests join, every step gives tokens, rows leave. It knows tokens only; text is `output`'s."""
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from layerskip.decoding.adaptive.experience import Experience
 from layerskip.decoding.batch import Batch, batch_key, needs_of
@@ -17,7 +17,7 @@ from layerskip.model.decoder import Decoder
 from layerskip.model.finite import NO_TOKEN, not_finite
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Event:
     """Tokens that a row has gained: first accepted drafts, then the target's own token."""
 
@@ -239,8 +239,8 @@ class Engine:
                 result = self._rest(batch, plan)
             else:
                 result = run_round(batch, plan)
-                settled = decoder.provisional_rounds == provisional
-                result = replace(result, seconds=time.perf_counter() - started, settled=settled)
+                result.seconds = time.perf_counter() - started
+                result.settled = decoder.provisional_rounds == provisional
                 policy.observe(plan, result)
             if plan.source != "none" or plan.probe:
                 for row in batch.rows:

@@ -28,7 +28,7 @@ class Plan:
     """Steps without drafts to take before the policy is asked again; 0: one round, which is observed."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class RoundResult:
     """What a plan gave."""
 

@@ -334,8 +334,16 @@ class Decoder:
         pending = self.pending(tokens)
         if drafts is None and request.exit_layer and request.num_drafts:
             drafts = self.draft(pending, cache, request)
-        drafts = drafts or Drafts(tokens=pending[:, :0])
-        middle, length = self.stopwatch.mark(), drafts.tokens.shape[1]
+        middle = self.stopwatch.mark()
+        if drafts is None:  # a step: every operator between two passes counts
+            positions = self.place(cache, cache.lengths, 1)
+            chosen = self.choose(pending, positions, cache, 0, num_layers, request.draw).tolist()
+            return RoundTokens(
+                drafts=[[] for _ in chosen],
+                targets=chosen,
+                seconds_verifying=self.stopwatch.between(middle, self.stopwatch.mark()),
+            )
+        length = drafts.tokens.shape[1]
         inputs = torch.cat((pending, drafts.tokens), 1) if drafts.hidden is None else drafts.hidden
         positions = self.place(cache, cache.lengths, inputs.shape[1])
         targets = self.choose(inputs, positions, cache, drafts.exit_layer, num_layers, request.draw)

@@ -62,7 +62,7 @@ class Drafts:
     """K x [B, V] distributions that the drafts were drawn from, where acceptance needs them."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class RoundTokens:
     """Tokens of a whole round, on the host."""
 

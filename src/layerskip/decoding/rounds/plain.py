@@ -7,7 +7,6 @@ import torch
 
 from layerskip.decoding.batch import Batch
 from layerskip.decoding.policy import RoundResult
-from layerskip.model.drafts import DraftRequest
 
 PREFILL_CHUNK = 1024
 """Tokens of a prompt that are read at once: this bounds the memory of masks and activations."""
@@ -57,8 +56,7 @@ def step(batch: Batch) -> RoundResult:
         scores = sampler.scores(decoder.unembed(hidden), batch.contexts())
         chosen = sampler.choose(scores, [len(row.tokens) for row in batch.rows]).tolist()
     else:
-        request = DraftRequest(exit_layer=0, num_drafts=0, draw=sampler.draw)
-        chosen = decoder.round(batch.last_tokens, cache, request, batch.depth).targets
+        chosen = decoder.round(batch.last_tokens, cache, batch.step_request, batch.depth).targets
     for row in range(batch.num_rows):
         cache.commit(row, 1)
     return RoundResult(

@@ -109,6 +109,7 @@ class Decoder:
         device: torch.device,
         max_context: int,
         token_ids: Tensor | None = None,
+        calls: LayerCalls | None = None,
     ) -> None:
         """Put a network together from loaded weights (`checkpoint.loading.network.load_decoder` does that).
 
@@ -121,13 +122,14 @@ class Decoder:
             device: Where everything lives.
             max_context: Longest sequence in tokens that may be run.
             token_ids: [N] ids of the head's outputs, where it has some only.
+            calls: Counts the layers entered, also those of another decoder; a counter of its own if not given.
         """
         self.config = config
         self.dtype = dtype
         self.device = device
         self.max_context = max_context
         self.stopwatch = Stopwatch(device)
-        self.calls = LayerCalls()
+        self.calls = calls or LayerCalls()
         """Layers entered so far, those of drafts included."""
         self._token_ids = token_ids
         self._drafter: Drafter | None = None
@@ -172,8 +174,8 @@ class Decoder:
             calls.count, calls.observer = count, observer
 
     def set_drafter(self, decoder: "Decoder", *, num_layers: int, shares_states: bool) -> None:
-        """Let another decoder draft, at exits up to `num_layers`; it uses this one's caches and counts its layers."""
-        decoder.calls = self.calls
+        """Let another decoder draft, at exits up to `num_layers`; it shares this one's caches and counter of layers."""
+        assert decoder.calls is self.calls
         self._drafter = Drafter(decoder=decoder, num_layers=num_layers, shares_states=shares_states)
 
     def drafter(self, exit_layer: int) -> Drafter:

@@ -24,7 +24,7 @@ from layerskip.checkpoint.loading.tensors import (
 from layerskip.model.blocks import BlockWeight
 from layerskip.model.config.families import FAMILIES
 from layerskip.model.config.model_config import ModelConfig
-from layerskip.model.decoder import Decoder
+from layerskip.model.decoder import Decoder, LayerCalls
 from layerskip.model.native.memory import map_private
 from layerskip.model.rope import RopeTable
 from layerskip.model.torch.linear import AnyLinear
@@ -95,7 +95,7 @@ class _Loader(Generic[AnyLinear]):
         if draft.quantize is not None:
             layers = [loader._layer(index) for index in range(max(1, self._config.num_layers // 2))]
         tokens = None if draft.tokens is None else torch.tensor(draft.tokens, device=plan.device)
-        drafter = loader._decoder(shared, layers, loader._draft_head(tokens), plan, tokens)
+        drafter = loader._decoder(shared, layers, loader._draft_head(tokens), plan, tokens, decoder.calls)
         decoder.set_drafter(drafter, num_layers=len(layers), shares_states=draft.quantize is None)
 
     def _decoder(
@@ -105,6 +105,7 @@ class _Loader(Generic[AnyLinear]):
         head: AnyLinear,
         plan: LoadingPlan,
         tokens: Tensor | None = None,
+        calls: LayerCalls | None = None,
     ) -> Decoder:
         """A decoder with these layers and this head."""
         return self._builder.decoder(
@@ -117,6 +118,7 @@ class _Loader(Generic[AnyLinear]):
             device=plan.device,
             max_context=plan.context,
             token_ids=tokens,
+            calls=calls,
         )
 
     def _tables(self) -> tuple[Tensor | BlockWeight, AnyLinear]:

@@ -55,17 +55,7 @@ def accept_block(
 ) -> tuple[Tensor, Tensor]:
     """Accept the longest prefix that passes a test of the block as a whole; keeps at least as many drafts on average.
 
-    Source: arXiv:2403.10444, algorithm 2.
-
-    Args:
-        drafts: [B, K] token ids, drawn from `draft_probs`.
-        draft_probs: [B, K, V].
-        target_probs: [B, K + 1, V].
-        uniforms: [B, K], independent in [0, 1).
-        num_drafts: [B].
-
-    Returns:
-        [B] accepted drafts, and [B, V] the distribution of the token after them.
+    Arguments and result are those of `accept_rejection`. Source: arXiv:2403.10444, algorithm 2.
     """
     num_rows, length = drafts.shape
     ratios = _at(target_probs[:, :-1], drafts) / _at(draft_probs, drafts)

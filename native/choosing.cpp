@@ -59,6 +59,9 @@ void choose(const ChooseCall& call) {
     for (int64_t token = 0; call.tokens != nullptr && token < tokens; ++token)
         embed(*call.embedding, call.tokens[token], size, call.hidden + token * size);
     run_layers(network, call.hidden, call.rows, call.queries, call.starts, *call.cache, call.start, call.stop);
+    if (network.adapter >= 0)
+        run_layers(network, call.hidden, call.rows, call.queries, call.starts, *call.cache, network.adapter,
+                   network.adapter + 1);
     std::vector<float> logits(tokens * network.head.outputs);
     std::vector<int64_t> first(call.starts, call.starts + call.rows);
     for (int64_t& position : first) ++position;
@@ -70,7 +73,8 @@ void choose(const ChooseCall& call) {
 int32_t draft(const DraftCall& call) {
     const Network& network = *call.network;
     const int64_t rows = call.rows, size = network.hidden_size, outputs = network.head.outputs;
-    std::vector<float> logits(rows * outputs), chances(rows, 1.0f);
+    const bool adapts = network.adapter >= 0;
+    std::vector<float> logits(rows * outputs), chances(rows, 1.0f), adapted(adapts ? rows * size : 0);
     std::vector<int64_t> positions(call.starts, call.starts + rows);
     int32_t num_drafts = call.num_drafts;
     for (int32_t index = 0; index < num_drafts + (call.complete ? 1 : 0); ++index) {
@@ -78,10 +82,18 @@ int32_t draft(const DraftCall& call) {
         const int64_t* last = index == 0 ? call.tokens : call.drafts + (index - 1) * rows;
         for (int64_t row = 0; row < rows; ++row) embed(*call.embedding, last[row], size, hidden + row * size);
         run_layers(network, hidden, call.rows, 1, positions.data(), *call.cache, 0, call.exit_layer);
-        if (index == num_drafts) break;
+        if (index == num_drafts) {
+            if (adapts) write_keys(network, hidden, call.rows, 1, positions.data(), *call.cache, network.adapter);
+            break;
+        }
+        if (adapts) {
+            std::copy(hidden, hidden + rows * size, adapted.begin());
+            run_layers(network, adapted.data(), call.rows, 1, positions.data(), *call.cache, network.adapter,
+                       network.adapter + 1);
+        }
         int64_t* chosen = call.drafts + index * rows;
         for (int64_t& position : positions) ++position;
-        choose_outputs(network, hidden, call.rows, 1, positions.data(), call.sampling, logits.data(), chosen);
+        choose_outputs(network, adapts ? adapted.data() : hidden, call.rows, 1, positions.data(), call.sampling, logits.data(), chosen);
         if (*std::min_element(chosen, chosen + rows) < 0) return -1;
         float total = 0;
         for (int64_t row = 0; call.stop_rule != nullptr && row < rows; ++row) {

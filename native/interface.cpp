@@ -36,6 +36,11 @@ void layerskip_run_layers(const RunLayersCall* call) {
                call->stop);
 }
 
+void layerskip_write_keys(const RunLayersCall* call) {
+    Lock lock(Team::in_use());
+    write_keys(*call->network, call->hidden, call->rows, call->queries, call->starts, *call->cache, call->start);
+}
+
 void layerskip_unembed(const Network* network, const float* hidden, int32_t tokens, float* logits) {
     Lock lock(Team::in_use());
     unembed(*network, hidden, tokens, logits);
@@ -98,7 +103,7 @@ void layerskip_gumbel(const uint64_t* keys, int64_t positions, int64_t count, fl
                     [&](int64_t position) { gumbel(keys[position], count, out + position * count); });
 }
 
-int32_t layerskip_interface() { return 5; }
+int32_t layerskip_interface() { return 6; }
 
 int32_t layerskip_runs_here() { return runs_here(); }
 

@@ -72,10 +72,13 @@ extern "C" {
 
 void layerskip_run_layers(const RunLayersCall* call);
 
+// Write the keys and values of layer `start` for its input, without running it.
+void layerskip_write_keys(const RunLayersCall* call);
+
 // logits [tokens, V padded to whole panels] of hidden [tokens, D]: final norm and head.
 void layerskip_unembed(const Network* network, const float* hidden, int32_t tokens, float* logits);
 
-// The token after each of a block: layers start..stop-1, final norm, head, then the likeliest token or a sampled one,
+// The token after each of a block: layers start..stop-1, the network's adapter if it has one, final norm, head, then the likeliest token or a sampled one,
 // whose noise is that of its position, which is one more than its predecessor's.
 void layerskip_choose(const ChooseCall* call);
 

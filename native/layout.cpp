@@ -32,15 +32,16 @@ const char* layerskip_layout() {
                  {FIELD(Linear, panels), FIELD(Linear, scales), FIELD(Linear, bias), FIELD(Linear, inputs),
                   FIELD(Linear, outputs), FIELD(Linear, format), FIELD(Linear, padding)}) +
         describe("Layer", sizeof(Layer),
-                 {FIELD(Layer, qkv), FIELD(Layer, o), FIELD(Layer, gate_up), FIELD(Layer, down),
+                 {FIELD(Layer, input), FIELD(Layer, qkv), FIELD(Layer, o), FIELD(Layer, gate_up), FIELD(Layer, down),
                   FIELD(Layer, attention_norm), FIELD(Layer, q_norm), FIELD(Layer, k_norm),
                   FIELD(Layer, post_attention_norm), FIELD(Layer, mlp_norm), FIELD(Layer, post_mlp_norm),
                   FIELD(Layer, cosines), FIELD(Layer, sines), FIELD(Layer, window)}) +
         describe("Network", sizeof(Network),
                  {FIELD(Network, layers), FIELD(Network, final_norm), FIELD(Network, head), FIELD(Network, token_ids),
-                  FIELD(Network, hidden_size), FIELD(Network, num_heads), FIELD(Network, num_kv_heads),
+                  FIELD(Network, exits), FIELD(Network, hidden_size), FIELD(Network, num_heads), FIELD(Network, num_kv_heads),
                   FIELD(Network, head_dim), FIELD(Network, rotary_dim), FIELD(Network, intermediate_size),
                   FIELD(Network, vocab_size), FIELD(Network, activation), FIELD(Network, threads),
+                  FIELD(Network, num_layers), FIELD(Network, num_adapters), FIELD(Network, adapter),
                   FIELD(Network, rms_norm_eps), FIELD(Network, attention_scale)}) +
         describe("Cache", sizeof(Cache),
                  {FIELD(Cache, keys), FIELD(Cache, values), FIELD(Cache, layer_stride), FIELD(Cache, row_stride),

@@ -13,6 +13,7 @@ namespace layerskip {
 enum Activation : int32_t { kSilu = 0, kGeluTanh = 1, kGelu = 2 };
 
 struct Layer {
+    Linear input;                      // D -> D, before all else; without panels but in exit adapters
     Linear qkv;                        // D -> (H + 2 H_kv) D_head
     Linear o;                          // H D_head -> D
     Linear gate_up;                    // D -> 2 I, panels of gate and up in turn
@@ -28,11 +29,14 @@ struct Layer {
     int64_t window;                    // tokens that a query attends to, itself included; 0: all
 };
 
+// An exit adapter is a layer that was trained to predict from the output of an earlier layer than the last. A pass over
+// its exit writes its keys and values as well, so that drafting can begin there after any token.
 struct Network {
-    const Layer* layers;        // [L]
+    const Layer* layers;        // [L + A]: the layers, then the exit adapters
     const float* final_norm;    // [D]
     Linear head;                // D -> V
     const int64_t* token_ids;   // [V] ids of the head's outputs; null: their numbers
+    const int32_t* exits;       // [A], the number of layers before each exit adapter
     int32_t hidden_size;        // D
     int32_t num_heads;          // H
     int32_t num_kv_heads;       // H_kv
@@ -42,6 +46,9 @@ struct Network {
     int32_t vocab_size;         // V, outputs of the head
     int32_t activation;
     int32_t threads;
+    int32_t num_layers;         // L
+    int32_t num_adapters;       // A
+    int32_t adapter;            // the layer that adapts what norm and head read; -1: none
     float rms_norm_eps;
     float attention_scale;
 };

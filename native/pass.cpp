@@ -59,10 +59,11 @@ class Pass {
     void run(int start, int stop) {
         for (int index = start; index < stop; ++index) {
             const Layer& layer = net_.layers[index];
+            if (layer.input.panels != nullptr) project_input(layer);
             norm_tokens(hidden_, layer.attention_norm);
             product(layer.qkv, normed_, qkv_, false);
             team_.barrier();
-            place_keys(layer, index);
+            place_keys(layer, index, 0);
             team_.barrier();
             attention_.run(qkv_, attended_, index, layer.window);
             add_product(layer.o, attended_, layer.post_attention_norm);
@@ -72,7 +73,27 @@ class Pass {
             team_.barrier();
             add_product(layer.down, inner_, layer.post_mlp_norm);
             team_.barrier();
+            if (index + 1 < stop) write_adapter_keys(index + 1);
         }
+    }
+
+    // Keys and values of a layer for its input `hidden`; ends without a barrier, as the next step begins with one.
+    void write_keys(int index) {
+        const Layer& layer = net_.layers[index];
+        const float* x = hidden_;
+        if (layer.input.panels != nullptr) {
+            product(layer.input, hidden_, out_, false);
+            team_.barrier();
+            x = out_;
+        }
+        norm_tokens(x, layer.attention_norm);
+        int start, stop;
+        const int first = net_.num_heads * net_.head_dim / kPanel, panels = layer.qkv.outputs / kPanel;
+        share(panels - first, member_, team_.size(), start, stop);
+        multiply(layer.qkv, normed_, layer.qkv.inputs, tokens_, qkv_, layer.qkv.outputs, first + start, first + stop,
+                 false);
+        team_.barrier();
+        place_keys(layer, index, net_.num_heads);
     }
 
     void logits(float* to) {
@@ -81,6 +102,21 @@ class Pass {
     }
 
   private:
+    void write_adapter_keys(int exit) {
+        for (int adapter = 0; adapter < net_.num_adapters; ++adapter)
+            if (net_.exits[adapter] == exit) write_keys(net_.num_layers + adapter);
+    }
+
+    // hidden = hidden W^T; ends with a barrier.
+    void project_input(const Layer& layer) {
+        product(layer.input, hidden_, out_, false);
+        team_.barrier();
+        const int64_t size = net_.hidden_size;
+        for (int token = member_; token < tokens_; token += team_.size())
+            std::copy(out_ + token * size, out_ + (token + 1) * size, hidden_ + token * size);
+        team_.barrier();
+    }
+
     // Norms of all tokens into the shared buffer; ends with a barrier.
     void norm_tokens(const float* x, const float* weight) {
         const int64_t size = net_.hidden_size;
@@ -122,13 +158,13 @@ class Pass {
         }
     }
 
-    // Head norms and rotation of queries (in place) and keys, and keys and values into the cache.
-    void place_keys(const Layer& layer, int index) {
-        const int heads = net_.num_heads + 2 * net_.num_kv_heads;
+    // Head norms and rotation of queries (in place) and keys, and keys and values into the cache; from head `first` on.
+    void place_keys(const Layer& layer, int index, int first) {
+        const int heads = net_.num_heads + 2 * net_.num_kv_heads, used = heads - first;
         const int64_t head_dim = net_.head_dim;
-        for (int task = member_; task < tokens_ * heads; task += team_.size()) {
-            const int token = task / heads, head = task % heads;
-            float* x = qkv_ + task * head_dim;
+        for (int task = member_; task < tokens_ * used; task += team_.size()) {
+            const int token = task / used, head = first + task % used;
+            float* x = qkv_ + (token * heads + head) * head_dim;
             if (head < net_.num_heads) {
                 turn(layer, layer.q_norm, x, token, x);
                 continue;
@@ -171,10 +207,10 @@ float* workspace(int64_t floats) {
     return kept.data();
 }
 
-}  // namespace
-
-void run_layers(const Network& network, float* hidden, int32_t rows, int32_t queries, const int64_t* starts,
-                const Cache& cache, int32_t start, int32_t stop) {
+// Call body(pass) on every member for blocks of the tokens.
+template <typename Body>
+void in_blocks(const Network& network, float* hidden, int32_t rows, int32_t queries, const int64_t* starts,
+               const Cache& cache, const Body& body) {
     Team& team = Team::of(network.threads);
     float* shared = workspace(Pass::shared_floats(network));
     const int64_t total = static_cast<int64_t>(rows) * queries;
@@ -183,9 +219,23 @@ void run_layers(const Network& network, float* hidden, int32_t rows, int32_t que
         for (int64_t token = begin; token < std::min(total, begin + kChunk); ++token)
             block.add(token / queries, starts[token / queries] + token % queries);
         team.run([&](int member, int) {
-            Pass(network, cache, hidden + begin * network.hidden_size, block, shared, team, member).run(start, stop);
+            Pass pass(network, cache, hidden + begin * network.hidden_size, block, shared, team, member);
+            body(pass);
         });
     }
+}
+
+}  // namespace
+
+void run_layers(const Network& network, float* hidden, int32_t rows, int32_t queries, const int64_t* starts,
+                const Cache& cache, int32_t start, int32_t stop) {
+    in_blocks(network, hidden, rows, queries, starts, cache, [&](Pass& pass) { pass.run(start, stop); });
+}
+
+void write_keys(const Network& network, const float* hidden, int32_t rows, int32_t queries, const int64_t* starts,
+                const Cache& cache, int32_t layer) {
+    float* input = const_cast<float*>(hidden);  // a pass changes its input, but not here
+    in_blocks(network, input, rows, queries, starts, cache, [&](Pass& pass) { pass.write_keys(layer); });
 }
 
 void unembed(const Network& network, const float* hidden, int32_t tokens, float* logits) {

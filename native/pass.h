@@ -7,10 +7,14 @@
 
 namespace layerskip {
 
-// Run layers start..stop-1 over `queries` consecutive tokens of each row, row b's from position starts[b] on. hidden
+// Run layers start..stop-1, and write the keys of adapters between them, over `queries` consecutive tokens of each row, row b's from position starts[b] on. hidden
 // [rows, queries, D] is changed in place; keys and values go into the cache.
 void run_layers(const Network& network, float* hidden, int32_t rows, int32_t queries, const int64_t* starts,
                 const Cache& cache, int32_t start, int32_t stop);
+
+// Write the keys and values of one layer for its input; hidden stays as it is.
+void write_keys(const Network& network, const float* hidden, int32_t rows, int32_t queries, const int64_t* starts,
+                const Cache& cache, int32_t layer);
 
 // logits [tokens, V padded to whole panels] of hidden [tokens, D]: final norm and head.
 void unembed(const Network& network, const float* hidden, int32_t tokens, float* logits);

@@ -21,20 +21,23 @@ if TYPE_CHECKING:
     from layerskip.machine import __version__
     from layerskip.training.config import (
         CheckpointConfig,
+        ExitAdapterConfig,
         LayerSkipConfig,
         OptimizationConfig,
         StartConfig,
         TrainingConfig,
     )
     from layerskip.training.data.config import DataConfig
+    from layerskip.training.output.result import TrainingResult
     from layerskip.training.recipe.recipe import LayerSkipRecipe
-    from layerskip.training.run import TrainingResult, train
+    from layerskip.training.run import train
     from layerskip.training.trainer import LayerSkipTrainer
 
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "DraftEvent",
+    "ExitAdapterConfig",
     "FinishEvent",
     "GenerationConfig",
     "GenerationResult",
@@ -71,14 +74,22 @@ _MODULES = {
     "LoadingConfig": "checkpoint.loading.config",
     **dict.fromkeys(("LanguageModel", "Session", "load"), "language_model"),
     **dict.fromkeys(
-        ("CheckpointConfig", "LayerSkipConfig", "OptimizationConfig", "StartConfig", "TrainingConfig"),
+        (
+            "CheckpointConfig",
+            "ExitAdapterConfig",
+            "LayerSkipConfig",
+            "OptimizationConfig",
+            "StartConfig",
+            "TrainingConfig",
+        ),
         "training.config",
     ),
     "__version__": "machine",
     "DataConfig": "training.data.config",
     "LayerSkipRecipe": "training.recipe.recipe",
     "LayerSkipTrainer": "training.trainer",
-    **dict.fromkeys(("TrainingResult", "train"), "training.run"),
+    "TrainingResult": "training.output.result",
+    "train": "training.run",
 }
 
 

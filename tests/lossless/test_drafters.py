@@ -9,8 +9,7 @@ from engines import generate
 from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.policy import BatchView, DraftSource, Plan, RoundResult
 from layerskip.language_model import LanguageModel
-from layerskip.model.confidence import CONFIDENCE_CLASSES
-from layerskip.model.drafts import StopRule
+from layerskip.model.drafts import CONFIDENCE_CLASSES, StopRule
 
 SAMPLED = {"temperature": 0.9, "top_k": 12, "seed": 5}
 REPEATING = [3, 1, 4, 1, 5, 3, 1, 4, 1, 5, 3, 1, 4]

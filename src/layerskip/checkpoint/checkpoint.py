@@ -1,16 +1,18 @@
 """Checkpoints: a name, a folder or a hub id -> configuration, memory-mapped weights, tokenizer, network."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from layerskip.checkpoint.contents import Contents
+from layerskip.checkpoint.exit_adapters import has_adapters, read_adapters
 from layerskip.checkpoint.folder import HuggingFaceFolder
 from layerskip.checkpoint.gguf.file import SUFFIX, GGUFFile, find_gguf
 from layerskip.checkpoint.hub import download
 from layerskip.checkpoint.known_file import Report
+from layerskip.checkpoint.loading.adapters import AdapterSet, check_base, describe_base
 from layerskip.checkpoint.loading.config import LoadingConfig
 from layerskip.checkpoint.loading.network import load_decoder
 from layerskip.checkpoint.loading.plan import plan_loading
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEMO_NAME = "demo"
-DEMO_FOLDER = Path(__file__).parents[1] / "assets" / "demo"
+ASSETS = Path(__file__).parents[1] / "assets"
+DEMO_FOLDER = ASSETS / "demo"
 WAYS_TO_NAME = f"{', '.join([repr(DEMO_NAME), *map(repr, MODELS)])}, a folder, a GGUF file, or a hub id ('owner/name')"
 """What a model can be called, for messages."""
 
@@ -45,6 +48,11 @@ class CheckpointFiles(Protocol):
     @property
     def tuned_file(self) -> Path:
         """Where a sweep keeps the best setting (`tuned.py`)."""
+        ...
+
+    @property
+    def adapters_folder(self) -> Path:
+        """Where exit adapters that belong to the model are."""
         ...
 
     @property
@@ -164,6 +172,38 @@ class Checkpoint:
         """Format, bytes and types of the weights on disk."""
         return self.files.contents
 
+    def find_exit_adapters(self, where: str | Path | None = "auto") -> AdapterSet | None:
+        """The exit adapters in a folder, or with `auto` those that belong to this checkpoint.
+
+        Those are in the checkpoint's own folder; for a named model they may also come with this package.
+
+        Returns:
+            None if none are wanted (`where` is None), or with `auto` if there are none.
+
+        Raises:
+            InvalidArgumentError: They were trained for another model.
+            CheckpointError: The folder has none, or they can't be read.
+        """
+        if where is None:
+            return None
+        if where != "auto":
+            adapters = read_adapters(Path(where).expanduser())
+        elif has_adapters(self.files.adapters_folder):
+            adapters = read_adapters(self.files.adapters_folder)
+        else:
+            return self._embedded_adapters()
+        check_base(adapters, self.name, self.network_config, self.weights)
+        return adapters
+
+    def _embedded_adapters(self) -> AdapterSet | None:
+        """What comes with this package for a named model, if the file is the one that it was made for."""
+        folder = ASSETS / self.name
+        if self.name not in MODELS or not has_adapters(folder):
+            return None
+        adapters = read_adapters(folder)
+        fits = adapters.base == describe_base(adapters.base.name, self.network_config, self.weights)
+        return adapters if fits else None
+
     def load_decoder(self, config: LoadingConfig | None = None) -> Decoder:
         """Load the network.
 
@@ -177,7 +217,8 @@ class Checkpoint:
             CheckpointError: Anything wrong with the files.
         """
         plan = plan_loading(self, config or LoadingConfig())
-        return load_decoder(self.network_config, self.weights, plan)
+        exits = () if plan.adapters is None else sorted(adapter.exit_layer for adapter in plan.adapters.adapters)
+        return load_decoder(replace(self.network_config, adapted_exits=tuple(exits)), self.weights, plan)
 
     def _tokenizer_eos(self) -> tuple[int, ...]:
         try:

@@ -116,6 +116,11 @@ class HuggingFaceFolder:
         return self.folder / TUNED_FILE
 
     @property
+    def adapters_folder(self) -> Path:
+        """Where exit adapters that belong to the model are: with it."""
+        return self.folder
+
+    @property
     def contents(self) -> Contents:
         """Bytes and types of the tensors."""
         return self.weights.contents()

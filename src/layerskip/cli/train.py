@@ -19,7 +19,7 @@ from layerskip.training.config import TrainingConfig
 from layerskip.training.settings_file import read_settings
 
 if TYPE_CHECKING:
-    from layerskip.training.run import TrainingResult
+    from layerskip.training.output.result import TrainingResult
 
 BAR_WIDTH = 24
 
@@ -29,7 +29,7 @@ class TrainArguments(TrainingConfig):
     """Train a model with the LayerSkip recipe: layers are dropped, and early exits learn to predict.
 
     Go on with a trained model (--model), or start from scratch (--config). The result is a plain checkpoint of Hugging
-    Face's format.
+    Face's format. With --exit-adapters the model stays as it is, and small blocks at these exits learn to draft.
 
     Example: layerskip train --config small --data python-stdlib --output runs/small --max-steps 2000
     """
@@ -105,9 +105,8 @@ def _report(arguments: TrainArguments, result: "TrainingResult") -> None:
         table.add_column("with the last layer")
         table.add_column("ideal speedup", justify="right")
         block = "#" if console.options.ascii_only else "█"
-        for quality in result.exits:
+        for quality, speedup in zip(result.exits, result.speedups, strict=True):
             bar = block * round(quality.agreement * BAR_WIDTH)
-            speedup = result.speedups[quality.exit_layer - 1]
             table.add_row(
                 str(quality.exit_layer),
                 f"{quality.loss:.3f}",
@@ -121,6 +120,10 @@ def _report(arguments: TrainArguments, result: "TrainingResult") -> None:
         console.print(too_long, soft_wrap=True)
     if plot is not None:
         console.print(f"agreement by exit: {plot}", soft_wrap=True)
+    if arguments.adapters.exit_adapters:
+        hint = f"try layerskip generate --model {arguments.start.model} --exit-adapters {result.output}"
+        console.print(f"the exit adapters are in {result.output}: {hint}", soft_wrap=True)
+        return
     hint = f"the model is in {result.output}: try layerskip generate --model {result.output}"
     if len(result.speedups) > 1:  # the last exit is the model itself
         best = max(result.speedups[:-1], key=lambda speedup: speedup.speedup)

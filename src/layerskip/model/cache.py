@@ -1,6 +1,7 @@
 """Static K/V cache with ragged rows: lengths move, tensors never do.
 
-Shapes: L layers, B rows, T capacity in tokens, H_kv key/value heads, D_head channels of a head.
+Shapes: L layers, exit adapters included, B rows, T capacity in tokens, H_kv key/value heads, D_head channels of a
+head.
 The layout is [L, B, T + 1, H_kv, D_head]: a token's heads lie together, so that writing a block of tokens is one copy.
 The extra last slot is scratch: a row that has no room left writes there, and no query that counts ever reads it.
 """
@@ -43,7 +44,7 @@ class KVCache:
         """
         if num_rows < 1 or capacity < 1:
             raise InvalidArgumentError(f"a cache needs at least 1 row and 1 token, got {num_rows} and {capacity}")
-        shape = (config.num_layers, num_rows, capacity + 1, config.num_key_value_heads, config.head_dim)
+        shape = (config.num_cached_layers, num_rows, capacity + 1, config.num_key_value_heads, config.head_dim)
         needed = 2 * torch.Size(shape).numel() * dtype.itemsize
         free = free_memory(device)
         if free is not None and needed > free:

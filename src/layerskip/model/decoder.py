@@ -4,6 +4,11 @@
     hidden = decoder.run_layers(hidden, positions, cache, start, stop)
     logits = decoder.unembed(hidden)
 
+At an exit that has an adapter, the state passes through that before norm and head:
+
+    state = decoder.adapt(hidden, positions, cache, exit_layer)
+    logits = decoder.unembed(state, exit_layer)
+
 Native kernels and CUDA graphs run the compositions in fewer calls:
 
     tokens = decoder.choose(inputs, positions, cache, start, stop, draw)
@@ -16,7 +21,6 @@ Shapes: B rows, Q query tokens a row, K drafts a row, D width, V vocabulary, L l
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,46 +31,11 @@ from layerskip.model.cache import KVCache
 from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.drafts import DraftRequest, Drafts, RoundTokens
 from layerskip.model.draw import Draw
+from layerskip.model.network import Network
 from layerskip.model.positions import Positions
 from layerskip.model.rope import RopeTable
 from layerskip.model.sampling import choose_among, filter_scores
 from layerskip.model.stopwatch import Stopwatch
-
-
-class HasBytes(Protocol):
-    """Weights that know their size."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that a pass reads."""
-        ...
-
-
-class Network(Protocol):
-    """Layers and head with their weights: `torch.network.TorchNetwork`, or `native.network.NativeNetwork`."""
-
-    @property
-    def kernels(self) -> str:
-        """`native` or `torch`."""
-        ...
-
-    @property
-    def layers(self) -> Sequence[HasBytes]:
-        """Weights of each layer."""
-        ...
-
-    @property
-    def head(self) -> HasBytes:
-        """D -> V."""
-        ...
-
-    def run_layers(self, hidden: Tensor, positions: Positions, cache: KVCache, start: int, stop: int) -> Tensor:
-        """[B, Q, D], the input of layer `start` -> [B, Q, D], the output of layer `stop - 1`."""
-        ...
-
-    def unembed(self, hidden: Tensor) -> Tensor:
-        """[B, Q, D] -> [B, Q, V] in float32, before any cap."""
-        ...
 
 
 @dataclass
@@ -109,6 +78,7 @@ class Decoder:
         device: torch.device,
         max_context: int,
         token_ids: Tensor | None = None,
+        adapter: int | None = None,
         calls: LayerCalls | None = None,
     ) -> None:
         """Put a network together from loaded weights (`checkpoint.loading.network.load_decoder` does that).
@@ -122,6 +92,7 @@ class Decoder:
             device: Where everything lives.
             max_context: Longest sequence in tokens that may be run.
             token_ids: [N] ids of the head's outputs, where it has some only.
+            adapter: The layer that adapts what the head reads, for a decoder that drafts at the exit of an adapter.
             calls: Counts the layers entered, also those of another decoder; a counter of its own if not given.
         """
         self.config = config
@@ -132,7 +103,10 @@ class Decoder:
         self.calls = calls or LayerCalls()
         """Layers entered so far, those of drafts included."""
         self._token_ids = token_ids
+        self._adapter = adapter
         self._drafter: Drafter | None = None
+        self._adapters: dict[int, Decoder] = {}
+        self._adapted_drafters: dict[int, Drafter] = {}
         self._embedding = embedding
         self._network = network
         self._ropes = ropes
@@ -178,8 +152,31 @@ class Decoder:
         assert decoder.calls is self.calls
         self._drafter = Drafter(decoder=decoder, num_layers=num_layers, shares_states=shares_states)
 
+    def set_adapter(self, exit_layer: int, decoder: "Decoder", quantized: "Decoder | None" = None) -> None:
+        """Give an exit an adapter.
+
+        Args:
+            exit_layer: E.
+            decoder: This network's layers with the adapter, its norm and its head.
+            quantized: The same with the layers of fewer bits that draft, where there are such.
+        """
+        self._adapters[exit_layer] = decoder
+        decoder._adapters = self._adapters  # whose states a probe may ask for while it drafts
+        drafts = decoder if quantized is None else quantized
+        drafts._adapters = self._adapters
+        self._adapted_drafters[exit_layer] = Drafter(
+            decoder=drafts, num_layers=exit_layer, shares_states=quantized is None
+        )
+
+    @property
+    def adapted_exits(self) -> tuple[int, ...]:
+        """Exits that have an adapter, ascending."""
+        return tuple(sorted(self._adapters))
+
     def drafter(self, exit_layer: int) -> Drafter:
         """What drafts at an exit."""
+        if exit_layer in self._adapted_drafters:
+            return self._adapted_drafters[exit_layer]
         if self._drafter is not None and exit_layer <= self._drafter.num_layers:
             return self._drafter
         return Drafter(decoder=self, num_layers=self.num_layers, shares_states=True)
@@ -219,8 +216,43 @@ class Decoder:
         self.calls.add(start, stop, *hidden.shape[:2])
         return self._network.run_layers(hidden, positions, cache, start, stop)
 
-    def unembed(self, hidden: Tensor) -> Tensor:
-        """Final norm and head: [B, Q, D] -> logits [B, Q, V] in float32. Exits at every layer share them."""
+    def adapt(self, hidden: Tensor, positions: Positions, cache: KVCache, exit_layer: int) -> Tensor:
+        """What `unembed` reads at an exit: its adapter's output, or the state itself where there is none.
+
+        The adapter's keys and values of these positions are written.
+
+        Args:
+            hidden: [B, Q, D], the output of layer `exit_layer - 1`.
+            positions: Where the tokens stand, from `place`.
+            cache: As for `run_layers`.
+            exit_layer: E.
+        """
+        adapter = self._adapters.get(exit_layer)
+        return hidden if adapter is None else adapter.read(hidden, positions, cache)
+
+    def read(self, hidden: Tensor, positions: Positions, cache: KVCache) -> Tensor:
+        """What this decoder's own head reads: the state, or in a decoder that drafts through an adapter its output."""
+        if self._adapter is None:
+            return hidden
+        return self.run_layers(hidden, positions, cache, self._adapter, self._adapter + 1)
+
+    def write_adapter_keys(self, hidden: Tensor, positions: Positions, cache: KVCache) -> None:
+        """Write the keys and values of this decoder's own adapter, which counts as a call of a layer."""
+        if self._adapter is not None:
+            self.calls.add(self._adapter, self._adapter + 1, *hidden.shape[:2])
+            self._network.write_keys(self._adapter, hidden, positions, cache)
+
+    def unembed(self, hidden: Tensor, exit_layer: int | None = None) -> Tensor:
+        """Final norm and head: [B, Q, D] -> logits [B, Q, V] in float32.
+
+        Bare exits share those of the last layer; an adapter has a norm of its own, and may have a smaller head.
+
+        Args:
+            hidden: The output of the last layer, or what `adapt` made of the state at an exit.
+            exit_layer: E; the last layer if not given.
+        """
+        if exit_layer in self._adapters:
+            return self._adapters[exit_layer].unembed(hidden)
         logits = self._network.unembed(hidden)
         cap = self.config.final_logit_softcapping
         logits = logits if cap is None else torch.tanh(logits / cap) * cap
@@ -232,15 +264,15 @@ class Decoder:
     def run_exits(
         self, hidden: Tensor, positions: Positions, cache: KVCache, start: int, stop: int, exits: Collection[int]
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """`run_layers`, keeping the outputs of the exits on the way too: those above `start`, up to `stop`.
+        """`run_layers`, keeping the states of the exits on the way too: those above `start`, up to `stop`.
 
         Returns:
-            The output of layer `stop - 1`, and [B, Q, D] by exit.
+            The output of layer `stop - 1`, and by exit [B, Q, D], the state that `adapt` gives.
         """
         states = {}
         for exit_layer in sorted(exit_ for exit_ in exits if start < exit_ <= stop):
             hidden = self.run_layers(hidden, positions, cache, start, exit_layer)
-            states[exit_layer], start = hidden, exit_layer
+            states[exit_layer], start = self.adapt(hidden, positions, cache, exit_layer), exit_layer
         return self.run_layers(hidden, positions, cache, start, stop), states
 
     def choose(
@@ -266,7 +298,8 @@ class Decoder:
             [B, Q] token ids; `NO_TOKEN` where no logit is a finite number.
         """
         hidden = self.embed(inputs) if inputs.dtype == torch.long else inputs
-        scores = self._scores(self.run_layers(hidden, positions, cache, start, stop), draw)
+        hidden = self.run_layers(hidden, positions, cache, start, stop)
+        scores = self._scores(self.adapt(hidden, positions, cache, stop), draw, stop)
         return choose_among(scores, draw, [first + 1 for first in positions.first])
 
     def draft(self, tokens: Tensor, cache: KVCache, request: DraftRequest) -> Drafts:
@@ -297,8 +330,9 @@ class Decoder:
             request.stop is not None and drafts and request.stop.ends(confidences)
         ):
             at = [length + len(drafts) for length in first]
-            hidden.append(self._run_first(tokens, cache, at, exit_layer))
-            scores = self._scores(hidden[-1], request.draw)
+            positions = self.place(cache, at, 1)
+            hidden.append(self.run_layers(self.embed(tokens), positions, cache, 0, exit_layer))
+            scores = self._scores(self.read(hidden[-1], positions, cache), request.draw)
             tokens = choose_among(scores, request.draw, [position + 1 for position in at])
             drafts.append(tokens)
             if request.stop is not None:
@@ -306,7 +340,9 @@ class Decoder:
                 for row, confidence in zip(confidences, chosen.tolist(), strict=True):
                     row.append(confidence)
         if complete:
-            hidden.append(self._run_first(tokens, cache, [length + len(drafts) for length in first], exit_layer))
+            positions = self.place(cache, [length + len(drafts) for length in first], 1)
+            hidden.append(self.run_layers(self.embed(tokens), positions, cache, 0, exit_layer))
+            self.write_adapter_keys(hidden[-1], positions, cache)
         return Drafts(
             tokens=torch.cat(drafts, 1),
             exit_layer=exit_layer,
@@ -363,11 +399,7 @@ class Decoder:
         """Token ids of B rows as [B, 1] on the device."""
         return torch.tensor([[token] for token in tokens], device=self.device)
 
-    def _run_first(self, tokens: Tensor, cache: KVCache, at: Sequence[int], exit_layer: int) -> Tensor:
-        """The first layers over one token of each row: [B, 1] -> [B, 1, D]."""
-        return self.run_layers(self.embed(tokens), self.place(cache, at, 1), cache, 0, exit_layer)
-
-    def _scores(self, hidden: Tensor, draw: Draw | None) -> Tensor:
+    def _scores(self, hidden: Tensor, draw: Draw | None, exit_layer: int | None = None) -> Tensor:
         """Logits, filtered where tokens are drawn."""
-        logits = self.unembed(hidden)
+        logits = self.unembed(hidden, exit_layer)
         return logits if draw is None else filter_scores(draw, logits)

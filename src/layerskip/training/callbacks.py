@@ -17,7 +17,7 @@ from layerskip.errors import CheckpointError
 from layerskip.training.output.output_folder import LOG_FILE
 
 if TYPE_CHECKING:
-    from layerskip.training.trainer import LayerSkipTrainer
+    from transformers import Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,7 @@ def _is_evaluation(entry: dict[str, Any], step: int) -> bool:
 class InterruptCallback(TrainerCallback):
     """Ctrl-C or SIGTERM saves a checkpoint and ends the run; a second signal ends the run at once."""
 
-    def __init__(self, trainer: "LayerSkipTrainer") -> None:
+    def __init__(self, trainer: "Trainer") -> None:
         """Handle the signals during a trainer's run."""
         self._trainer = trainer
         self._previous: dict[int, Any] = {}

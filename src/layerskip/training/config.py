@@ -135,6 +135,32 @@ class StartConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExitAdapterConfig:
+    """Exit adapters: the model stays as it is, and one more layer at an exit learns to predict what it predicts."""
+
+    exit_adapters: tuple[int, ...] = ()
+    """Exits that get an adapter; the model itself isn't trained then. Early ones draft faster, later ones better."""
+    adapter_loss: ExitLossName = "kl"
+    """Loss of the adapters. kl: from the last layer; lk: acceptance by the last layer; ce: cross-entropy with the
+    text."""
+    adapter_vocabulary: int | None = None
+    """Adapters draft among this many of the data's most frequent tokens; 8192, or all if there are no more than twice
+    as many. Fewer make drafts, and training, faster."""
+    adapters_from: str | None = None
+    """A folder with adapters of the same exits and tokens to go on from; if not given, they begin as copies of the last
+    layer."""
+
+    def __post_init__(self) -> None:
+        exits = self.exit_adapters
+        if any(exit_layer < 1 for exit_layer in exits) or len(set(exits)) < len(exits):
+            raise InvalidArgumentError(f"exit_adapters must be different numbers from 1 on, got {exits}")
+        check_at_least(self, 2, "adapter_vocabulary")
+        for name in ("adapter_vocabulary", "adapters_from"):
+            if getattr(self, name) is not None and not exits:
+                raise InvalidArgumentError(f"{name} is for training exit adapters; name their exits in exit_adapters")
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizationConfig:
     """How weights are updated."""
 
@@ -145,7 +171,8 @@ class OptimizationConfig:
     gradient_accumulation: int = 1
     """Batches whose gradients make one step."""
     learning_rate: float | None = None
-    """Highest learning rate; if not given, 8e-4 from scratch, 1e-4 for LoRA, 3e-5 for a trained model."""
+    """Highest learning rate; if not given, 1e-3 for exit adapters, 8e-4 from scratch, 1e-4 for LoRA, 3e-5 for a trained
+    model."""
     min_learning_rate: float = 0.1
     """Learning rate at the end, as a share of the highest; the rate falls along a cosine."""
     warmup_steps: int | None = None
@@ -204,9 +231,22 @@ class TrainingConfig:
     start: StartConfig = field(default_factory=StartConfig)
     data: DataConfig = field(default_factory=DataConfig)
     recipe: LayerSkipConfig = field(default_factory=LayerSkipConfig)
+    adapters: ExitAdapterConfig = field(default_factory=ExitAdapterConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
         if self.start.lora_rank is not None and self.optimization.fsdp:
             raise InvalidArgumentError("lora_rank and fsdp don't go together yet; leave one of them out")
+        if self.adapters.exit_adapters:
+            self._check_adapters()
+
+    def _check_adapters(self) -> None:
+        """Raise `InvalidArgumentError` where other settings contradict exit adapters."""
+        start, optimization = self.start, self.optimization
+        given = {"config": start.config, "lora_rank": start.lora_rank, "fsdp": optimization.fsdp or None}
+        for name, value in given.items():
+            if value is not None:
+                raise InvalidArgumentError(
+                    f"{name} and exit_adapters don't go together: adapters are trained for a model that stays as it is"
+                )

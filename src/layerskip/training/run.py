@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,8 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from layerskip.errors import InvalidArgumentError
-from layerskip.evaluation.inspect.exits import ExitQuality
-from layerskip.evaluation.inspect.speedup import IdealSpeedup
 from layerskip.training.callbacks import (
-    AlreadyFinished,
     EvaluationCallback,
-    FinishedCallback,
-    InterruptCallback,
-    LogCallback,
     OnStep,
     ProgressCallback,
 )
@@ -29,46 +23,19 @@ from layerskip.training.config import TrainingConfig
 from layerskip.training.data.block_datasets import BlockDataset
 from layerskip.training.data.corpus import Corpus, load_corpus
 from layerskip.training.data.fingerprint import check_data
-from layerskip.training.data.packing import LongExamples
+from layerskip.training.exit_adapters.run import train_adapters
 from layerskip.training.final_model import save_final
-from layerskip.training.output.checkpoints import last_intact
 from layerskip.training.output.output_folder import claim, dtype_to_save, save_result, save_tokenizer
+from layerskip.training.output.result import TrainingResult
 from layerskip.training.output.saved_config import add_end_of_turn
-from layerskip.training.precision import Precision, choose_precision, set_precision
+from layerskip.training.precision import choose_precision, set_precision
+from layerskip.training.safe_trainer import run_trainer
 from layerskip.training.starting_point import StartingPoint, make_starting_point
 from layerskip.training.trainer import LayerSkipTrainer
 from layerskip.training.trainer_arguments import make_arguments
 
 WARMUP_SHARE, MOST_WARMUP_STEPS = 20, 2000
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingResult:
-    """The result of a run."""
-
-    output: str
-    """Folder of the run; a checkpoint in Hugging Face's format, unless the run was interrupted."""
-    interrupted: bool
-    """Whether the run was stopped before its last step; it can be resumed."""
-    step: int
-    """Optimizer steps done."""
-    num_tokens: int
-    """Tokens in those steps, in all processes."""
-    train_loss: float | None
-    """Nats: J at the last log entry."""
-    loss: float | None
-    """Nats: the last layer's loss on the held-out data; None if nothing was held out."""
-    exits: list[ExitQuality]
-    """Quality of every exit on the held-out data."""
-    speedups: list[IdealSpeedup]
-    """Highest speedup that each exit's agreement allows."""
-    long_examples: LongExamples
-    """Counts of prompts with completions and of conversations that are longer than a block; with streaming, of those
-    read."""
-    precision: Precision
-    """Precision of the computation."""
-    seconds: float
-    """Seconds since this run started or resumed, everything included."""
+ADAPTER_LEARNING_RATE = 1e-3
 
 
 def train(
@@ -79,7 +46,7 @@ def train(
     on_step: OnStep | None = None,
     on_message: Callable[[str], None] | None = None,
 ) -> TrainingResult:
-    """Train a model, and leave a checkpoint in Hugging Face's format in `output`.
+    """Train a model, and leave a checkpoint in Hugging Face's format in `output`; or exit adapters for a model.
 
     Runs in one process, or in every process that torchrun or `accelerate launch` starts.
 
@@ -98,6 +65,8 @@ def train(
     config = resolve(config)
     is_first = os.environ.get("RANK", "0") == "0"  # the process group of torchrun or accelerate
     with claim(output, config, resume) if is_first else nullcontext():
+        if config.adapters.exit_adapters:
+            return train_adapters(config, output, resume, on_step, on_message)
         return _train(config, output, resume, on_step, on_message)
 
 
@@ -136,7 +105,7 @@ def _train(
         trainer.add_callback(ProgressCallback(on_step, tokens_per_step=tokens_per_step))
     if on_message is not None and arguments.process_index == 0:
         trainer.add_callback(EvaluationCallback(on_message))
-    _run(trainer, output, say)
+    run_trainer(trainer, output, say)
     step = trainer.state.global_step
     if step == arguments.max_steps:
         if trainer.evaluated_step != step and trainer.eval_dataset is not None:
@@ -162,26 +131,12 @@ def _train(
     return result
 
 
-def _run(trainer: LayerSkipTrainer, output: Path, say: Callable[[str], None]) -> None:
-    """Run the remaining steps, from the last intact checkpoint if there is one."""
-    checkpoint = last_intact(output, say)
-    interrupt = InterruptCallback(trainer)
-    for callback in (LogCallback(output), interrupt, FinishedCallback()):
-        trainer.add_callback(callback)
-    set_seed(trainer.args.seed)
-    try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except AlreadyFinished:
-        pass
-    finally:
-        interrupt.restore()
-
-
 def resolve(config: TrainingConfig) -> TrainingConfig:
     """The settings with every default resolved that depends on other settings."""
     start, optimization = config.start, config.optimization
     schedule = config.recipe.dropout_schedule or ("exponential" if start.from_scratch else "constant")
     rate = 8e-4 if start.from_scratch else 1e-4 if start.lora_rank is not None else 3e-5
+    rate = ADAPTER_LEARNING_RATE if config.adapters.exit_adapters else rate
     warmup = min(MOST_WARMUP_STEPS, optimization.max_steps // WARMUP_SHARE)
     return replace(
         config,

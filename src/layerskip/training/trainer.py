@@ -6,33 +6,26 @@ trainer = LayerSkipTrainer(model, args, layerskip=LayerSkipConfig(dropout_max=0.
 trainer.train()
 """
 
-from contextlib import nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
 
-from layerskip.errors import TrainingError
 from layerskip.evaluation.inspect.exits import ExitQuality
 from layerskip.evaluation.inspect.speedup import IdealSpeedup, ideal_speedup
 from layerskip.training.config import LayerSkipConfig
-from layerskip.training.output.checkpoints import STAGING, delete, list_checkpoints, move_into_place, writing
 from layerskip.training.output.saved_config import make_saveable
 from layerskip.training.recipe.recipe import LayerSkipRecipe
+from layerskip.training.safe_trainer import SafeTrainer
 
 
-class LayerSkipTrainer(Trainer):
+class LayerSkipTrainer(SafeTrainer):
     """A `Trainer` that applies the LayerSkip recipe.
 
     Everything else is transformers': gradient accumulation, mixed precision, checkpointing, FSDP, LoRA, logging.
-    Evaluation adds the quality of every exit; checkpoints are written atomically and name the recipe in config.json.
+    Evaluation adds the quality of every exit; checkpoints name the recipe in config.json.
     """
 
     def __init__(self, model: Any = None, args: Any = None, *, layerskip: LayerSkipConfig, **kwargs: Any) -> None:
@@ -57,7 +50,6 @@ class LayerSkipTrainer(Trainer):
         """Quality of every exit in the last evaluation."""
         self.evaluated_step: int | None = None
         """Optimizer steps done before that evaluation."""
-        self._staging: Path | None = None
         self._begun = -1
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -86,41 +78,7 @@ class LayerSkipTrainer(Trainer):
                 world_size=self.args.world_size // groups,
             )
             self._begun = step
-        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
-        finite = torch.isfinite(loss).float()
-        if self.args.world_size > 1:  # so all processes stop together
-            finite = self.accelerator.reduce(finite, reduction="sum") == self.args.world_size
-        if not finite:
-            raise self._diverged(f"the loss at step {step + 1} is {loss.item()}")
-        return loss
-
-    def _diverged(self, what: str) -> TrainingError:
-        kept = list_checkpoints(Path(str(self.args.output_dir)))
-        rest = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
-        return TrainingError(
-            f"{what}, so training has stopped; {rest}. "
-            "A lower learning rate, a longer warmup or a higher precision usually helps"
-        )
-
-    def _check_weights(self) -> None:
-        """Never save NaN or infinite weights: a bad gradient can corrupt them while the loss is still finite."""
-        finite = torch.ones((), device=self.args.device)
-        model: Any = self.model
-        for weight in model.parameters():
-            local = weight.to_local() if isinstance(weight, DTensor) else weight
-            finite *= torch.isfinite(local.detach()).all()
-        if self.args.world_size > 1:
-            finite = self.accelerator.reduce(finite, reduction="sum") == self.args.world_size
-        if not finite:
-            raise self._diverged(f"weights after step {self.state.global_step} aren't finite numbers")
-
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """Batches of all held-out data, including an incomplete last batch (which training drops)."""
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
-            return super().get_eval_dataloader(*args, **kwargs)
-        finally:
-            self.args.dataloader_drop_last = drop_last
+        return super().training_step(model, inputs, *args, **kwargs)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -153,36 +111,3 @@ class LayerSkipTrainer(Trainer):
             )
             for quality in self.exit_qualities
         ]
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint in a temporary folder and move it into place when it is complete."""
-        self._check_weights()
-        output = Path(super()._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        saves = self.args.should_save
-        with writing(output, name) if saves else nullcontext(output / STAGING) as staging:
-            self.accelerator.wait_for_everyone()
-            self._staging = staging
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._staging = None
-            self.accelerator.wait_for_everyone()
-            if self.state.best_model_checkpoint == str(staging / name):
-                self.state.best_model_checkpoint = str(output / name)
-                if saves:
-                    self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
-            if saves:
-                move_into_place(staging / name, output / name)
-                self._delete_old_checkpoints(output)
-        self.accelerator.wait_for_everyone()
-
-    def _delete_old_checkpoints(self, output: Path) -> None:
-        limit = self.args.save_total_limit
-        if limit:
-            for path in list_checkpoints(output)[:-limit]:
-                if str(path) != self.state.best_model_checkpoint:
-                    delete(path)

@@ -12,9 +12,8 @@ from torch import Tensor
 import layerskip
 from layerskip.language_model import LanguageModel
 from layerskip.model.cache import KVCache
-from layerskip.model.confidence import CONFIDENCE_CLASSES
 from layerskip.model.decoder import Decoder
-from layerskip.model.drafts import DraftRequest, StopRule
+from layerskip.model.drafts import CONFIDENCE_CLASSES, DraftRequest, StopRule
 from layerskip.model.finite import best_tokens
 from layerskip.model.native.library import load_library
 

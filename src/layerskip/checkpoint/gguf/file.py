@@ -40,6 +40,11 @@ class GGUFFile:
         """File of a sweep's best setting; each model file has its own."""
         return (self.own_folder or self.path.parent) / f"{self.path.stem}.layerskip.json"
 
+    @property
+    def adapters_folder(self) -> Path:
+        """Where exit adapters that belong to the model are; each model file has a folder of its own."""
+        return (self.own_folder or self.path.parent) / f"{self.path.stem}.exit-adapters"
+
     @cached_property
     def container(self) -> "Container":
         """The header of the file, or of all its parts together."""

@@ -67,7 +67,7 @@ class NetworkBuilder(Protocol[AnyLinear]):
         """A linear layer.
 
         Args:
-            ours: The layer's part (`qkv`, `o`, `gate_up`, `down`) or `head`.
+            ours: The layer's part (`qkv`, `o`, `gate_up`, `down`, or an adapter's `input`) or `head`.
             weight: [O, I]; or the checkpoint's tensors of it, one below the other, in blocks of one format.
             bias: [O], or None.
         """
@@ -197,6 +197,7 @@ class NativeBuilder:
             embedding=shared.embedding,
             ropes=shared.ropes,
             tokens=options["token_ids"],
+            adapter=options["adapter"],
         )
         return NativeDecoder(shared.config, network=network, **options)
 

@@ -37,6 +37,8 @@ class LoadingConfig:
     """Draft among the N most frequent tokens only; the text stays the same."""
     draft_text: str | Path | None = None
     """A text file in which tokens are counted to find the most frequent; the tokenizer's order if not given."""
+    exit_adapters: str | Path | None = "auto"
+    """A folder with exit adapters, trained for this very model; auto: those that lie with the model; None: none."""
     compile: Compile = "auto"
     """Whole greedy rounds: auto: CUDA graphs on CUDA; max: torch.compile as well, also on a CPU; off: neither.
     torch.compile takes minutes for each shape, and on a CPU native kernels are faster than what it makes."""
@@ -55,6 +57,10 @@ class LoadingConfig:
             value = getattr(self, name)
             if value is not None:  # numpy's numbers too
                 object.__setattr__(self, name, whole_number(name, value, least=-(2**63)))
+        if self.exit_adapters is not None and not isinstance(self.exit_adapters, str | Path):
+            raise InvalidArgumentError(
+                f"exit_adapters must be 'auto', the path of a folder or None, got {self.exit_adapters!r}"
+            )
         if self.draft_text is not None and not isinstance(self.draft_text, str | Path):
             raise InvalidArgumentError(f"draft_text must be the path of a file, got {self.draft_text!r}")
 

@@ -4,11 +4,13 @@ Shapes: O output width, I input width, D width, V vocabulary, N tokens among whi
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Generic
 
 import torch
 from torch import Tensor
 
+from layerskip.checkpoint.loading.adapters import AdapterDescription, AdapterSet, read_token_ids, tensor_name
 from layerskip.checkpoint.loading.builders import NativeBuilder, NetworkBuilder, SharedWeights, TorchBuilder
 from layerskip.checkpoint.loading.plan import DraftWeights, LoadingPlan
 from layerskip.checkpoint.loading.tensors import (
@@ -53,6 +55,18 @@ def load_decoder(config: ModelConfig, source: TensorSource, plan: LoadingPlan) -
     return _Loader(config, source, TorchBuilder.of(plan)).load(plan)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Adapter(Generic[AnyLinear]):
+    """An exit adapter's weights."""
+
+    exit_layer: int
+    layer: LayerWeights[AnyLinear]
+    norm: Tensor
+    """[D]."""
+    tokens: Tensor | None
+    """[N] ids that it can draft; None: all."""
+
+
 class _Loader(Generic[AnyLinear]):
     """Reads one checkpoint's tensors for one kind of network."""
 
@@ -65,7 +79,9 @@ class _Loader(Generic[AnyLinear]):
         """The network, and the one that drafts for it if the plan has one."""
         config = self._config
         embedding, head = self._tables()
-        layers = [self._layer(index) for index in range(config.num_layers)]
+        adapters = [] if plan.adapters is None else self._read_adapters(plan.adapters, plan)
+        layers = [self._layer(f"model.layers.{index}") for index in range(config.num_layers)]
+        layers += [adapter.layer for adapter in adapters]
         shared = SharedWeights(
             config=config,
             embedding=embedding,
@@ -77,9 +93,59 @@ class _Loader(Generic[AnyLinear]):
             },
         )
         decoder = self._decoder(shared, layers, head, plan)
+        drafting: Sequence[LayerWeights[AnyLinear]] = layers
         if plan.draft is not None:
-            self._set_drafter(decoder, shared, layers, plan, plan.draft)
+            drafting = self._set_drafter(decoder, shared, layers, plan, plan.draft)
+        for adapter in adapters:
+            self._set_adapter(decoder, shared, layers, drafting, head, plan, adapter)
         return decoder
+
+    def _read_adapters(self, adapters: AdapterSet, plan: LoadingPlan) -> list[_Adapter[AnyLinear]]:
+        """The weights of all exit adapters, in the bits of drafts."""
+        bits = None if plan.draft is None else plan.draft.quantize
+        builder = self._builder.for_drafts(bits or plan.quantize)
+        assert adapters.weights is not None
+        loader = _Loader(self._config, adapters.weights, builder)
+        ascending = sorted(adapters.adapters, key=lambda adapter: adapter.exit_layer)
+        return [loader._read_adapter(adapter) for adapter in ascending]
+
+    def _read_adapter(self, adapter: AdapterDescription) -> _Adapter[AnyLinear]:
+        """One exit adapter's weights; the loader's tensors are those of the adapters."""
+        width, exit_layer = self._config.hidden_size, adapter.exit_layer
+        layer = self._layer(tensor_name(exit_layer, "layer"))
+        projection = self._linear("input", [tensor_name(exit_layer, "input_proj")], [(width, width)])
+        tokens = read_token_ids(self._source, adapter, self._config.vocab_size)
+        return _Adapter(
+            exit_layer=exit_layer,
+            layer=replace(layer, input=projection),
+            norm=self._norm(tensor_name(exit_layer, "norm.weight"), (width,)),
+            tokens=None if tokens is None else tokens.to(self._builder.device),
+        )
+
+    def _set_adapter(
+        self,
+        decoder: Decoder,
+        shared: SharedWeights,
+        layers: Sequence[LayerWeights[AnyLinear]],
+        drafting: Sequence[LayerWeights[AnyLinear]],
+        head: AnyLinear,
+        plan: LoadingPlan,
+        adapter: _Adapter[AnyLinear],
+    ) -> None:
+        """Give an exit of the decoder its adapter; `drafting`: the layers that draft, the same or of fewer bits."""
+        own = replace(shared, final_norm=adapter.norm)
+        if adapter.tokens is not None:
+            bits = None if plan.draft is None else plan.draft.quantize
+            head = _Loader(self._config, self._source, self._builder.for_drafts(bits or plan.quantize))._draft_head(
+                adapter.tokens
+            )
+        index = self._config.adapter_at(adapter.exit_layer)
+        loader = _Loader(self._config, self._source, self._builder.for_drafts(None))
+        adapted, quantized = (
+            loader._decoder(own, weights, head, plan, adapter.tokens, decoder.calls, index)
+            for weights in (layers, drafting)
+        )
+        decoder.set_adapter(adapter.exit_layer, adapted, None if drafting is layers else quantized)
 
     def _set_drafter(
         self,
@@ -88,15 +154,19 @@ class _Loader(Generic[AnyLinear]):
         layers: Sequence[LayerWeights[AnyLinear]],
         plan: LoadingPlan,
         draft: DraftWeights,
-    ) -> None:
-        """Let a network with other weights draft for the decoder."""
+    ) -> Sequence[LayerWeights[AnyLinear]]:
+        """Let a network with other weights draft for the decoder; returns the layers with which adapters draft."""
         builder = self._builder.for_drafts(draft.quantize or plan.quantize)
         loader = _Loader(self._config, self._source, builder)
+        drafting, num_layers = layers, self._config.num_layers
         if draft.quantize is not None:
-            layers = [loader._layer(index) for index in range(max(1, self._config.num_layers // 2))]
+            num_layers = max(1, self._config.num_layers // 2)
+            first = [loader._layer(f"model.layers.{index}") for index in range(num_layers)]
+            drafting = [*first, *layers[num_layers:]]
         tokens = None if draft.tokens is None else torch.tensor(draft.tokens, device=plan.device)
-        drafter = loader._decoder(shared, layers, loader._draft_head(tokens), plan, tokens, decoder.calls)
-        decoder.set_drafter(drafter, num_layers=len(layers), shares_states=draft.quantize is None)
+        drafter = loader._decoder(shared, drafting, loader._draft_head(tokens), plan, tokens, decoder.calls)
+        decoder.set_drafter(drafter, num_layers=num_layers, shares_states=draft.quantize is None)
+        return drafting
 
     def _decoder(
         self,
@@ -106,6 +176,7 @@ class _Loader(Generic[AnyLinear]):
         plan: LoadingPlan,
         tokens: Tensor | None = None,
         calls: LayerCalls | None = None,
+        adapter: int | None = None,
     ) -> Decoder:
         """A decoder with these layers and this head."""
         return self._builder.decoder(
@@ -118,6 +189,7 @@ class _Loader(Generic[AnyLinear]):
             device=plan.device,
             max_context=plan.context,
             token_ids=tokens,
+            adapter=adapter,
             calls=calls,
         )
 
@@ -140,6 +212,10 @@ class _Loader(Generic[AnyLinear]):
 
     def _draft_head(self, tokens: Tensor | None) -> AnyLinear:
         """The head with the outputs that drafts are chosen among."""
+        blocks = self._blocks([self._head_name], [self._table_shape])
+        if blocks is not None:
+            chosen = blocks if tokens is None else (blocks[0].rows(tokens),)
+            return self._builder.linear("head", chosen)
         weight = self._stack([self._head_name], [self._table_shape])
         return self._builder.linear("head", weight if tokens is None else weight[tokens.to(weight.device)])
 
@@ -151,10 +227,10 @@ class _Loader(Generic[AnyLinear]):
     def _table_shape(self) -> tuple[int, int]:
         return self._config.vocab_size, self._config.hidden_size
 
-    def _layer(self, index: int) -> LayerWeights[AnyLinear]:
-        """All weights of a layer."""
+    def _layer(self, prefix: str) -> LayerWeights[AnyLinear]:
+        """All weights of a layer, whose tensors' names begin with `prefix`."""
         stored = FAMILIES[self._config.model_type].weights
-        names = {ours: [f"model.layers.{index}.{name}" for name in theirs] for ours, theirs in stored.items()}
+        names = {ours: [f"{prefix}.{name}" for name in theirs] for ours, theirs in stored.items()}
         shapes = {ours: stored_shapes(self._config, ours, len(theirs)) for ours, theirs in stored.items()}
         linears = {ours: self._linear(ours, names[ours], shapes[ours]) for ours in MATRICES}
         norms = {ours: self._norm(f"{names[ours][0]}.weight", shapes[ours][0]) for ours in NORMS if ours in stored}

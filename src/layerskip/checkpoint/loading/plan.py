@@ -6,6 +6,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from layerskip.checkpoint.loading.adapters import AdapterSet
 from layerskip.checkpoint.loading.config import LoadingConfig
 from layerskip.checkpoint.loading.placement import (
     choose_context,
@@ -57,6 +58,8 @@ class LoadingPlan:
     """Fewer bits for layers and head, a key of `quantization.QUANTIZATIONS`; None: `dtype`, or the file's blocks."""
     draft: DraftWeights | None = None
     """Other weights to draft with; None: the same."""
+    adapters: AdapterSet | None = None
+    """Exit adapters, which were trained for this checkpoint."""
 
     @property
     def keeps_blocks(self) -> bool:
@@ -97,6 +100,10 @@ class LoadableCheckpoint(Protocol):
         """The tokenizer; only asked for where the most frequent tokens of a text are wanted."""
         ...
 
+    def find_exit_adapters(self, where: str | Path | None) -> AdapterSet | None:
+        """The exit adapters in a folder, or with `auto` those that belong to the checkpoint, if there are any."""
+        ...
+
 
 def plan_loading(checkpoint: LoadableCheckpoint, config: LoadingConfig) -> LoadingPlan:
     """Decide how a checkpoint is loaded on this machine.
@@ -129,6 +136,7 @@ def plan_loading(checkpoint: LoadableCheckpoint, config: LoadingConfig) -> Loadi
         rounds=rounds,
         quantize=config.quantize,
         draft=_draft_weights(checkpoint, config),
+        adapters=checkpoint.find_exit_adapters(config.exit_adapters),
     )
     _check_memory(checkpoint, plan)
     return plan

@@ -57,6 +57,7 @@ class ModelArguments(LoadingConfig, NamedModel):
     device: Annotated[str, arg(metavar="DEVICE")] = "auto"
     draft_vocabulary: Annotated[int | None, arg(metavar="N")] = None
     draft_text: Annotated[Path | None, arg(metavar="FILE")] = None
+    exit_adapters: Annotated[str | Path | None, arg(metavar="DIR")] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

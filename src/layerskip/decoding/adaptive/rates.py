@@ -6,7 +6,7 @@ Each rate has a long memory, which later sequences start from, and a recent one 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from layerskip.model.confidence import CONFIDENCE_CLASSES, confidence_class
+from layerskip.model.drafts import CONFIDENCE_CLASSES, confidence_class
 
 RECENT_DECAY, LONG_DECAY = 0.97, 0.998
 """Decay factors: the weight that an observation keeps each time a new one arrives."""

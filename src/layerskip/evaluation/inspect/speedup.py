@@ -15,7 +15,14 @@ class IdealSpeedup:
     """Over autoregressive decoding; below 1 where drafting doesn't pay."""
 
 
-def ideal_speedup(acceptance: float, *, exit_layer: int, num_layers: int, head_cost: float = 0.0) -> IdealSpeedup:
+def ideal_speedup(
+    acceptance: float,
+    *,
+    exit_layer: int,
+    num_layers: int,
+    head_cost: float = 0.0,
+    draft_head_cost: float | None = None,
+) -> IdealSpeedup:
     """Speedup with the best number of drafts, when reading the weights is all that takes time.
 
     A pass over some rows then costs as much as over one, and layers cost the same.
@@ -25,14 +32,16 @@ def ideal_speedup(acceptance: float, *, exit_layer: int, num_layers: int, head_c
         exit_layer: E, layers that draft.
         num_layers: L.
         head_cost: Cost of the LM head, in layers.
+        draft_head_cost: The same of what makes a draft of the exit's state; `head_cost` if not given.
 
     Source: arXiv:2211.17192, theorem 3.8, with drafts of E layers whose work verification doesn't repeat.
     """
     plain = num_layers + head_cost
+    draft = exit_layer + (head_cost if draft_head_cost is None else draft_head_cost)
 
     def speedup(drafts: int) -> float:
         tokens = sum(acceptance**i for i in range(drafts + 1))
-        return tokens * plain / (drafts * (exit_layer + head_cost) + exit_layer + num_layers - exit_layer + head_cost)
+        return tokens * plain / (drafts * draft + plain)
 
     best = max(range(1, MAX_DRAFTS + 1), key=speedup)
     return IdealSpeedup(exit_layer=exit_layer, num_speculations=best, speedup=speedup(best))

@@ -69,11 +69,28 @@ class ModelConfig:
     final_logit_softcapping: float | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    adapted_exits: tuple[int, ...] = ()
+    """Exits that have an adapter, ascending. Adapter a is layer L + a, with keys and values of its own."""
 
     @property
     def num_layers(self) -> int:
         """L, a short name."""
         return self.num_hidden_layers
+
+    @property
+    def num_cached_layers(self) -> int:
+        """Layers with keys and values: all L, then the exit adapters."""
+        return self.num_hidden_layers + len(self.adapted_exits)
+
+    def attention_of(self, layer: int) -> str:
+        """`full_attention` or `sliding_attention`; an exit adapter is a layer of the same kind as the last one."""
+        return self.layer_types[min(layer, self.num_hidden_layers - 1)]
+
+    def adapter_at(self, exit_layer: int) -> int | None:
+        """Which layer adapts an exit: L + a; None at an exit without an adapter."""
+        if exit_layer not in self.adapted_exits:
+            return None
+        return self.num_hidden_layers + self.adapted_exits.index(exit_layer)
 
     def check_exit_layer(self, exit_layer: int) -> int:
         """Return `exit_layer` (1..L, the number of layers that run) or raise `InvalidArgumentError`."""

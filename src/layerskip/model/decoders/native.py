@@ -35,8 +35,12 @@ class NativeDecoder(Decoder):
         """As `Decoder.choose`."""
         if not self._can_choose or (inputs.dtype == torch.long and not self._native.embeds):
             return super().choose(inputs, positions, cache, start, stop, draw)
+        adapter = self._adapters.get(stop, self)
+        assert isinstance(adapter, NativeDecoder)
         self.calls.add(start, stop, *inputs.shape[:2])
-        return self._native.choose(inputs, positions, cache, start, stop, draw)
+        if adapter._adapter is not None:
+            self.calls.add(adapter._adapter, adapter._adapter + 1, *inputs.shape[:2])
+        return adapter._native.choose(inputs, positions, cache, start, stop, draw)
 
     def _draft(self, tokens: Tensor, cache: KVCache, request: DraftRequest, *, complete: bool) -> Drafts:
         # The most likely draft stays the most likely one under a cap.
@@ -45,4 +49,6 @@ class NativeDecoder(Decoder):
         drafts = self._native.draft(tokens, cache, request, complete=complete)
         for _ in range(drafts.tokens.shape[1] + complete):
             self.calls.add(0, request.exit_layer, cache.num_rows, 1)
+            if self._adapter is not None:
+                self.calls.add(self._adapter, self._adapter + 1, cache.num_rows, 1)
         return drafts

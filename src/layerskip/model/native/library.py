@@ -10,9 +10,9 @@ from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_ui
 from pathlib import Path
 from typing import Any
 
-from layerskip.model.confidence import CONFIDENCE_CLASSES
+from layerskip.model.drafts import CONFIDENCE_CLASSES
 
-INTERFACE = 5
+INTERFACE = 6
 """Version of what the functions do; `layerskip_interface` must return it."""
 LIBRARIES = tuple(Path(__file__).parents[2] / name for name in ("_native_avx512.so", "_native_avx2.so", "_native.so"))
 """Files to try, the fastest instruction set first; `_native.so` is what an installation compiles for its processor."""
@@ -44,6 +44,7 @@ class LayerView(Structure):
     """`Layer` of native/network.h."""
 
     _fields_ = (
+        ("input", LinearView),
         ("qkv", LinearView),
         ("o", LinearView),
         ("gate_up", LinearView),
@@ -68,6 +69,7 @@ class NetworkView(Structure):
         ("final_norm", c_void_p),
         ("head", LinearView),
         ("token_ids", c_void_p),
+        ("exits", c_void_p),
         ("hidden_size", c_int32),
         ("num_heads", c_int32),
         ("num_kv_heads", c_int32),
@@ -77,6 +79,9 @@ class NetworkView(Structure):
         ("vocab_size", c_int32),
         ("activation", c_int32),
         ("threads", c_int32),
+        ("num_layers", c_int32),
+        ("num_adapters", c_int32),
+        ("adapter", c_int32),
         ("rms_norm_eps", c_float),
         ("attention_scale", c_float),
     )
@@ -205,6 +210,7 @@ STRUCTURES: tuple[type[Structure], ...] = (
 """All of them, in the order of native/layout.cpp."""
 FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "run_layers": (None, [POINTER(RunLayersCall)]),
+    "write_keys": (None, [POINTER(RunLayersCall)]),
     "unembed": (None, [POINTER(NetworkView), c_void_p, c_int32, c_void_p]),
     "choose": (None, [POINTER(ChooseCall)]),
     "draft": (c_int32, [POINTER(DraftCall)]),

@@ -11,6 +11,7 @@ Shapes: B rows, Q query tokens a row, D width, V vocabulary, I input width, O ou
 import ctypes
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def why_not_native(config: ModelConfig, device: torch.device, dtype: torch.dtype
 
 
 class NativeNetwork:
-    """Layers and head in compiled code (`decoder.Network`)."""
+    """Layers and head in compiled code (`network.Network`)."""
 
     kernels = "native"
 
@@ -75,17 +76,19 @@ class NativeNetwork:
         embedding: Tensor | BlockWeight,
         ropes: Mapping[str, RopeTable],
         tokens: Tensor | None = None,
+        adapter: int | None = None,
     ) -> None:
         """Put loaded weights together.
 
         Args:
             config: Sizes and switches; `why_not_native` finds nothing against them.
-            layers: L layers of `NativeLinear`, gate and up interleaved.
+            layers: L layers of `NativeLinear`, gate and up interleaved, then those of the exit adapters.
             final_norm: [D].
             head: D -> V.
             embedding: [V, D].
             ropes: Rotary table of each kind of layer.
             tokens: [N] ids of the head's outputs, if they are a part of the vocabulary; `unembed` then gives N logits.
+            adapter: The layer that adapts what norm and head read in `choose` and `draft`.
         """
         library = load_library()
         assert library is not None
@@ -97,6 +100,8 @@ class NativeNetwork:
         self._ropes = ropes
         self._run_layers, self._unembed = library.layerskip_run_layers, library.layerskip_unembed
         self._choose, self._draft = library.layerskip_choose, library.layerskip_draft
+        self._write_keys = library.layerskip_write_keys
+        self._exits = (ctypes.c_int32 * len(config.adapted_exits))(*config.adapted_exits)
         self._embedding = _embedding_view(embedding, config)
         self._latest_cache: tuple[Callable[[], KVCache | None], CacheView] = (lambda: None), CacheView()
         self._views = (LayerView * len(self.layers))(*(self._view(*pair) for pair in enumerate(self.layers)))
@@ -105,6 +110,10 @@ class NativeNetwork:
             final_norm=final_norm.data_ptr(),
             head=head.view,
             token_ids=None if tokens is None else tokens.data_ptr(),
+            exits=address(self._exits),
+            num_layers=config.num_layers,
+            num_adapters=len(config.adapted_exits),
+            adapter=-1 if adapter is None else adapter,
             hidden_size=config.hidden_size,
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads,
@@ -120,21 +129,30 @@ class NativeNetwork:
     def run_layers(self, hidden: Tensor, positions: Positions, cache: KVCache, start: int, stop: int) -> Tensor:
         """[B, Q, D], the input of layer `start` -> [B, Q, D], the output of layer `stop - 1`."""
         out = hidden.clone(memory_format=torch.contiguous_format)
+        self._call_layers(self._run_layers, out, positions, cache, start, stop)
+        return out
+
+    def write_keys(self, layer: int, hidden: Tensor, positions: Positions, cache: KVCache) -> None:
+        """Write a layer's keys and values for its input [B, Q, D]."""
+        self._call_layers(self._write_keys, hidden.contiguous(), positions, cache, layer, layer + 1)
+
+    def _call_layers(
+        self, function: Any, hidden: Tensor, positions: Positions, cache: KVCache, start: int, stop: int
+    ) -> None:
         view, starts = self._cache_view(cache), _int64s(positions.first)
         self._network.threads = torch.get_num_threads()
-        self._run_layers(
+        function(
             RunLayersCall(
                 network=address(self._network),
                 cache=address(view),
                 starts=address(starts),
-                hidden=out.data_ptr(),
+                hidden=hidden.data_ptr(),
                 rows=len(positions.first),
                 queries=positions.num_queries,
                 start=start,
                 stop=stop,
             )
         )
-        return out
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """[B, Q, D] -> [B, Q, V] in float32, before any cap."""
@@ -241,13 +259,15 @@ class NativeNetwork:
         return view
 
     def _view(self, index: int, layer: LayerWeights[NativeLinear]) -> LayerView:
-        rope = self._ropes[self.config.layer_types[index]]
-        window = self.config.sliding_window if self.config.layer_types[index] == SLIDING else None
+        kind = self.config.attention_of(index)
+        rope, window = self._ropes[kind], self.config.sliding_window if kind == SLIDING else None
         norms = {
             name: None if getattr(layer, name) is None else getattr(layer, name).data_ptr()
             for name in ("attention_norm", "q_norm", "k_norm", "post_attention_norm", "mlp_norm", "post_mlp_norm")
         }
         linears = {name: getattr(layer, name).view for name in ("qkv", "o", "gate_up", "down")}
+        if layer.input is not None:
+            linears["input"] = layer.input.view
         return LayerView(**linears, **norms, cosines=rope.cos.data_ptr(), sines=rope.sin.data_ptr(), window=window or 0)
 
 

@@ -30,6 +30,9 @@ milliseconds, and while decoding the keys are one more at each step."""
 class LayerWeights(Generic[Linear_co]):
     """Weights of one layer, its matrices of one kind; a norm is None where the family has none."""
 
+    input: Linear_co | None = None
+    """D -> D, before all else; of exit adapters only."""
+
     attention_norm: Tensor
     qkv: Linear_co
     q_norm: Tensor | None = None
@@ -44,11 +47,12 @@ class LayerWeights(Generic[Linear_co]):
     @property
     def num_bytes(self) -> int:
         """Bytes of the products."""
-        return sum(linear.num_bytes for linear in (self.qkv, self.o, self.gate_up, self.down))
+        own = (self.input, self.qkv, self.o, self.gate_up, self.down)
+        return sum(linear.num_bytes for linear in own if linear is not None)
 
 
 class TorchNetwork:
-    """Layers and head, operator by operator (`decoder.Network`)."""
+    """Layers and head, operator by operator (`network.Network`)."""
 
     kernels = "torch"
 
@@ -59,7 +63,7 @@ class TorchNetwork:
 
         Args:
             config: Sizes and switches.
-            layers: L layers.
+            layers: L layers, then those of the exit adapters.
             final_norm: [D].
             head: D -> V.
         """
@@ -75,7 +79,16 @@ class TorchNetwork:
         with self._attention_kernels():
             for index in range(start, stop):
                 hidden = self._run_layer(index, hidden, positions, cache)
+                adapter = self.config.adapter_at(index + 1)
+                if adapter is not None and index + 1 < stop:
+                    self.write_keys(adapter, hidden, positions, cache)
         return hidden
+
+    def write_keys(self, layer: int, hidden: Tensor, positions: Placement, cache: KVCache) -> None:
+        """Write a layer's keys and values for its input [B, Q, D]."""
+        weights = self.layers[layer]
+        hidden = hidden if weights.input is None else weights.input(hidden)
+        self._project(layer, self._norm(hidden, weights.attention_norm), positions, cache)
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """[B, Q, D] -> [B, Q, V] in float32, before any cap."""
@@ -86,6 +99,7 @@ class TorchNetwork:
 
     def _run_layer(self, index: int, hidden: Tensor, positions: Placement, cache: KVCache) -> Tensor:
         weights = self.layers[index]
+        hidden = hidden if weights.input is None else weights.input(hidden)
         out = self._attention(index, self._norm(hidden, weights.attention_norm), positions, cache)
         if weights.post_attention_norm is not None:
             out = self._norm(out, weights.post_attention_norm)
@@ -96,9 +110,15 @@ class TorchNetwork:
         return hidden + out
 
     def _attention(self, index: int, x: Tensor, positions: Placement, cache: KVCache) -> Tensor:
+        span = positions.span(self.config.attention_of(index))
+        out = attend(self._project(index, x, positions, cache), cache, index, span, self.config.attention_scale)
+        return self.layers[index].o(out)
+
+    def _project(self, index: int, x: Tensor, positions: Placement, cache: KVCache) -> Tensor:
+        """Queries [B, Q, H, D_head]; keys and values go into the cache."""
         config, weights = self.config, self.layers[index]
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        span = positions.span(config.layer_types[index])
+        span = positions.span(config.attention_of(index))
         qkv = weights.qkv(x).view(*x.shape[:2], heads + 2 * kv_heads, config.head_dim)
         query_key, value = qkv[:, :, : heads + kv_heads], qkv[:, :, heads + kv_heads :]
         if weights.q_norm is not None and weights.k_norm is not None:
@@ -106,8 +126,7 @@ class TorchNetwork:
             query_key = torch.cat((query, self._norm(query_key[:, :, heads:], weights.k_norm)), 2)
         query_key = rotate(query_key, span.cos, span.sin)
         cache.write(index, positions.slots, query_key[:, :, heads:], value)
-        out = attend(query_key[:, :, :heads], cache, index, span, config.attention_scale)
-        return weights.o(out)
+        return query_key[:, :, :heads]
 
     def _mlp(self, weights: LayerWeights[Linear], x: Tensor) -> Tensor:
         gate, up = weights.gate_up(x).chunk(2, -1)

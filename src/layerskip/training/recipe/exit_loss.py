@@ -108,7 +108,7 @@ class JointLoss:
         """
         exits = sorted(states)
         num_tokens = len(labels)
-        total: Tensor = _GradientInForward.apply(  # type: ignore[no-untyped-call]
+        total: Tensor = GradientInForward.apply(  # type: ignore[no-untyped-call]
             lambda parts, where: self._losses(exits, parts, weights, labels[where]),
             num_tokens if self.fuses else self.chunk_tokens,
             len(exits),
@@ -140,7 +140,7 @@ class JointLoss:
             yield i, weights[exit_] * loss, not self.stop_gradient
 
 
-class _GradientInForward(torch.autograd.Function):
+class GradientInForward(torch.autograd.Function):
     """Sum of losses over chunks; the graph of each chunk's loss is freed before the next one is computed."""
 
     @staticmethod

@@ -3,7 +3,7 @@
 import pytest
 
 from layerskip.decoding.adaptive.rates import PRIOR_RATE, AcceptanceRates, ExitRates, Rate
-from layerskip.model.confidence import CONFIDENCE_CLASSES, confidence_class
+from layerskip.model.drafts import CONFIDENCE_CLASSES, confidence_class
 
 
 def test_a_rate_moves_from_the_prior_to_what_is_seen() -> None:

@@ -16,9 +16,8 @@ import layerskip
 from layerskip.decoding.policy import FixedPolicy, Plan, RoundResult
 from layerskip.errors import InvalidArgumentError
 from layerskip.model.cache import KVCache
-from layerskip.model.confidence import CONFIDENCE_CLASSES
 from layerskip.model.decoders.graphs import GraphDecoder
-from layerskip.model.drafts import DraftRequest, RoundTokens, StopRule
+from layerskip.model.drafts import CONFIDENCE_CLASSES, DraftRequest, RoundTokens, StopRule
 from layerskip.model.draw import Draw
 from layerskip.model.graphs import compiled as compiled_rounds
 from layerskip.model.graphs.compiled import CompiledRounds, _Program, _Recorder

@@ -11,8 +11,7 @@ from torch import Tensor
 import layerskip
 from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.sampler import Sampler
-from layerskip.model.confidence import CONFIDENCE_CLASSES
-from layerskip.model.drafts import DraftRequest, StopRule
+from layerskip.model.drafts import CONFIDENCE_CLASSES, DraftRequest, StopRule
 from layerskip.model.draw import Draw
 from layerskip.model.native import sampling as native_sampling
 from layerskip.model.noise import Purpose, gumbel_in_torch, make_key

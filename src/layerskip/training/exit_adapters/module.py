@@ -1,0 +1,248 @@
+"""Exit adapters over a frozen model of transformers, and their loss.
+
+The model runs once for all adapters, without gradients. An adapter is a projection of the state at its exit, a decoder
+layer of the model's own kind and a norm; the model's own head, or its rows of some tokens, makes logits of it. Adapters
+see exactly the states that they will see while drafting: those depend on the tokens alone, whoever drafted them.
+
+Shapes: B samples, T tokens of a sample, n labelled tokens of a chunk, D width, V vocabulary, N tokens to draft.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from layerskip.errors import InvalidArgumentError
+from layerskip.training.config import ExitLossName
+from layerskip.training.data.packing import IGNORED
+from layerskip.training.exit_adapters.statistics import AdapterStatistics
+from layerskip.training.recipe.anatomy import dissect, first
+from layerskip.training.recipe.exit_loss import EXIT_LOSSES, GradientInForward
+
+CHUNK_LOGITS_CPU, CHUNK_LOGITS_GPU = 2**22, 2**27
+"""Logits of an adapter that exist at the same time."""
+
+
+class ExitAdapter(nn.Module):
+    """One adapter."""
+
+    def __init__(self, layer: nn.Module, norm: nn.Module, hidden_size: int) -> None:
+        """Begin as a copy of a layer behind a projection that changes nothing.
+
+        Args:
+            layer: The model's last layer.
+            norm: The model's final norm.
+            hidden_size: D.
+        """
+        super().__init__()
+        self.input_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.layer = deepcopy(layer).float()
+        self.norm = deepcopy(norm).float()
+        with torch.no_grad():
+            self.input_proj.weight.copy_(torch.eye(hidden_size))
+        for parameter in self.parameters():
+            parameter.requires_grad_(True)
+
+    def forward(self, hidden: Tensor, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor:
+        """[B, T, D], the state at the exit -> [B, T, D], what the head reads.
+
+        Args:
+            hidden: The output of layer E - 1.
+            arguments: What the model gave its last layer besides the state, by position.
+            options: The same by name.
+        """
+        normed: Tensor = self.norm(first(self.layer(self.input_proj(hidden), *arguments, **options)))
+        return normed
+
+
+@dataclass(kw_only=True)
+class _Pass:
+    """What is kept of a pass through the frozen model."""
+
+    states: dict[int, Tensor]
+    """Outputs [B, T, D] of the layers before the exits, and of the last one."""
+    arguments: tuple[Any, ...] = ()
+    options: Mapping[str, Any] | None = None
+    """What the last layer was given besides the state."""
+
+
+class AdaptedModel(nn.Module):
+    """A frozen model and its adapters, which alone are parameters of this module."""
+
+    def __init__(
+        self, model: Any, exits: Sequence[int], *, loss: ExitLossName = "kl", tokens: Sequence[int] | None = None
+    ) -> None:
+        """Make the adapters.
+
+        Args:
+            model: A causal model of transformers, in the precision that it is to run in.
+            exits: Number of layers before each adapter.
+            loss: How adapters learn.
+            tokens: [N] ids that they draft among, ascending; the whole vocabulary if not given.
+
+        Raises:
+            UnsupportedModelError: The model's layers, norm or head can't be reached.
+            InvalidArgumentError: An exit that the model doesn't have.
+        """
+        super().__init__()
+        anatomy = dissect(model)
+        self.num_layers = len(anatomy.layers)
+        for exit_layer in exits:
+            if exit_layer >= self.num_layers:
+                raise InvalidArgumentError(
+                    f"exit_adapters names exit {exit_layer}, and the model has {self.num_layers} layers; "
+                    f"give numbers from 1 to {self.num_layers - 1}"
+                )
+        self._frozen = (model.eval().requires_grad_(False),)  # in a tuple, or its weights would be this module's
+        self._anatomy, self.exits = anatomy, tuple(sorted(exits))
+        self._loss_name = loss
+        width = anatomy.model.config.get_text_config().hidden_size
+        self.adapters = nn.ModuleDict(
+            {f"exit_{e}": ExitAdapter(anatomy.layers[-1], anatomy.head.norm, width) for e in self.exits}
+        )
+        self.tokens = None if tokens is None else torch.tensor(list(tokens))
+        self.statistics: AdapterStatistics | None = None
+
+    @property
+    def config(self) -> Any:
+        """The frozen model's configuration."""
+        return self._anatomy.model.config
+
+    @property
+    def head_rows(self) -> Tensor:
+        """[N, D], the head's rows of the tokens that adapters draft."""
+        linear: Any = self._anatomy.head.linear
+        weight: Tensor = linear.weight
+        return weight if self.tokens is None else weight[self.tokens.to(weight.device)]
+
+    @property
+    def head_cost(self) -> float:
+        """Weights of the LM head divided by those of a layer."""
+        linear: Any = self._anatomy.head.linear
+        return float(linear.weight.numel() / sum(weight.numel() for weight in self._anatomy.layers[-1].parameters()))
+
+    @property
+    def draft_head_cost(self) -> float:
+        """The same of the part of the head that adapters use."""
+        linear: Any = self._anatomy.head.linear
+        return self.head_cost * len(self.head_rows) / len(linear.weight)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+    ) -> dict[str, Tensor]:
+        """The mean loss of all adapters over the labelled tokens.
+
+        Args:
+            input_ids: [B, T].
+            labels: [B, T], the tokens themselves, or IGNORED for those that aren't learned; the tokens if not given.
+            position_ids: [B, T], from 0 in each example; counting up if not given.
+            num_items_in_batch: Divisor of the sum over tokens; the labelled tokens if not given.
+        """
+        found = self._run_frozen(input_ids, position_ids)
+        following = F.pad((input_ids if labels is None else labels)[:, 1:], (0, 1), value=IGNORED)
+        learned = following.flatten() != IGNORED
+        wanted = following.flatten()[learned]
+        target = found.states[self.num_layers].flatten(0, 1)[learned]
+        states = [self._adapt(exit_layer, found).flatten(0, 1)[learned] for exit_layer in self.exits]
+        if self.statistics is not None and not self.training:
+            self.statistics.add(self, states, target, wanted, self._chunk_tokens(target))
+        total: Tensor = GradientInForward.apply(  # type: ignore[no-untyped-call]
+            lambda parts, where: self._losses(parts, target[where], wanted[where]),
+            self._chunk_tokens(target),
+            len(states),
+            *states,
+        )
+        count = learned.sum() if num_items_in_batch is None else num_items_in_batch
+        return {"loss": total / (count * len(states))}
+
+    def teacher(self, target: Tensor) -> Tensor:
+        """Logits [n, V] of the frozen model, in float32, from its last layer's output [n, D]."""
+        with torch.no_grad():
+            return self._anatomy.head(target.to(self.head_dtype))
+
+    @property
+    def head_dtype(self) -> torch.dtype:
+        """Type of the frozen model's weights."""
+        linear: Any = self._anatomy.head.linear
+        dtype: torch.dtype = linear.weight.dtype
+        return dtype
+
+    def logits(self, state: Tensor, rows: Tensor) -> Tensor:
+        """Logits [n, N] of an adapter's output [n, D], in float32."""
+        head = self._anatomy.head
+        logits = F.linear(state.to(rows.dtype), rows).float()
+        logits = logits if head.scale == 1.0 else logits * head.scale
+        return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
+
+    def _losses(self, parts: Sequence[Tensor], target: Tensor, labels: Tensor) -> Iterator[tuple[int, Tensor, bool]]:
+        """Sums over a chunk: (index of the adapter, loss, whether it trains the head, which it never does)."""
+        rows, loss = self.head_rows, EXIT_LOSSES[self._loss_name]
+        teacher = self._limited_teacher(target, rows)
+        wanted = labels if self.tokens is None else self._among_tokens(labels)
+        for i, part in enumerate(parts):
+            yield i, loss(self.logits(part, rows), teacher, wanted).sum(), False
+
+    def _limited_teacher(self, target: Tensor, rows: Tensor) -> Tensor:
+        """Logits [n, N] of the frozen model for the tokens that adapters draft."""
+        with torch.no_grad():
+            return self.logits(self._anatomy.head.norm(target.to(self.head_dtype)), rows)
+
+    def _among_tokens(self, labels: Tensor) -> Tensor:
+        """Labels as places among the tokens that adapters draft. Others count too, but for cross-entropy."""
+        assert self.tokens is not None
+        tokens = self.tokens.to(labels.device)
+        place = torch.searchsorted(tokens, labels).clamp(max=len(tokens) - 1)
+        if self._loss_name != "ce":
+            return place
+        return torch.where(tokens[place] == labels, place, IGNORED)
+
+    def _adapt(self, exit_layer: int, found: _Pass) -> Tensor:
+        adapter = self.adapters[f"exit_{exit_layer}"]
+        state = found.states[exit_layer].to(adapter.input_proj.weight.dtype)  # type: ignore[union-attr, arg-type]
+        adapted: Tensor = adapter(state, found.arguments, found.options or {})
+        return adapted
+
+    def _chunk_tokens(self, target: Tensor) -> int:
+        chunk = CHUNK_LOGITS_CPU if target.device.type == "cpu" else CHUNK_LOGITS_GPU
+        return max(64, chunk // len(self.head_rows))
+
+    @torch.no_grad()
+    def _run_frozen(self, input_ids: Tensor, position_ids: Tensor | None) -> _Pass:
+        found = _Pass(states={})
+        options = {} if position_ids is None else {"position_ids": position_ids}
+        # No autocast: the frozen weights are in their precision already, and would be converted at every call.
+        with self._kept(found), torch.autocast(input_ids.device.type, enabled=False):
+            self._anatomy.model.get_decoder()(input_ids=input_ids, use_cache=False, **options)
+        return found
+
+    @contextmanager
+    def _kept(self, found: _Pass) -> Iterator[None]:
+        """Keep states and the last layer's arguments while the model runs."""
+        layers: Any = self._anatomy.layers
+
+        def keep(exit_layer: int) -> Any:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                found.states[exit_layer] = first(output)
+
+            return hook
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            found.arguments = args[1:]
+            found.options = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+
+        handles = [layers[e - 1].register_forward_hook(keep(e)) for e in (*self.exits, self.num_layers)]
+        handles.append(layers[-1].register_forward_pre_hook(before, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()

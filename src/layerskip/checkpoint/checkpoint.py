@@ -1,6 +1,6 @@
 """Checkpoints: a name, a folder or a hub id -> configuration, memory-mapped weights, tokenizer, network."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike, fspath
 from pathlib import Path
@@ -217,8 +217,7 @@ class Checkpoint:
             CheckpointError: Anything wrong with the files.
         """
         plan = plan_loading(self, config or LoadingConfig())
-        exits = () if plan.adapters is None else sorted(adapter.exit_layer for adapter in plan.adapters.adapters)
-        return load_decoder(replace(self.network_config, adapted_exits=tuple(exits)), self.weights, plan)
+        return load_decoder(self.network_config, self.weights, plan)
 
     def _tokenizer_eos(self) -> tuple[int, ...]:
         try:

@@ -57,9 +57,9 @@ def make_request(
     )
 
 
-def default_exit_layer(num_layers: int) -> int:
-    """The exit that drafts where none is named: a quarter of the layers."""
-    return max(1, num_layers // 4)
+def default_exit_layer(decoder: Decoder) -> int:
+    """The exit that drafts where none is named: the first that has an adapter, or else at a quarter of the layers."""
+    return decoder.adapted_exits[0] if decoder.adapted_exits else max(1, decoder.num_layers // 4)
 
 
 def choose_exit_layer(config: GenerationConfig, decoder: Decoder) -> int:
@@ -70,7 +70,7 @@ def choose_exit_layer(config: GenerationConfig, decoder: Decoder) -> int:
     """
     if config.exit_layer is not None:
         return decoder.config.check_exit_layer(config.exit_layer)
-    return default_exit_layer(decoder.num_layers) if config.strategy != "autoregressive" else decoder.num_layers
+    return default_exit_layer(decoder) if config.strategy != "autoregressive" else decoder.num_layers
 
 
 def check_exit_layer(config: GenerationConfig, decoder: Decoder) -> None:

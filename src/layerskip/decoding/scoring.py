@@ -73,7 +73,7 @@ def logits_in_chunks(decoder: Decoder, tokens: Sequence[int], num_layers: int) -
         NotFiniteError: A logit is infinite or not a number.
     """
     for start, hidden in exit_states_in_chunks(decoder, tokens, (num_layers,)):
-        yield start, check_finite(decoder.unembed(hidden[0])[0], decoder.dtype)
+        yield start, check_finite(decoder.unembed(hidden[0], num_layers)[0], decoder.dtype)
 
 
 def exit_states_in_chunks(
@@ -87,7 +87,7 @@ def exit_states_in_chunks(
         exits: Numbers of layers after which to keep the state, ascending.
 
     Yields:
-        A chunk's first position, and for each exit its hidden states [1, Q, D].
+        A chunk's first position, and for each exit the states [1, Q, D] that `Decoder.adapt` gives.
     """
     _check(decoder, tokens)
     cache = decoder.new_cache(1, len(tokens))

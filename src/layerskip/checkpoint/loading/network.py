@@ -50,6 +50,9 @@ def load_decoder(config: ModelConfig, source: TensorSource, plan: LoadingPlan) -
     Raises:
         WeightsError: A tensor is of the wrong shape or type.
     """
+    if plan.adapters is not None:
+        exits = sorted(adapter.exit_layer for adapter in plan.adapters.adapters)
+        config = replace(config, adapted_exits=tuple(exits))
     if plan.network == "native":
         return _Loader(config, source, NativeBuilder.of(plan)).load(plan)
     return _Loader(config, source, TorchBuilder.of(plan)).load(plan)

@@ -5,7 +5,7 @@ Shapes: B rows, n tokens of each row in one call, L layers, E exit, K drafts.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -38,6 +38,8 @@ class Costs:
     """Norm, head and choice of a draft."""
     draft_fixed: float
     """All else of drafting, once a round."""
+    adapters: Mapping[int, float] = field(default_factory=dict)
+    """By exit that has an adapter: adapter, norm, head and choice of a draft."""
     shares_states: bool = True
     """Whether verification goes on from the states of drafting, which runs the last draft through its layers too."""
 
@@ -49,6 +51,7 @@ class Costs:
             TypeError: Something else.
         """
         found: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in fields.items()}
+        found["adapters"] = {int(exit_layer): seconds for exit_layer, seconds in found["adapters"].items()}
         return cls(**found)
 
     @property
@@ -63,7 +66,7 @@ class Costs:
     def drafting(self, exit_layer: int, num_drafts: int) -> float:
         """Write `num_drafts` tokens at an exit."""
         passes = (num_drafts + self.shares_states) * exit_layer * self.draft_layer
-        return self.draft_fixed + passes + num_drafts * self.draft_head
+        return self.draft_fixed + passes + num_drafts * self.adapters.get(exit_layer, self.draft_head)
 
     def verification(self, exit_layer: int, num_drafts: int) -> float:
         """The layers from the exit on, and the head, over the drafts and the token before them."""
@@ -96,14 +99,21 @@ def measure_costs(
         one, every = timer.seconds(depth - 1, depth, n), timer.seconds(0, depth, n)
         layer.append(max(0.0, every - one) / max(1, depth - 1))
         fixed.append(max(0.0, one - layer[-1]))
-    most, middle = min(5, counts[-1] - 1), max(1, depth // 2)
+    most = min(5, counts[-1] - 1)
+    bare = [exit_layer for exit_layer in range(1, depth // 2 + 2) if exit_layer not in decoder.adapted_exits]
+    first, middle = bare[0], bare[-1]
     draft_layer, draft_head, draft_fixed = layer[0], fixed[0], fixed[0]
-    shares_states = decoder.drafter(1).shares_states
-    if most > 1 and middle > 1:
-        single, several, deep = (timer.drafting(*what) for what in ((1, 1), (1, most), (middle, most)))
-        draft_layer = max(0.0, deep - several) / ((most + shares_states) * (middle - 1))
-        draft_head = max(0.0, (several - single) / (most - 1) - draft_layer)
-        draft_fixed = max(0.0, single - (1 + shares_states) * draft_layer - draft_head)
+    shares_states = decoder.drafter(first).shares_states
+    adapters: dict[int, float] = {}
+    if most > 1 and middle > first:
+        single, several, deep = (timer.drafting(*what) for what in ((first, 1), (first, most), (middle, most)))
+        draft_layer = max(0.0, deep - several) / ((most + shares_states) * (middle - first))
+        draft_head = max(0.0, (several - single) / (most - 1) - first * draft_layer)
+        draft_fixed = max(0.0, single - (1 + shares_states) * first * draft_layer - draft_head)
+        for exit_layer in decoder.adapted_exits:
+            passes = (most + shares_states) * exit_layer * draft_layer
+            seconds = timer.drafting(exit_layer, most) - draft_fixed - passes
+            adapters[exit_layer] = max(0.0, seconds / most)
     return Costs(
         num_layers=depth,
         layer=_interpolated(counts, layer),
@@ -111,6 +121,7 @@ def measure_costs(
         draft_layer=draft_layer,
         draft_head=draft_head,
         draft_fixed=draft_fixed,
+        adapters=adapters,
         shares_states=shares_states,
     )
 

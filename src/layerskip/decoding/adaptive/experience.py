@@ -55,7 +55,8 @@ class Experience:
             exit_layer: The only exit that may draft.
             most_drafts: Drafts of a round at most.
         """
-        exits = tuple(sorted({*candidate_exits(self._decoder.num_layers), *self._best_exit}))
+        candidates = self._decoder.adapted_exits or candidate_exits(self._decoder.num_layers)
+        exits = tuple(sorted({*candidates, *self._best_exit}))
         return AdaptivePolicy(
             knowledge=self,
             exits=exits if exit_layer is None else (exit_layer,),

@@ -38,10 +38,11 @@ def draft_from_layers(
     hidden: list[Tensor] = []
     while len(tokens) <= num_drafts and not (stop is not None and len(tokens) > 1 and stop.ends(choices.confidences)):
         hidden.append(states.run(token, len(hidden)))
-        token = choices.next(decoder.unembed(hidden[-1]), confident=stop is not None)
+        token = choices.next(decoder.unembed(states.read()), confident=stop is not None)
         tokens.append(token)
     if shares:
         hidden.append(states.run(token, len(hidden)))
+        states.write_keys()
     return Drafts(
         tokens=torch.cat(tokens, 1),
         exit_layer=exit_layer if shares else 0,
@@ -57,17 +58,34 @@ class _States:
 
     def __init__(self, batch: Batch, exit_layer: int, exits: Collection[int]) -> None:
         self._decoder, self._cache = batch.decoder.drafter(exit_layer).decoder, batch.cache
-        self._exit_layer, self._exits = exit_layer, exits
+        # The state at the exit itself is what its drafts are made of, which `read` gives.
+        self._exit_layer, self._exits = exit_layer, [exit_ for exit_ in exits if exit_ != exit_layer]
+        self._keeps_own = exit_layer in exits
         self.kept: dict[int, list[Tensor]] = {}
 
     def run(self, token: Tensor, offset: int) -> Tensor:
+        """The state at the exit, [B, 1, D], for the `offset`-th token after what is committed."""
         decoder, cache = self._decoder, self._cache
-        positions = decoder.place(cache, [length + offset for length in cache.lengths], 1)
+        self._positions = decoder.place(cache, [length + offset for length in cache.lengths], 1)
         embedded = decoder.embed(token)
-        hidden, passed = decoder.run_exits(embedded, positions, cache, 0, self._exit_layer, self._exits)
+        self._hidden, passed = decoder.run_exits(embedded, self._positions, cache, 0, self._exit_layer, self._exits)
         for exit_layer, state in passed.items():
             self.kept.setdefault(exit_layer, []).append(state)
-        return hidden
+        return self._hidden
+
+    def read(self) -> Tensor:
+        """What the head reads for that token."""
+        state = self._decoder.read(self._hidden, self._positions, self._cache)
+        if self._keeps_own:
+            self.kept.setdefault(self._exit_layer, []).append(state)
+        return state
+
+    def write_keys(self) -> None:
+        """Write the adapter's keys for that token, of which nothing is drafted."""
+        if self._keeps_own:
+            self.read()
+        else:
+            self._decoder.write_adapter_keys(self._hidden, self._positions, self._cache)
 
 
 class _Choices:

@@ -31,7 +31,9 @@ def read_chunk(batch: Batch, chunk: int = PREFILL_CHUNK) -> dict[int, int]:
     unread = [row.tokens[start : start + chunk] for row, start in zip(batch.rows, starts, strict=True)]
     size = max(map(len, unread))
     tokens = torch.tensor([part + [0] * (size - len(part)) for part in unread], device=decoder.device)
-    hidden = decoder.run_layers(decoder.embed(tokens), decoder.place(cache, starts, size), cache, 0, batch.depth)
+    positions = decoder.place(cache, starts, size)
+    hidden = decoder.run_layers(decoder.embed(tokens), positions, cache, 0, batch.depth)
+    hidden = decoder.adapt(hidden, positions, cache, batch.depth)
     for row, part in enumerate(unread):
         cache.commit(row, len(part))
     done = [i for i, row in enumerate(batch.rows) if starts[i] + len(unread[i]) == len(row.tokens)]
@@ -41,7 +43,8 @@ def read_chunk(batch: Batch, chunk: int = PREFILL_CHUNK) -> dict[int, int]:
     sampler = batch.sampler_of(done)
     rows = [batch.rows[row] for row in done]
     contexts = [[row.tokens] for row in rows] if sampler.needs_context else None
-    chosen = sampler.choose(sampler.scores(decoder.unembed(last), contexts), [len(row.tokens) for row in rows])
+    scores = sampler.scores(decoder.unembed(last, batch.depth), contexts)
+    chosen = sampler.choose(scores, [len(row.tokens) for row in rows])
     return {row: token for row, (token,) in zip(done, chosen.tolist(), strict=True)}
 
 
@@ -53,7 +56,8 @@ def step(batch: Batch) -> RoundResult:
         pending = batch.pending()
         positions = decoder.place(cache, cache.lengths, 1)
         hidden = decoder.run_layers(decoder.embed(pending), positions, cache, 0, batch.depth)
-        scores = sampler.scores(decoder.unembed(hidden), batch.contexts())
+        hidden = decoder.adapt(hidden, positions, cache, batch.depth)
+        scores = sampler.scores(decoder.unembed(hidden, batch.depth), batch.contexts())
         chosen = sampler.choose(scores, [len(row.tokens) for row in batch.rows]).tolist()
     else:
         chosen = decoder.round(batch.last_tokens, cache, batch.step_request, batch.depth).targets

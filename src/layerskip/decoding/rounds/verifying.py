@@ -81,7 +81,7 @@ def _through_logits(batch: Batch, plan: Plan) -> RoundResult:
     judge = _Judge(batch, drafts, num_drafts, decoder.unembed(hidden))
     result = judge.result()  # the round's only device synchronisation, unless exits are probed
     agreement = {
-        exit_layer: judge.agreement(decoder.unembed(state), result.num_accepted)
+        exit_layer: judge.agreement(decoder.unembed(state, exit_layer), result.num_accepted)
         for exit_layer, state in {**drafts.exit_states, **states}.items()
     }
     end = watch.mark()

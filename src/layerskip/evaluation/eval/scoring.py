@@ -54,8 +54,9 @@ def score_continuations(
         for start in range(0, len(inputs), PREFILL_CHUNK):
             chunk = inputs[start : start + PREFILL_CHUNK]
             wanted = {place: continuations[place][start : start + len(chunk)] for place in places}
-            for scores, states in zip(results, _run(decoder, chunk, cache, exit_layers), strict=True):
-                _add_scores(scores, check_finite(decoder.unembed(states)[0], decoder.dtype), wanted)
+            states = _run(decoder, chunk, cache, exit_layers)
+            for exit_layer, scores, state in zip(exit_layers, results, states, strict=True):
+                _add_scores(scores, check_finite(decoder.unembed(state, exit_layer)[0], decoder.dtype), wanted)
         cache.rollback(0, read)
     return results
 

@@ -76,7 +76,7 @@ def measure_exits(
             last = check_finite(lm.decoder.unembed(states[-1])[0], lm.decoder.dtype)
             choice = last.argmax(-1)
             for i, state in enumerate(states):  # logits of all exits never exist at once
-                logits = last if i == num_layers - 1 else lm.decoder.unembed(state)[0]
+                logits = last if i == num_layers - 1 else lm.decoder.unembed(state, i + 1)[0]
                 losses[i] += F.cross_entropy(logits, wanted, reduction="sum").item()
                 agreed[i] += (logits.argmax(-1) == choice).sum().item()
             meter.advance("reading tokens", size)

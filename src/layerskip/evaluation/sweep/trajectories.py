@@ -86,7 +86,7 @@ def _agreement(
         if not wanted:
             continue
         for exit_layer, state in zip(exits, states, strict=True):
-            guesses = lm.decoder.unembed(state[:, skipped:])[0].argmax(-1).tolist()
+            guesses = lm.decoder.unembed(state[:, skipped:], exit_layer)[0].argmax(-1).tolist()
             agrees[exit_layer] += [guess == token for guess, token in zip(guesses, wanted, strict=True)]
     return {exit_layer: tuple(flags) for exit_layer, flags in agrees.items()}
 

@@ -126,8 +126,10 @@ class _Model:
         hidden = decoder.embed(torch.tensor([tokens], device=decoder.device))
         early = decoder.run_layers(hidden, positions, self._root, 0, self._exit)
         late = decoder.run_layers(early, positions, self._root, self._exit, decoder.num_layers)
+        read = decoder.adapt(early, positions, self._root, self._exit)
+        logits = [decoder.unembed(read[:, -1:], self._exit), decoder.unembed(late[:, -1:])]
         context = [[self._prompt if key is None else [*self._prompt, key]]]
-        scores = [self._sampler.scores(decoder.unembed(state[:, -1:]), context)[0, 0].cpu() for state in (early, late)]
+        scores = [self._sampler.scores(each, context)[0, 0].cpu() for each in logits]
         self._cache[key] = (scores[0], scores[1])
 
 

@@ -7,7 +7,7 @@ from layerskip.model.cache import KVCache
 from layerskip.model.decoder import Decoder
 from layerskip.model.drafts import DraftRequest, Drafts, RoundTokens
 from layerskip.model.graphs.compiled import CompiledRound, CompiledRounds, RoundMode
-from layerskip.model.graphs.static import RoundParts
+from layerskip.model.graphs.static import AdaptedExit, RoundParts
 from layerskip.model.torch.network import TorchNetwork
 
 
@@ -35,9 +35,17 @@ class GraphDecoder(Decoder):
             ropes=self._ropes,
             dtype=self.dtype,
         )
+        self._parts = parts
         self._rounds = CompiledRounds(
             parts, rounds, device=self.device, max_context=self.max_context, uses_before=uses_before
         )
+
+    def set_adapter(self, exit_layer: int, decoder: Decoder, quantized: Decoder | None = None) -> None:
+        """As `Decoder.set_adapter`; rounds draft through it unless other layers draft."""
+        super().set_adapter(exit_layer, decoder, quantized)
+        layer = self.config.adapter_at(exit_layer)
+        assert layer is not None
+        self._parts.adapters[exit_layer] = AdaptedExit(layer=layer, unembed=decoder.unembed)
 
     @property
     def compiled(self) -> tuple[CompiledRound, ...]:
@@ -63,7 +71,9 @@ class GraphDecoder(Decoder):
     ) -> RoundTokens:
         """As `Decoder.round`, in one call where the round is greedy, of a fixed length, and compiled."""
         exit_layer, planned = request.exit_layer, max(request.planned, request.num_drafts)
-        own = exit_layer == 0 or self.drafter(exit_layer).decoder is self
+        drafter = self.drafter(exit_layer).decoder
+        own = exit_layer == 0 or drafter is self or drafter is self._adapters.get(exit_layer)
+        own = own and num_layers not in self._adapters
         useful = 2 * request.num_drafts >= planned  # otherwise rows end soon, and most of the drafts would be in vain
         greedy = request.draw is None and request.stop is None
         if not (own and useful and greedy and drafts is None):
@@ -73,8 +83,11 @@ class GraphDecoder(Decoder):
         if result is None:
             return super().round(tokens, cache, request, num_layers)
         seconds = self.stopwatch.between(start, self.stopwatch.mark())
+        adapter = self.config.adapter_at(exit_layer)
         for _ in range(planned + 1 if exit_layer else 0):
             self.calls.add(0, exit_layer, len(tokens), 1)
+            if adapter is not None:
+                self.calls.add(adapter, adapter + 1, len(tokens), 1)
         self.calls.add(exit_layer, num_layers, len(tokens), planned + 1)
         # A graph is one call, in which nothing can be timed: its seconds are split by the layers entered.
         share = (planned + 1) * exit_layer / (planned * exit_layer + num_layers) if planned else 0.0

@@ -7,7 +7,7 @@ Shapes: B rows, Q query tokens a row, K drafts a row, D width, V vocabulary, L l
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -52,6 +52,16 @@ class RoundShape:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdaptedExit:
+    """An exit adapter, as a round needs it."""
+
+    layer: int
+    """The layer that adapts the state at the exit."""
+    unembed: Callable[[Tensor], Tensor]
+    """[B, Q, D], that layer's output -> [B, Q, V]."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundParts:
     """What of a decoder a round needs."""
 
@@ -61,6 +71,8 @@ class RoundParts:
     """[B, Q] token ids -> [B, Q, D]."""
     unembed: Callable[[Tensor], Tensor]
     """[B, Q, D] -> [B, Q, V]."""
+    adapters: dict[int, AdaptedExit] = field(default_factory=dict)
+    """By exit; filled in while the model is put together."""
     ropes: Mapping[str, RopeTable]
     dtype: torch.dtype
 
@@ -135,13 +147,29 @@ class StaticRound:
             for i in range(shape.num_drafts + 1):
                 states.append(self._run(parts.embed(token), first + i, 0, shape.exit_layer))
                 if i < shape.num_drafts:
-                    token = best_tokens(parts.unembed(states[-1]))
+                    token = self._draft(states[-1], first + i)
                     drafts.append(token)
+            if shape.exit_layer in parts.adapters:
+                self._write_keys(states[-1], first + shape.num_drafts)
         hidden = self._run(torch.cat(states, 1), first, shape.exit_layer, shape.stop)
         return torch.cat((*drafts, best_tokens(parts.unembed(hidden))), 1)
 
+    def _draft(self, state: Tensor, first: Tensor) -> Tensor:
+        """The draft that the state at the exit [B, 1, D] gives, for a token at `first` [B]."""
+        adapter = self._parts.adapters.get(self.shape.exit_layer)
+        if adapter is None:
+            return best_tokens(self._parts.unembed(state))
+        return best_tokens(adapter.unembed(self._run(state, first, adapter.layer, adapter.layer + 1)))
+
     def _run(self, hidden: Tensor, first: Tensor, start: int, stop: int) -> Tensor:
         """Layers start..stop-1 over a block whose rows begin at `first` [B]."""
-        shape, buffers = self.shape, self._buffers
-        positions = DevicePositions(self._parts, first, hidden.shape[1], shape.num_slots, buffers.capacity)
-        return self._parts.network.run_layers(hidden, positions, buffers, start, stop)
+        positions = self._place(first, hidden.shape[1])
+        return self._parts.network.run_layers(hidden, positions, self._buffers, start, stop)
+
+    def _write_keys(self, state: Tensor, first: Tensor) -> None:
+        """The adapter's keys for a token of which nothing is drafted."""
+        layer = self._parts.adapters[self.shape.exit_layer].layer
+        self._parts.network.write_keys(layer, state, self._place(first, state.shape[1]), self._buffers)
+
+    def _place(self, first: Tensor, num_queries: int) -> DevicePositions:
+        return DevicePositions(self._parts, first, num_queries, self.shape.num_slots, self._buffers.capacity)

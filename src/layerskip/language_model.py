@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from layerskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from layerskip.checkpoint.loading.adapters import AdapterSet
 from layerskip.checkpoint.loading.config import LoadingConfig, make_loading_config
 from layerskip.checks import check_text, whole_number
 from layerskip.decoding.adaptive.experience import Experience
@@ -57,7 +58,7 @@ def load(
     """
     loading = make_loading_config(config, options)
     checkpoint = open_checkpoint(name, revision=revision)
-    return LanguageModel(checkpoint, checkpoint.load_decoder(loading))
+    return LanguageModel.of(checkpoint, loading)
 
 
 @dataclass(eq=False)
@@ -70,11 +71,30 @@ class Session:
 class LanguageModel:
     """A network with its tokenizer."""
 
-    def __init__(self, checkpoint: Checkpoint, decoder: Decoder) -> None:
+    def __init__(self, checkpoint: Checkpoint, decoder: Decoder, adapters: AdapterSet | None = None) -> None:
+        """Put together what `load` has loaded.
+
+        Args:
+            checkpoint: Where the network comes from.
+            decoder: The network.
+            adapters: What describes its exit adapters.
+        """
         self.checkpoint = checkpoint
         self.decoder = decoder
+        self.exit_adapters = adapters
         self._frames: dict[str, AnswerFrame] = {}
-        self._experience = Experience(decoder, checkpoint.tuned)
+        self._experience = Experience(
+            decoder,
+            checkpoint.tuned,
+            adapters.adapters if adapters is not None else (),
+            trained="layerskip" in checkpoint.raw_config,
+        )
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, config: LoadingConfig) -> "LanguageModel":
+        """Load a checkpoint that is open; raises as `load`."""
+        decoder = checkpoint.load_decoder(config)
+        return cls(checkpoint, decoder, checkpoint.find_exit_adapters(config.exit_adapters))
 
     @property
     def config(self) -> ModelConfig:

@@ -46,13 +46,18 @@ class Known:
 
     def __init__(self, costs: Costs) -> None:
         self._costs = costs
-        self.measured: list[int] = []
+        self.recalled: list[int] = []
+        self.budgets: list[float] = []
         self._times: dict[tuple[int, bool], RoundTimes] = {}
         self._paces: dict[tuple[int, bool], Pace] = {}
         self._rates: dict[bool, AcceptanceRates] = {}
 
-    def measure(self, num_rows: int) -> None:
-        self.measured.append(num_rows)
+    def recall(self, num_rows: int) -> None:
+        self.recalled.append(num_rows)
+
+    def look(self, num_rows: int, budget: float) -> float:
+        self.budgets.append(budget)
+        return max(0.0, budget)
 
     def times(self, num_rows: int, *, samples: bool) -> RoundTimes:
         return self._times.setdefault((num_rows, samples), RoundTimes(costs=self._costs))

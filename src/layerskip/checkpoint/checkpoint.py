@@ -12,7 +12,7 @@ from layerskip.checkpoint.folder import HuggingFaceFolder
 from layerskip.checkpoint.gguf.file import SUFFIX, GGUFFile, find_gguf
 from layerskip.checkpoint.hub import download
 from layerskip.checkpoint.known_file import Report
-from layerskip.checkpoint.loading.adapters import AdapterSet, check_base, describe_base
+from layerskip.checkpoint.loading.adapters import AdapterSet, check_base, check_ends, describe_base
 from layerskip.checkpoint.loading.config import LoadingConfig
 from layerskip.checkpoint.loading.network import load_decoder
 from layerskip.checkpoint.loading.plan import plan_loading
@@ -193,6 +193,7 @@ class Checkpoint:
         else:
             return self._embedded_adapters()
         check_base(adapters, self.name, self.network_config, self.weights)
+        check_ends(adapters, self.config.vocab_size, self.eos_token_ids)
         return adapters
 
     def _embedded_adapters(self) -> AdapterSet | None:

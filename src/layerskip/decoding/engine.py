@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from layerskip.decoding.adaptive.experience import Experience
 from layerskip.decoding.batch import Batch, batch_key, needs_of
 from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.policy import FixedPolicy, Plan, Policy, RoundResult
+from layerskip.decoding.policy import DrafterName, FixedPolicy, Plan, Policy, RoundResult
 from layerskip.decoding.request import Request, choose_exit_layer, depth_of
 from layerskip.decoding.rounds.plain import PREFILL_CHUNK, read_chunk, step
 from layerskip.decoding.rounds.verifying import run_round
@@ -26,6 +26,8 @@ class Event:
     num_accepted: int = 0
     drafts: tuple[int, ...] = ()
     """The drafts that were verified."""
+    drafter: DrafterName | None = None
+    """What drafted them."""
 
 
 def make_policy(config: GenerationConfig, decoder: Decoder, experience: Experience) -> Policy | None:
@@ -231,6 +233,7 @@ class Engine:
         """One round of a batch, as its policy plans it."""
         decoder, policy, started = self.decoder, batch.policy, time.perf_counter()
         calls, provisional = decoder.calls.count, decoder.provisional_rounds
+        drafter: DrafterName | None = None
         if policy is None:
             result = step(batch)
         else:
@@ -242,11 +245,12 @@ class Engine:
                 result.seconds = time.perf_counter() - started
                 result.settled = decoder.provisional_rounds == provisional
                 policy.observe(plan, result)
+            drafter = plan.drafter(decoder.config.adapted_exits)
             if plan.source != "none" or plan.probe:
                 for row in batch.rows:
                     row.recorder.seconds_drafting += result.seconds_drafting
                     row.recorder.seconds_verifying += result.seconds_verifying
-        return self._extend(batch, result, decoder.calls.count - calls)
+        return self._extend(batch, result, decoder.calls.count - calls, drafter)
 
     def _rest(self, batch: Batch, plan: Plan) -> RoundResult:
         """The next of several steps without drafts that were planned at once."""
@@ -259,7 +263,7 @@ class Engine:
             batch.end_rest()
         return result
 
-    def _extend(self, batch: Batch, result: RoundResult, calls: int) -> list[Event]:
+    def _extend(self, batch: Batch, result: RoundResult, calls: int, drafter: DrafterName | None = None) -> list[Event]:
         """Extend the rows by a round's tokens, and let those go that have ended."""
         events = []
         for place, row in enumerate(batch.rows):
@@ -269,8 +273,8 @@ class Engine:
             num_accepted = min(result.num_accepted[place], len(kept))
             row.recorder.layer_calls += calls
             row.recorder.record_tokens()
-            row.recorder.record_round(len(drafts), num_accepted)
-            events.append(Event(row=row, tokens=kept, num_accepted=num_accepted, drafts=drafts))
+            row.recorder.record_round(len(drafts), num_accepted, drafter)
+            events.append(Event(row=row, tokens=kept, num_accepted=num_accepted, drafts=drafts, drafter=drafter))
             length = batch.cache.lengths[place]
             if length >= len(row.tokens):  # the row was cut short: what lies beyond its end is forgotten
                 batch.cache.rollback(place, len(row.tokens) - 1)

@@ -1,6 +1,6 @@
 """What a round does, and who decides it: a fixed plan, or one that adapts (`adaptive/policy.py`)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -9,6 +9,8 @@ from layerskip.model.drafts import StopRule
 
 DraftSource = Literal["none", "layers", "text"]
 """Where drafts come from: nowhere, the first layers, or the sequence itself."""
+DrafterName = Literal["early_exit", "exit_adapter", "ngram"]
+"""What drafted, by its name in statistics and events: norm and head at a bare exit, an exit's adapter, or the text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,16 @@ class Plan:
     """Exits whose agreement with the target the round measures."""
     steps: int = 0
     """Steps without drafts to take before the policy is asked again; 0: one round, which is observed."""
+
+    def drafter(self, adapted_exits: Collection[int]) -> DrafterName | None:
+        """What drafts by this plan, in a network with these adapters; None where nothing does."""
+        match self.source:
+            case "text":
+                return "ngram"
+            case "layers":
+                return "exit_adapter" if self.exit_layer in adapted_exits else "early_exit"
+            case _:
+                return None
 
 
 @dataclass(kw_only=True)

@@ -32,6 +32,11 @@ class GenerationStats:
     """Drafts proposed as the first, second, ... of a round."""
     accepted_by_position: tuple[int, ...]
     """Drafts accepted as the first, second, ... of a round."""
+    drafted_by: dict[str, int]
+    """Drafts proposed by each drafter: `early_exit`, `exit_adapter` or `ngram`; those that proposed none are left
+    out."""
+    accepted_by: dict[str, int]
+    """Drafts of each drafter that became part of the text."""
     mean_accepted_length: float
     """Tokens that a round adds: its accepted drafts and the target's own one; 0 without rounds."""
     layer_calls: int
@@ -51,8 +56,12 @@ class StatsRecorder:
     rounds: int = 0
     drafted_by_position: list[int] = field(default_factory=list)
     accepted_by_position: list[int] = field(default_factory=list)
+    drafted_by: dict[str, int] = field(default_factory=dict)
+    accepted_by: dict[str, int] = field(default_factory=dict)
     last_accepted: int = 0
     """Drafts kept in the last round."""
+    last_drafter: str | None = None
+    """What drafted in the last round."""
     layer_calls: int = 0
     seconds_drafting: float = 0.0
     seconds_verifying: float = 0.0
@@ -69,10 +78,13 @@ class StatsRecorder:
         if self.first_token_at is None:
             self.first_token_at = self.last_token_at
 
-    def record_round(self, num_drafts: int, num_accepted: int) -> None:
+    def record_round(self, num_drafts: int, num_accepted: int, drafter: str | None = None) -> None:
         """Count a round that proposed `num_drafts` and kept `num_accepted` of them."""
         self.rounds += 1
-        self.last_accepted = num_accepted
+        self.last_accepted, self.last_drafter = num_accepted, drafter
+        if drafter is not None and num_drafts:
+            self.drafted_by[drafter] = self.drafted_by.get(drafter, 0) + num_drafts
+            self.accepted_by[drafter] = self.accepted_by.get(drafter, 0) + num_accepted
         missing = num_drafts - len(self.drafted_by_position)
         self.drafted_by_position += [0] * missing
         self.accepted_by_position += [0] * missing
@@ -84,6 +96,8 @@ class StatsRecorder:
         """Count only the first `num_tokens` of the last round's drafts as accepted: the text was cut there."""
         for position in range(max(0, num_tokens), self.last_accepted):
             self.accepted_by_position[position] -= 1
+            if self.last_drafter is not None:
+                self.accepted_by[self.last_drafter] -= 1
         self.last_accepted = min(self.last_accepted, max(0, num_tokens))
 
     def finish(self, prompt_tokens: int, tokens: int) -> GenerationStats:
@@ -103,6 +117,8 @@ class StatsRecorder:
             acceptance_rate=accepted / drafted if drafted else 0.0,
             drafted_by_position=tuple(self.drafted_by_position),
             accepted_by_position=tuple(self.accepted_by_position),
+            drafted_by=dict(self.drafted_by),
+            accepted_by=dict(self.accepted_by),
             mean_accepted_length=(tokens - 1) / self.rounds if self.rounds else 0.0,
             layer_calls=self.layer_calls,
             seconds_drafting=self.seconds_drafting,

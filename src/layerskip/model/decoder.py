@@ -132,6 +132,11 @@ class Decoder:
         layers = sum(layer.num_bytes for layer in self._network.layers[start:stop])
         return layers + (self._network.head.num_bytes if head else 0)
 
+    def adapter_bytes(self) -> int:
+        """Bytes of weights that this decoder's own adapter and the head after it read."""
+        first = self.num_layers if self._adapter is None else self._adapter
+        return self.weight_bytes(first, first + (self._adapter is not None))
+
     @property
     def layer_calls(self) -> int:
         """Layers entered so far, while drafting too, each counted once a call whatever its rows and tokens."""

@@ -77,7 +77,7 @@ class Terminal:
 
 
 def draft(text: str) -> DraftEvent:
-    return DraftEvent(index=0, token_ids=(), text=text)
+    return DraftEvent(index=0, token_ids=(), text=text, drafter="early_exit")
 
 
 def token(text: str, source: Source = "accepted") -> TokenEvent:

@@ -7,7 +7,7 @@ Shapes: N tokens that an adapter can draft.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -157,3 +157,15 @@ def check_base(adapters: AdapterSet, name: str, config: ModelConfig, source: Ten
             f"the exit adapters in {adapters.folder} were trained for {base.name}, whose weights differ from those of "
             f"{name}; train some for this model, or leave them out (exit_adapters=None)"
         )
+
+
+def check_ends(adapters: AdapterSet, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+    """Raise `InvalidArgumentError` if an adapter can draft no token that ends a text, though the model has some."""
+    assert adapters.weights is not None
+    for adapter in adapters.adapters:
+        ids = read_token_ids(adapters.weights, adapter, vocab_size)
+        if ids is not None and eos_token_ids and not set(eos_token_ids) & set(ids.tolist()):
+            raise InvalidArgumentError(
+                f"the adapter at exit {adapter.exit_layer} in {adapters.folder} drafts among {len(ids)} tokens, and "
+                f"none of them ends a text ({', '.join(map(str, eos_token_ids))}); train it anew"
+            )

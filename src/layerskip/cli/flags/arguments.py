@@ -58,6 +58,17 @@ class ModelArguments(LoadingConfig, NamedModel):
     draft_vocabulary: Annotated[int | None, arg(metavar="N")] = None
     draft_text: Annotated[Path | None, arg(metavar="FILE")] = None
     exit_adapters: Annotated[str | Path | None, arg(metavar="DIR")] = "auto"
+    """A folder with exit adapters, trained for this very model; auto: those that lie with the model."""
+    no_exit_adapters: Switch = False
+    """Draft at bare exits, as if there were no adapters."""
+
+    def __post_init__(self) -> None:
+        """Check the options; without adapters the option that names them means nothing."""
+        super().__post_init__()
+        if self.no_exit_adapters:
+            if self.exit_adapters not in ("auto", None):
+                raise InvalidArgumentError("give --exit-adapters or --no-exit-adapters, not both")
+            object.__setattr__(self, "exit_adapters", None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -114,8 +114,7 @@ def load_model(arguments: ModelArguments, output: OutputArguments) -> "LanguageM
         silence_libraries(bars=not output.json and is_terminal(sys.stderr))
     checkpoint = open_model(arguments, output)
     with progress(output, f"loading {arguments.model}"):
-        decoder = checkpoint.load_decoder(arguments)
-        model = LanguageModel(checkpoint, decoder)
+        model = LanguageModel.of(checkpoint, arguments)
         with suppress(TokenizerError):
             _ = model.text_tokenizer
     return model

@@ -1,4 +1,8 @@
-"""Costs from one process to the next: timing a large network on a CPU takes longer than many a generation."""
+"""Costs from one process to the next: timing a large network on a CPU takes longer than many a generation.
+
+What a file says is taken as it is. A machine that is busier today makes all rounds slower, and the rounds themselves
+correct that (`round_times.py`).
+"""
 
 import hashlib
 import json
@@ -8,43 +12,32 @@ from typing import Any
 
 import torch
 
-from layerskip.decoding.adaptive.costs import CallTimer, Costs, measure_costs
+from layerskip.decoding.adaptive.costs import Costs
 from layerskip.files import cache_folder, parse_json, write_atomically
 from layerskip.machine import processor_name
 from layerskip.model.decoder import Decoder
 
-TOLERANCE = 1.25
-"""By how much a step may differ from what the file says before all is measured again."""
 
-
-def find_costs(decoder: Decoder, num_rows: int) -> Costs:
-    """Costs of a batch size: from a file, if a step still takes as long as it says; measured and kept otherwise."""
-    path = cache_folder() / "costs" / f"{_fingerprint(decoder, num_rows)}.json"
-    costs = _read(path)
-    if costs is None or not _still_true(costs, decoder, num_rows):
-        costs = measure_costs(decoder, num_rows)
-        _write(path, costs)
-    return costs
-
-
-def _still_true(costs: Costs, decoder: Decoder, num_rows: int) -> bool:
-    step = CallTimer(decoder, num_rows, 1, summary=min).seconds(0, decoder.num_layers, 1)
-    return 1 / TOLERANCE < step / costs.step() < TOLERANCE
-
-
-def _read(path: Path) -> Costs | None:
+def read_costs(decoder: Decoder, num_rows: int) -> Costs | None:
+    """Costs of a batch size that were measured earlier; None if there are none."""
     try:
-        return Costs.from_json(parse_json(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, AttributeError):  # not there, or of another version
+        return Costs.from_json(parse_json(_path(decoder, num_rows).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):  # not there, or of another version
         return None
 
 
-def _write(path: Path, costs: Costs) -> None:
+def write_costs(decoder: Decoder, num_rows: int, costs: Costs) -> None:
+    """Keep the costs of a batch size for later processes."""
+    path = _path(decoder, num_rows)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(asdict(costs)))
     except OSError:  # a full or read-only disk costs time at the next start, nothing else
         return
+
+
+def _path(decoder: Decoder, num_rows: int) -> Path:
+    return cache_folder() / "costs" / f"{_fingerprint(decoder, num_rows)}.json"
 
 
 def _fingerprint(decoder: Decoder, num_rows: int) -> str:
@@ -56,6 +49,7 @@ def _fingerprint(decoder: Decoder, num_rows: int) -> str:
         "kernels": decoder.kernels,
         "bytes": decoder.weight_bytes(0, decoder.num_layers),
         "drafter": [drafter.shares_states, drafter.decoder.weight_bytes(0, 1)],
+        "adapters": [decoder.drafter(exit_layer).decoder.adapter_bytes() for exit_layer in decoder.adapted_exits],
         "rows": num_rows,
         "threads": torch.get_num_threads(),
         "device": _device_name(decoder.device),

@@ -1,13 +1,13 @@
-"""What the parts of a round cost on this machine: measured with the network itself, in seconds.
+"""What the parts of a round cost on this machine, in seconds: estimated, or measured with the network itself.
 
 Shapes: B rows, n tokens of each row in one call, L layers, E exit, K drafts.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,6 +19,10 @@ MEASURED_QUERIES = (1, 2, 3, 5, 9, 13)
 CONTEXT = 64
 """Tokens before those that are timed."""
 REPETITIONS = 5
+ROW_COST_CPU, ROW_COST_GPU = 0.12, 0.01
+"""Estimated cost of each further token in a call, as a share of the first one's."""
+BYTES_PER_SECOND = 1e10
+"""Estimated; what counts is how plans compare, and rounds correct it."""
 SLOW_SECONDS = 0.1
 """Calls that take longer are timed once: they vary less, and nobody wants to wait."""
 
@@ -79,10 +83,55 @@ class Costs:
         return drafting + self.verification(exit_layer if self.shares_states else 0, num_drafts)
 
 
+def estimate_costs(decoder: Decoder) -> Costs:
+    """Costs by the bytes of weights that calls read, without running anything: how plans compare, not seconds."""
+    depth, row = decoder.num_layers, ROW_COST_CPU if decoder.device.type == "cpu" else ROW_COST_GPU
+    layer = decoder.weight_bytes(0, depth, head=False) / depth / BYTES_PER_SECOND
+    head = decoder.weight_bytes(0, 0) / BYTES_PER_SECOND
+    bare = next(exit_layer for exit_layer in range(1, depth + 2) if exit_layer not in decoder.adapted_exits)
+    drafter = decoder.drafter(bare)
+    calls = range(MEASURED_QUERIES[-1])
+    return Costs(
+        num_layers=depth,
+        layer=tuple(layer * (1 + row * n) for n in calls),
+        fixed=tuple(head * (1 + row * n) for n in calls),
+        draft_layer=drafter.decoder.weight_bytes(0, 1, head=False) / BYTES_PER_SECOND,
+        draft_head=drafter.decoder.weight_bytes(0, 0) / BYTES_PER_SECOND,
+        draft_fixed=0.0,
+        adapters={
+            exit_layer: decoder.drafter(exit_layer).decoder.adapter_bytes() / BYTES_PER_SECOND
+            for exit_layer in decoder.adapted_exits
+        },
+        shares_states=drafter.shares_states,
+    )
+
+
 def measure_costs(
     decoder: Decoder, num_rows: int, *, context: int = CONTEXT, queries: Sequence[int] = MEASURED_QUERIES
 ) -> Costs:
-    """Time the network's calls: some thirty passes, or fifteen of a slow network.
+    """Time the network's calls: some thirty passes, or fifteen of a slow network; arguments as for `measuring`."""
+    return finish(measuring(decoder, num_rows, context=context, queries=queries))
+
+
+Result = TypeVar("Result")
+Measuring = Generator[None, None, Result]
+"""Work that pauses after each call of the network, so that it can be done in between."""
+
+
+def finish(work: Measuring[Result]) -> Result:
+    """Do all of it at once."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+
+
+def measuring(
+    decoder: Decoder, num_rows: int, *, context: int = CONTEXT, queries: Sequence[int] = MEASURED_QUERIES
+) -> Measuring[Costs]:
+    """Time the network's calls one by one.
 
     Args:
         decoder: The network.
@@ -93,10 +142,11 @@ def measure_costs(
     counts = [n for n in queries if context + n <= decoder.max_context] or [1]
     timer = CallTimer(decoder, num_rows, counts[-1], context, summary=min)  # whatever disturbs a call makes it longer
     depth = decoder.num_layers
-    timer.seconds(0, depth, counts[-1])  # caches, clocks and threads get going
+    yield from timer.timing(0, depth, counts[-1])  # caches, clocks and threads get going
     layer, fixed = [], []
     for n in counts:
-        one, every = timer.seconds(depth - 1, depth, n), timer.seconds(0, depth, n)
+        one = yield from timer.timing(depth - 1, depth, n)
+        every = yield from timer.timing(0, depth, n)
         layer.append(max(0.0, every - one) / max(1, depth - 1))
         fixed.append(max(0.0, one - layer[-1]))
     most = min(5, counts[-1] - 1)
@@ -106,14 +156,16 @@ def measure_costs(
     shares_states = decoder.drafter(first).shares_states
     adapters: dict[int, float] = {}
     if most > 1 and middle > first:
-        single, several, deep = (timer.drafting(*what) for what in ((first, 1), (first, most), (middle, most)))
+        single = yield from timer.draft_timing(first, 1)
+        several = yield from timer.draft_timing(first, most)
+        deep = yield from timer.draft_timing(middle, most)
         draft_layer = max(0.0, deep - several) / ((most + shares_states) * (middle - first))
         draft_head = max(0.0, (several - single) / (most - 1) - first * draft_layer)
         draft_fixed = max(0.0, single - (1 + shares_states) * first * draft_layer - draft_head)
         for exit_layer in decoder.adapted_exits:
             passes = (most + shares_states) * exit_layer * draft_layer
-            seconds = timer.drafting(exit_layer, most) - draft_fixed - passes
-            adapters[exit_layer] = max(0.0, seconds / most)
+            seconds = yield from timer.draft_timing(exit_layer, most)
+            adapters[exit_layer] = max(0.0, (seconds - draft_fixed - passes) / most)
     return Costs(
         num_layers=depth,
         layer=_interpolated(counts, layer),
@@ -151,6 +203,12 @@ class CallTimer:
         self, start: int, stop: int, num_queries: int, *, head: bool = True, repetitions: int = REPETITIONS
     ) -> float:
         """Seconds of layers start..stop-1, of the embedding if these are the first, and of the head."""
+        return finish(self.timing(start, stop, num_queries, head=head, repetitions=repetitions))
+
+    def timing(
+        self, start: int, stop: int, num_queries: int, *, head: bool = True, repetitions: int = REPETITIONS
+    ) -> Measuring[float]:
+        """As `seconds`, call by call."""
         decoder, cache, shape = self._decoder, self._cache, (self._rows, num_queries)
 
         def call() -> None:
@@ -163,10 +221,14 @@ class CallTimer:
                 hidden = decoder.embed(tokens) if start == 0 else inputs
                 decoder.run_layers(hidden, positions, cache, start, stop)
 
-        return self._time(call, repetitions)
+        return (yield from self._time(call, repetitions))
 
     def drafting(self, exit_layer: int, num_drafts: int) -> float:
         """Seconds of drafting at an exit."""
+        return finish(self.draft_timing(exit_layer, num_drafts))
+
+    def draft_timing(self, exit_layer: int, num_drafts: int) -> Measuring[float]:
+        """As `drafting`, call by call."""
         decoder, cache = self._decoder, self._cache
         tokens = torch.zeros((self._rows, 1), dtype=torch.long, device=decoder.device)
         request = DraftRequest(exit_layer=exit_layer, num_drafts=num_drafts)
@@ -174,18 +236,18 @@ class CallTimer:
         def call() -> None:
             decoder.draft(tokens, cache, request)
 
-        return self._time(call, REPETITIONS)
+        return (yield from self._time(call, REPETITIONS))
 
-    @torch.inference_mode()
-    def _time(self, call: Callable[[], None], repetitions: int) -> float:
+    def _time(self, call: Callable[[], None], repetitions: int) -> Measuring[float]:
         times: list[float] = []
-        with self._decoder.uncounted():
-            while len(times) <= repetitions and (len(times) < 2 or times[-1] < SLOW_SECONDS):
+        while len(times) <= repetitions and (len(times) < 2 or times[-1] < SLOW_SECONDS):
+            with self._decoder.uncounted(), torch.inference_mode():
                 started = time.perf_counter()
                 call()
                 if self._decoder.device.type == "cuda":
                     torch.cuda.synchronize(self._decoder.device)
                 times.append(time.perf_counter() - started)
+            yield
         return self._summary(times[1:])
 
 

@@ -1,18 +1,24 @@
 """What adaptive decoding knows about a model from one call to the next."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from layerskip.decoding.adaptive.cost_cache import find_costs
-from layerskip.decoding.adaptive.costs import Costs
+from layerskip.decoding.adaptive.cost_cache import read_costs, write_costs
+from layerskip.decoding.adaptive.costs import Costs, Measuring, estimate_costs, measuring
 from layerskip.decoding.adaptive.pace import Pace
 from layerskip.decoding.adaptive.policy import MOST_DRAFTS, AdaptivePolicy, candidate_exits
-from layerskip.decoding.adaptive.rates import AcceptanceRates
+from layerskip.decoding.adaptive.rates import PRIOR_RATE, AcceptanceRates
 from layerskip.decoding.adaptive.round_times import RoundTimes
 from layerskip.model.decoder import Decoder
 
 KNOWN_TOKENS = 24
 """Tokens: the weight of an exit's agreement that was measured elsewhere."""
+UNTRAINED_RATE = 0.1
+"""The rate that is assumed of exits that nobody trained, until a probe says more: plain steps come first."""
+ADAPTER_TOKENS = 64
+"""Tokens: the weight of an adapter's agreement in training, where it was measured by confidence too."""
 
 
 class Tuned(Protocol):
@@ -29,21 +35,50 @@ class Tuned(Protocol):
         ...
 
 
+class Adapter(Protocol):
+    """What training measured of an exit adapter (`checkpoint.loading.adapters.AdapterDescription`)."""
+
+    @property
+    def exit_layer(self) -> int:
+        """Its exit."""
+        ...
+
+    @property
+    def by_confidence(self) -> Sequence[tuple[int, int]]:
+        """Tokens on which it agreed with the last layer, and all, by class of confidence; empty if unknown."""
+        ...
+
+
 class Experience:
     """Costs by batch size; acceptance rates and corrections of the costs, for greedy decoding and for sampling."""
 
-    def __init__(self, decoder: Decoder, tuned: Tuned | None = None, *, costs: Mapping[int, Costs] | None = None):
+    def __init__(
+        self,
+        decoder: Decoder,
+        tuned: Tuned | None = None,
+        adapters: Sequence[Adapter] = (),
+        *,
+        trained: bool = True,
+        costs: Mapping[int, Costs] | None = None,
+    ) -> None:
         """Start empty, or from statistics measured elsewhere, which count until more has been observed here.
 
         Args:
             decoder: The network.
             tuned: What a sweep has measured; its best exit is followed in any case.
-            costs: By batch size, a power of two; measured when first needed if not given.
+            adapters: What training has measured of the exit adapters.
+            trained: Whether the model was trained for early exit; its bare exits begin with a rate that is worth a try.
+            costs: By batch size, a power of two; read, or estimated and then measured while tokens are generated, if
+                not given.
         """
         self._decoder = decoder
         self._best_exit = () if tuned is None else (tuned.exit_layer,)
         self._agreement = {} if tuned is None else dict(tuned.agreement)
+        self._adapters = {adapter.exit_layer: adapter.by_confidence for adapter in adapters}
+        self._prior = PRIOR_RATE if trained else UNTRAINED_RATE
         self._costs: dict[int, Costs] = dict(costs or {})
+        self._unmeasured: dict[int, _Meter] = {}
+        """By batch size whose costs are estimated: what measures them."""
         self._rates: dict[bool, AcceptanceRates] = {}
         self._times: dict[tuple[bool, int], RoundTimes] = {}
         self._paces: dict[tuple[bool, int], Pace] = {}
@@ -64,13 +99,48 @@ class Experience:
             stops_early=self._decoder.device.type == "cpu",
         )
 
-    def measure(self, num_rows: int) -> None:
-        """Measure the costs of batches of this size, unless they are known."""
+    def recall(self, num_rows: int) -> None:
+        """Look up the costs of batches of this size, unless they are known; estimate them if nobody has measured."""
         size = size_of(num_rows)
-        if size not in self._costs:
-            self._costs[size] = find_costs(self._decoder, size)
-            for samples in (False, True):  # whatever was predicted from another size's costs
-                self._times.pop((samples, size), None)
+        if size in self._costs:
+            return
+        costs = read_costs(self._decoder, size)
+        if costs is None:
+            costs = estimate_costs(self._decoder)
+            self._unmeasured[size] = _Meter(work=measuring(self._decoder, size))
+        self._costs[size] = costs
+        for samples in (False, True):  # whatever was predicted from another size's costs
+            self._times.pop((samples, size), None)
+
+    def look(self, num_rows: int, budget: float) -> float:
+        """Go on measuring the costs of batches of this size, as long as there is time.
+
+        Args:
+            num_rows: Rows that run at present.
+            budget: Seconds.
+
+        Returns:
+            Seconds spent; 0 where nothing is left to measure.
+        """
+        size = size_of(num_rows)
+        meter, spent = self._unmeasured.get(size), 0.0
+        while meter is not None and spent + meter.latest < budget:
+            started = time.perf_counter()
+            costs = meter.advance()
+            meter.latest = time.perf_counter() - started
+            spent += meter.latest
+            if costs is not None:
+                self._learn(size, costs)
+                meter = None
+        return spent
+
+    def _learn(self, size: int, costs: Costs) -> None:
+        del self._unmeasured[size]
+        self._costs[size] = costs
+        write_costs(self._decoder, size, costs)
+        for samples in (False, True):
+            if (samples, size) in self._times:
+                self._times[samples, size].learn(costs)
 
     def times(self, num_rows: int, *, samples: bool) -> RoundTimes:
         """Predicted seconds of rounds with this many rows.
@@ -93,11 +163,31 @@ class Experience:
     def rates(self, *, samples: bool) -> AcceptanceRates:
         """Acceptance rates of rows that sample, or of rows that don't."""
         if samples not in self._rates:
-            self._rates[samples] = AcceptanceRates()
+            self._rates[samples] = AcceptanceRates(prior=self._prior)
             self._rates[samples].observe_exits(
                 {exit_: (KNOWN_TOKENS * share, KNOWN_TOKENS) for exit_, share in self._agreement.items()}
             )
+            for exit_layer, seen in self._adapters.items():
+                self._rates[samples].of_exit(exit_layer).assume(seen, ADAPTER_TOKENS)
         return self._rates[samples]
+
+
+@dataclass(kw_only=True)
+class _Meter:
+    """Measures costs call by call."""
+
+    work: Measuring[Costs]
+    latest: float = 0.0
+    """Seconds that the latest call took."""
+
+    def advance(self) -> Costs | None:
+        """One more call; the costs once they are known."""
+        try:
+            next(self.work)
+        except StopIteration as end:
+            costs: Costs = end.value
+            return costs
+        return None
 
 
 def size_of(num_rows: int) -> int:

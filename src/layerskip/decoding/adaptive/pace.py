@@ -16,6 +16,10 @@ COLD_STEPS, TIMED_STEPS = 2, 4
 """Plain steps after a round with drafts: the first two run with cold caches and are not timed, the next four are."""
 PROBE_SHARE = 0.0075
 """Share of all time that probes may take."""
+FIRST_PROBE_SHARE = 0.015
+"""The same while too little is known of the exits."""
+MEASURING_SHARE = 0.015
+"""Share of all time that timing the network's calls may take, until all costs are known."""
 
 
 @dataclass(kw_only=True)
@@ -28,6 +32,10 @@ class Pace:
     """Seconds since the last probe."""
     since_steps: int = 0
     """Rounds with drafts since plain steps were timed."""
+    seconds: float = 0.0
+    """Seconds of all steps and rounds."""
+    measuring_seconds: float = 0.0
+    """Seconds that timing calls took."""
 
     rest: int = 0
     """Plain steps that were last planned at once; the next time, if nothing comes between, there are more."""
@@ -43,10 +51,12 @@ class Pace:
         self.rest = 0
         self.since_steps += 1
         self.since_probe += seconds
+        self.seconds += seconds
 
     def observe_steps(self, seconds: Sequence[float]) -> float | None:
         """Note plain steps in a row; returns the seconds of one, if there were enough to tell."""
         self.since_probe += sum(seconds)
+        self.seconds += sum(seconds)
         if len(seconds) < COLD_STEPS + TIMED_STEPS:
             return None
         self.since_steps = 0
@@ -61,6 +71,17 @@ class Pace:
         """Note the seconds that a probe took beyond those of its round."""
         self.probe_seconds, self.since_probe = seconds, 0.0
 
-    def probe_is_due(self, step_seconds: float) -> bool:
-        """Whether probes have taken less than their share of the time."""
-        return self.since_probe * PROBE_SHARE > max(self.probe_seconds, step_seconds / 4)
+    def probe_is_due(self, expected_seconds: float, *, first: bool) -> bool:
+        """Whether probes have taken less than their share of the time.
+
+        Args:
+            expected_seconds: What a probe is expected to take, where none was timed yet.
+            first: Whether too little is known of the exits.
+        """
+        share = FIRST_PROBE_SHARE if first else PROBE_SHARE
+        return self.since_probe * share > (self.probe_seconds or expected_seconds)
+
+    @property
+    def measuring_budget(self) -> float:
+        """Seconds that timing calls may take now."""
+        return MEASURING_SHARE * self.seconds - self.measuring_seconds

@@ -25,8 +25,12 @@ MARGIN = 1.04
 """Speedup that drafting must be expected to bring: less is within the error of the costs."""
 PLAN_EVERY = 4
 """Rounds that keep an exit and a length: rates don't move faster."""
-FIRST_PROBES = 3
-"""Rounds that measure all exits, at the start of the first generation."""
+FIRST_ROUNDS = 8
+"""Rounds before plain steps are timed, at the start of the first generation."""
+KNOWN_TOKENS = 6
+"""Tokens by which an exit's acceptance counts as known."""
+WORTH_MEASURING = 0.8
+"""Speedup that drafting must be expected to bring for its costs to be measured."""
 
 
 def candidate_exits(num_layers: int) -> tuple[int, ...]:
@@ -37,8 +41,12 @@ def candidate_exits(num_layers: int) -> tuple[int, ...]:
 class Knowledge(Protocol):
     """What is known about a model on this machine (`experience.Experience`)."""
 
-    def measure(self, num_rows: int) -> None:
-        """Measure the costs of batches of this size, unless they are known."""
+    def recall(self, num_rows: int) -> None:
+        """Look up the costs of batches of this size, unless they are known."""
+        ...
+
+    def look(self, num_rows: int, budget: float) -> float:
+        """Go on measuring the costs of batches of this size for up to `budget` seconds; returns the seconds spent."""
         ...
 
     def times(self, num_rows: int, *, samples: bool) -> RoundTimes:
@@ -79,8 +87,8 @@ class AdaptivePolicy:
         self._rest = 0
 
     def prepare(self, view: BatchView) -> None:
-        """Measure costs for this many rows, and begin with other sequences than the last ones."""
-        self.knowledge.measure(view.num_rows)
+        """Look up costs for this many rows, and begin with other sequences than the last ones."""
+        self.knowledge.recall(view.num_rows)
         self._see(view)
         for samples in set(self._samples):
             self.knowledge.rates(samples=samples).forget_recent()
@@ -105,6 +113,7 @@ class AdaptivePolicy:
         if self._rest:
             steps, self._rest = self._rest, 0
             return Plan(source="none", steps=steps)
+        self._look()
         self._matches = view.matches() if self.uses_text else ()
         plan = self._choose(view.remaining)
         return replace(plan, probe=self.exits) if self._probe_is_due() else plan
@@ -132,7 +141,7 @@ class AdaptivePolicy:
 
     def _see(self, view: BatchView) -> None:
         """Take note of the rows that run at present."""
-        if view.num_rows == self._num_rows and view.samples == self._samples:
+        if view.num_rows == self._num_rows and list(view.samples) == self._samples:
             return
         self._num_rows, self._samples = view.num_rows, list(view.samples)
         draws = any(self._samples)
@@ -157,16 +166,20 @@ class AdaptivePolicy:
             return chances[self._samples[0]]
         return [sum(chances[samples][i] for samples in self._samples) / len(self._samples) for i in range(most)]
 
+    def _look(self) -> None:
+        """Measure costs, where drafting might win, within the share of the time that this may take."""
+        best = self._best
+        if best is not None and best.tokens_per_second * self.times.seconds("none") > WORTH_MEASURING:
+            self.pace.measuring_seconds += self.knowledge.look(self._num_rows, self.pace.measuring_budget)
+
     def _probe_is_due(self) -> bool:
-        """At first, and whenever probes have taken no more than their share of the time."""
-        if not self.exits:
+        """Whether probes have taken no more than their share of the time; there is none where one exit may draft."""
+        if not self.exits or (len(self.exits) == 1 and self.times.timed("layers")):
             return False
-        if self._rounds < FIRST_PROBES:
-            rates = [self.knowledge.rates(samples=samples) for samples in set(self._samples)]
-            tried = min(each.of_exit(exit_layer).overall.long.tried for each in rates for exit_layer in self.exits)
-            if tried < 2 * FIRST_PROBES:
-                return True
-        return self.pace.probe_is_due(self.times.costs.step())
+        rates = [self.knowledge.rates(samples=samples) for samples in set(self._samples)]
+        tried = min(each.of_exit(exit_layer).overall.long.tried for each in rates for exit_layer in self.exits)
+        expected = len(self.exits) * self.times.costs.fixed[0] * self.times.correction("none")
+        return self.pace.probe_is_due(expected, first=tried < KNOWN_TOKENS)
 
     def _choose(self, remaining: int) -> Plan:
         if remaining <= 1 or self._times_steps():
@@ -216,7 +229,7 @@ class AdaptivePolicy:
     def _times_steps(self) -> bool:
         """Whether the next rounds should be without drafts, to know what drafting is compared with."""
         if self.times.timed("none") == 0:
-            return self._rounds >= FIRST_PROBES
+            return self._rounds >= FIRST_ROUNDS
         return self.pace.steps_are_due
 
     def _best_layers(self, most: int) -> Plan | None:

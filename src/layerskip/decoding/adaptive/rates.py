@@ -37,13 +37,15 @@ class Count:
 class Rate:
     """Probability that the next draft is accepted."""
 
+    assumed: float = PRIOR_RATE
+    """The rate before anything is observed."""
     recent: Count = field(default_factory=lambda: Count(decay=RECENT_DECAY))
     long: Count = field(default_factory=lambda: Count(decay=LONG_DECAY))
 
     @property
     def value(self) -> float:
         """The recent rate, completed by the long-term one where little has been observed recently."""
-        prior = (self.long.accepted + PRIOR_WEIGHT * PRIOR_RATE) / (self.long.tried + PRIOR_WEIGHT)
+        prior = (self.long.accepted + PRIOR_WEIGHT * self.assumed) / (self.long.tried + PRIOR_WEIGHT)
         weight = min(LONG_WEIGHT, self.long.tried + PRIOR_WEIGHT)
         return (self.recent.accepted + weight * prior) / (self.recent.tried + weight)
 
@@ -82,6 +84,20 @@ class ExitRates:
             if confidences:
                 self.classes[confidence_class(confidences[depth])].observe(depth < accepted, 1)
 
+    def assume(self, seen: Sequence[tuple[float, float]], weight: float) -> None:
+        """Begin with what was measured elsewhere.
+
+        Args:
+            seen: Tokens on which the exit agreed with the target, and all, by class of confidence.
+            weight: Tokens that they count as, together.
+        """
+        total = sum(tokens for _, tokens in seen)
+        if not total:
+            return
+        for rate, (agreed, tokens) in zip(self.classes, seen, strict=True):
+            rate.observe(agreed * weight / total, tokens * weight / total)
+        self.overall.observe(weight * sum(agreed for agreed, _ in seen) / total, weight)
+
     def chances(self, most: int) -> Iterator[float]:
         """Probability that the first 1, 2, ... `most` drafts of a round are all accepted."""
         overall, chance = self.overall.value, 1.0
@@ -99,6 +115,8 @@ class ExitRates:
 class AcceptanceRates:
     """Everything learned about the drafts of one model, for rows that sample or for rows that don't."""
 
+    prior: float = PRIOR_RATE
+    """The rate of an exit before anything is observed."""
     exits: dict[int, ExitRates] = field(default_factory=dict)
     matches: dict[int, Rate] = field(default_factory=dict)
     """Of drafts from the sequence itself, by the class of their match's length."""
@@ -106,7 +124,7 @@ class AcceptanceRates:
     def of_exit(self, exit_layer: int) -> ExitRates:
         """Rates of an exit."""
         if exit_layer not in self.exits:
-            self.exits[exit_layer] = ExitRates()
+            self.exits[exit_layer] = ExitRates(overall=Rate(assumed=self.prior))
         return self.exits[exit_layer]
 
     def of_match(self, length: int) -> Rate:

@@ -20,6 +20,12 @@ class RoundTimes:
     """Ratio of measured to predicted seconds for the latest rounds."""
 
     def __post_init__(self) -> None:
+        self.learn(self.costs)
+
+    def learn(self, costs: Costs) -> None:
+        """Take other costs, which no round has corrected yet."""
+        self.costs = costs
+        self.ratios.clear()
         lengths = range(self.costs.most_drafts + 1)
         self._uncorrected = [[self.costs.round(exit_, n) for n in lengths] for exit_ in range(self.costs.num_layers)]
 
@@ -33,8 +39,11 @@ class RoundTimes:
         return [correction * seconds for seconds in self._uncorrected[exit_layer]]
 
     def correction(self, source: DraftSource) -> float:
-        """Ratio of measured to predicted seconds of rounds with this source; that of steps where none was timed yet."""
-        ratios = self.ratios.get(source) or self.ratios.get("none")
+        """Ratio of measured to predicted seconds of rounds with this source.
+
+        Where none was timed yet, it is that of steps, or else of what was timed: costs may be wrong by a factor.
+        """
+        ratios = self.ratios.get(source) or self.ratios.get("none") or next(iter(self.ratios.values()), None)
         return median(ratios) if ratios else 1.0
 
     def timed(self, source: DraftSource) -> int:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from layerskip.decoding.policy import DrafterName
 from layerskip.decoding.row import FinishReason
 from layerskip.decoding.stats import GenerationStats
 
@@ -19,6 +20,8 @@ class DraftEvent:
     """The prompt's place in the call."""
     token_ids: tuple[int, ...]
     text: str
+    drafter: DrafterName
+    """What drafted them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,8 @@ class RowWriter:
     def preview(self, event: Event) -> DraftEvent:
         """The drafts that were verified, with the text that they would have given."""
         text = self._detokenizer.peek(event.drafts) if self._detokenizer is not None else ""
-        return DraftEvent(index=self._index, token_ids=event.drafts, text=text)
+        assert event.drafter is not None
+        return DraftEvent(index=self._index, token_ids=event.drafts, text=text, drafter=event.drafter)
 
     def write(self, event: Event) -> Iterator[TokenEvent]:
         """Events of the row's new tokens; ends the row where a stop string is complete."""

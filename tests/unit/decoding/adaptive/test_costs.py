@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from layerskip.decoding.adaptive.costs import MEASURED_QUERIES, CallTimer, measure_costs
+from layerskip.decoding.adaptive.costs import MEASURED_QUERIES, CallTimer, estimate_costs, finish, measure_costs
 from layerskip.language_model import LanguageModel
 
 
@@ -25,5 +25,13 @@ def test_all_that_a_round_needs_is_measured(text_lm: LanguageModel, num_rows: in
 def test_slow_calls_are_timed_once(text_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("layerskip.decoding.adaptive.costs.SLOW_SECONDS", 0.0)
     timer, made = CallTimer(text_lm.decoder, 1, 4), []
-    timer._time(lambda: made.append(1), 50)
+    finish(timer._time(lambda: made.append(1), 50))
     assert len(made) == 2
+
+
+def test_estimates_compare_calls_as_measurements_do(text_lm: LanguageModel) -> None:
+    costs = estimate_costs(text_lm.decoder)
+    assert costs.num_layers == text_lm.decoder.num_layers
+    assert costs.most_drafts == MEASURED_QUERIES[-1] - 1
+    assert costs.step() < costs.verification(0, 4) < 2 * costs.step()
+    assert 0 < costs.drafting(1, 1) < costs.drafting(2, 1) < costs.drafting(2, 4)

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 from engines import drain
-from policies import make_costs
+from policies import View, make_costs
 
-from layerskip.decoding.adaptive.costs import Costs
+from layerskip.decoding.adaptive.costs import Costs, estimate_costs
 from layerskip.decoding.adaptive.experience import Experience, size_of
 from layerskip.decoding.adaptive.round_times import RoundTimes
 from layerskip.decoding.config import GenerationConfig
@@ -22,15 +23,64 @@ COSTS = {size: make_costs(num_layers=5, row=0.05 * size) for size in (1, 2, 4, 8
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Batch sizes that are measured, as it happens; their costs are those of `COSTS`."""
+    """Batch sizes that are looked up, as it happens; their costs are those of `COSTS`."""
     sizes: list[int] = []
 
     def find(decoder: Any, num_rows: int) -> Costs:
         sizes.append(num_rows)
         return COSTS[num_rows]
 
-    monkeypatch.setattr("layerskip.decoding.adaptive.experience.find_costs", find)
+    monkeypatch.setattr("layerskip.decoding.adaptive.experience.read_costs", find)
     return sizes
+
+
+@pytest.fixture
+def nothing_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No costs were measured before."""
+    monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path))
+    return tmp_path / "costs"
+
+
+def test_unknown_costs_are_estimated_at_once_and_measured_bit_by_bit(
+    text_lm: LanguageModel, nothing_known: Path
+) -> None:
+    experience, calls = Experience(text_lm.decoder), text_lm.decoder.layer_calls
+    experience.recall(1)
+    assert text_lm.decoder.layer_calls == calls
+    times = experience.times(1, samples=False)
+    assert times.costs == estimate_costs(text_lm.decoder)
+    assert experience.look(1, 0.0) == 0.0
+    assert experience.look(1, 1e-9) > 0  # one call, whose seconds nobody knows yet
+    assert times.costs == estimate_costs(text_lm.decoder)
+    while experience.look(1, 100.0) > 0:
+        pass
+    assert times is experience.times(1, samples=False)
+    assert times.costs != estimate_costs(text_lm.decoder)
+    assert len(list(nothing_known.iterdir())) == 1
+    later = Experience(text_lm.decoder)
+    later.recall(1)
+    assert later.times(1, samples=True).costs == times.costs
+    assert later.look(1, 100.0) == 0.0
+
+
+def test_the_first_call_measures_nothing_before_it_begins(text_lm: LanguageModel, nothing_known: Path) -> None:
+    lm, entered = LanguageModel(text_lm.checkpoint, text_lm.decoder), list[tuple[int, ...]]()
+    text_lm.decoder.calls.observer = lambda *entry: entered.append(entry)
+    try:
+        lm.generate([[5, 6, 7]], max_new_tokens=1)
+    finally:
+        text_lm.decoder.calls.observer = None
+    assert len(entered) == 1
+    assert not nothing_known.exists()
+
+
+def test_exits_that_nobody_trained_are_not_tried_without_evidence(text_lm: LanguageModel) -> None:
+    for trained, drafts in ((True, True), (False, False)):
+        experience = Experience(text_lm.decoder, trained=trained, costs={1: make_costs(num_layers=4)})
+        policy = experience.policy()
+        policy.prepare(View())
+        plan = policy.plan(View())
+        assert (plan.source == "layers") == drafts
 
 
 def test_sizes_are_powers_of_two() -> None:
@@ -40,7 +90,7 @@ def test_sizes_are_powers_of_two() -> None:
 def test_sizes_share_costs_and_kinds_of_rows_share_nothing(text_lm: LanguageModel, measured: list[int]) -> None:
     experience = Experience(text_lm.decoder)
     for num_rows in (1, 3, 4, 2, 1):
-        experience.measure(num_rows)
+        experience.recall(num_rows)
     assert measured == [1, 4, 2]
     assert experience.times(3, samples=False) is experience.times(4, samples=False)
     assert experience.times(3, samples=False).costs is COSTS[4]
@@ -72,7 +122,7 @@ def test_borrowed_costs_are_corrected_by_rounds_of_that_size_and_replaced_once_m
         borrowed.observe("none", 0, 0, 0.5 * COSTS[8].step())
     assert experience.times(4, samples=False).seconds("none") == pytest.approx(0.5 * COSTS[8].step())
     assert eight.correction("none") == 1.0
-    experience.measure(3)
+    experience.recall(3)
     assert measured == [4]
     assert experience.times(4, samples=False).costs is COSTS[4]
     assert experience.times(4, samples=False).correction("none") == 1.0
@@ -82,7 +132,7 @@ def test_borrowed_costs_are_corrected_by_rounds_of_that_size_and_replaced_once_m
 def test_measuring_again_keeps_what_was_learned(text_lm: LanguageModel, measured: list[int]) -> None:
     experience = Experience(text_lm.decoder, costs={4: COSTS[4]})
     times = experience.times(4, samples=True)
-    experience.measure(4)
+    experience.recall(4)
     assert measured == []
     assert experience.times(3, samples=True) is times
 

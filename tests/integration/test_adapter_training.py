@@ -1,0 +1,153 @@
+"""`layerskip train --exit-adapters`: the model stays as it is, and what is trained drafts for it."""
+
+import io
+import json
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import write_tiny
+
+import layerskip
+from layerskip.checkpoint.exit_adapters import DESCRIPTION_FILE, WEIGHTS_FILE
+from layerskip.cli.main import main
+
+SHORT = "--sequence-length 32 --batch-size 4 --log-steps 2 --save-steps 6 --held-out 0.25 --precision float32".split()
+
+
+def train(output: Path, *flags: Any, code: int = 0) -> dict[str, Any]:
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as errors:
+        assert main(["train", *map(str, flags), *SHORT, "--output", str(output), "--json"]) == code
+    if code:
+        return {"error": errors.getvalue()}
+    record: dict[str, Any] = json.loads(out.getvalue())
+    return record
+
+
+@pytest.fixture(scope="module")
+def start(
+    training_start: Callable[..., tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """A model that has learnt the texts a little, and the texts."""
+    shape, texts = training_start()
+    model = tmp_path_factory.mktemp("base") / "model"
+    train(model, "--config", shape, "--data", texts, "--max-steps", 60, "--learning-rate", "3e-3", "--dropout-max", 0)
+    return {"model": model, "texts": texts}
+
+
+@pytest.fixture(scope="module")
+def trained(start: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("trained") / "run"
+    train(output, *flags(start), "--max-steps", 60)
+    return output
+
+
+def flags(start: dict[str, Path]) -> list[Any]:
+    return ["--model", start["model"], "--data", start["texts"], "--exit-adapters", 1, 3, "--adapter-vocabulary", 120]
+
+
+def test_adapters_learn_what_the_last_layer_says(start: dict[str, Path], trained: Path, tmp_path: Path) -> None:
+    losses = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    losses = [entry["loss"] for entry in losses if "loss" in entry]
+    assert losses[-1] < 0.7 * losses[0]
+    found = json.loads((trained / "training.json").read_text())["exits"]
+    assert [quality["exit_layer"] for quality in found] == [1, 3]
+    begun = train(tmp_path / "begun", *flags(start), "--max-steps", 1)["exits"]
+    for before, after in zip(begun, found, strict=True):
+        assert after["agreement"] > before["agreement"] + 0.1
+
+
+def test_the_engine_agrees_with_the_trainer(start: dict[str, Path], trained: Path) -> None:
+    """The agreement that training reports is that of drafts that decoding makes of the same texts."""
+    content = json.loads((trained / DESCRIPTION_FILE).read_text())
+    for adapter in content["adapters"]:
+        agreed, tokens = map(sum, zip(*adapter["by_confidence"], strict=True))
+        assert adapter["agreement"] == pytest.approx(agreed / tokens, abs=1e-4)
+        assert adapter["vocabulary_size"] == 120
+    lm = layerskip.load(str(start["model"]), dtype="float32", device="cpu", exit_adapters=trained)
+    text = lm.encode([(start["texts"] / "0.txt").read_text()])[0][:100]
+    target = lm.logits(text).argmax(-1)
+    for adapter in content["adapters"]:
+        agreement = (lm.logits(text, exit_layer=adapter["exit_layer"]).argmax(-1) == target).float().mean().item()
+        assert agreement == pytest.approx(adapter["agreement"], abs=0.15)
+
+
+def test_drafts_are_accepted_and_the_text_stays(start: dict[str, Path], trained: Path) -> None:
+    lm = layerskip.load(str(start["model"]), dtype="float32", device="cpu", exit_adapters=trained)
+    plain = layerskip.load(str(start["model"]), dtype="float32", device="cpu")
+    prompts = lm.encode([(start["texts"] / f"{i}.txt").read_text()[:40] for i in range(3)])
+    expected = plain.generate(prompts, generation_strategy="autoregressive", max_new_tokens=40)
+    for exit_layer in (1, 3):
+        results = lm.generate(prompts, exit_layer=exit_layer, num_speculations=3, max_new_tokens=40)
+        assert [r.token_ids for r in results] == [r.token_ids for r in expected]
+        assert sum(r.stats.accepted_by["exit_adapter"] for r in results) > 20
+
+
+def test_the_base_is_untouched_and_nothing_of_it_is_stored(start: dict[str, Path], trained: Path) -> None:
+    names = load_file(trained / WEIGHTS_FILE).keys()
+    assert {name.split(".")[0] for name in names} == {"exit_1", "exit_3"}
+    assert not (trained / "model.safetensors").exists()
+
+
+def test_a_run_that_was_interrupted_goes_on(start: dict[str, Path], tmp_path: Path, monkeypatch: Any) -> None:
+    from layerskip.training.safe_trainer import SafeTrainer
+
+    whole = tmp_path / "whole"
+    train(whole, *flags(start), "--max-steps", 12)
+    step, save = SafeTrainer.training_step, tmp_path / "cut"
+
+    def stop_after_eight(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 8:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SafeTrainer, "training_step", stop_after_eight)
+        train(save, *flags(start), "--max-steps", 12, code=130)
+    assert (save / "checkpoint-6").is_dir()
+    assert not (save / DESCRIPTION_FILE).exists()
+    train(save, *flags(start), "--max-steps", 12, "--resume")
+    ours, theirs = load_file(save / WEIGHTS_FILE), load_file(whole / WEIGHTS_FILE)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_training_goes_on_from_trained_adapters(start: dict[str, Path], trained: Path, tmp_path: Path) -> None:
+    more = [*flags(start)[:-2], "--adapters-from", trained, "--max-steps", 1, "--learning-rate", "1e-6"]
+    before = json.loads((trained / "training.json").read_text())["exits"]
+    for old, new in zip(before, train(tmp_path / "more", *more)["exits"], strict=True):
+        assert new["agreement"] == pytest.approx(old["agreement"], abs=0.02)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3", "phi3"])
+@pytest.mark.parametrize("loss", ["ce", "lk"])
+def test_every_family_and_loss(start: dict[str, Path], tmp_path: Path, family: str, loss: str) -> None:
+    write_tiny(tmp_path / "model", family, vocab_size=300)
+    for file in start["model"].glob("tokenizer*"):
+        (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    given = ["--model", tmp_path / "model", "--data", start["texts"], "--exit-adapters", 2, "--adapter-loss", loss]
+    train(tmp_path / "run", *given, "--max-steps", 2)
+    lm = layerskip.load(
+        str(tmp_path / "model"), dtype="float32", device="cpu", kernels="torch", exit_adapters=tmp_path / "run"
+    )
+    assert len(lm.generate([[5, 7, 9]], exit_layer=2, max_new_tokens=5)[0].token_ids) == 5
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--exit-adapters", 4], "exit_adapters names exit 4, and the model has 4 layers"),
+        (["--exit-adapters", 1, 1], "exit_adapters must be different numbers"),
+        (["--exit-adapters", 1, "--lora-rank", 4], "lora_rank and exit_adapters don't go together"),
+        (["--exit-adapters", 1, "--adapter-vocabulary", 301], "adapter_vocabulary is 301"),
+        (["--exit-adapters", 1, "--adapters-from", "."], "has no exit adapters"),
+        (["--adapter-vocabulary", 20], "name their exits in exit_adapters"),
+    ],
+)
+def test_settings_that_can_not_be(start: dict[str, Path], tmp_path: Path, more: list[Any], message: str) -> None:
+    given = ["--model", start["model"], "--data", start["texts"], "--max-steps", 1, *more]
+    assert message in train(tmp_path / "run", *given, code=2)["error"]

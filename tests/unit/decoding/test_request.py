@@ -1,6 +1,7 @@
 """What a request asks for, and what is refused before it runs."""
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -15,6 +16,7 @@ from layerskip.decoding.request import (
 )
 from layerskip.errors import InvalidArgumentError, PromptError, PromptTooLongError
 from layerskip.language_model import LanguageModel
+from layerskip.model.decoder import Decoder
 
 
 def request(lm: LanguageModel, tokens: Any, *, index: int = 0, ends: tuple[int, ...] = (), **options: Any) -> Request:
@@ -22,7 +24,8 @@ def request(lm: LanguageModel, tokens: Any, *, index: int = 0, ends: tuple[int, 
 
 
 def test_the_exit_is_a_quarter_of_the_layers_if_not_given(text_lm: LanguageModel) -> None:
-    assert [default_exit_layer(n) for n in (1, 3, 4, 7, 8, 32)] == [1, 1, 1, 1, 2, 8]
+    depths = [SimpleNamespace(num_layers=n, adapted_exits=()) for n in (1, 3, 4, 7, 8, 32)]
+    assert [default_exit_layer(cast(Decoder, decoder)) for decoder in depths] == [1, 1, 1, 1, 2, 8]
     decoder = text_lm.decoder
     assert choose_exit_layer(GenerationConfig(), decoder) == 1
     assert choose_exit_layer(GenerationConfig(generation_strategy="autoregressive"), decoder) == 5

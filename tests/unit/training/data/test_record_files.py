@@ -9,7 +9,7 @@ import pytest
 
 from layerskip.errors import InvalidArgumentError
 from layerskip.training.data.config import DataConfig
-from layerskip.training.data.reading.documents import ChatDocument, Document, InstructionDocument
+from layerskip.training.data.reading.documents import ChatDocument, CompletionDocument, Document, InstructionDocument
 from layerskip.training.data.reading.sources import read_documents
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
@@ -222,6 +222,23 @@ def test_alpaca_and_dolly(tmp_path: Path) -> None:
     )
     assert isinstance(chat, ChatDocument)
     assert [message["content"] for message in chat.messages] == ["Add.", "1+1?", "2", "And 2?", "4"]
+
+
+def test_results_of_batch_are_the_models_own_answers(tmp_path: Path) -> None:
+    """What `layerskip batch` writes is data to distil a model from itself; lines that failed teach nothing."""
+    rest = {"token_ids": [1, 2], "finish_reason": "stop", "seed": 0, "stats": {}}
+    chat = read_one(tmp_path / "a.json", {"index": 0, "prompt": [USER], "text": "Two.", **rest})
+    assert isinstance(chat, ChatDocument)
+    assert chat.messages == (USER, {"role": "assistant", "content": "Two."})
+    pair = read_one(tmp_path / "a.json", {"index": 0, "prompt": "1, 2,", "text": " 3", **rest})
+    assert isinstance(pair, CompletionDocument)
+    assert (pair.prompt, pair.completion) == ("1, 2,", " 3")
+    records = [
+        {"index": 0, "prompt": [USER], "error": "too long"},
+        {"index": 1, "prompt": [USER], "text": "Two.", **rest},
+    ]
+    (tmp_path / "b.json").write_text(json.dumps(records))
+    assert len(list(read(tmp_path / "b.json"))) == 1
 
 
 def test_arguments_of_calls_are_objects(tmp_path: Path) -> None:

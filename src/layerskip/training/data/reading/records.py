@@ -21,7 +21,8 @@ INSTRUCTIONS = (("instruction", "input", "output"), ("instruction", "context", "
 # question is a good prompt afterwards.
 PAIRS = (("prompt", "completion", ""), ("question", "answer", "\n"))
 SHAPES = (
-    "messages, conversations, instruction + input + output, text, content, prompt + completion, or question + answer"
+    "messages, conversations, instruction + input + output, text, content, prompt + completion, question + answer, or "
+    "those of layerskip batch's results"
 )
 
 
@@ -54,6 +55,9 @@ def read_record(record: object, text_field: str | None, origin: str) -> Iterator
         if names[0] in fields and names[2] in fields:
             yield from _instruction(fields, names, origin)
             return
+    if {"index", "prompt"} <= fields.keys() and not fields.keys().isdisjoint({"finish_reason", "error"}):
+        yield from _result(fields, origin)
+        return
     for name in TEXT_FIELDS:
         if name in fields:
             yield from _text_or_messages(fields, name, origin)
@@ -91,6 +95,20 @@ def _pair(
         raise InvalidArgumentError(f"{origin}: prompt and completion must be texts, got {kinds}")
     if completion.strip():
         yield CompletionDocument(origin=origin, prompt=prompt, completion=joint + completion)
+
+
+def _result(fields: Mapping[str, Any], origin: str) -> Iterator[Document]:
+    """What `layerskip batch` has written: a prompt with the model's own answer, or an error in its place."""
+    prompt, text = fields["prompt"], fields.get("text", "")
+    if not isinstance(text, str) or not text.strip():
+        return
+    if isinstance(prompt, str):
+        yield CompletionDocument(origin=origin, prompt=prompt, completion=text)
+        return
+    answer = {"role": "assistant", "content": text}
+    yield ChatDocument(
+        origin=origin, messages=(*read_messages(prompt, origin), answer), tools=read_tools(fields, origin)
+    )
 
 
 def _instruction(fields: Mapping[str, Any], names: tuple[str, str, str], origin: str) -> Iterator[Document]:

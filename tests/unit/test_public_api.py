@@ -26,14 +26,15 @@ FIELDS = {
         ignore_eos""",
     "GenerationResult": "text token_ids finish_reason stop_reason seed stats",
     "GenerationStats": """tokens prompt_tokens cached_tokens seconds time_to_first_token_s tokens_per_second rounds
-        drafted accepted acceptance_rate drafted_by_position accepted_by_position mean_accepted_length layer_calls
-        seconds_drafting seconds_verifying""",
+        drafted accepted acceptance_rate drafted_by_position accepted_by_position drafted_by accepted_by
+        mean_accepted_length layer_calls seconds_drafting seconds_verifying""",
     "TokenEvent": "index token_id text source",
-    "DraftEvent": "index token_ids text",
+    "DraftEvent": "index token_ids text drafter",
     "FinishEvent": "index text result",
     "LayerSkipConfig": """dropout_max dropout_schedule exit_loss exit_loss_scale exit_weights curriculum rotation
         exit_layers stop_gradient""",
-    "TrainingConfig": "start data recipe optimization checkpoints",
+    "ExitAdapterConfig": "exit_adapters adapter_loss adapter_vocabulary adapters_from",
+    "TrainingConfig": "start data recipe adapters optimization checkpoints",
     "TrainingResult": """output interrupted step num_tokens train_loss loss exits speedups long_examples precision
         seconds""",
     "Score": "token_ids token_logprobs logprob is_greedy",
@@ -43,7 +44,7 @@ FIELDS = {
 def test_every_public_name_can_be_imported() -> None:
     assert all(getattr(layerskip, name) is not None for name in layerskip.__all__)
     assert sorted(layerskip.__all__) == sorted(
-        """CheckpointConfig DataConfig DraftEvent FinishEvent GenerationConfig GenerationResult GenerationStats
+        """CheckpointConfig DataConfig DraftEvent ExitAdapterConfig FinishEvent GenerationConfig GenerationResult GenerationStats
         GenerationStream LanguageModel LayerSkipConfig LayerSkipError LayerSkipRecipe LayerSkipTrainer
         LoadingConfig OptimizationConfig Score Session StartConfig StreamEvent TokenEvent TrainingConfig
         TrainingResult __version__ load train""".split()

@@ -44,8 +44,8 @@ FIELDS = {
 def test_every_public_name_can_be_imported() -> None:
     assert all(getattr(layerskip, name) is not None for name in layerskip.__all__)
     assert sorted(layerskip.__all__) == sorted(
-        """CheckpointConfig DataConfig DraftEvent ExitAdapterConfig FinishEvent GenerationConfig GenerationResult GenerationStats
-        GenerationStream LanguageModel LayerSkipConfig LayerSkipError LayerSkipRecipe LayerSkipTrainer
+        """CheckpointConfig DataConfig DraftEvent ExitAdapterConfig FinishEvent GenerationConfig GenerationResult
+        GenerationStats GenerationStream LanguageModel LayerSkipConfig LayerSkipError LayerSkipRecipe LayerSkipTrainer
         LoadingConfig OptimizationConfig Score Session StartConfig StreamEvent TokenEvent TrainingConfig
         TrainingResult __version__ load train""".split()
     )

@@ -116,6 +116,11 @@ def resolve(name: str, report: Report | None = None) -> Path | str:
         ) from error
 
 
+def is_installed(name: str) -> bool:
+    """Whether a package of a named model is there, intact or not."""
+    return any(_version(package) is not None for package in MODELS[name].packages)
+
+
 def explain_absence(name: str, reason: str) -> str:
     """The message for a named model that is neither installed nor available from the hub.
 

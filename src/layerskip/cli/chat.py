@@ -33,7 +33,9 @@ Ctrl-C stops an answer; what was said of it stays."""
 
 @dataclass(frozen=True, kw_only=True)
 class ChatArguments:
-    r"""Talk with a model that has a chat template; without a terminal, each line of standard input is a message.
+    r"""Talk with a model that has a chat template, by default SmolLM2.
+
+    Without a terminal, each line of standard input is a message.
 
     Keys and values stay between the turns: only what is new is read. With --json, each turn prints one JSON object.
 
@@ -46,7 +48,7 @@ class ChatArguments:
     """What the model is told before the conversation."""
     chat_template: File = None
     """File with a Jinja chat template; the tokenizer's own if not given."""
-    model: ModelArguments = field(default_factory=ModelArguments)
+    model: ModelArguments = field(default_factory=lambda: ModelArguments(model="smollm2"))
     decoding: DecodingArguments = field(default_factory=DecodingArguments)
     output: OutputArguments = field(default_factory=OutputArguments)
 

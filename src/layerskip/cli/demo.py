@@ -1,10 +1,14 @@
-"""`layerskip demo`: the embedded model writes the same text in both ways, and a table says what that cost."""
+"""`layerskip demo`: a model writes the same text in both ways, and a table says what that cost.
+
+SmolLM2 answers questions, drafting through the exit adapters that come with this package. Where it isn't installed, the
+embedded model writes something like Python.
+"""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from layerskip.cli.exit_code import ExitCode
 from layerskip.cli.flags.arguments import ModelArguments, OutputArguments, parse
@@ -16,26 +20,38 @@ if TYPE_CHECKING:
     from layerskip.decoding.output.events import GenerationResult
     from layerskip.language_model import LanguageModel
 
-PROMPTS = ("def fibonacci(n):", "import os\n\n\ndef read_file(path):")
+TALKING, TINY = "smollm2", "demo"
+QUESTIONS = (
+    "What is the capital of France, and what is it known for?",
+    "Write a Python function that tells whether a number is prime.",
+)
+CODE = ("def fibonacci(n):", "import os\n\n\ndef read_file(path):")
 MIN_REPETITIONS, MAX_REPETITIONS, ENOUGH_SECONDS = 3, 7, 5.0
 EXPLANATION = """\
 LayerSkip: the first {exit_layer}of this model's {num_layers} layers draft {num_speculations} tokens, then the
 other layers verify them at once. What holds is kept, and the first token that doesn't is corrected: the text is exactly
-the one that the model writes token by token, in fewer steps. The model is tiny and learnt from Python's standard
-library: watch how it writes, not what.
+the one that the model writes token by token, in fewer steps. {about}
 """
+ABOUT = {
+    TALKING: "The model is SmolLM2-135M-Instruct, as it was published; exit adapters, trained for it, draft.",
+    TINY: "The model is tiny and learnt from Python's standard library: watch how it writes, not what.",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoArguments:
-    """Watch the embedded model write Python token by token, then with drafts, and see what both cost.
+    """Watch a model answer token by token, then with drafts, and see what both cost.
 
-    Exit code 1 if the texts differ.
+    The model is SmolLM2 where that is installed, and else a tiny one that comes with the package. Exit code 1 if the
+    texts differ.
 
     Example:
-        layerskip demo --exit-layer 6 --num-speculations 3
+        layerskip demo --exit-layer 2 --num-speculations 3
     """
 
+    model: Literal["smollm2", "demo"] | None = None
+    """smollm2, which answers questions; or demo, the embedded model, which writes something like Python. The former if
+    it is installed."""
     exit_layer: int | None = None
     """Layers that draft (1..L). If neither this nor the next is given, both are chosen round by round."""
     num_speculations: int | None = None
@@ -48,8 +64,19 @@ class DemoArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What the model is asked."""
+
+    shown: str
+    tokens: list[int]
+    """The same in the chat template, where the model has one."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measurement:
     """Both ways over all prompts: medians of interleaved repetitions."""
+
+    prompts: list[Prompt]
 
     plain: "list[GenerationResult]"
     drafted: "list[GenerationResult]"
@@ -75,13 +102,18 @@ def run(argv: Sequence[str]) -> int:
         exit_layer=arguments.exit_layer,
         num_speculations=arguments.num_speculations,
         max_new_tokens=arguments.max_new_tokens,
-        ignore_eos=True,
     )
-    lm = load_model(ModelArguments(device=arguments.device, dtype="float32"), arguments.output)
-    if not arguments.output.json and not _show(lm, config, arguments.output):
+    model = arguments.model or choose_model(arguments.output)
+    lm = load_model(ModelArguments(model=model, device=arguments.device, dtype="float32"), arguments.output)
+    if model == TALKING:
+        prompts = [Prompt(shown=text, tokens=lm.encode_chat([{"role": "user", "content": text}])) for text in QUESTIONS]
+    else:
+        prompts = [Prompt(shown=text, tokens=lm.encode([text])[0]) for text in CODE]
+        config = replace(config, ignore_eos=True)
+    if not arguments.output.json and not _show(lm, prompts, config, arguments.output):
         return ExitCode.INTERRUPTED
     with progress(arguments.output, "measuring both ways in turn, without showing them"):
-        measurement = measure(lm, config)
+        measurement = measure(lm, prompts, config)
     if arguments.output.json:
         print(to_json(record(lm, config, measurement)))
     else:
@@ -89,12 +121,27 @@ def run(argv: Sequence[str]) -> int:
     return ExitCode.DONE if measurement.same_text else ExitCode.CHECK_FAILED
 
 
-def measure(lm: "LanguageModel", config: GenerationConfig) -> Measurement:
+def choose_model(output: OutputArguments) -> str:
+    """SmolLM2 if it is installed; else the embedded model, after a word on how to get the other."""
+    from layerskip.checkpoint.names import MODELS, is_installed
+
+    if is_installed(TALKING):
+        return TALKING
+    if not output.json:
+        make_console(output).print(
+            f"For a model that answers questions (SmolLM2, 98 MB), run: {MODELS[TALKING].install}",
+            style="dim",
+            soft_wrap=True,
+        )
+    return TINY
+
+
+def measure(lm: "LanguageModel", prompts: list[Prompt], config: GenerationConfig) -> Measurement:
     """Decode all prompts in both ways, in turn, after a warm-up; at least three times, then while time is left."""
     from layerskip.cli.terminal.summary import autoregressive, warm_up
 
-    for prompt in PROMPTS:
-        warm_up(lm, prompt, config)
+    for prompt in prompts:
+        warm_up(lm, prompt.tokens, config)
     ways = (autoregressive(config), config)
     results: list[list[GenerationResult]] = [[], []]
     speeds: list[list[float]] = [[], []]
@@ -103,10 +150,11 @@ def measure(lm: "LanguageModel", config: GenerationConfig) -> Measurement:
         len(speeds[0]) < MAX_REPETITIONS and perf_counter() - started < ENOUGH_SECONDS
     ):
         for way, each in enumerate(ways):
-            results[way] = [lm.generate([prompt], each)[0] for prompt in PROMPTS]
+            results[way] = [lm.generate([prompt.tokens], each)[0] for prompt in prompts]
             seconds = sum(result.stats.seconds for result in results[way])
             speeds[way].append(sum(result.stats.tokens for result in results[way]) / seconds)
     return Measurement(
+        prompts=prompts,
         plain=results[0],
         drafted=results[1],
         plain_tokens_per_second=median(speeds[0]),
@@ -119,7 +167,7 @@ def record(lm: "LanguageModel", config: GenerationConfig, measurement: Measureme
     """The measurement for JSON."""
     from layerskip.cli.terminal.summary import result_record
 
-    both = zip(PROMPTS, measurement.plain, measurement.drafted, strict=True)
+    both = zip(measurement.prompts, measurement.plain, measurement.drafted, strict=True)
     return {
         "model": lm.checkpoint.name,
         "config": result_record(lm, config, measurement.drafted[0])["config"],
@@ -130,7 +178,7 @@ def record(lm: "LanguageModel", config: GenerationConfig, measurement: Measureme
         "same_text": measurement.same_text,
         "prompts": [
             {
-                "prompt": prompt,
+                "prompt": prompt.shown,
                 "text": drafted.text,
                 "autoregressive": asdict(plain.stats),
                 "self_speculative": asdict(drafted.stats),
@@ -141,7 +189,7 @@ def record(lm: "LanguageModel", config: GenerationConfig, measurement: Measureme
     }
 
 
-def _show(lm: "LanguageModel", config: GenerationConfig, output: OutputArguments) -> bool:
+def _show(lm: "LanguageModel", prompts: list[Prompt], config: GenerationConfig, output: OutputArguments) -> bool:
     """Write after each prompt in both ways for all to see; False if the user stops it."""
     from layerskip.cli.terminal.painter import Painter
     from layerskip.cli.terminal.stream import follow, write_plain
@@ -155,21 +203,23 @@ def _show(lm: "LanguageModel", config: GenerationConfig, output: OutputArguments
         exit_layer="" if adaptive else f"{choose_exit_layer(config, lm.decoder)} ",
         num_layers=lm.decoder.num_layers,
         num_speculations="some" if adaptive else f"up to {config.draft_length}",
+        about=ABOUT[lm.checkpoint.name],
     )
     console.print(explanation.replace("\n", " "), end="\n\n")
-    warm_up(lm, PROMPTS[0], config)
+    warm_up(lm, prompts[0].tokens, config)
     for name, each in (("Token by token", autoregressive(config)), ("With drafts", config)):
         console.rule(name, align="left")
         if each.speculates and draws(output):
             painter.legend()
-        for prompt in PROMPTS:
+        for prompt in prompts:
+            ends = "\n" if lm.checkpoint.name == TALKING else ""
             if draws(output):
-                painter.prompt(prompt)
-                shown = follow(lm.stream(prompt, each, show_drafts=True), painter.draw)
+                painter.prompt(prompt.shown + ends)
+                shown = follow(lm.stream([prompt.tokens], each, show_drafts=True), painter.draw)
                 painter.finish()
             else:
-                print(prompt, end="")
-                shown = follow(lm.stream(prompt, each), write_plain)
+                print(prompt.shown, end=ends)
+                shown = follow(lm.stream([prompt.tokens], each), write_plain)
                 print()
             print()
             if shown.interrupted:

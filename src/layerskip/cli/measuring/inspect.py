@@ -112,6 +112,7 @@ def describe(lm: "LanguageModel") -> dict[str, Any]:
         "dtype": str(lm.decoder.dtype).removeprefix("torch."),
         "device": str(lm.decoder.device),
         "kernels": lm.decoder.kernels,
+        "exit_adapters": None if lm.exit_adapters is None else lm.exit_adapters.to_json(),
         "files": asdict(lm.checkpoint.contents),
     }
 
@@ -136,6 +137,10 @@ def print_report(arguments: InspectArguments, lm: "LanguageModel", report: "Exit
         f"context {shape['max_context']}, {shape['dtype']} on {shape['device']}, {shape['kernels']} kernels"
     )
     console.print(describe_files(lm.checkpoint.contents), style="dim")
+    adapted = lm.decoder.adapted_exits
+    if lm.exit_adapters is not None:
+        exits, folder = " and ".join(map(str, adapted)), lm.exit_adapters.folder
+        console.print(f"exit adapters at {exits}, from {folder}", style="dim", soft_wrap=True)
     table = Table(title=f"exits, over {report.num_tokens} tokens")
     table.add_column("exit layer", justify="right")
     table.add_column("loss (nats)", justify="right")
@@ -144,11 +149,14 @@ def print_report(arguments: InspectArguments, lm: "LanguageModel", report: "Exit
     block = "#" if console.options.ascii_only else "█"
     for quality in report.exits:
         bar = block * round(quality.agreement * BAR_WIDTH)
-        table.add_row(str(quality.exit_layer), f"{quality.loss:.3f}", f"{quality.agreement:.1%}", bar)
+        name = f"adapter {quality.exit_layer}" if quality.exit_layer in adapted else str(quality.exit_layer)
+        table.add_row(name, f"{quality.loss:.3f}", f"{quality.agreement:.1%}", bar)
     console.print(table)
     if report.recipe is not None:
         console.print(f"config.json names its early-exit training: {report.recipe}")
-    if report.trained_for_early_exit:
+    if adapted:
+        console.print("The exit adapters draft for this model; its other exits are those of the model as it is.")
+    elif report.trained_for_early_exit:
         console.print("Early layers predict well: this model was made for early exit, speculation will pay.")
     else:
         console.print(

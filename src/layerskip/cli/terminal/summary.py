@@ -25,7 +25,7 @@ def autoregressive(config: GenerationConfig, seed: int | None = None) -> Generat
     return replace(config, generation_strategy="autoregressive", exit_layer=None, seed=seed)
 
 
-def warm_up(lm: LanguageModel, prompt: str, config: GenerationConfig) -> None:
+def warm_up(lm: LanguageModel, prompt: str | list[int], config: GenerationConfig) -> None:
     """Write a few tokens in both ways, so that neither is timed while memory and threads are set up.
 
     Where rounds are compiled, write all: which ones are needed depends on the lengths that the text goes through.

@@ -2,6 +2,7 @@
 
     python benchmarks/training_cost.py
     python benchmarks/training_cost.py --layers 12 --width 192 --exit-loss kl
+    python benchmarks/training_cost.py --shape smollm2 --dropout-max 0.1 --rotations 1
 
 Both are transformers' model classes with the same optimizer, batch and data. Time: steps of the two alternate in one
 process, over whole rotations of the exits, and ratios are computed between neighbours. Memory: the peak of a process
@@ -14,8 +15,8 @@ import multiprocessing
 import resource
 import statistics
 import time
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -30,6 +31,8 @@ from layerskip import LayerSkipConfig, LayerSkipRecipe
 class Arguments:
     """Options of the benchmark."""
 
+    shape: Literal["own", "smollm2"] = "own"
+    """smollm2: 30 layers of width 576, a vocabulary of 49,152, in bfloat16; own: the sizes below."""
     layers: int = 16
     width: int = 256
     vocab_size: int = 4096
@@ -71,6 +74,7 @@ class Training:
         )
         self.recipe = LayerSkipRecipe(self.model, config) if with_recipe else None
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        self.bfloat16 = arguments.shape == "smollm2"
         shape = (arguments.batch_size, arguments.sequence_length)
         self.tokens = torch.randint(0, arguments.vocab_size, shape)
 
@@ -79,7 +83,9 @@ class Training:
         start = time.perf_counter()
         if self.recipe is not None:
             self.recipe.begin_step(index, 1_000_000)
-        self.model(input_ids=self.tokens, labels=self.tokens, use_cache=False).loss.backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
+            loss = self.model(input_ids=self.tokens, labels=self.tokens, use_cache=False).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -124,6 +130,8 @@ def measure_memory(arguments: Arguments, with_recipe: bool) -> int:
 
 def main(arguments: Arguments) -> None:
     """Measure, print and record."""
+    if arguments.shape == "smollm2":
+        arguments = replace(arguments, layers=30, width=576, vocab_size=49_152)
     torch.set_num_threads(arguments.threads)
     memory = {name: measure_memory(arguments, with_recipe) for name, with_recipe in (("plain", False), ("ours", True))}
     plain, ours = time_ratios(arguments)

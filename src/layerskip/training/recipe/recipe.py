@@ -31,6 +31,11 @@ from layerskip.training.recipe.liger import liger_cross_entropy
 
 CHUNK_LOGITS_CPU, CHUNK_LOGITS_GPU = 2**21, 2**27
 """Logits that exist at the same time: few enough for a CPU's caches, many enough to keep a GPU busy."""
+MOST_LOGITS_CPU = 2**26
+"""The same where the vocabulary is large."""
+ROWS_BY_WIDTH = 2
+"""Tokens of a chunk at least, in channels of the model. Each chunk adds to the gradient of the head, V x D numbers that
+are read and written; its logits, about six times n x V numbers, should be most of what it moves."""
 
 
 @dataclass(kw_only=True)
@@ -203,10 +208,15 @@ class LayerSkipRecipe:
         forward = self._forward
         if forward is None or forward.done:
             return
-        states = {i: state.flatten(0, 1) for i, state in forward.states.items()}
         labels = forward.labels.flatten()
-        chunk = CHUNK_LOGITS_CPU if labels.device.type == "cpu" else CHUNK_LOGITS_GPU
-        chunk_tokens = max(64, chunk // output.shape[-1])
+        learned = labels != IGNORED  # prompts and padding have no loss, and need no logits
+        if bool(learned.all()):
+            states = {i: state.flatten(0, 1) for i, state in forward.states.items()}
+        else:
+            states = {i: state.flatten(0, 1)[learned] for i, state in forward.states.items()}
+            labels = labels[learned]
+        width = next(iter(states.values())).shape[-1]
+        chunk_tokens = tokens_of_chunk(output.shape[-1], width, on_cpu=labels.device.type == "cpu")
         if not module.training and self._statistics is not None:
             self._statistics.add(self._head, states, labels, chunk_tokens)
         else:
@@ -232,6 +242,20 @@ class LayerSkipRecipe:
         if isinstance(output, tuple):
             return (loss, *output)
         return type(output)(**{**output, "loss": loss})
+
+
+def tokens_of_chunk(vocab_size: int, width: int, *, on_cpu: bool) -> int:
+    """Tokens whose logits exist at the same time.
+
+    Args:
+        vocab_size: V.
+        width: D.
+        on_cpu: Whether they are computed on a CPU, where moving bytes is what takes time.
+    """
+    if not on_cpu:
+        return max(64, CHUNK_LOGITS_GPU // vocab_size)
+    enough = min(ROWS_BY_WIDTH * width, MOST_LOGITS_CPU // vocab_size)
+    return max(64, CHUNK_LOGITS_CPU // vocab_size, enough)
 
 
 def _num_weights(module: nn.Module) -> int:

@@ -86,6 +86,30 @@ def test_joint_loss_and_gradients_equal_those_of_all_hidden_states(
     assert_same_gradients(model, reference, 5e-6)
 
 
+def test_tokens_without_a_label_get_no_logits(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts and padding are often most of a batch; heads are a good part of the cost of a large vocabulary."""
+    model, inputs, rows = tiny_model(), batch(4, 25), list[int]()
+    recipe = LayerSkipRecipe(model, JOINT)
+    head = recipe._head.linear.forward
+
+    def count(states: torch.Tensor) -> torch.Tensor:
+        rows.append(states.shape[0])
+        return head(states)
+
+    monkeypatch.setattr(recipe._head.linear, "forward", count)
+    learned = int((inputs["labels"][:, 1:] != IGNORED).sum())
+    assert learned < 4 * 25
+    model(**inputs).loss.backward()
+    assert sum(rows) - 4 == len(recipe.weights) * learned  # the model's own head is called for one position a sample
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "width", "tokens"), [(2048, 192, 1024), (49_152, 576, 1152), (262_144, 640, 256), (32, 8, 65_536)]
+)
+def test_chunks_on_a_cpu_are_larger_where_the_heads_gradient_is(vocab_size: int, width: int, tokens: int) -> None:
+    assert recipe_module.tokens_of_chunk(vocab_size, width, on_cpu=True) == tokens
+
+
 def test_exits_follow_the_step(tiny_model: Any) -> None:
     model, inputs = tiny_model(), batch()
     recipe = LayerSkipRecipe(model, LayerSkipConfig(dropout_max=0.0, exit_loss_scale=1.0, rotation=2))

@@ -50,4 +50,10 @@ def anywhere(model: ModelArguments) -> ModelArguments:
     """The same model, for a process that may work in another folder."""
     path = Path(model.model).expanduser()
     name = str(path.resolve()) if model.model not in ("demo", *MODELS) and path.exists() else model.model
-    return replace(model, model=name, draft_text=None if model.draft_text is None else model.draft_text.resolve())
+    adapters = model.exit_adapters
+    return replace(
+        model,
+        model=name,
+        draft_text=None if model.draft_text is None else model.draft_text.resolve(),
+        exit_adapters=adapters if adapters in (None, "auto") else Path(adapters).expanduser().resolve(),
+    )

@@ -76,8 +76,8 @@ def train_adapters(
     if (too_long := corpus.count_long_examples().describe(config.data.sequence_length)) and not config.data.streaming:
         say(too_long)
     say("preparing the model")
-    adapted = _make_model(config, checkpoint, corpus, torch.bfloat16 if precision == "bfloat16" else torch.float32)
-    adapted.to(arguments.device)
+    model = load_transformers_model(checkpoint, torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    adapted = _make_adapters(config, checkpoint, corpus, model.to(arguments.device)).to(arguments.device)
     trainer = _make_trainer(config, arguments, adapted, corpus)
     per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     per_step *= config.data.sequence_length
@@ -112,7 +112,7 @@ def train_adapters(
     return result
 
 
-def _make_model(config: TrainingConfig, checkpoint: Checkpoint, corpus: Corpus, dtype: torch.dtype) -> AdaptedModel:
+def _make_adapters(config: TrainingConfig, checkpoint: Checkpoint, corpus: Corpus, model: Any) -> AdaptedModel:
     """The frozen model with its adapters: copies of its last layer, or trained ones to go on from."""
     settings, vocab_size = config.adapters, checkpoint.config.vocab_size
     count = settings.adapter_vocabulary
@@ -126,7 +126,6 @@ def _make_model(config: TrainingConfig, checkpoint: Checkpoint, corpus: Corpus, 
         start = read_adapters(Path(settings.adapters_from).expanduser())
         check_base(start, checkpoint.name, checkpoint.network_config, checkpoint.weights)
         tokens = _same_tokens(start, settings.exit_adapters)
-    model = load_transformers_model(checkpoint, dtype)
     adapted = AdaptedModel(model, settings.exit_adapters, loss=settings.adapter_loss, tokens=tokens)
     if start is not None:
         _load_weights(adapted, start)

@@ -12,7 +12,6 @@ from torch import Tensor
 from layerskip.decoding.rounds.plain import PREFILL_CHUNK
 from layerskip.errors import PromptError
 from layerskip.model.decoder import Decoder
-from layerskip.model.finite import check_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +72,7 @@ def logits_in_chunks(decoder: Decoder, tokens: Sequence[int], num_layers: int) -
         NotFiniteError: A logit is infinite or not a number.
     """
     for start, hidden in exit_states_in_chunks(decoder, tokens, (num_layers,)):
-        yield start, check_finite(decoder.unembed(hidden[0], num_layers)[0], decoder.dtype)
+        yield start, decoder.checked_logits(hidden[0], num_layers)[0]
 
 
 def exit_states_in_chunks(

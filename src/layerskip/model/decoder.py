@@ -31,6 +31,7 @@ from layerskip.model.cache import KVCache
 from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.drafts import DraftRequest, Drafts, RoundTokens
 from layerskip.model.draw import Draw
+from layerskip.model.finite import check_finite
 from layerskip.model.network import Network
 from layerskip.model.positions import Positions
 from layerskip.model.rope import RopeTable
@@ -265,6 +266,17 @@ class Decoder:
             return logits
         everything = logits.new_full((*logits.shape[:-1], self.config.vocab_size), -torch.inf)
         return everything.index_copy_(-1, self._token_ids, logits)
+
+    def checked_logits(self, hidden: Tensor, exit_layer: int | None = None) -> Tensor:
+        """As `unembed`; waits for the device.
+
+        Raises:
+            NotFiniteError: A logit is infinite or not a number, but for tokens that an adapter's head doesn't have.
+        """
+        logits = self.unembed(hidden, exit_layer)
+        ids = self._adapters[exit_layer]._token_ids if exit_layer in self._adapters else self._token_ids
+        check_finite(logits if ids is None else logits[..., ids], self.dtype)
+        return logits
 
     def run_exits(
         self, hidden: Tensor, positions: Positions, cache: KVCache, start: int, stop: int, exits: Collection[int]

@@ -11,7 +11,6 @@ from torch import Tensor
 from layerskip.decoding.rounds.plain import PREFILL_CHUNK
 from layerskip.model.cache import KVCache
 from layerskip.model.decoder import Decoder
-from layerskip.model.finite import check_finite
 
 Likelihood = tuple[float, bool]
 """Logarithm of a continuation's probability, and whether greedy decoding would write exactly it."""
@@ -56,7 +55,7 @@ def score_continuations(
             wanted = {place: continuations[place][start : start + len(chunk)] for place in places}
             states = _run(decoder, chunk, cache, exit_layers)
             for exit_layer, scores, state in zip(exit_layers, results, states, strict=True):
-                _add_scores(scores, check_finite(decoder.unembed(state, exit_layer)[0], decoder.dtype), wanted)
+                _add_scores(scores, decoder.checked_logits(state, exit_layer)[0], wanted)
         cache.rollback(0, read)
     return results
 

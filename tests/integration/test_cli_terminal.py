@@ -190,7 +190,9 @@ def test_history_that_cannot_be_written_is_no_error(terminal: Terminal, tmp_path
 def test_chat(terminal: Terminal, tmp_path: Path) -> None:
     template = tmp_path / "template.jinja"
     template.write_text(TEMPLATE)
-    program = terminal.start("chat", "--chat-template", str(template), "--max-context", "300", "--ignore-eos", *DRAFT)
+    program = terminal.start(
+        "chat", "--model", "demo", "--chat-template", str(template), "--max-context", "300", "--ignore-eos", *DRAFT
+    )
     program.wait_for("> ")
     program.send("hello\r")
     program.wait_for("tokens/s")

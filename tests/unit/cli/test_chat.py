@@ -21,7 +21,17 @@ def chat(cli: Callable, tmp_path: Path) -> Callable:
 
     def call(stdin: str, *flags: str) -> Any:
         return cli(
-            *("chat", "--chat-template", str(file), "--max-new-tokens", "10", "--ignore-eos", *flags),
+            *(
+                "chat",
+                "--model",
+                "demo",
+                "--chat-template",
+                str(file),
+                "--max-new-tokens",
+                "10",
+                "--ignore-eos",
+                *flags,
+            ),
             stdin=stdin.encode(),
         )
 
@@ -91,7 +101,7 @@ def test_templates_that_fail(cli: Callable, tmp_path: Path) -> None:
         ("{{ raise_exception('no such role') }}", "the chat template can't be applied to the conversation: no such"),
     ):
         file.write_text(template)
-        outcome = cli("chat", "--chat-template", str(file), stdin=b"hello\n")
+        outcome = cli("chat", "--model", "demo", "--chat-template", str(file), stdin=b"hello\n")
         assert outcome.code == 2
         assert message in outcome.err
         assert outcome.err.count("\n") == 1
@@ -107,7 +117,7 @@ def test_templates_that_fail(cli: Callable, tmp_path: Path) -> None:
 def test_a_template_without_a_system_message(cli: Callable, tmp_path: Path, template: str, message: str) -> None:
     file = tmp_path / "template.jinja"
     file.write_text(template)
-    outcome = cli("chat", "--chat-template", str(file), "--system", "Be kind.", stdin=b"hello\n")
+    outcome = cli("chat", "--model", "demo", "--chat-template", str(file), "--system", "Be kind.", stdin=b"hello\n")
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert message in outcome.err
     assert "--system" in outcome.err
@@ -117,11 +127,11 @@ def test_a_template_may_spell_the_system_message_otherwise(cli: Callable, tmp_pa
     file = tmp_path / "template.jinja"
     file.write_text("{% for m in messages %}{{ m | tojson }}\n{% endfor %}")
     flags = ("--chat-template", str(file), "--max-new-tokens", "2")
-    assert cli("chat", *flags, "--system", 'Say "yes".', stdin=b"hello\n").code == 0
+    assert cli("chat", "--model", "demo", *flags, "--system", 'Say "yes".', stdin=b"hello\n").code == 0
 
 
 def test_no_template_says_what_to_do(cli: Callable) -> None:
-    outcome = cli("chat", stdin=b"hello\n")
+    outcome = cli("chat", "--model", "demo", stdin=b"hello\n")
     assert outcome.code == 2
     assert "--chat-template FILE" in outcome.err
 
@@ -129,6 +139,6 @@ def test_no_template_says_what_to_do(cli: Callable) -> None:
 def test_messages_that_are_no_text(cli: Callable, tmp_path: Path) -> None:
     file = tmp_path / "template.jinja"
     file.write_text(TEMPLATE)
-    outcome = cli("chat", "--chat-template", str(file), stdin=b"\xff\n")
+    outcome = cli("chat", "--model", "demo", "--chat-template", str(file), stdin=b"\xff\n")
     assert outcome.code == 2
     assert "not UTF-8" in outcome.err

@@ -101,7 +101,7 @@ def test_what_is_left_out_keeps_its_default(file: Path) -> None:
         ("[recipe]\nrotations = 3", ["recipe: unknown name 'rotations'", "did you mean 'rotation'?"]),
         ("[optimization]\nlearning-rate = 1.0", ["did you mean 'learning_rate'?"]),
         ("rotation = 3", ["unknown name 'rotation'"]),
-        ("[zzz]", ["it knows start, data, recipe, optimization, checkpoints"]),
+        ("[zzz]", ["it knows start, data, recipe, adapters, optimization, checkpoints"]),
         ("[recipe]\nqqq = 1", ["it knows dropout_max,"]),
         ("recipe = 3", ["recipe must be a table, got 3"]),
         ("[[recipe]]\nrotation = 3", ["recipe must be a table"]),

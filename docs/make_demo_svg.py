@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import layerskip
-from layerskip.cli.demo import PROMPTS
+from layerskip.cli.demo import CODE
 from layerskip.cli.terminal.painter import Painter
 from layerskip.cli.terminal.stream import Run, follow, ignore
 
@@ -31,7 +31,7 @@ def draw(max_new_tokens: int) -> str:
     painter.legend()
     common = {"max_new_tokens": max_new_tokens, "ignore_eos": True, "do_sample": False}
     plain, drafted = [], []
-    for prompt in PROMPTS:
+    for prompt in CODE:
         console.print()
         plain.append(follow(lm.stream(prompt, generation_strategy="autoregressive", **common), ignore))
         painter.prompt(prompt)

@@ -17,10 +17,9 @@ from transformers import Trainer
 
 import layerskip
 import layerskip.training.run as run_module
-import layerskip.training.trainer as trainer_module
 from layerskip.cli.main import main
 from layerskip.cli.terminal.training_progress import TrainingProgress
-from layerskip.training.output.checkpoints import list_checkpoints
+from layerskip.training.output.checkpoints import STAGING, list_checkpoints
 
 NUM_STEPS = 8
 SETTINGS = f"--sequence-length 32 --batch-size 2 --max-steps {NUM_STEPS} --learning-rate 3e-3 --dropout-max 0.4".split()
@@ -341,4 +340,4 @@ def test_checkpoints_are_models(flags: list[str], undisturbed: Path) -> None:
     (last,) = list_checkpoints(undisturbed)
     lm, result = (layerskip.load(str(each), device="cpu") for each in (last, undisturbed))
     assert torch.equal(lm.logits([5, 6, 7]), result.logits([5, 6, 7]))
-    assert trainer_module.STAGING not in {path.name for path in undisturbed.iterdir()}
+    assert STAGING not in {path.name for path in undisturbed.iterdir()}

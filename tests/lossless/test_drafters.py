@@ -49,8 +49,8 @@ class Erratic:
 
     def observe(self, plan: Plan, result: RoundResult) -> None:
         if plan.steps:
-            assert 0 < len(result.step_seconds) <= plan.steps
-            assert min(result.step_seconds) > 0
+            assert len(result.step_seconds) <= plan.steps  # fewer where steps were compiled on the way
+            assert all(seconds > 0 for seconds in result.step_seconds)
             self.rested += 1
             return
         assert plan is self.seen[-1]

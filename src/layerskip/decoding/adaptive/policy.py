@@ -29,7 +29,7 @@ FIRST_ROUNDS = 8
 """Rounds before plain steps are timed, at the start of the first generation."""
 KNOWN_TOKENS = 6
 """Tokens by which an exit's acceptance counts as known."""
-WORTH_MEASURING = 0.8
+WORTH_MEASURING = 0.95
 """Speedup that drafting must be expected to bring for its costs to be measured."""
 
 

@@ -33,5 +33,5 @@ def test_estimates_compare_calls_as_measurements_do(text_lm: LanguageModel) -> N
     costs = estimate_costs(text_lm.decoder)
     assert costs.num_layers == text_lm.decoder.num_layers
     assert costs.most_drafts == MEASURED_QUERIES[-1] - 1
-    assert costs.step() < costs.verification(0, 4) < 2 * costs.step()
+    assert costs.step() < costs.verification(0, 4) < 3 * costs.step()
     assert 0 < costs.drafting(1, 1) < costs.drafting(2, 1) < costs.drafting(2, 4)

@@ -93,7 +93,8 @@ int32_t draft(const DraftCall& call) {
         }
         int64_t* chosen = call.drafts + index * rows;
         for (int64_t& position : positions) ++position;
-        choose_outputs(network, adapts ? adapted.data() : hidden, call.rows, 1, positions.data(), call.sampling, logits.data(), chosen);
+        choose_outputs(network, adapts ? adapted.data() : hidden, call.rows, 1, positions.data(), call.sampling,
+                       logits.data(), chosen);
         if (*std::min_element(chosen, chosen + rows) < 0) return -1;
         float total = 0;
         for (int64_t row = 0; call.stop_rule != nullptr && row < rows; ++row) {

@@ -78,8 +78,8 @@ void layerskip_write_keys(const RunLayersCall* call);
 // logits [tokens, V padded to whole panels] of hidden [tokens, D]: final norm and head.
 void layerskip_unembed(const Network* network, const float* hidden, int32_t tokens, float* logits);
 
-// The token after each of a block: layers start..stop-1, the network's adapter if it has one, final norm, head, then the likeliest token or a sampled one,
-// whose noise is that of its position, which is one more than its predecessor's.
+// The token after each of a block: layers start..stop-1, the network's adapter if it has one, final norm, head, then the
+// likeliest token or a sampled one, whose noise is that of its position, which is one more than its predecessor's.
 void layerskip_choose(const ChooseCall* call);
 
 // Write up to `num_drafts` tokens after each row's last one with the first layers, each chosen as by layerskip_choose.

@@ -38,7 +38,8 @@ const char* layerskip_layout() {
                   FIELD(Layer, cosines), FIELD(Layer, sines), FIELD(Layer, window)}) +
         describe("Network", sizeof(Network),
                  {FIELD(Network, layers), FIELD(Network, final_norm), FIELD(Network, head), FIELD(Network, token_ids),
-                  FIELD(Network, exits), FIELD(Network, hidden_size), FIELD(Network, num_heads), FIELD(Network, num_kv_heads),
+                  FIELD(Network, exits), FIELD(Network, hidden_size), FIELD(Network, num_heads),
+                  FIELD(Network, num_kv_heads),
                   FIELD(Network, head_dim), FIELD(Network, rotary_dim), FIELD(Network, intermediate_size),
                   FIELD(Network, vocab_size), FIELD(Network, activation), FIELD(Network, threads),
                   FIELD(Network, num_layers), FIELD(Network, num_adapters), FIELD(Network, adapter),

@@ -7,8 +7,9 @@
 
 namespace layerskip {
 
-// Run layers start..stop-1, and write the keys of adapters between them, over `queries` consecutive tokens of each row, row b's from position starts[b] on. hidden
-// [rows, queries, D] is changed in place; keys and values go into the cache.
+// Run layers start..stop-1 over `queries` consecutive tokens of each row, row b's from position starts[b] on, and write
+// the keys of the adapters between them. hidden [rows, queries, D] is changed in place; keys and values go into the
+// cache.
 void run_layers(const Network& network, float* hidden, int32_t rows, int32_t queries, const int64_t* starts,
                 const Cache& cache, int32_t start, int32_t stop);
 

@@ -6,21 +6,13 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import IntervalStrategy
 
-from layerskip.errors import InvalidArgumentError
-from layerskip.training.callbacks import (
-    EvaluationCallback,
-    OnStep,
-    ProgressCallback,
-)
+from layerskip.training.callbacks import EvaluationCallback, OnStep, ProgressCallback
 from layerskip.training.config import TrainingConfig
-from layerskip.training.data.block_datasets import BlockDataset
 from layerskip.training.data.corpus import Corpus, load_corpus
 from layerskip.training.data.fingerprint import check_data
 from layerskip.training.exit_adapters.run import train_adapters
@@ -29,7 +21,7 @@ from layerskip.training.output.output_folder import claim, dtype_to_save, save_r
 from layerskip.training.output.result import TrainingResult
 from layerskip.training.output.saved_config import add_end_of_turn
 from layerskip.training.precision import choose_precision, set_precision
-from layerskip.training.safe_trainer import run_trainer
+from layerskip.training.safe_trainer import choose_held_out, run_trainer
 from layerskip.training.starting_point import StartingPoint, make_starting_point
 from layerskip.training.trainer import LayerSkipTrainer
 from layerskip.training.trainer_arguments import make_arguments
@@ -152,23 +144,13 @@ def resolve(config: TrainingConfig) -> TrainingConfig:
 def _make_trainer(
     config: TrainingConfig, arguments: TrainingArguments, point: StartingPoint, corpus: Corpus
 ) -> LayerSkipTrainer:
-    held_out: Any = corpus.held_out
-    whole = arguments.per_device_eval_batch_size * arguments.world_size
-    if isinstance(corpus.train, BlockDataset) and len(corpus.train) < whole:
-        raise InvalidArgumentError(
-            f"the data gives {len(corpus.train)} blocks to train on, and a batch of all processes has {whole}; "
-            "add data, or lower batch_size or sequence_length"
-        )
-    if arguments.world_size > 1 and len(held_out) > whole:  # processes get whole batches, so nothing is counted twice
-        held_out = torch.utils.data.Subset(held_out, range(len(held_out) // whole * whole))
-    if not len(held_out):  # the held-out share was too small for any text
-        arguments.eval_strategy = IntervalStrategy.NO
+    held_out = choose_held_out(arguments, corpus)
     trainer = LayerSkipTrainer(
         point.model,
         arguments,
         layerskip=config.recipe,
         train_dataset=corpus.train,
-        eval_dataset=held_out if len(held_out) else None,
+        eval_dataset=held_out,
         processing_class=point.tokenizer,
         data_collator=torch.utils.data.default_collate,
     )

@@ -1,6 +1,6 @@
 """transformers' `Trainer` that loses nothing: checkpoints are complete or absent, and NaN ends the run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import IntervalStrategy
 
-from layerskip.errors import TrainingError
+from layerskip.errors import InvalidArgumentError, TrainingError
+from layerskip.evaluation.inspect.exits import ExitQuality
+from layerskip.evaluation.inspect.speedup import IdealSpeedup
 from layerskip.training.callbacks import AlreadyFinished, FinishedCallback, InterruptCallback, LogCallback
+from layerskip.training.data.block_datasets import BlockDataset
+from layerskip.training.data.corpus import Corpus
 from layerskip.training.output.checkpoints import (
     STAGING,
     delete,
@@ -105,6 +110,38 @@ class SafeTrainer(Trainer):
             for path in list_checkpoints(output)[:-limit]:
                 if str(path) != self.state.best_model_checkpoint:
                     delete(path)
+
+
+def choose_held_out(arguments: TrainingArguments, corpus: Corpus) -> Any:
+    """The data to evaluate on; without any, None, and the arguments ask for no evaluation.
+
+    Raises:
+        InvalidArgumentError: The data to train on doesn't fill a batch of all processes.
+    """
+    held_out: Any = corpus.held_out
+    whole = arguments.per_device_eval_batch_size * arguments.world_size
+    if isinstance(corpus.train, BlockDataset) and len(corpus.train) < whole:
+        raise InvalidArgumentError(
+            f"the data gives {len(corpus.train)} blocks to train on, and a batch of all processes has {whole}; "
+            "add data, or lower batch_size or sequence_length"
+        )
+    if arguments.world_size > 1 and len(held_out) > whole:  # processes get whole batches, so nothing is counted twice
+        held_out = torch.utils.data.Subset(held_out, range(len(held_out) // whole * whole))
+    if not len(held_out):  # the held-out share was too small for any text
+        arguments.eval_strategy = IntervalStrategy.NO
+        return None
+    return held_out
+
+
+def exit_metrics(prefix: str, qualities: Sequence[ExitQuality], ideals: Sequence[IdealSpeedup]) -> dict[str, float]:
+    """What an evaluation logs of each exit; names begin with `prefix` and the exit."""
+    found = {}
+    for quality, ideal in zip(qualities, ideals, strict=True):
+        name = f"{prefix}_{quality.exit_layer}"
+        found[f"{name}_loss"] = quality.loss
+        found[f"{name}_agreement"] = quality.agreement
+        found[f"{name}_speedup"] = ideal.speedup
+    return found
 
 
 def run_trainer(trainer: SafeTrainer, output: Path, say: Callable[[str], None]) -> None:

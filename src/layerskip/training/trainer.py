@@ -18,7 +18,7 @@ from layerskip.evaluation.inspect.speedup import IdealSpeedup, ideal_speedup
 from layerskip.training.config import LayerSkipConfig
 from layerskip.training.output.saved_config import make_saveable
 from layerskip.training.recipe.recipe import LayerSkipRecipe
-from layerskip.training.safe_trainer import SafeTrainer
+from layerskip.training.safe_trainer import SafeTrainer, exit_metrics
 
 
 class LayerSkipTrainer(SafeTrainer):
@@ -88,12 +88,7 @@ class LayerSkipTrainer(SafeTrainer):
             metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             statistics.add_up_processes(self.accelerator)
         self.exit_qualities, self.evaluated_step = statistics.qualities(), self.state.global_step
-        found = {}
-        for quality, ideal in zip(self.exit_qualities, self.ideal_speedups, strict=True):
-            name = f"{metric_key_prefix}_exit_{quality.exit_layer}"
-            found[f"{name}_loss"] = quality.loss
-            found[f"{name}_agreement"] = quality.agreement
-            found[f"{name}_speedup"] = ideal.speedup
+        found = exit_metrics(f"{metric_key_prefix}_exit", self.exit_qualities, self.ideal_speedups)
         if found:
             self.log(found)
         return {**metrics, **found}

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import IntervalStrategy
 
 from layerskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from layerskip.checkpoint.exit_adapters import WEIGHTS_FILE, read_adapters, write_adapters
@@ -27,7 +26,6 @@ from layerskip.checkpoint.transformers_model import load_transformers_model
 from layerskip.errors import InvalidArgumentError
 from layerskip.training.callbacks import OnStep, ProgressCallback
 from layerskip.training.config import TrainingConfig
-from layerskip.training.data.block_datasets import BlockDataset
 from layerskip.training.data.corpus import Corpus, load_corpus
 from layerskip.training.data.fingerprint import check_data
 from layerskip.training.data.packing import IGNORED
@@ -37,7 +35,7 @@ from layerskip.training.output.checkpoints import writing
 from layerskip.training.output.output_folder import move_files, save_result
 from layerskip.training.output.result import TrainingResult
 from layerskip.training.precision import choose_precision, set_precision
-from layerskip.training.safe_trainer import run_trainer
+from layerskip.training.safe_trainer import choose_held_out, run_trainer
 from layerskip.training.trainer_arguments import make_arguments
 
 DEFAULT_VOCABULARY = 8192
@@ -177,24 +175,14 @@ def _load_weights(adapted: AdaptedModel, start: AdapterSet) -> None:
 def _make_trainer(
     config: TrainingConfig, arguments: TrainingArguments, adapted: AdaptedModel, corpus: Corpus
 ) -> AdapterTrainer:
-    held_out: Any = corpus.held_out
-    whole = arguments.per_device_eval_batch_size * arguments.world_size
-    if isinstance(corpus.train, BlockDataset) and len(corpus.train) < whole:
-        raise InvalidArgumentError(
-            f"the data gives {len(corpus.train)} blocks to train on, and a batch of all processes has {whole}; "
-            "add data, or lower batch_size or sequence_length"
-        )
-    if arguments.world_size > 1 and len(held_out) > whole:  # processes get whole batches, so nothing is counted twice
-        held_out = torch.utils.data.Subset(held_out, range(len(held_out) // whole * whole))
-    if not len(held_out):
-        arguments.eval_strategy = IntervalStrategy.NO
+    held_out = choose_held_out(arguments, corpus)
     arguments.label_names = ["labels"]
     arguments.prediction_loss_only = True
     trainer = AdapterTrainer(
         adapted,
         arguments,
         train_dataset=corpus.train,
-        eval_dataset=held_out if len(held_out) else None,
+        eval_dataset=held_out,
         data_collator=torch.utils.data.default_collate,
     )
     trainer.remove_callback(PrinterCallback)

@@ -8,7 +8,7 @@ from layerskip.evaluation.inspect.exits import ExitQuality
 from layerskip.evaluation.inspect.speedup import IdealSpeedup, ideal_speedup
 from layerskip.training.exit_adapters.module import AdaptedModel
 from layerskip.training.exit_adapters.statistics import AdapterStatistics
-from layerskip.training.safe_trainer import SafeTrainer
+from layerskip.training.safe_trainer import SafeTrainer, exit_metrics
 
 
 class AdapterTrainer(SafeTrainer):
@@ -53,12 +53,7 @@ class AdapterTrainer(SafeTrainer):
         finally:
             self.adapted.statistics = None
         self.evaluated_step = self.state.global_step
-        found = {}
-        for quality, ideal in zip(self.exit_qualities, self.ideal_speedups, strict=True):
-            name = f"{metric_key_prefix}_adapter_{quality.exit_layer}"
-            found[f"{name}_loss"] = quality.loss
-            found[f"{name}_agreement"] = quality.agreement
-            found[f"{name}_speedup"] = ideal.speedup
+        found = exit_metrics(f"{metric_key_prefix}_adapter", self.exit_qualities, self.ideal_speedups)
         if found:
             self.log(found)
         return {**metrics, **found}

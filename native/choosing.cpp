@@ -59,9 +59,12 @@ void choose(const ChooseCall& call) {
     for (int64_t token = 0; call.tokens != nullptr && token < tokens; ++token)
         embed(*call.embedding, call.tokens[token], size, call.hidden + token * size);
     run_layers(network, call.hidden, call.rows, call.queries, call.starts, *call.cache, call.start, call.stop);
-    if (network.adapter >= 0)
-        run_layers(network, call.hidden, call.rows, call.queries, call.starts, *call.cache, network.adapter,
-                   network.adapter + 1);
+    if (network.adapter >= 0) {
+        const std::vector<int64_t> sources(tokens, -1);  // of a text whose later layers never ran
+        const std::vector<float> nothing(tokens * size);
+        run_adapter(network, network.adapter, call.hidden, call.rows, call.queries, call.starts,
+                    {sources.data(), nothing.data()}, *call.cache);
+    }
     std::vector<float> logits(tokens * network.head.outputs);
     std::vector<int64_t> first(call.starts, call.starts + call.rows);
     for (int64_t& position : first) ++position;
@@ -75,7 +78,11 @@ int32_t draft(const DraftCall& call) {
     const int64_t rows = call.rows, size = network.hidden_size, outputs = network.head.outputs;
     const bool adapts = network.adapter >= 0;
     std::vector<float> logits(rows * outputs), chances(rows, 1.0f), adapted(adapts ? rows * size : 0);
-    std::vector<int64_t> positions(call.starts, call.starts + rows);
+    std::vector<int64_t> positions(call.starts, call.starts + rows), sources(positions);
+    for (int64_t& source : sources) --source;  // the last token that all layers have run over
+    std::vector<float> projected(adapts ? rows * size : 0);
+    if (adapts && network.layers[network.adapter].values.panels != nullptr)
+        fuse(network, network.adapter, call.rows, 1, sources.data(), *call.cache, projected.data());
     int32_t num_drafts = call.num_drafts;
     for (int32_t index = 0; index < num_drafts + (call.complete ? 1 : 0); ++index) {
         float* hidden = call.hidden + index * rows * size;
@@ -88,8 +95,8 @@ int32_t draft(const DraftCall& call) {
         }
         if (adapts) {
             std::copy(hidden, hidden + rows * size, adapted.begin());
-            run_layers(network, adapted.data(), call.rows, 1, positions.data(), *call.cache, network.adapter,
-                       network.adapter + 1);
+            run_adapter(network, network.adapter, adapted.data(), call.rows, 1, positions.data(),
+                        {sources.data(), projected.data()}, *call.cache);
         }
         int64_t* chosen = call.drafts + index * rows;
         for (int64_t& position : positions) ++position;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <mutex>
+#include <vector>
 
 #include "choosing.h"
 #include "kernels/linear.h"
@@ -39,6 +40,16 @@ void layerskip_run_layers(const RunLayersCall* call) {
 void layerskip_write_keys(const RunLayersCall* call) {
     Lock lock(Team::in_use());
     write_keys(*call->network, call->hidden, call->rows, call->queries, call->starts, *call->cache, call->start);
+}
+
+void layerskip_run_adapter(const AdaptCall* call) {
+    Lock lock(Team::in_use());
+    const Network& network = *call->network;
+    std::vector<float> projected(static_cast<int64_t>(call->rows) * call->queries * network.hidden_size);
+    if (network.layers[call->layer].values.panels != nullptr)
+        fuse(network, call->layer, call->rows, call->queries, call->sources, *call->cache, projected.data());
+    run_adapter(network, call->layer, call->hidden, call->rows, call->queries, call->starts,
+                {call->sources, projected.data()}, *call->cache);
 }
 
 void layerskip_unembed(const Network* network, const float* hidden, int32_t tokens, float* logits) {
@@ -103,7 +114,7 @@ void layerskip_gumbel(const uint64_t* keys, int64_t positions, int64_t count, fl
                     [&](int64_t position) { gumbel(keys[position], count, out + position * count); });
 }
 
-int32_t layerskip_interface() { return 6; }
+int32_t layerskip_interface() { return 7; }
 
 int32_t layerskip_runs_here() { return runs_here(); }
 

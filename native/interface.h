@@ -24,6 +24,18 @@ struct RunLayersCall {
     int32_t stop;
 };
 
+struct AdaptCall {
+    const Network* network;
+    const Cache* cache;
+    const int64_t* starts;   // [B], position of each row's first token
+    const int64_t* sources;  // [B, Q], slot of the token whose values each reads; -1: none
+    float* hidden;           // [B, Q, D], the output of the exit; becomes what norm and head read
+    int32_t rows;            // B
+    int32_t queries;         // Q
+    int32_t layer;           // the adapter's
+    int32_t padding;
+};
+
 struct ChooseCall {
     const Network* network;
     const Cache* cache;
@@ -74,6 +86,9 @@ void layerskip_run_layers(const RunLayersCall* call);
 
 // Write the keys and values of layer `start` for its input, without running it.
 void layerskip_write_keys(const RunLayersCall* call);
+
+// Run an exit adapter.
+void layerskip_run_adapter(const AdaptCall* call);
 
 // logits [tokens, V padded to whole panels] of hidden [tokens, D]: final norm and head.
 void layerskip_unembed(const Network* network, const float* hidden, int32_t tokens, float* logits);

@@ -32,10 +32,12 @@ const char* layerskip_layout() {
                  {FIELD(Linear, panels), FIELD(Linear, scales), FIELD(Linear, bias), FIELD(Linear, inputs),
                   FIELD(Linear, outputs), FIELD(Linear, format), FIELD(Linear, padding)}) +
         describe("Layer", sizeof(Layer),
-                 {FIELD(Layer, input), FIELD(Layer, qkv), FIELD(Layer, o), FIELD(Layer, gate_up), FIELD(Layer, down),
+                 {FIELD(Layer, input), FIELD(Layer, values), FIELD(Layer, value_layers), FIELD(Layer, distances),
+                  FIELD(Layer, qkv), FIELD(Layer, o), FIELD(Layer, gate_up), FIELD(Layer, down),
                   FIELD(Layer, attention_norm), FIELD(Layer, q_norm), FIELD(Layer, k_norm),
                   FIELD(Layer, post_attention_norm), FIELD(Layer, mlp_norm), FIELD(Layer, post_mlp_norm),
-                  FIELD(Layer, cosines), FIELD(Layer, sines), FIELD(Layer, window)}) +
+                  FIELD(Layer, cosines), FIELD(Layer, sines), FIELD(Layer, window),
+                  FIELD(Layer, num_value_layers)}) +
         describe("Network", sizeof(Network),
                  {FIELD(Network, layers), FIELD(Network, final_norm), FIELD(Network, head), FIELD(Network, token_ids),
                   FIELD(Network, exits), FIELD(Network, hidden_size), FIELD(Network, num_heads),
@@ -57,6 +59,10 @@ const char* layerskip_layout() {
                  {FIELD(RunLayersCall, network), FIELD(RunLayersCall, cache), FIELD(RunLayersCall, starts),
                   FIELD(RunLayersCall, hidden), FIELD(RunLayersCall, rows), FIELD(RunLayersCall, queries),
                   FIELD(RunLayersCall, start), FIELD(RunLayersCall, stop)}) +
+        describe("AdaptCall", sizeof(AdaptCall),
+                 {FIELD(AdaptCall, network), FIELD(AdaptCall, cache), FIELD(AdaptCall, starts),
+                  FIELD(AdaptCall, sources), FIELD(AdaptCall, hidden), FIELD(AdaptCall, rows),
+                  FIELD(AdaptCall, queries), FIELD(AdaptCall, layer), FIELD(AdaptCall, padding)}) +
         describe("ChooseCall", sizeof(ChooseCall),
                  {FIELD(ChooseCall, network), FIELD(ChooseCall, cache), FIELD(ChooseCall, embedding),
                   FIELD(ChooseCall, sampling), FIELD(ChooseCall, tokens), FIELD(ChooseCall, starts),

@@ -14,6 +14,9 @@ enum Activation : int32_t { kSilu = 0, kGeluTanh = 1, kGelu = 2 };
 
 struct Layer {
     Linear input;                      // D -> D, before all else; without panels but in exit adapters
+    Linear values;                     // S H_kv D_head -> D, added after attention; without panels but in exit adapters
+    const int32_t* value_layers;       // [S], the layers whose values it reads
+    const float* distances;            // [kDistances, D], added too
     Linear qkv;                        // D -> (H + 2 H_kv) D_head
     Linear o;                          // H D_head -> D
     Linear gate_up;                    // D -> 2 I, panels of gate and up in turn
@@ -27,10 +30,16 @@ struct Layer {
     const float* cosines;              // [positions, R]
     const float* sines;                // [positions, R], negative in the first half
     int64_t window;                    // tokens that a query attends to, itself included; 0: all
+    int64_t num_value_layers;          // S
 };
 
+// Classes of distances from a token to the one whose values it reads: 0 for the token before it, and so on; the last
+// class is for none.
+constexpr int kDistances = 9;
+
 // An exit adapter is a layer that was trained to predict from the output of an earlier layer than the last. A pass over
-// its exit writes its keys and values as well, so that drafting can begin there after any token.
+// its exit writes its keys and values as well, so that drafting can begin there after any token. It may also read the
+// values that later layers keep of an earlier token.
 struct Network {
     const Layer* layers;        // [L + A]: the layers, then the exit adapters
     const float* final_norm;    // [D]

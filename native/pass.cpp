@@ -56,7 +56,8 @@ class Pass {
         return Attention::kPartialFloats + kChunk * (qkv + attended + mlp + 2 * net.hidden_size);
     }
 
-    void run(int start, int stop) {
+    // `fused`, of this block's tokens, is what the exit adapter that is run adds; null where none is.
+    void run(int start, int stop, const Fused* fused = nullptr) {
         for (int index = start; index < stop; ++index) {
             const Layer& layer = net_.layers[index];
             if (layer.input.panels != nullptr) project_input(layer);
@@ -68,6 +69,7 @@ class Pass {
             attention_.run(qkv_, attended_, index, layer.window);
             add_product(layer.o, attended_, layer.post_attention_norm);
             team_.barrier();
+            if (fused != nullptr) add_fused(layer, *fused);
             norm_tokens(hidden_, layer.mlp_norm);
             mlp_inner(layer);
             team_.barrier();
@@ -105,6 +107,18 @@ class Pass {
     void write_adapter_keys(int exit) {
         for (int adapter = 0; adapter < net_.num_adapters; ++adapter)
             if (net_.exits[adapter] == exit) write_keys(net_.num_layers + adapter);
+    }
+
+    // Ends with a barrier.
+    void add_fused(const Layer& layer, const Fused& fused) {
+        const int64_t size = net_.hidden_size;
+        for (int token = member_; token < tokens_; token += team_.size()) {
+            const int64_t source = fused.sources[token], distance = positions_[token] - 1 - source;
+            const int64_t kind = source < 0 ? kDistances - 1 : std::min<int64_t>(distance, kDistances - 2);
+            add(fused.projected + token * size, size, hidden_ + token * size);
+            add(layer.distances + kind * size, size, hidden_ + token * size);
+        }
+        team_.barrier();
     }
 
     // hidden = hidden W^T; ends with a barrier.
@@ -207,7 +221,7 @@ float* workspace(int64_t floats) {
     return kept.data();
 }
 
-// Call body(pass) on every member for blocks of the tokens.
+// Call body(pass, first token) on every member for blocks of the tokens.
 template <typename Body>
 void in_blocks(const Network& network, float* hidden, int32_t rows, int32_t queries, const int64_t* starts,
                const Cache& cache, const Body& body) {
@@ -220,7 +234,7 @@ void in_blocks(const Network& network, float* hidden, int32_t rows, int32_t quer
             block.add(token / queries, starts[token / queries] + token % queries);
         team.run([&](int member, int) {
             Pass pass(network, cache, hidden + begin * network.hidden_size, block, shared, team, member);
-            body(pass);
+            body(pass, begin);
         });
     }
 }
@@ -229,13 +243,43 @@ void in_blocks(const Network& network, float* hidden, int32_t rows, int32_t quer
 
 void run_layers(const Network& network, float* hidden, int32_t rows, int32_t queries, const int64_t* starts,
                 const Cache& cache, int32_t start, int32_t stop) {
-    in_blocks(network, hidden, rows, queries, starts, cache, [&](Pass& pass) { pass.run(start, stop); });
+    in_blocks(network, hidden, rows, queries, starts, cache, [&](Pass& pass, int64_t) { pass.run(start, stop); });
+}
+
+void fuse(const Network& network, int32_t index, int32_t rows, int32_t queries, const int64_t* sources,
+          const Cache& cache, float* projected) {
+    const Layer& layer = network.layers[index];
+    const int64_t part = static_cast<int64_t>(network.num_kv_heads) * network.head_dim, inputs = layer.values.inputs;
+    const int64_t total = static_cast<int64_t>(rows) * queries;
+    std::vector<float> values(total * inputs);
+    for (int64_t token = 0; token < total; ++token) {
+        for (int64_t i = 0; sources[token] >= 0 && i < layer.num_value_layers; ++i) {
+            const float* from = cache.values + layer.value_layers[i] * cache.layer_stride +
+                                token / queries * cache.row_stride + sources[token] * part;
+            std::copy(from, from + part, values.data() + token * inputs + i * part);
+        }
+    }
+    Team::of(network.threads).run([&](int member, int size) {
+        int start, stop;
+        share(layer.values.outputs / kPanel, member, size, start, stop);
+        multiply(layer.values, values.data(), inputs, static_cast<int>(total), projected, network.hidden_size, start,
+                 stop, false);
+    });
+}
+
+void run_adapter(const Network& network, int32_t layer, float* hidden, int32_t rows, int32_t queries,
+                 const int64_t* starts, const Fused& fused, const Cache& cache) {
+    const int64_t size = network.hidden_size;
+    in_blocks(network, hidden, rows, queries, starts, cache, [&](Pass& pass, int64_t begin) {
+        const Fused part{fused.sources + begin, fused.projected + begin * size};
+        pass.run(layer, layer + 1, network.layers[layer].values.panels == nullptr ? nullptr : &part);
+    });
 }
 
 void write_keys(const Network& network, const float* hidden, int32_t rows, int32_t queries, const int64_t* starts,
                 const Cache& cache, int32_t layer) {
     float* input = const_cast<float*>(hidden);  // a pass changes its input, but not here
-    in_blocks(network, input, rows, queries, starts, cache, [&](Pass& pass) { pass.write_keys(layer); });
+    in_blocks(network, input, rows, queries, starts, cache, [&](Pass& pass, int64_t) { pass.write_keys(layer); });
 }
 
 void unembed(const Network& network, const float* hidden, int32_t tokens, float* logits) {

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import layerskip
 from layerskip.checkpoint.exit_adapters import DESCRIPTION_FILE, WEIGHTS_FILE
 from layerskip.cli.main import main
+from layerskip.training.exit_adapters.earlier_values import read_earlier
 from layerskip.training.exit_adapters.module import AdaptedModel
 
 SHORT = "--sequence-length 32 --batch-size 4 --log-steps 2 --save-steps 6 --held-out 0.25 --precision float32".split()
@@ -77,15 +78,19 @@ def test_the_engine_agrees_with_the_trainer(start: dict[str, Path], trained: Pat
     text = lm.encode([(start["texts"] / "0.txt").read_text()])[0][:100]
     weights = load_file(trained / WEIGHTS_FILE)
     tokens = weights["exit_1.token_ids"].long()
-    model = AdaptedModel(AutoModelForCausalLM.from_pretrained(start["model"]), [1, 3], tokens=tokens.tolist())
+    base, layers = AutoModelForCausalLM.from_pretrained(start["model"]), content["adapters"][0]["value_layers"]
+    assert len(layers) > 1
+    assert layers[-1] == base.config.num_hidden_layers - 1
+    model = AdaptedModel(base, [1, 3], tokens=tokens.tolist(), value_layers=layers)
     found = model._run_frozen(torch.tensor([text]), None)
+    values = read_earlier(found.values, None, spread=False)
     for exit_layer in (1, 3):
         adapter, prefix = model.adapters[f"exit_{exit_layer}"], f"exit_{exit_layer}."
         own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         del own["token_ids"]
         adapter.load_state_dict(own)
         with torch.no_grad():
-            expected = model.logits(model._adapt(exit_layer, found)[0], model.head_rows)
+            expected = model.logits(model._adapt(exit_layer, found, values)[0], model.head_rows)
         logits = lm.logits(text, exit_layer=exit_layer)
         torch.testing.assert_close(logits[:, tokens], expected, rtol=1e-3, atol=1e-3)
         others = torch.ones(300, dtype=torch.bool).index_fill(0, tokens, False)

@@ -14,7 +14,9 @@ from tiny import write_tiny
 import layerskip
 from layerskip.language_model import LanguageModel
 from layerskip.model.decoders.graphs import GraphDecoder
+from layerskip.model.drafts import DraftRequest
 from layerskip.model.native.library import load_library
+from layerskip.model.positions import ValueSource
 
 EXITS = (1, 3)
 LAYERS = 5
@@ -35,11 +37,12 @@ WAYS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def folders(lm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Adapters that draft any token, and some tokens only."""
+    """Adapters that draft any token, some tokens only, and without values of later layers."""
     root = tmp_path_factory.mktemp("adapters")
     return {
         "all": write_tiny_adapters(root / "all", lm_folder, EXITS),
         "some": write_tiny_adapters(root / "some", lm_folder, EXITS, tokens=range(0, 48, 2)),
+        "state": write_tiny_adapters(root / "state", lm_folder, EXITS, reads_values=False),
     }
 
 
@@ -64,7 +67,7 @@ def written(lm: LanguageModel, prompts: list[list[int]], **options: Any) -> list
     return [result.token_ids for result in lm.generate(prompts, max_new_tokens=30, **options)]
 
 
-@pytest.mark.parametrize("kind", ["all", "some"])
+@pytest.mark.parametrize("kind", ["all", "some", "state"])
 @pytest.mark.parametrize("rules", RULES, ids=str)
 def test_the_text_is_the_models_own(
     reload: Callable[..., LanguageModel],
@@ -137,10 +140,61 @@ def test_a_round_runs_the_adapter_once_for_each_token(
         lm.decoder.calls.observer = None
 
 
+@pytest.mark.parametrize("exit_layer", EXITS)
+def test_drafts_read_what_later_layers_know_of_the_last_committed_token(
+    reload: Callable[..., LanguageModel], folders: dict[str, Path], prompts: list[list[int]], exit_layer: int
+) -> None:
+    decoder = reload(folders["all"]).decoder
+    prompt, first = prompts[1], len(prompts[1])
+    cache = decoder.new_cache(1, first + 8)
+    decoder.choose(torch.tensor([prompt]), decoder.place(cache, [0], first), cache, 0, LAYERS)
+    cache.commit(0, first)
+    token = torch.tensor([[7]])
+    drafts = decoder.draft(token, cache, DraftRequest(exit_layer=exit_layer, num_drafts=4)).tokens[0].tolist()
+    expected = []
+    for offset in range(4):
+        positions = decoder.place(cache, [first + offset], 1)
+        hidden = decoder.run_layers(decoder.embed(token), positions, cache, 0, exit_layer)
+        sources = positions.source_slots(cache.lengths, ValueSource.COMMITTED)
+        assert sources == [[first - 1]]
+        state = decoder.adapt(hidden, positions, cache, exit_layer, ValueSource.COMMITTED)
+        token = decoder.unembed(state, exit_layer).argmax(-1)
+        expected.append(token.item())
+    assert drafts == expected
+    for other in (ValueSource.BEFORE, ValueSource.NONE):  # another token's values, or none, make another state
+        assert not torch.allclose(state, decoder.adapt(hidden, positions, cache, exit_layer, other), atol=1e-4)
+
+
+def test_reading_a_text_gives_adapters_the_values_of_each_token_before(
+    reload: Callable[..., LanguageModel], folders: dict[str, Path], prompts: list[list[int]]
+) -> None:
+    lm, prompt = reload(folders["all"]), prompts[2]
+    whole = lm.logits(prompt, exit_layer=3)
+    decoder = lm.decoder
+    cache = decoder.new_cache(1, len(prompt))
+    for place, token in enumerate(prompt):  # one by one, as a text is written
+        positions = decoder.place(cache, [place], 1)
+        embedded = decoder.embed(torch.tensor([[token]]))
+        _, states = decoder.run_exits(embedded, positions, cache, 0, LAYERS, [3])
+        cache.commit(0, 1)
+        torch.testing.assert_close(decoder.unembed(states[3], 3)[0, 0], whole[place], rtol=1e-4, atol=1e-4)
+
+
+def test_early_exit_reads_no_values_of_layers_that_never_run(
+    reload: Callable[..., LanguageModel], folders: dict[str, Path], prompts: list[list[int]]
+) -> None:
+    lm = reload(folders["all"])
+    early = {"generation_strategy": "early_exit", "exit_layer": 3}
+    expected = written(lm, prompts, **early)
+    written(lm, prompts)  # leaves values in buffers that are used again
+    assert written(lm, prompts, **early) == expected
+    assert [written(lm, [prompt], **early)[0] for prompt in prompts] == expected
+
+
 def test_early_exit_reads_through_the_adapter(
     reload: Callable[..., LanguageModel], folders: dict[str, Path], prompts: list[list[int]]
 ) -> None:
-    lm, plain = reload(folders["all"]), reload()
+    lm, plain = reload(folders["state"]), reload()
     adapted = written(lm, prompts, generation_strategy="early_exit", exit_layer=3)
     assert adapted == [written(lm, [prompt], generation_strategy="early_exit", exit_layer=3)[0] for prompt in prompts]
     assert adapted != written(plain, prompts, generation_strategy="early_exit", exit_layer=3)

@@ -62,7 +62,8 @@ def read_adapters(folder: Path) -> AdapterSet:
 
 def _adapter(entry: dict[str, Any]) -> AdapterDescription:
     seen = tuple((int(agreed), int(tokens)) for agreed, tokens in entry.pop("by_confidence", ()))
-    return AdapterDescription(**entry, by_confidence=seen)
+    layers = tuple(int(layer) for layer in entry.pop("value_layers", ()))
+    return AdapterDescription(**entry, by_confidence=seen, value_layers=layers)
 
 
 def write_adapters(folder: Path, adapters: AdapterSet, tensors: Mapping[str, torch.Tensor]) -> None:

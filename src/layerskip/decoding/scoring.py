@@ -93,7 +93,7 @@ def exit_states_in_chunks(
     for start in range(0, len(tokens), PREFILL_CHUNK):
         chunk = torch.tensor([list(tokens[start : start + PREFILL_CHUNK])], device=decoder.device)
         positions = decoder.place(cache, [start], chunk.shape[1])
-        _, states = decoder.run_exits(decoder.embed(chunk), positions, cache, 0, max(exits), exits)
+        _, states = decoder.run_exits(decoder.embed(chunk), positions, cache, 0, decoder.depth_for(exits), exits)
         cache.commit(0, chunk.shape[1])
         yield start, [states[exit_layer] for exit_layer in exits]
 

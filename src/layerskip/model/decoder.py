@@ -33,7 +33,7 @@ from layerskip.model.drafts import DraftRequest, Drafts, RoundTokens
 from layerskip.model.draw import Draw
 from layerskip.model.finite import check_finite
 from layerskip.model.network import Network
-from layerskip.model.positions import Positions
+from layerskip.model.positions import Positions, ValueSource
 from layerskip.model.rope import RopeTable
 from layerskip.model.sampling import choose_among, filter_scores
 from layerskip.model.stopwatch import Stopwatch
@@ -222,7 +222,9 @@ class Decoder:
         self.calls.add(start, stop, *hidden.shape[:2])
         return self._network.run_layers(hidden, positions, cache, start, stop)
 
-    def adapt(self, hidden: Tensor, positions: Positions, cache: KVCache, exit_layer: int) -> Tensor:
+    def adapt(
+        self, hidden: Tensor, positions: Positions, cache: KVCache, exit_layer: int, source: ValueSource
+    ) -> Tensor:
         """What `unembed` reads at an exit: its adapter's output, or the state itself where there is none.
 
         The adapter's keys and values of these positions are written.
@@ -232,15 +234,23 @@ class Decoder:
             positions: Where the tokens stand, from `place`.
             cache: As for `run_layers`.
             exit_layer: E.
+            source: Which token's values the adapter reads.
         """
         adapter = self._adapters.get(exit_layer)
-        return hidden if adapter is None else adapter.read(hidden, positions, cache)
+        return hidden if adapter is None else adapter.read(hidden, positions, cache, source)
 
-    def read(self, hidden: Tensor, positions: Positions, cache: KVCache) -> Tensor:
+    def read(
+        self,
+        hidden: Tensor,
+        positions: Positions,
+        cache: KVCache,
+        source: ValueSource = ValueSource.COMMITTED,
+    ) -> Tensor:
         """What this decoder's own head reads: the state, or in a decoder that drafts through an adapter its output."""
         if self._adapter is None:
             return hidden
-        return self.run_layers(hidden, positions, cache, self._adapter, self._adapter + 1)
+        self.calls.add(self._adapter, self._adapter + 1, *hidden.shape[:2])
+        return self._network.run_adapter(self._adapter, hidden, positions, cache, source)
 
     def write_adapter_keys(self, hidden: Tensor, positions: Positions, cache: KVCache) -> None:
         """Write the keys and values of this decoder's own adapter, which counts as a call of a layer."""
@@ -289,8 +299,17 @@ class Decoder:
         states = {}
         for exit_layer in sorted(exit_ for exit_ in exits if start < exit_ <= stop):
             hidden = self.run_layers(hidden, positions, cache, start, exit_layer)
-            states[exit_layer], start = self.adapt(hidden, positions, cache, exit_layer), exit_layer
-        return self.run_layers(hidden, positions, cache, start, stop), states
+            states[exit_layer], start = hidden, exit_layer
+        hidden = self.run_layers(hidden, positions, cache, start, stop)
+        # Adapters come last: they may read values that the last layers have only now written.
+        source = ValueSource.BEFORE if stop == self.num_layers else ValueSource.COMMITTED
+        return hidden, {
+            exit_layer: self.adapt(state, positions, cache, exit_layer, source) for exit_layer, state in states.items()
+        }
+
+    def depth_for(self, exits: Collection[int]) -> int:
+        """Layers to run over a text for the states at some exits: all where an adapter reads what later ones keep."""
+        return self.num_layers if any(exit_layer in self._adapters for exit_layer in exits) else max(exits)
 
     def choose(
         self,
@@ -316,7 +335,7 @@ class Decoder:
         """
         hidden = self.embed(inputs) if inputs.dtype == torch.long else inputs
         hidden = self.run_layers(hidden, positions, cache, start, stop)
-        scores = self._scores(self.adapt(hidden, positions, cache, stop), draw, stop)
+        scores = self._scores(self.adapt(hidden, positions, cache, stop, ValueSource.NONE), draw, stop)
         return choose_among(scores, draw, [first + 1 for first in positions.first])
 
     def draft(self, tokens: Tensor, cache: KVCache, request: DraftRequest) -> Drafts:

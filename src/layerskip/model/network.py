@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from layerskip.model.cache import KVCache
-from layerskip.model.positions import Positions
+from layerskip.model.positions import Positions, ValueSource
 
 
 class HasBytes(Protocol):
@@ -44,6 +44,12 @@ class Network(Protocol):
 
         The keys and values of exit adapters between them are written too.
         """
+        ...
+
+    def run_adapter(
+        self, layer: int, hidden: Tensor, positions: Positions, cache: KVCache, source: ValueSource
+    ) -> Tensor:
+        """[B, Q, D], the output of an exit -> [B, Q, D], the output of its adapter, which is layer `layer`."""
         ...
 
     def write_keys(self, layer: int, hidden: Tensor, positions: Positions, cache: KVCache) -> None:

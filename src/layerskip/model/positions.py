@@ -6,6 +6,7 @@ D_head channels of a head.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import cached_property
 from typing import Protocol
 
@@ -15,6 +16,18 @@ from torch import Tensor
 from layerskip.model.cache import KVCache, Slots
 from layerskip.model.config.model_config import SLIDING, ModelConfig
 from layerskip.model.rope import RopeTable
+
+DISTANCES = 9
+"""Classes of distances from a token to the one whose values an exit adapter reads: 0 for the token before, up to 7 and
+more, and the last for no token at all."""
+
+
+class ValueSource(Enum):
+    """Which token's values an adapter reads."""
+
+    COMMITTED = "the last committed token before: while drafting, all layers have run over no later one"
+    BEFORE = "the token before: all layers have run over the block"
+    NONE = "none: the later layers never run over the text"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +54,10 @@ class Placement(Protocol):
 
     def span(self, kind: str) -> AttentionSpan:
         """What one kind of layer (full or sliding) attends to, and its rotary factors."""
+        ...
+
+    def sources(self, cache: KVCache, source: ValueSource) -> tuple[Tensor, Tensor]:
+        """Positions [B or 1, Q], and the slots [B, Q] of the tokens whose values an adapter reads; -1: none."""
         ...
 
 
@@ -90,6 +107,23 @@ class Positions:
             self._spans[kind] = self._make_span(kind)
         return self._spans[kind]
 
+    def sources(self, cache: KVCache, source: ValueSource) -> tuple[Tensor, Tensor]:
+        """Positions [B or 1, Q], and the slots [B, Q] of the tokens whose values an adapter reads; -1: none."""
+        return self._positions, torch.tensor(self.source_slots(cache.lengths, source), device=self._device)
+
+    def source_slots(self, committed: Sequence[int], source: ValueSource) -> list[list[int]]:
+        """For each row and token the slot of the token whose values an adapter reads; -1: none.
+
+        Args:
+            committed: Committed tokens of each row.
+            source: Which token is wanted.
+        """
+        offsets = range(self.num_queries)
+        return [
+            [source_of(min(first + offset, self._capacity), length, source) for offset in offsets]
+            for first, length in zip(self.first, committed, strict=True)
+        ]
+
     @property
     def _start(self) -> int:
         return min(self.first)
@@ -125,6 +159,23 @@ class Positions:
         cos, sin = self._ropes[kind].cos[table], self._ropes[kind].sin[table]
         shape = (-1, self.num_queries, 1, cos.shape[-1])
         return AttentionSpan(first_slot=low, last_slot=end, mask=mask, cos=cos.view(shape), sin=sin.view(shape))
+
+
+def source_of(position: int, committed: int, source: ValueSource) -> int:
+    """The slot of the token whose values a token at a position reads; -1: none.
+
+    Args:
+        position: Of the token that reads.
+        committed: Tokens of its row that are committed.
+        source: Which token is wanted.
+    """
+    match source:
+        case ValueSource.COMMITTED:
+            return min(position, committed) - 1
+        case ValueSource.BEFORE:
+            return position - 1
+        case _:
+            return -1
 
 
 def causal_mask(positions: Tensor, low: int, end: int, window: int | None, dtype: torch.dtype) -> Tensor:

@@ -146,6 +146,8 @@ class ExitAdapterConfig:
     adapter_vocabulary: int | None = None
     """Adapters draft among this many of the data's most frequent tokens; 8192, or all if there are no more than twice
     as many. Fewer make drafts, and training, faster."""
+    adapter_value_layers: int = 6
+    """Adapters also read the values that this many layers keep of the last token that all layers have seen; 0: none."""
     adapters_from: str | None = None
     """A folder with adapters of the same exits and tokens to go on from; if not given, they begin as copies of the last
     layer."""
@@ -155,6 +157,7 @@ class ExitAdapterConfig:
         if any(exit_layer < 1 for exit_layer in exits) or len(set(exits)) < len(exits):
             raise InvalidArgumentError(f"exit_adapters must be different numbers from 1 on, got {exits}")
         check_at_least(self, 2, "adapter_vocabulary")
+        check_at_least(self, 0, "adapter_value_layers")
         for name in ("adapter_vocabulary", "adapters_from"):
             if getattr(self, name) is not None and not exits:
                 raise InvalidArgumentError(f"{name} is for training exit adapters; name their exits in exit_adapters")

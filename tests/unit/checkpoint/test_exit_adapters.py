@@ -94,7 +94,7 @@ def test_adapters_of_another_shape_are_refused(model: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda content: content.update(format=2), "has format 2, and this version reads up to 1"),
+        (lambda content: content.update(format=3), "has format 3, and this version reads up to 2"),
         (lambda content: content["adapters"].append(content["adapters"][0]), "two adapters for exit 1"),
         (lambda content: content.update(adapters=[]), "names no adapter"),
         (lambda content: content.pop("base"), "isn't what layerskip train writes"),

@@ -1,7 +1,8 @@
 """Exit adapters of a model: what describes them, their tensors' names, and whether they belong to a model.
 
 An exit adapter is one more decoder layer, behind a projection and with a norm of its own, that was trained to predict
-from the state at an exit what the frozen model predicts.
+from the state at an exit what the frozen model predicts. It may also read values
+of later layers (`model.torch.fusion`).
 
 Shapes: N tokens that an adapter can draft.
 """
@@ -18,7 +19,7 @@ from layerskip.checkpoint.loading.tensors import EMBEDDING, FINAL_NORM, Part, Te
 from layerskip.errors import InvalidArgumentError, WeightsError
 from layerskip.model.config.model_config import ModelConfig
 
-FORMAT = 1
+FORMAT = 2
 """Version of the files; later ones are refused."""
 HASHED_ROWS = 8
 """Rows of each weight that the hash of a model covers."""
@@ -46,6 +47,8 @@ class AdapterDescription:
     """E: it reads the output of layer E - 1."""
     vocabulary_size: int | None = None
     """N tokens that it can draft, whose ids are stored with the weights; None: the whole vocabulary."""
+    value_layers: tuple[int, ...] = ()
+    """Later layers whose values it reads, from 0 (`model.torch.fusion`)."""
     agreement: float | None = None
     """Share of held-out tokens on which it agreed with the last layer."""
     by_confidence: tuple[tuple[int, int], ...] = ()
@@ -151,6 +154,12 @@ def check_base(adapters: AdapterSet, name: str, config: ModelConfig, source: Ten
             raise InvalidArgumentError(
                 f"the exit adapters in {adapters.folder} have one at exit {adapter.exit_layer}, and {name} has "
                 f"{config.num_layers} layers; adapters are for exits 1 to {config.num_layers - 1}"
+            )
+        beyond = [layer for layer in adapter.value_layers if not 0 <= layer < config.num_layers]
+        if beyond:
+            raise InvalidArgumentError(
+                f"the adapter at exit {adapter.exit_layer} in {adapters.folder} reads values of layer {beyond[0]}, and "
+                f"{name} has layers 0 to {config.num_layers - 1}; train it anew"
             )
     if base.weights_hash != hash_weights(config, source):
         raise InvalidArgumentError(

@@ -67,7 +67,7 @@ class NetworkBuilder(Protocol[AnyLinear]):
         """A linear layer.
 
         Args:
-            ours: The layer's part (`qkv`, `o`, `gate_up`, `down`, or an adapter's `input`) or `head`.
+            ours: The layer's part (`qkv`, `o`, `gate_up`, `down`, or an adapter's `input` or `values`) or `head`.
             weight: [O, I]; or the checkpoint's tensors of it, one below the other, in blocks of one format.
             bias: [O], or None.
         """

@@ -28,7 +28,9 @@ from layerskip.model.config.families import FAMILIES
 from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.decoder import Decoder, LayerCalls
 from layerskip.model.native.memory import map_private
+from layerskip.model.positions import DISTANCES
 from layerskip.model.rope import RopeTable
+from layerskip.model.torch.fusion import Fusion
 from layerskip.model.torch.linear import AnyLinear
 from layerskip.model.torch.network import LayerWeights
 
@@ -120,9 +122,24 @@ class _Loader(Generic[AnyLinear]):
         tokens = read_token_ids(self._source, adapter, self._config.vocab_size)
         return _Adapter(
             exit_layer=exit_layer,
-            layer=replace(layer, input=projection),
+            layer=replace(layer, input=projection, fusion=self._fusion(adapter)),
             norm=self._norm(tensor_name(exit_layer, "norm.weight"), (width,)),
             tokens=None if tokens is None else tokens.to(self._builder.device),
+        )
+
+    def _fusion(self, adapter: AdapterDescription) -> Fusion[AnyLinear] | None:
+        """The weights with which an adapter reads values of later layers, if it does."""
+        if not adapter.value_layers:
+            return None
+        config, exit_layer = self._config, adapter.exit_layer
+        inputs = len(adapter.value_layers) * config.num_key_value_heads * config.head_dim
+        width = config.hidden_size
+        return Fusion(
+            layers=adapter.value_layers,
+            values=self._linear("values", [tensor_name(exit_layer, "value_proj")], [(width, inputs)]),
+            distances=read_tensor(self._source, tensor_name(exit_layer, "distances"), (DISTANCES, width)).to(
+                self._builder.device, self._builder.dtype
+            ),
         )
 
     def _set_adapter(

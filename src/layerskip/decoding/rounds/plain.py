@@ -7,6 +7,7 @@ import torch
 
 from layerskip.decoding.batch import Batch
 from layerskip.decoding.policy import RoundResult
+from layerskip.model.positions import ValueSource
 
 PREFILL_CHUNK = 1024
 """Tokens of a prompt that are read at once: this bounds the memory of masks and activations."""
@@ -33,7 +34,7 @@ def read_chunk(batch: Batch, chunk: int = PREFILL_CHUNK) -> dict[int, int]:
     tokens = torch.tensor([part + [0] * (size - len(part)) for part in unread], device=decoder.device)
     positions = decoder.place(cache, starts, size)
     hidden = decoder.run_layers(decoder.embed(tokens), positions, cache, 0, batch.depth)
-    hidden = decoder.adapt(hidden, positions, cache, batch.depth)
+    hidden = decoder.adapt(hidden, positions, cache, batch.depth, ValueSource.NONE)
     for row, part in enumerate(unread):
         cache.commit(row, len(part))
     done = [i for i, row in enumerate(batch.rows) if starts[i] + len(unread[i]) == len(row.tokens)]
@@ -56,7 +57,7 @@ def step(batch: Batch) -> RoundResult:
         pending = batch.pending()
         positions = decoder.place(cache, cache.lengths, 1)
         hidden = decoder.run_layers(decoder.embed(pending), positions, cache, 0, batch.depth)
-        hidden = decoder.adapt(hidden, positions, cache, batch.depth)
+        hidden = decoder.adapt(hidden, positions, cache, batch.depth, ValueSource.NONE)
         scores = sampler.scores(decoder.unembed(hidden, batch.depth), batch.contexts())
         chosen = sampler.choose(scores, [len(row.tokens) for row in batch.rows]).tolist()
     else:

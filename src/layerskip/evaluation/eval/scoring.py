@@ -74,6 +74,6 @@ def _run(decoder: Decoder, tokens: Sequence[int], cache: KVCache, exit_layers: S
     """Read the next tokens of the text in the cache; returns their states [1, Q, D] at each exit."""
     positions = decoder.place(cache, cache.lengths, len(tokens))
     hidden = decoder.embed(torch.tensor([list(tokens)], device=decoder.device))
-    _, states = decoder.run_exits(hidden, positions, cache, 0, max(exit_layers), exit_layers)
+    _, states = decoder.run_exits(hidden, positions, cache, 0, decoder.depth_for(exit_layers), exit_layers)
     cache.commit(0, len(tokens))
     return [states[exit_layer] for exit_layer in exit_layers]

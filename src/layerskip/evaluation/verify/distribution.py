@@ -19,6 +19,7 @@ from layerskip.decoding.sampler import Sampler
 from layerskip.errors import InvalidArgumentError
 from layerskip.language_model import LanguageModel
 from layerskip.model.noise import Purpose
+from layerskip.model.positions import ValueSource
 
 LEAST_EXPECTED = 5.0
 """Cells with fewer expected draws are pooled, as a chi-square test needs."""
@@ -126,7 +127,7 @@ class _Model:
         hidden = decoder.embed(torch.tensor([tokens], device=decoder.device))
         early = decoder.run_layers(hidden, positions, self._root, 0, self._exit)
         late = decoder.run_layers(early, positions, self._root, self._exit, decoder.num_layers)
-        read = decoder.adapt(early, positions, self._root, self._exit)
+        read = decoder.adapt(early, positions, self._root, self._exit, ValueSource.BEFORE)
         logits = [decoder.unembed(read[:, -1:], self._exit), decoder.unembed(late[:, -1:])]
         context = [[self._prompt if key is None else [*self._prompt, key]]]
         scores = [self._sampler.scores(each, context)[0, 0].cpu() for each in logits]

@@ -15,7 +15,7 @@ from torch import Tensor
 from layerskip.model.cache import KVCache, Slots
 from layerskip.model.config.model_config import SLIDING, ModelConfig
 from layerskip.model.finite import best_tokens
-from layerskip.model.positions import AttentionSpan, causal_mask
+from layerskip.model.positions import AttentionSpan, ValueSource, causal_mask
 from layerskip.model.rope import RopeTable
 from layerskip.model.torch.network import TorchNetwork
 
@@ -80,7 +80,9 @@ class RoundParts:
 class DevicePositions:
     """`attention.Positions` for rows whose lengths only the device knows (`attention.Placement`)."""
 
-    def __init__(self, parts: RoundParts, first: Tensor, num_queries: int, num_slots: int, capacity: int) -> None:
+    def __init__(
+        self, parts: RoundParts, first: Tensor, num_queries: int, num_slots: int, capacity: int, committed: Tensor
+    ) -> None:
         """Lay out slots, masks and rotary factors.
 
         Args:
@@ -89,16 +91,23 @@ class DevicePositions:
             num_queries: Q.
             num_slots: S. Must reach past every position that counts.
             capacity: T of the cache.
+            committed: [B], committed tokens of each row.
         """
         rows = torch.arange(first.shape[0], device=first.device).unsqueeze(1)
         offsets = torch.arange(num_queries, device=first.device)
         positions = (first.unsqueeze(1) + offsets).clamp(max=capacity)
         self.slots: Slots = (rows, positions)
+        self._positions, self._committed = positions, committed.unsqueeze(1)
         self._spans = {kind: _span(parts, kind, positions, num_slots) for kind in parts.ropes}
 
     def span(self, kind: str) -> AttentionSpan:
         """What one kind of layer (full or sliding) attends to, and its rotary factors."""
         return self._spans[kind]
+
+    def sources(self, cache: KVCache, source: ValueSource) -> tuple[Tensor, Tensor]:
+        """As `Positions.sources`, for the only source that a round needs: the last committed token."""
+        assert source is ValueSource.COMMITTED
+        return self._positions, torch.minimum(self._positions, self._committed) - 1
 
 
 def _span(parts: RoundParts, kind: str, positions: Tensor, num_slots: int) -> AttentionSpan:
@@ -141,6 +150,7 @@ class StaticRound:
         """
         parts, shape = self._parts, self.shape
         token, first = inputs[:, :1], inputs[:, 1]
+        self._committed = first  # the pending token comes right after what is committed
         drafts: list[Tensor] = []
         states = [] if shape.exit_layer else [parts.embed(token)]
         if shape.exit_layer:
@@ -159,7 +169,9 @@ class StaticRound:
         adapter = self._parts.adapters.get(self.shape.exit_layer)
         if adapter is None:
             return best_tokens(self._parts.unembed(state))
-        return best_tokens(adapter.unembed(self._run(state, first, adapter.layer, adapter.layer + 1)))
+        positions = self._place(first, 1)
+        network, source = self._parts.network, ValueSource.COMMITTED
+        return best_tokens(adapter.unembed(network.run_adapter(adapter.layer, state, positions, self._buffers, source)))
 
     def _run(self, hidden: Tensor, first: Tensor, start: int, stop: int) -> Tensor:
         """Layers start..stop-1 over a block whose rows begin at `first` [B]."""
@@ -172,4 +184,5 @@ class StaticRound:
         self._parts.network.write_keys(layer, state, self._place(first, state.shape[1]), self._buffers)
 
     def _place(self, first: Tensor, num_queries: int) -> DevicePositions:
-        return DevicePositions(self._parts, first, num_queries, self.shape.num_slots, self._buffers.capacity)
+        capacity, slots = self._buffers.capacity, self.shape.num_slots
+        return DevicePositions(self._parts, first, num_queries, slots, capacity, self._committed)

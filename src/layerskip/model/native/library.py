@@ -12,7 +12,7 @@ from typing import Any
 
 from layerskip.model.drafts import CONFIDENCE_CLASSES
 
-INTERFACE = 6
+INTERFACE = 7
 """Version of what the functions do; `layerskip_interface` must return it."""
 LIBRARIES = tuple(Path(__file__).parents[2] / name for name in ("_native_avx512.so", "_native_avx2.so", "_native.so"))
 """Files to try, the fastest instruction set first; `_native.so` is what an installation compiles for its processor."""
@@ -45,6 +45,9 @@ class LayerView(Structure):
 
     _fields_ = (
         ("input", LinearView),
+        ("values", LinearView),
+        ("value_layers", c_void_p),
+        ("distances", c_void_p),
         ("qkv", LinearView),
         ("o", LinearView),
         ("gate_up", LinearView),
@@ -58,6 +61,7 @@ class LayerView(Structure):
         ("cosines", c_void_p),
         ("sines", c_void_p),
         ("window", c_int64),
+        ("num_value_layers", c_int64),
     )
 
 
@@ -138,6 +142,22 @@ class RunLayersCall(Structure):
     )
 
 
+class AdaptCall(Structure):
+    """`AdaptCall` of native/interface.h."""
+
+    _fields_ = (
+        ("network", c_void_p),
+        ("cache", c_void_p),
+        ("starts", c_void_p),
+        ("sources", c_void_p),
+        ("hidden", c_void_p),
+        ("rows", c_int32),
+        ("queries", c_int32),
+        ("layer", c_int32),
+        ("padding", c_int32),
+    )
+
+
 class ChooseCall(Structure):
     """`ChooseCall` of native/interface.h."""
 
@@ -203,6 +223,7 @@ STRUCTURES: tuple[type[Structure], ...] = (
     StopRuleView,
     SamplingView,
     RunLayersCall,
+    AdaptCall,
     ChooseCall,
     DraftCall,
     PackCall,
@@ -211,6 +232,7 @@ STRUCTURES: tuple[type[Structure], ...] = (
 FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "run_layers": (None, [POINTER(RunLayersCall)]),
     "write_keys": (None, [POINTER(RunLayersCall)]),
+    "run_adapter": (None, [POINTER(AdaptCall)]),
     "unembed": (None, [POINTER(NetworkView), c_void_p, c_int32, c_void_p]),
     "choose": (None, [POINTER(ChooseCall)]),
     "draft": (c_int32, [POINTER(DraftCall)]),

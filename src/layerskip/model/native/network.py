@@ -26,6 +26,7 @@ from layerskip.model.native.library import (
     ACTIVATIONS,
     FORMATS,
     PANEL,
+    AdaptCall,
     CacheView,
     ChooseCall,
     DraftCall,
@@ -39,7 +40,7 @@ from layerskip.model.native.library import (
 )
 from layerskip.model.native.linear import NativeLinear
 from layerskip.model.native.sampling import sampling_view
-from layerskip.model.positions import Positions
+from layerskip.model.positions import Positions, ValueSource
 from layerskip.model.rope import RopeTable
 from layerskip.model.torch.network import LayerWeights
 
@@ -100,10 +101,11 @@ class NativeNetwork:
         self._ropes = ropes
         self._run_layers, self._unembed = library.layerskip_run_layers, library.layerskip_unembed
         self._choose, self._draft = library.layerskip_choose, library.layerskip_draft
-        self._write_keys = library.layerskip_write_keys
+        self._write_keys, self._run_adapter = library.layerskip_write_keys, library.layerskip_run_adapter
         self._exits = (ctypes.c_int32 * len(config.adapted_exits))(*config.adapted_exits)
         self._embedding = _embedding_view(embedding, config)
         self._latest_cache: tuple[Callable[[], KVCache | None], CacheView] = (lambda: None), CacheView()
+        self._kept: list[ctypes.Array[ctypes.c_int32]] = []  # what views point to
         self._views = (LayerView * len(self.layers))(*(self._view(*pair) for pair in enumerate(self.layers)))
         self._network = NetworkView(
             layers=ctypes.addressof(self._views),
@@ -130,6 +132,28 @@ class NativeNetwork:
         """[B, Q, D], the input of layer `start` -> [B, Q, D], the output of layer `stop - 1`."""
         out = hidden.clone(memory_format=torch.contiguous_format)
         self._call_layers(self._run_layers, out, positions, cache, start, stop)
+        return out
+
+    def run_adapter(
+        self, layer: int, hidden: Tensor, positions: Positions, cache: KVCache, source: ValueSource
+    ) -> Tensor:
+        """[B, Q, D], the output of the exit -> [B, Q, D], what norm and head read."""
+        out = hidden.clone(memory_format=torch.contiguous_format)
+        slots = [slot for row in positions.source_slots(cache.lengths, source) for slot in row]
+        view, starts, sources = self._cache_view(cache), _int64s(positions.first), _int64s(slots)
+        self._network.threads = torch.get_num_threads()
+        self._run_adapter(
+            AdaptCall(
+                network=address(self._network),
+                cache=address(view),
+                starts=address(starts),
+                sources=address(sources),
+                hidden=out.data_ptr(),
+                rows=len(positions.first),
+                queries=positions.num_queries,
+                layer=layer,
+            )
+        )
         return out
 
     def write_keys(self, layer: int, hidden: Tensor, positions: Positions, cache: KVCache) -> None:
@@ -268,7 +292,13 @@ class NativeNetwork:
         linears = {name: getattr(layer, name).view for name in ("qkv", "o", "gate_up", "down")}
         if layer.input is not None:
             linears["input"] = layer.input.view
-        return LayerView(**linears, **norms, cosines=rope.cos.data_ptr(), sines=rope.sin.data_ptr(), window=window or 0)
+        view = LayerView(**linears, **norms, cosines=rope.cos.data_ptr(), sines=rope.sin.data_ptr(), window=window or 0)
+        if layer.fusion is not None:
+            layers = (ctypes.c_int32 * len(layer.fusion.layers))(*layer.fusion.layers)
+            self._kept.append(layers)
+            view.values, view.value_layers = layer.fusion.values.view, address(layers)
+            view.distances, view.num_value_layers = layer.fusion.distances.data_ptr(), len(layers)
+        return view
 
 
 def _int64s(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:

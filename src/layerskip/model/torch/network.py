@@ -16,9 +16,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from layerskip.model.cache import KVCache
 from layerskip.model.config.model_config import ModelConfig
-from layerskip.model.positions import Placement
+from layerskip.model.positions import Placement, ValueSource
 from layerskip.model.rope import rotate
 from layerskip.model.torch.attention import attend
+from layerskip.model.torch.fusion import Fusion, fuse
 from layerskip.model.torch.linear import Linear, Linear_co
 
 ATTENTION_ON_CUDA = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -32,6 +33,8 @@ class LayerWeights(Generic[Linear_co]):
 
     input: Linear_co | None = None
     """D -> D, before all else; of exit adapters only."""
+    fusion: Fusion[Linear_co] | None = None
+    """What is added after attention; of exit adapters only."""
 
     attention_norm: Tensor
     qkv: Linear_co
@@ -47,7 +50,8 @@ class LayerWeights(Generic[Linear_co]):
     @property
     def num_bytes(self) -> int:
         """Bytes of the products."""
-        own = (self.input, self.qkv, self.o, self.gate_up, self.down)
+        values = None if self.fusion is None else self.fusion.values
+        own = (self.input, values, self.qkv, self.o, self.gate_up, self.down)
         return sum(linear.num_bytes for linear in own if linear is not None)
 
 
@@ -84,6 +88,17 @@ class TorchNetwork:
                     self.write_keys(adapter, hidden, positions, cache)
         return hidden
 
+    def run_adapter(
+        self, layer: int, hidden: Tensor, positions: Placement, cache: KVCache, source: ValueSource
+    ) -> Tensor:
+        """[B, Q, D], the output of the exit -> [B, Q, D], what norm and head read."""
+        fusion = self.layers[layer].fusion
+        with self._attention_kernels():
+            if fusion is None:
+                return self._run_layer(layer, hidden, positions, cache)
+            fused = fuse(fusion, *positions.sources(cache, source), cache)
+            return self._run_layer(layer, hidden, positions, cache, fused)
+
     def write_keys(self, layer: int, hidden: Tensor, positions: Placement, cache: KVCache) -> None:
         """Write a layer's keys and values for its input [B, Q, D]."""
         weights = self.layers[layer]
@@ -97,13 +112,17 @@ class TorchNetwork:
     def _attention_kernels(self) -> AbstractContextManager[None]:
         return nullcontext() if self._on_cpu else sdpa_kernel(ATTENTION_ON_CUDA)
 
-    def _run_layer(self, index: int, hidden: Tensor, positions: Placement, cache: KVCache) -> Tensor:
+    def _run_layer(
+        self, index: int, hidden: Tensor, positions: Placement, cache: KVCache, fused: Tensor | None = None
+    ) -> Tensor:
         weights = self.layers[index]
         hidden = hidden if weights.input is None else weights.input(hidden)
         out = self._attention(index, self._norm(hidden, weights.attention_norm), positions, cache)
         if weights.post_attention_norm is not None:
             out = self._norm(out, weights.post_attention_norm)
         hidden = hidden + out
+        if fused is not None:
+            hidden = hidden + fused
         out = self._mlp(weights, self._norm(hidden, weights.mlp_norm))
         if weights.post_mlp_norm is not None:
             out = self._norm(out, weights.post_mlp_norm)

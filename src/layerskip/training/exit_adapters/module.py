@@ -4,26 +4,33 @@ The model runs once for all adapters, without gradients. An adapter is a project
 layer of the model's own kind and a norm; the model's own head, or its rows of some tokens, makes logits of it. Adapters
 see exactly the states that they will see while drafting: those depend on the tokens alone, whoever drafted them.
 
-Shapes: B samples, T tokens of a sample, n labelled tokens of a chunk, D width, V vocabulary, N tokens to draft.
+Shapes: B samples, T tokens of a sample, n labelled tokens of a chunk, D width, V vocabulary, N tokens to draft,
+M = S H_kv D_head values of S layers.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import DynamicCache
 
-from layerskip.errors import InvalidArgumentError
+from layerskip.errors import InvalidArgumentError, UnsupportedModelError
+from layerskip.model.positions import DISTANCES
 from layerskip.training.config import ExitLossName
 from layerskip.training.data.packing import IGNORED
+from layerskip.training.exit_adapters.earlier_values import EarlierValues, read_earlier
 from layerskip.training.exit_adapters.statistics import AdapterStatistics
 from layerskip.training.recipe.anatomy import dissect, first
 from layerskip.training.recipe.exit_loss import EXIT_LOSSES, GradientInForward, learned_tokens
 
+NOT_FOR_ADAPTERS = ("hidden_states", "cache", "past_key_value", "past_key_values", "use_cache", "cache_position")
+"""Arguments of the last layer that its copies aren't given."""
 CHUNK_LOGITS_CPU, CHUNK_LOGITS_GPU = 2**22, 2**27
 """Logits of an adapter that exist at the same time."""
 
@@ -31,13 +38,14 @@ CHUNK_LOGITS_CPU, CHUNK_LOGITS_GPU = 2**22, 2**27
 class ExitAdapter(nn.Module):
     """One adapter."""
 
-    def __init__(self, layer: nn.Module, norm: nn.Module, hidden_size: int) -> None:
+    def __init__(self, layer: nn.Module, norm: nn.Module, hidden_size: int, value_size: int) -> None:
         """Begin as a copy of a layer behind a projection that changes nothing.
 
         Args:
             layer: The model's last layer.
             norm: The model's final norm.
             hidden_size: D.
+            value_size: M.
         """
         super().__init__()
         self.input_proj = nn.Linear(hidden_size, hidden_size, bias=False)
@@ -45,19 +53,63 @@ class ExitAdapter(nn.Module):
         self.norm = deepcopy(norm).float()
         with torch.no_grad():
             self.input_proj.weight.copy_(torch.eye(hidden_size))
+        self.value_proj = nn.Linear(value_size, hidden_size, bias=False) if value_size else None
+        self.distances = nn.Parameter(torch.zeros(DISTANCES, hidden_size)) if value_size else None
+        if self.value_proj is not None:
+            nn.init.zeros_(self.value_proj.weight)
         for parameter in self.parameters():
             parameter.requires_grad_(True)
 
-    def forward(self, hidden: Tensor, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        arguments: tuple[Any, ...],
+        options: Mapping[str, Any],
+        values: EarlierValues | None = None,
+    ) -> Tensor:
         """[B, T, D], the state at the exit -> [B, T, D], what the head reads.
 
         Args:
             hidden: The output of layer E - 1.
             arguments: What the model gave its last layer besides the state, by position.
             options: The same by name.
+            values: What an adapter that reads values reads.
         """
-        normed: Tensor = self.norm(first(self.layer(self.input_proj(hidden), *arguments, **options)))
+        with self._adding(values):
+            normed: Tensor = self.norm(first(self.layer(self.input_proj(hidden), *arguments, **options)))
         return normed
+
+    @contextmanager
+    def _adding(self, values: EarlierValues | None) -> Iterator[None]:
+        """Add the projected values to what attention adds to the state."""
+        if self.value_proj is None or self.distances is None:
+            yield
+            return
+        assert values is not None
+        added = self.value_proj(values.values.to(self.value_proj.weight.dtype)) + self.distances[values.kinds]
+
+        def add(module: nn.Module, args: Any, output: Any) -> Any:
+            return (output[0] + added, *output[1:]) if isinstance(output, tuple) else output + added
+
+        handle = _last_of_attention(self.layer).register_forward_hook(add)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def _last_of_attention(layer: nn.Module) -> nn.Module:
+    """The part of a layer whose output attention adds to the state: a norm in families that have one there."""
+    after = getattr(layer, "post_attention_layernorm", None)
+    if after is not None and hasattr(layer, "post_feedforward_layernorm"):
+        return after  # type: ignore[no-any-return]
+    attention = getattr(layer, "self_attn", None)
+    if attention is None:
+        raise UnsupportedModelError(
+            f"{type(layer).__name__} has no self_attn, after which an adapter could add values; train it with "
+            "adapter_value_layers 0"
+        )
+    return attention  # type: ignore[no-any-return]
 
 
 @dataclass(kw_only=True)
@@ -66,6 +118,8 @@ class _Pass:
 
     states: dict[int, Tensor]
     """Outputs [B, T, D] of the layers before the exits, and of the last one."""
+    values: Tensor | None = None
+    """[B, T, M], what the layers whose values are read keep of each token."""
     arguments: tuple[Any, ...] = ()
     options: Mapping[str, Any] | None = None
     """What the last layer was given besides the state."""
@@ -75,7 +129,13 @@ class AdaptedModel(nn.Module):
     """A frozen model and its adapters, which alone are parameters of this module."""
 
     def __init__(
-        self, model: Any, exits: Sequence[int], *, loss: ExitLossName = "kl", tokens: Sequence[int] | None = None
+        self,
+        model: Any,
+        exits: Sequence[int],
+        *,
+        loss: ExitLossName = "kl",
+        tokens: Sequence[int] | None = None,
+        value_layers: Sequence[int] = (),
     ) -> None:
         """Make the adapters.
 
@@ -84,6 +144,7 @@ class AdaptedModel(nn.Module):
             exits: Number of layers before each adapter.
             loss: How adapters learn.
             tokens: [N] ids that they draft among, ascending; the whole vocabulary if not given.
+            value_layers: Layers whose values they read.
 
         Raises:
             UnsupportedModelError: The model's layers, norm or head can't be reached.
@@ -101,9 +162,13 @@ class AdaptedModel(nn.Module):
         self._frozen = (model.eval().requires_grad_(False),)  # in a tuple, or its weights would be this module's
         self._anatomy, self.exits = anatomy, tuple(sorted(exits))
         self._loss_name = loss
-        width = anatomy.model.config.get_text_config().hidden_size
+        self.value_layers = tuple(value_layers)
+        config = anatomy.model.config.get_text_config()
+        heads, width = config.num_attention_heads, config.hidden_size
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        size = len(self.value_layers) * kv_heads * (getattr(config, "head_dim", None) or width // heads)
         self.adapters = nn.ModuleDict(
-            {f"exit_{e}": ExitAdapter(anatomy.layers[-1], anatomy.head.norm, width) for e in self.exits}
+            {f"exit_{e}": ExitAdapter(anatomy.layers[-1], anatomy.head.norm, width, size) for e in self.exits}
         )
         self.tokens = None if tokens is None else torch.tensor(list(tokens))
         self.statistics: AdapterStatistics | None = None
@@ -151,7 +216,8 @@ class AdaptedModel(nn.Module):
         following = F.pad((input_ids if labels is None else labels)[:, 1:], (0, 1), value=IGNORED)
         places, wanted = learned_tokens(following.flatten())
         target = found.states[self.num_layers].flatten(0, 1)[places]
-        states = [self._adapt(exit_layer, found).flatten(0, 1)[places] for exit_layer in self.exits]
+        values = None if found.values is None else read_earlier(found.values, position_ids, spread=self.training)
+        states = [self._adapt(exit_layer, found, values).flatten(0, 1)[places] for exit_layer in self.exits]
         if self.statistics is not None and not self.training:
             self.statistics.add(self, states, target, wanted, self._chunk_tokens(target))
         total: Tensor = GradientInForward.apply(  # type: ignore[no-untyped-call]
@@ -203,10 +269,10 @@ class AdaptedModel(nn.Module):
         counts = tokens[place] == labels if self._loss_name == "ce" else labels != IGNORED
         return torch.where(counts, place, IGNORED)
 
-    def _adapt(self, exit_layer: int, found: _Pass) -> Tensor:
+    def _adapt(self, exit_layer: int, found: _Pass, values: EarlierValues | None) -> Tensor:
         adapter = self.adapters[f"exit_{exit_layer}"]
         state = found.states[exit_layer].to(adapter.input_proj.weight.dtype)  # type: ignore[union-attr, arg-type]
-        adapted: Tensor = adapter(state, found.arguments, found.options or {})
+        adapted: Tensor = adapter(state, found.arguments, found.options or {}, values)
         return adapted
 
     def _chunk_tokens(self, target: Tensor) -> int:
@@ -216,10 +282,18 @@ class AdaptedModel(nn.Module):
     @torch.no_grad()
     def _run_frozen(self, input_ids: Tensor, position_ids: Tensor | None) -> _Pass:
         found = _Pass(states={})
-        options = {} if position_ids is None else {"position_ids": position_ids}
+        options: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
         # No autocast: the frozen weights are in their precision already, and would be converted at every call.
+        decoder = self._anatomy.model.get_decoder()
+        cache = DynamicCache() if self.value_layers else None  # without a configuration: no layer forgets tokens
+        if cache is not None:
+            named = "cache" if "cache" in signature(decoder.forward).parameters else "past_key_values"
+            options[named] = cache
         with self._kept(found), torch.autocast(input_ids.device.type, enabled=False):
-            self._anatomy.model.get_decoder()(input_ids=input_ids, use_cache=False, **options)
+            decoder(input_ids=input_ids, use_cache=cache is not None, **options)
+        if cache is not None:
+            kept: list[Any] = [cache.layers[layer] for layer in self.value_layers]
+            found.values = torch.cat([layer.values.transpose(1, 2).flatten(2) for layer in kept], -1)
         return found
 
     @contextmanager
@@ -235,7 +309,7 @@ class AdaptedModel(nn.Module):
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             found.arguments = args[1:]
-            found.options = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            found.options = {name: value for name, value in kwargs.items() if name not in NOT_FOR_ADAPTERS}
 
         handles = [layers[e - 1].register_forward_hook(keep(e)) for e in (*self.exits, self.num_layers)]
         handles.append(layers[-1].register_forward_pre_hook(before, with_kwargs=True))

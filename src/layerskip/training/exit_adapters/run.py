@@ -29,6 +29,7 @@ from layerskip.training.config import TrainingConfig
 from layerskip.training.data.corpus import Corpus, load_corpus
 from layerskip.training.data.fingerprint import check_data
 from layerskip.training.data.packing import IGNORED
+from layerskip.training.exit_adapters.earlier_values import spread_layers
 from layerskip.training.exit_adapters.module import AdaptedModel
 from layerskip.training.exit_adapters.trainer import AdapterEvaluationCallback, AdapterTrainer
 from layerskip.training.output.checkpoints import writing
@@ -124,7 +125,14 @@ def _make_adapters(config: TrainingConfig, checkpoint: Checkpoint, corpus: Corpu
         start = read_adapters(Path(settings.adapters_from).expanduser())
         check_base(start, checkpoint.name, checkpoint.network_config, checkpoint.weights)
         tokens = _same_tokens(start, settings.exit_adapters)
-    adapted = AdaptedModel(model, settings.exit_adapters, loss=settings.adapter_loss, tokens=tokens)
+    layers: Sequence[int] = ()
+    if start is not None:
+        layers = start.adapters[0].value_layers
+    elif settings.adapter_value_layers:
+        layers = spread_layers(checkpoint.config.num_layers, settings.adapter_value_layers)
+    adapted = AdaptedModel(
+        model, settings.exit_adapters, loss=settings.adapter_loss, tokens=tokens, value_layers=layers
+    )
     if start is not None:
         _load_weights(adapted, start)
     return adapted
@@ -208,6 +216,7 @@ def _save(
             AdapterDescription(
                 exit_layer=exit_layer,
                 vocabulary_size=None if adapted.tokens is None else len(adapted.tokens),
+                value_layers=adapted.value_layers,
                 agreement=round(qualities[exit_layer].agreement, 4) if exit_layer in qualities else None,
                 by_confidence=tuple((int(agreed), int(tokens)) for agreed, tokens in seen[exit_layer]),
             )

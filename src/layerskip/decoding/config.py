@@ -35,8 +35,8 @@ class GenerationConfig:
     """Most tokens to draft in a round; if not given, adaptive chooses, and others draft 4."""
     do_sample: bool | None = None
     """Sample, or take the most likely token. If not given: sample when temperature, top-k, top-p or min-p is set."""
-    temperature: float = 1.0
-    """Divides the logits; 0 is greedy, and so is anything below 1e-6."""
+    temperature: float | None = None
+    """Divides the logits; 0 is greedy, and so is anything below 1e-6. Sampling takes 1 if it isn't given."""
     top_k: int = 0
     """Sample among the k most likely tokens only; 0 is all."""
     top_p: float = 1.0
@@ -89,6 +89,8 @@ class GenerationConfig:
             ),
         )
         for name, allowed, check in reals:
+            if name == "temperature" and self.temperature is None:
+                continue
             self._set(name, finite_number(name, getattr(self, name), allowed, check))
         if self.generation_strategy == "autoregressive" and self.exit_layer is not None:
             raise InvalidArgumentError(
@@ -107,11 +109,18 @@ class GenerationConfig:
     @property
     def samples(self) -> bool:
         """Whether tokens are drawn rather than the likeliest taken."""
-        if self.temperature < MIN_TEMPERATURE:
+        if self.temperature is not None and self.temperature < MIN_TEMPERATURE:
             return False
         if self.do_sample is not None:
             return self.do_sample
-        return self.temperature != 1.0 or self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+        return self.temperature is not None or self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
+    @property
+    def divisor(self) -> float:
+        """What logits are divided by; 0: the likeliest token is taken."""
+        if not self.samples:
+            return 0.0
+        return 1.0 if self.temperature is None else self.temperature
 
     @property
     def strategy(self) -> Strategy:

@@ -84,7 +84,7 @@ def make_draw(configs: Sequence[GenerationConfig], seeds: Sequence[int]) -> Draw
     if not any(config.samples for config in configs):
         return None
     return Draw(
-        temperatures=tuple(config.temperature if config.samples else 0.0 for config in configs),
+        temperatures=tuple(config.divisor for config in configs),
         top_k=tuple(config.top_k if config.samples else 0 for config in configs),
         top_p=tuple(config.top_p if config.samples else 1.0 for config in configs),
         min_p=tuple(config.min_p if config.samples else 0.0 for config in configs),

@@ -16,7 +16,7 @@ REAL = ["temperature", "top_p", "min_p", "repetition_penalty"]
 BAD: list[tuple[str, Any]] = [
     *((name, value) for name in WHOLE for value in (-1, 1.0, True, "3", math.nan)),
     *((name, 0) for name in ("max_new_tokens", "num_speculations", "exit_layer")),
-    *((name, None) for name in ("max_new_tokens", "top_k", "temperature", "top_p")),
+    *((name, None) for name in ("max_new_tokens", "top_k", "top_p")),
     *((name, value) for name in REAL for value in (math.nan, math.inf, -math.inf, -0.1, "1", True, None, 1j, 10**400)),
     ("seed", 2**63),
     ("top_p", 0.0),
@@ -88,6 +88,7 @@ def test_single_values_become_tuples() -> None:
         ({}, False),
         ({"do_sample": True}, True),
         ({"temperature": 0.7}, True),
+        ({"temperature": 1.0}, True),
         ({"top_k": 5}, True),
         ({"top_p": 0.9}, True),
         ({"min_p": 0.1}, True),

@@ -60,7 +60,7 @@ class TransformersRunner:
         config = self._config
         if not config.samples:
             return {"do_sample": False}
-        chosen = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+        chosen = {"temperature": config.divisor, "top_k": config.top_k, "top_p": config.top_p}
         return {"do_sample": True, **chosen, "min_p": config.min_p or None}
 
     def _ends(self, prompt: list[int]) -> dict[str, Any]:

@@ -221,7 +221,7 @@ class _Scores:
         if config.samples:
             key = make_key(config.seed or 0, Purpose.TARGET, len(context))
             self._noise = gumbel([[key]], len(self._logits), self._logits.device)[0, 0]
-        self._scale = 1.0 / config.temperature if config.samples else 1.0
+        self._scale = 1.0 / config.divisor if config.samples else 1.0
         self._plain = self._of(self._logits)
 
     def gap(self, token: int, other: int) -> float | None:

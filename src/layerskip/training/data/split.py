@@ -11,7 +11,8 @@ from layerskip.training.data.reading.documents import HASH_BYTES, Document, Text
 def is_held_out(document: Document, share: float) -> bool:
     """Whether a document is kept out of training.
 
-    The same content is on the same side on every machine and in every run, whatever else is in the corpus.
+    The same content is on the same side on every machine and in every run, whatever else is in the corpus; so are
+    several answers to one prompt, or what was learned would be measured.
 
     Args:
         document: Any document; its origin doesn't matter.
@@ -53,22 +54,22 @@ def choose_split(documents: Iterable[Document], share: float) -> Split:
         share: Share to hold out, 0 for nothing.
 
     Raises:
-        InvalidArgumentError: A single document that can't be cut.
+        InvalidArgumentError: A single document that can't be cut, or many with one prompt.
     """
     if share == 0:
         return Split(share=0.0)
-    lowest, highest, num_documents, all_texts = 1.0, 0.0, 0, True
+    lowest, highest, all_texts = 1.0, 0.0, True
     for document in documents:
         lowest, highest = min(lowest, _position(document)), max(highest, _position(document))
         if lowest < share <= highest:
             return Split(share=share)
-        num_documents += 1
         all_texts = all_texts and isinstance(document, TextDocument)
     if all_texts:
         return Split(share=share, cuts_texts=True)
-    if num_documents < 2:
+    if lowest == highest:
         raise InvalidArgumentError(
-            "nothing can be held out for evaluation: the data is a single example; add data, or set held_out to 0"
+            "nothing can be held out for evaluation: the data is a single example, or all examples have the same "
+            "prompt; add data, or set held_out to 0"
         )
     return Split(share=nextafter(lowest, 1.0))
 
@@ -91,5 +92,5 @@ def cut_tail(text: str, share: float) -> tuple[str, str]:
 
 
 def _position(document: Document) -> float:
-    """Place of a document's hash in 0..1."""
-    return float(document.content_hash / 2 ** (8 * HASH_BYTES))
+    """Place of a document's prompt in 0..1."""
+    return float(document.prompt_hash / 2 ** (8 * HASH_BYTES))

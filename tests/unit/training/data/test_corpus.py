@@ -184,7 +184,11 @@ def test_errors(tokenizer: Any, tmp_path: Path, many_texts: str, write_jsonl: An
             {"sequence_length": 100_000},
             "too little to train on for one block of 100000 tokens; add data",
         ),
-        ((write_jsonl(*pairs(1)),), {"held_out": 0.1}, "single example; add data, or set held_out to 0"),
+        (
+            (write_jsonl(*pairs(1)),),
+            {"held_out": 0.1},
+            "all examples have the same prompt; add data",
+        ),
     ]
     for data, options, message in cases:
         with pytest.raises(InvalidArgumentError, match=message):

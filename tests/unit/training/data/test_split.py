@@ -5,7 +5,13 @@ from typing import Any
 import pytest
 
 from layerskip.errors import InvalidArgumentError
-from layerskip.training.data.reading.documents import ChatDocument, CompletionDocument, Document, TextDocument
+from layerskip.training.data.reading.documents import (
+    ChatDocument,
+    CompletionDocument,
+    Document,
+    InstructionDocument,
+    TextDocument,
+)
 from layerskip.training.data.split import Split, choose_split, cut_tail, is_held_out
 
 HELD_OUT_AT_2_PERCENT = "text 66"  # the side of a text must never change: results of old runs would be wrong
@@ -87,8 +93,26 @@ def test_few_examples_of_which_the_hash_holds_out_all() -> None:
 
 
 def test_a_single_example_cannot_be_split() -> None:
-    with pytest.raises(InvalidArgumentError, match="single example; add data, or set held_out to 0"):
+    with pytest.raises(InvalidArgumentError, match="single example, or all examples have the same prompt; add"):
         choose_split(examples(1), 0.1)
+    same = [CompletionDocument(origin="", prompt="a", completion=str(number)) for number in range(20)]
+    with pytest.raises(InvalidArgumentError, match="all examples have the same prompt; add data, or set held_out to 0"):
+        choose_split(same, 0.1)
+
+
+def test_answers_to_one_prompt_are_on_the_same_side() -> None:
+    for number in range(50):
+        asked = {"role": "user", "content": f"Why {number}?"}
+        chats = [
+            ChatDocument(origin="", messages=(asked, {"role": "assistant", "content": answer})) for answer in "abcdef"
+        ]
+        pairs = [CompletionDocument(origin="", prompt=str(number), completion=answer) for answer in "abcdef"]
+        tasks = [
+            InstructionDocument(origin="", instruction=str(number), input="", output=answer) for answer in "abcdef"
+        ]
+        for kind in (chats, pairs, tasks):
+            assert len({document.content_hash for document in kind}) == 6
+            assert len({is_held_out(document, 0.5) for document in kind}) == 1
 
 
 def test_no_share_holds_out_nothing() -> None:

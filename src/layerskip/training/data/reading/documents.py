@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
+from itertools import takewhile
 from typing import Any
 
 HASH_BYTES = 8
@@ -45,6 +46,11 @@ class TextDocument:
         return _hash("text", self.text)
 
     @property
+    def prompt_hash(self) -> int:
+        """The same: a text has no prompt."""
+        return self.content_hash
+
+    @property
     def plain_text(self) -> str:
         """All of it as one text."""
         return self.text
@@ -62,6 +68,11 @@ class CompletionDocument:
     def content_hash(self) -> int:
         """Hash of prompt and completion, whatever the origin."""
         return _hash("completion", self.prompt, self.completion)
+
+    @cached_property
+    def prompt_hash(self) -> int:
+        """Hash of the prompt, which completions of it share."""
+        return _hash("completion", self.prompt)
 
     @property
     def plain_text(self) -> str:
@@ -84,6 +95,12 @@ class ChatDocument:
         """Hash of the messages and tools, whatever the origin."""
         parts = (*self.messages, *self.tools)
         return _hash("chat", *(json.dumps(dict(part), sort_keys=True, default=str) for part in parts))
+
+    @cached_property
+    def prompt_hash(self) -> int:
+        """Hash of the messages before the first answer, which answers to them share."""
+        before = takewhile(lambda message: message.get("role") != "assistant", self.messages)
+        return _hash("chat", *(json.dumps(dict(part), sort_keys=True, default=str) for part in before))
 
     @property
     def plain_text(self) -> str:
@@ -108,6 +125,11 @@ class InstructionDocument:
     def content_hash(self) -> int:
         """Hash of the three texts, whatever the origin."""
         return _hash("instruction", self.instruction, self.input, self.output)
+
+    @cached_property
+    def prompt_hash(self) -> int:
+        """Hash of the task, which solutions of it share."""
+        return _hash("instruction", self.instruction, self.input)
 
     @property
     def conversation(self) -> ChatDocument:

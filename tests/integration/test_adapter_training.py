@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import layerskip
 from layerskip.checkpoint.exit_adapters import DESCRIPTION_FILE, WEIGHTS_FILE
 from layerskip.cli.main import main
-from layerskip.training.exit_adapters.earlier_values import read_earlier
+from layerskip.training.exit_adapters.frozen import FrozenModel, Pass
 from layerskip.training.exit_adapters.module import AdaptedModel
 
 SHORT = "--sequence-length 32 --batch-size 4 --log-steps 2 --save-steps 6 --held-out 0.25 --precision float32".split()
@@ -82,8 +82,8 @@ def test_the_engine_agrees_with_the_trainer(start: dict[str, Path], trained: Pat
     assert len(layers) > 1
     assert layers[-1] == base.config.num_hidden_layers - 1
     model = AdaptedModel(base, [1, 3], tokens=tokens.tolist(), value_layers=layers)
-    found = model._run_frozen(torch.tensor([text]), None)
-    values = read_earlier(found.values, None, spread=False)
+    found = model.eval().frozen.run(torch.tensor([text]), None)
+    values = model._earlier_values(found, None)
     for exit_layer in (1, 3):
         adapter, prefix = model.adapters[f"exit_{exit_layer}"], f"exit_{exit_layer}."
         own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
@@ -135,6 +135,33 @@ def test_a_run_that_was_interrupted_goes_on(start: dict[str, Path], tmp_path: Pa
     ours, theirs = load_file(save / WEIGHTS_FILE), load_file(whole / WEIGHTS_FILE)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_kept_states_change_nothing_and_spare_the_model(
+    start: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, passes = FrozenModel._keeping, 0
+
+    def counted(self: FrozenModel, found: Pass) -> Any:
+        nonlocal passes
+        passes += 1
+        return whole(self, found)
+
+    monkeypatch.setattr(FrozenModel, "_keeping", counted)
+    again = [*flags(start), "--max-steps", 30, "--batch-size", 2]
+    train(tmp_path / "plain", *again)
+    without, passes = passes, 0
+    train(tmp_path / "kept", *again, "--cache-states", tmp_path / "states")
+    assert 0 < passes < without
+    passes = 0
+    train(tmp_path / "again", *again, "--cache-states", tmp_path / "states")  # the states of the run before
+    assert passes == 0
+    expected = load_file(tmp_path / "plain" / WEIGHTS_FILE)
+    for run in ("kept", "again"):
+        found = load_file(tmp_path / run / WEIGHTS_FILE)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    train(tmp_path / "other", *again, "--adapter-value-layers", 1, "--cache-states", tmp_path / "states")
+    assert passes > 0  # other states: computed anew
 
 
 def test_training_goes_on_from_trained_adapters(start: dict[str, Path], trained: Path, tmp_path: Path) -> None:

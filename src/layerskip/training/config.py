@@ -148,6 +148,9 @@ class ExitAdapterConfig:
     as many. Fewer make drafts, and training, faster."""
     adapter_value_layers: int = 6
     """Adapters also read the values that this many layers keep of the last token that all layers have seen; 0: none."""
+    cache_states: str | None = None
+    """A folder to keep the model's states of the training data in: from the second pass over the data on, the model
+    needn't run. It takes gigabytes, which are said at the start."""
     adapters_from: str | None = None
     """A folder with adapters of the same exits and tokens to go on from; if not given, they begin as copies of the last
     layer."""
@@ -158,7 +161,7 @@ class ExitAdapterConfig:
             raise InvalidArgumentError(f"exit_adapters must be different numbers from 1 on, got {exits}")
         check_at_least(self, 2, "adapter_vocabulary")
         check_at_least(self, 0, "adapter_value_layers")
-        for name in ("adapter_vocabulary", "adapters_from"):
+        for name in ("adapter_vocabulary", "adapters_from", "cache_states"):
             if getattr(self, name) is not None and not exits:
                 raise InvalidArgumentError(f"{name} is for training exit adapters; name their exits in exit_adapters")
 

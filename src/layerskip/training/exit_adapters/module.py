@@ -11,26 +11,22 @@ M = S H_kv D_head values of S layers.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
-from inspect import signature
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from layerskip.errors import InvalidArgumentError, UnsupportedModelError
 from layerskip.model.positions import DISTANCES
 from layerskip.training.config import ExitLossName
 from layerskip.training.data.packing import IGNORED
 from layerskip.training.exit_adapters.earlier_values import EarlierValues, read_earlier
+from layerskip.training.exit_adapters.frozen import FrozenModel, Pass
 from layerskip.training.exit_adapters.statistics import AdapterStatistics
 from layerskip.training.recipe.anatomy import dissect, first
 from layerskip.training.recipe.exit_loss import EXIT_LOSSES, GradientInForward, learned_tokens
 
-NOT_FOR_ADAPTERS = ("hidden_states", "cache", "past_key_value", "past_key_values", "use_cache", "cache_position")
-"""Arguments of the last layer that its copies aren't given."""
 CHUNK_LOGITS_CPU, CHUNK_LOGITS_GPU = 2**22, 2**27
 """Logits of an adapter that exist at the same time."""
 
@@ -112,19 +108,6 @@ def _last_of_attention(layer: nn.Module) -> nn.Module:
     return attention  # type: ignore[no-any-return]
 
 
-@dataclass(kw_only=True)
-class _Pass:
-    """What is kept of a pass through the frozen model."""
-
-    states: dict[int, Tensor]
-    """Outputs [B, T, D] of the layers before the exits, and of the last one."""
-    values: Tensor | None = None
-    """[B, T, M], what the layers whose values are read keep of each token."""
-    arguments: tuple[Any, ...] = ()
-    options: Mapping[str, Any] | None = None
-    """What the last layer was given besides the state."""
-
-
 class AdaptedModel(nn.Module):
     """A frozen model and its adapters, which alone are parameters of this module."""
 
@@ -161,12 +144,10 @@ class AdaptedModel(nn.Module):
                 )
         self._frozen = (model.eval().requires_grad_(False),)  # in a tuple, or its weights would be this module's
         self._anatomy, self.exits = anatomy, tuple(sorted(exits))
+        self.frozen = FrozenModel(anatomy, self.exits, value_layers)
         self._loss_name = loss
         self.value_layers = tuple(value_layers)
-        config = anatomy.model.config.get_text_config()
-        heads, width = config.num_attention_heads, config.hidden_size
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        size = len(self.value_layers) * kv_heads * (getattr(config, "head_dim", None) or width // heads)
+        width, size = self.frozen.hidden_size, self.frozen.values_size
         self.adapters = nn.ModuleDict(
             {f"exit_{e}": ExitAdapter(anatomy.layers[-1], anatomy.head.norm, width, size) for e in self.exits}
         )
@@ -212,11 +193,11 @@ class AdaptedModel(nn.Module):
             position_ids: [B, T], from 0 in each example; counting up if not given.
             num_items_in_batch: Divisor of the sum over tokens; the labelled tokens if not given.
         """
-        found = self._run_frozen(input_ids, position_ids)
+        found = self.frozen.run(input_ids, position_ids)
         following = F.pad((input_ids if labels is None else labels)[:, 1:], (0, 1), value=IGNORED)
         places, wanted = learned_tokens(following.flatten())
         target = found.states[self.num_layers].flatten(0, 1)[places]
-        values = None if found.values is None else read_earlier(found.values, position_ids, spread=self.training)
+        values = self._earlier_values(found, position_ids)
         states = [self._adapt(exit_layer, found, values).flatten(0, 1)[places] for exit_layer in self.exits]
         if self.statistics is not None and not self.training:
             self.statistics.add(self, states, target, wanted, self._chunk_tokens(target))
@@ -269,52 +250,16 @@ class AdaptedModel(nn.Module):
         counts = tokens[place] == labels if self._loss_name == "ce" else labels != IGNORED
         return torch.where(counts, place, IGNORED)
 
-    def _adapt(self, exit_layer: int, found: _Pass, values: EarlierValues | None) -> Tensor:
+    def _earlier_values(self, found: Pass, position_ids: Tensor | None) -> EarlierValues | None:
+        values = found.all_values()
+        return None if values is None else read_earlier(values, position_ids, spread=self.training)
+
+    def _adapt(self, exit_layer: int, found: Pass, values: EarlierValues | None) -> Tensor:
         adapter = self.adapters[f"exit_{exit_layer}"]
         state = found.states[exit_layer].to(adapter.input_proj.weight.dtype)  # type: ignore[union-attr, arg-type]
-        adapted: Tensor = adapter(state, found.arguments, found.options or {}, values)
+        adapted: Tensor = adapter(state, found.arguments, found.options, values)
         return adapted
 
     def _chunk_tokens(self, target: Tensor) -> int:
         chunk = CHUNK_LOGITS_CPU if target.device.type == "cpu" else CHUNK_LOGITS_GPU
         return max(64, chunk // len(self.head_rows))
-
-    @torch.no_grad()
-    def _run_frozen(self, input_ids: Tensor, position_ids: Tensor | None) -> _Pass:
-        found = _Pass(states={})
-        options: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
-        # No autocast: the frozen weights are in their precision already, and would be converted at every call.
-        decoder = self._anatomy.model.get_decoder()
-        cache = DynamicCache() if self.value_layers else None  # without a configuration: no layer forgets tokens
-        if cache is not None:
-            named = "cache" if "cache" in signature(decoder.forward).parameters else "past_key_values"
-            options[named] = cache
-        with self._kept(found), torch.autocast(input_ids.device.type, enabled=False):
-            decoder(input_ids=input_ids, use_cache=cache is not None, **options)
-        if cache is not None:
-            kept: list[Any] = [cache.layers[layer] for layer in self.value_layers]
-            found.values = torch.cat([layer.values.transpose(1, 2).flatten(2) for layer in kept], -1)
-        return found
-
-    @contextmanager
-    def _kept(self, found: _Pass) -> Iterator[None]:
-        """Keep states and the last layer's arguments while the model runs."""
-        layers: Any = self._anatomy.layers
-
-        def keep(exit_layer: int) -> Any:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                found.states[exit_layer] = first(output)
-
-            return hook
-
-        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            found.arguments = args[1:]
-            found.options = {name: value for name, value in kwargs.items() if name not in NOT_FOR_ADAPTERS}
-
-        handles = [layers[e - 1].register_forward_hook(keep(e)) for e in (*self.exits, self.num_layers)]
-        handles.append(layers[-1].register_forward_pre_hook(before, with_kwargs=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()

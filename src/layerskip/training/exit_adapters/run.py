@@ -26,11 +26,13 @@ from layerskip.checkpoint.transformers_model import load_transformers_model
 from layerskip.errors import InvalidArgumentError
 from layerskip.training.callbacks import OnStep, ProgressCallback
 from layerskip.training.config import TrainingConfig
+from layerskip.training.data.block_datasets import BlockDataset
 from layerskip.training.data.corpus import Corpus, load_corpus
 from layerskip.training.data.fingerprint import check_data
 from layerskip.training.data.packing import IGNORED
 from layerskip.training.exit_adapters.earlier_values import spread_layers
 from layerskip.training.exit_adapters.module import AdaptedModel
+from layerskip.training.exit_adapters.state_cache import StateCache
 from layerskip.training.exit_adapters.trainer import AdapterEvaluationCallback, AdapterTrainer
 from layerskip.training.output.checkpoints import writing
 from layerskip.training.output.output_folder import move_files, save_result
@@ -77,6 +79,8 @@ def train_adapters(
     say("preparing the model")
     model = load_transformers_model(checkpoint, torch.bfloat16 if precision == "bfloat16" else torch.float32)
     adapted = _make_adapters(config, checkpoint, corpus, model.to(arguments.device)).to(arguments.device)
+    if config.adapters.cache_states is not None:
+        say(_cache_states(config, arguments, checkpoint, adapted, corpus))
     trainer = _make_trainer(config, arguments, adapted, corpus)
     per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     per_step *= config.data.sequence_length
@@ -136,6 +140,31 @@ def _make_adapters(config: TrainingConfig, checkpoint: Checkpoint, corpus: Corpu
     if start is not None:
         _load_weights(adapted, start)
     return adapted
+
+
+def _cache_states(
+    config: TrainingConfig, arguments: TrainingArguments, checkpoint: Checkpoint, adapted: AdaptedModel, corpus: Corpus
+) -> str:
+    """Keep the frozen model's states on disk; each process keeps its own. Returns what to tell the user."""
+    if not isinstance(corpus.train, BlockDataset):
+        raise InvalidArgumentError(
+            "cache_states keeps the states of all blocks, and streaming doesn't say how many there are; leave one out"
+        )
+    assert config.adapters.cache_states is not None
+    folder = Path(config.adapters.cache_states).expanduser() / str(arguments.process_index)
+    base = describe_base(checkpoint.name, checkpoint.network_config, checkpoint.weights)
+    cache = StateCache(
+        folder,
+        num_blocks=len(corpus.train) + len(corpus.held_out),
+        length=config.data.sequence_length,
+        channels=adapted.frozen.channels,
+        dtype=adapted.head_dtype,
+        states_of={"weights": base.weights_hash, "exits": adapted.exits, "value_layers": adapted.value_layers},
+    )
+    adapted.frozen.state_cache = cache
+    return (
+        f"keeping the model's states in {folder}: {cache.num_bytes / 1e9:.1f} GB for all blocks, {len(cache)} are there"
+    )
 
 
 def _frequent(checkpoint: Checkpoint, corpus: Corpus, count: int) -> Sequence[int]:

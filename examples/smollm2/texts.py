@@ -3,6 +3,7 @@
     python texts.py begin --output beginnings.jsonl --count 4000
     layerskip batch --input beginnings.jsonl ...
     python texts.py join --results results.jsonl --output written.jsonl
+    python texts.py ask --questions gsm8k_train.jsonl --output questions.jsonl
     python texts.py code --output code.jsonl
 
 After its own chat template up to where a question begins, an instruction-tuned model writes a question, and then the
@@ -14,7 +15,7 @@ import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -85,6 +86,23 @@ class Join:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ask:
+    """Ask each question several times: sampled answers differ."""
+
+    questions: Path
+    output: Path
+    field: str = "question"
+    times: int = 3
+    limit: int | None = None
+    """Questions to take from the beginning; all if not given."""
+
+    def run(self) -> None:
+        lines = self.questions.read_text(encoding="utf-8").splitlines()[: self.limit]
+        asked = [[{"role": "user", "content": json.loads(line)[self.field]}] for line in lines]
+        write(self.output, [{"prompt": messages} for messages in asked * self.times])
+
+
+@dataclass(frozen=True, kw_only=True)
 class Code:
     """Take some of the Python standard library's sources."""
 
@@ -101,7 +119,7 @@ class Code:
         write(self.output, [{"text": text} for text in texts])
 
 
-def write(path: Path, records: list[dict[str, str]]) -> None:
+def write(path: Path, records: list[dict[str, Any]]) -> None:
     """Write JSON lines."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     print(f"{len(records)} texts in {path}")
@@ -110,6 +128,7 @@ def write(path: Path, records: list[dict[str, str]]) -> None:
 Command = (
     Annotated[Begin, tyro.conf.subcommand("begin")]
     | Annotated[Join, tyro.conf.subcommand("join")]
+    | Annotated[Ask, tyro.conf.subcommand("ask")]
     | Annotated[Code, tyro.conf.subcommand("code")]
 )
 

@@ -59,6 +59,11 @@ class NetworkBuilder(Protocol[AnyLinear]):
         """Whether `linear` takes weights in the blocks of a file, and keeps them so."""
         ...
 
+    @property
+    def adapter_bits(self) -> str | None:
+        """How exit adapters are quantized where nothing is asked for; None: not at all."""
+        ...
+
     def copies(self, inputs: int) -> bool:
         """Whether `linear` copies a weight [O, I] of I inputs, so that what it is given lives for a moment only."""
         ...
@@ -122,6 +127,11 @@ class TorchBuilder:
         """Torch has no products with blocks."""
         return False
 
+    @property
+    def adapter_bits(self) -> str | None:
+        """None: torch's int8 products aren't faster everywhere."""
+        return None
+
     def copies(self, inputs: int) -> bool:
         """A quantized weight is a copy, and so is one that oneDNN reorders."""
         return self.quantize is not None or (not self.plain and packs(self.device, self.dtype, inputs))
@@ -167,6 +177,11 @@ class NativeBuilder:
     def keeps_blocks(self) -> bool:
         """A file's blocks are kept unless other bits are asked for."""
         return self.quantize is None
+
+    @property
+    def adapter_bits(self) -> str | None:
+        """Fewer bytes to read for each draft, and the text doesn't depend on drafts."""
+        return "int8"
 
     def copies(self, inputs: int) -> bool:
         """All weights are copied into panels."""

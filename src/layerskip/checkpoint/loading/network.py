@@ -107,12 +107,16 @@ class _Loader(Generic[AnyLinear]):
 
     def _read_adapters(self, adapters: AdapterSet, plan: LoadingPlan) -> list[_Adapter[AnyLinear]]:
         """The weights of all exit adapters, in the bits of drafts."""
-        bits = None if plan.draft is None else plan.draft.quantize
-        builder = self._builder.for_drafts(bits or plan.quantize)
+        builder = self._builder.for_drafts(self._adapter_bits(plan))
         assert adapters.weights is not None
         loader = _Loader(self._config, adapters.weights, builder)
         ascending = sorted(adapters.adapters, key=lambda adapter: adapter.exit_layer)
         return [loader._read_adapter(adapter) for adapter in ascending]
+
+    def _adapter_bits(self, plan: LoadingPlan) -> str | None:
+        """How adapters are quantized: as drafts are, or else as suits the network, since they do nothing but draft."""
+        asked = None if plan.draft is None else plan.draft.quantize
+        return asked or plan.quantize or self._builder.adapter_bits
 
     def _read_adapter(self, adapter: AdapterDescription) -> _Adapter[AnyLinear]:
         """One exit adapter's weights; the loader's tensors are those of the adapters."""
@@ -155,10 +159,8 @@ class _Loader(Generic[AnyLinear]):
         """Give an exit of the decoder its adapter; `drafting`: the layers that draft, the same or of fewer bits."""
         own = replace(shared, final_norm=adapter.norm)
         if adapter.tokens is not None:
-            bits = None if plan.draft is None else plan.draft.quantize
-            head = _Loader(self._config, self._source, self._builder.for_drafts(bits or plan.quantize))._draft_head(
-                adapter.tokens
-            )
+            builder = self._builder.for_drafts(self._adapter_bits(plan))
+            head = _Loader(self._config, self._source, builder)._draft_head(adapter.tokens)
         index = self._config.adapter_at(adapter.exit_layer)
         loader = _Loader(self._config, self._source, self._builder.for_drafts(None))
         adapted, quantized = (

@@ -65,6 +65,6 @@ def test_what_there_is_no_room_for_is_left_out(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state_cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=20))
-    with pytest.raises(InvalidArgumentError, match="cache_states needs .* GB are free; leave it out"):
+    with pytest.raises(InvalidArgumentError, match=r"cache_states needs .* GB are free; leave it out"):
         open_cache(tmp_path / "new")
     assert not (tmp_path / "new").exists()

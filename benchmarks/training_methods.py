@@ -5,9 +5,9 @@
 
 Bare exits of the model as it is; the paper's recipe on all weights; the recipe through LoRA; and exit adapters on the
 frozen model. All see the same blocks in the same order. Measured are the agreement of early exits with the last layer
-on held-out data, while training and at the end, the loss of the last layer before and after, accepted drafts on
-questions in the chat template, and the speed against the same model's autoregressive decoding in the same process. Runs that are
-done are not repeated, and one that was stopped goes on.
+on held-out data, while training and at the end; the loss of the last layer before and after; accepted drafts on
+questions in the chat template; and the speed against the same model's autoregressive decoding in the same process. Runs
+that are done are not repeated, and one that was stopped goes on.
 """
 
 import json

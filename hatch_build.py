@@ -1,6 +1,7 @@
-"""Compiles native/ into src/layerskip/_native.so when the package is built or installed, where there is a compiler.
+"""Compiles native/ into libraries in src/layerskip when the package is built or installed, where there is a compiler.
 
-Without one, or if compiling fails, the package is complete all the same: it runs in torch.
+Without one, or if compiling fails, the package is complete all the same: it runs in torch. On x86 there are two
+libraries; the package loads the one that suits the processor.
 """
 
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +24,35 @@ except ImportError:  # compiling in a checkout that isn't installed needs no bui
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-Wall", "-Wextra"]
 
 
-def processor_flags() -> list[str]:
-    """Flags for AVX2 and what comes with it, if this is an x86 processor that has it; every 64-bit ARM has NEON."""
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+
+
+def targets() -> dict[str, list[str]]:
+    """The libraries for this kind of processor, and the flags of their instruction sets; every 64-bit ARM has NEON."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
-        return []
+        return {"_native.so": []}
     information = Path("/proc/cpuinfo")
     if information.exists() and not {"avx2", "fma", "f16c"} <= set(information.read_text().split()):
-        return []
-    return ["-mavx2", "-mfma", "-mf16c"]
+        return {"_native.so": []}
+    return {"_native.so": AVX2, "_native_avx512.so": AVX512}
 
 
-def compile_library(sources: Path, library: Path, target: Sequence[str] | None = None) -> str | None:
+def compile_libraries(sources: Path, folder: Path) -> dict[str, str | None]:
+    """Compile all libraries for this kind of processor; returns for each file why it didn't work, or None."""
+    wanted = targets()
+    with ThreadPoolExecutor() as pool:
+        problems = pool.map(lambda name: compile_library(sources, folder / name, wanted[name]), wanted)
+        return dict(zip(wanted, problems, strict=True))
+
+
+def compile_library(sources: Path, library: Path, target: Sequence[str]) -> str | None:
     """Compile all sources below a folder into one library.
 
     Args:
         sources: The folder, which is also where includes are looked up.
         library: File to write. An older one is replaced at once, or stays if compiling fails.
-        target: Compiler flags of the instruction set; those of this processor if not given.
+        target: Compiler flags of the instruction set.
 
     Returns:
         Why it didn't work, or None.
@@ -50,7 +64,7 @@ def compile_library(sources: Path, library: Path, target: Sequence[str] | None =
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         built = Path(folder) / library.name
         files = sorted(map(str, sources.rglob("*.cpp")))
-        flags = [*FLAGS, *(processor_flags() if target is None else target), f"-I{sources}"]
+        flags = [*FLAGS, *target, f"-I{sources}"]
         command = [*compiler, *flags, *files, "-o", str(built)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -70,15 +84,18 @@ class NativeBuildHook(BuildHookInterface):
         if self.target_name != "wheel":
             return
         root = Path(self.root)
-        library = root / "src" / "layerskip" / "_native.so"
-        problem = compile_library(root / "native", library)
-        if problem is not None:
-            print(f"layerskip: native kernels weren't built, everything runs in torch: {problem}", file=sys.stderr)
+        built = []
+        for name, problem in compile_libraries(root / "native", root / "src" / "layerskip").items():
+            if problem is None:
+                built.append(f"src/layerskip/{name}")
+            else:
+                print(f"layerskip: {name} wasn't built, which slows everything down: {problem}", file=sys.stderr)
+        if not built:
             return
         build_data["pure_python"] = False
         build_data["infer_tag"] = False
         build_data["tag"] = f"py3-none-{_platform_tag()}"
-        build_data["artifacts"].append("src/layerskip/_native.so")
+        build_data["artifacts"].extend(built)
 
 
 def _platform_tag() -> str:

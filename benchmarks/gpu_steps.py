@@ -103,12 +103,14 @@ def environment(report: Report) -> None:
 
 
 def _compile() -> str:
-    from hatch_build import compile_library
+    from hatch_build import compile_libraries, targets
 
-    library, sources = ROOT / "src" / "layerskip" / "_native.so", sorted((ROOT / "native").rglob("*.*"))
-    if library.exists() and all(library.stat().st_mtime >= source.stat().st_mtime for source in sources):
+    folder, sources = ROOT / "src" / "layerskip", sorted((ROOT / "native").rglob("*.*"))
+    libraries, newest = [folder / name for name in targets()], max(source.stat().st_mtime for source in sources)
+    if all(library.exists() and library.stat().st_mtime >= newest for library in libraries):
         return "compiled before"
-    return compile_library(ROOT / "native", library) or "compiled"
+    problems = compile_libraries(ROOT / "native", folder)
+    return "; ".join(problem for problem in problems.values() if problem is not None) or "compiled"
 
 
 def tests(report: Report) -> None:

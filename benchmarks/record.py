@@ -5,11 +5,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from layerskip.machine import describe_machine as environment
+from layerskip.machine import describe_machine
+from layerskip.model.native.library import load_library, target_of
 
 __all__ = ["environment", "write_record"]
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def environment() -> dict[str, Any]:
+    """Machine, versions, commit, and the instruction set of the compiled kernels."""
+    library = load_library()
+    return {**describe_machine(), "kernels": None if library is None else target_of(library)}
 
 
 def write_record(name: str, content: dict[str, Any]) -> Path:

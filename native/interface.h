@@ -131,6 +131,9 @@ int32_t layerskip_interface();
 // Size of every structure, and offset and size of each of its fields, as text.
 const char* layerskip_layout();
 
+// Name of the instruction set that the library was compiled for.
+const char* layerskip_target();
+
 // Whether this processor has the instructions that the library was compiled with; asked before anything else is called.
 int32_t layerskip_runs_here();
 }

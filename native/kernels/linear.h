@@ -28,7 +28,7 @@ struct Linear {
     const void* scales;   // int8: float [O]; int4: pairs of bfloat16 [O / 16, I / 32, 8]; blocks: float16
                           // [O / 16, I / 32, 16], for q4_1 [O / 16, I / 32, 2, 16]
     const float* bias;    // [O] or null
-    int32_t inputs;
+    int32_t inputs;       // a multiple of 32 in int4 and in blocks
     int32_t outputs;      // a multiple of 16: the last panel is filled up with zeros
     int32_t format;
     int32_t padding;

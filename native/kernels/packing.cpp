@@ -32,6 +32,9 @@ float from_bfloat16(uint16_t value) {
     return result;
 }
 
+// Where a panel keeps output j's bfloat16 among its 16.
+int64_t bfloat16_place(int64_t j) { return j % kLanes * 2 + j / kLanes; }
+
 // The step between neighbouring integers: the largest magnitude of weight[start..stop-1] over `limit`.
 float step_of(const float* weight, int64_t start, int64_t stop, float limit) {
     float largest = 0;
@@ -44,19 +47,28 @@ int8_t quantize(float value, float step, int limit) {
     return static_cast<int8_t>(std::min<float>(limit, std::max<float>(-limit - 1, scaled)));
 }
 
+// The words that hold output `j` of a panel's group: four, each of eight inputs (`Nibbles`).
+void place_nibbles(const uint8_t* numbers, int64_t j, Nibbles::Unit* units) {
+    for (int k = 0; k < kGroup / Nibbles::kInputs; ++k) {
+        uint32_t word = 0;
+        for (int i = 0; i < Nibbles::kInputs; ++i) word |= (numbers[k * Nibbles::kInputs + i] & 0xfu) << 4 * i;
+        units[k].values[j] = word;
+    }
+}
+
 void pack_int4(const float* const* outputs, int64_t inputs, void* panels, void* scales, int64_t panel) {
     const int64_t groups = inputs / kGroup;
     for (int64_t group = 0; group < groups; ++group) {
-        const int64_t from = group * kGroup, to = from + kGroup;
-        auto& words = static_cast<BFloat16::Unit*>(scales)[panel * groups + group];
-        for (int64_t lane = 0; lane < kLanes; ++lane) {
-            const float *low = outputs[lane], *high = outputs[lane + kLanes];
-            const uint16_t steps[2] = {to_bfloat16(step_of(low, from, to, 7)), to_bfloat16(step_of(high, from, to, 7))};
-            words.values[lane] = steps[0] | static_cast<uint32_t>(steps[1]) << 16;
-            for (int64_t i = from; i < to; ++i)
-                static_cast<Int4::Unit*>(panels)[panel * inputs + i].values[lane] =
-                    static_cast<int8_t>((quantize(low[i], from_bfloat16(steps[0]), 7) & 0xf) |
-                                        (quantize(high[i], from_bfloat16(steps[1]), 7) & 0xf) << 4);
+        const int64_t from = group * kGroup, at = panel * groups + group;
+        auto* steps = reinterpret_cast<uint16_t*>(static_cast<BFloat16::Unit*>(scales) + at);
+        auto* units = static_cast<Nibbles::Unit*>(panels) + at * kGroup / Nibbles::kInputs;
+        for (int64_t j = 0; j < kPanel; ++j) {
+            const uint16_t step = to_bfloat16(step_of(outputs[j], from, from + kGroup, 7));
+            steps[bfloat16_place(j)] = step;
+            uint8_t numbers[kGroup];
+            for (int i = 0; i < kGroup; ++i)
+                numbers[i] = static_cast<uint8_t>(quantize(outputs[j][from + i], from_bfloat16(step), 7));
+            place_nibbles(numbers, j, units);
         }
     }
 }
@@ -97,7 +109,7 @@ void pack(const float* weight, int64_t inputs, int count, int32_t format, void* 
                 case kFloat32: static_cast<Float32::Unit*>(panels)[unit].values[j] = value; break;
                 case kBFloat16: {
                     auto* halves = reinterpret_cast<uint16_t*>(static_cast<BFloat16::Unit*>(panels) + unit);
-                    halves[j % kLanes * 2 + j / kLanes] = to_bfloat16(value);
+                    halves[bfloat16_place(j)] = to_bfloat16(value);
                     break;
                 }
                 case kFloat16: static_cast<Float16::Unit*>(panels)[unit].values[j] = to_float16(value); break;
@@ -141,25 +153,21 @@ void pack_blocks(const uint8_t* weight, int64_t inputs, int count, int32_t forma
                  int64_t panel) {
     const int64_t groups = inputs / kGroup, bytes = block_bytes(format);
     const int halves = format == kQ4_1 ? 2 : 1;  // scale, and minimum
+    const std::vector<uint8_t> zeros(bytes);
     for (int64_t group = 0; group < groups; ++group) {
-        uint16_t* to = static_cast<uint16_t*>(scales) + (panel * groups + group) * halves * kPanel;
+        const int64_t at = panel * groups + group;
+        uint16_t* to = static_cast<uint16_t*>(scales) + at * halves * kPanel;
         for (int j = 0; j < kPanel; ++j) {
-            const uint8_t* block = j < count ? weight + (j * groups + group) * bytes : nullptr;
-            for (int half = 0; half < halves; ++half) {
-                uint16_t value = 0;
-                if (block != nullptr) std::memcpy(&value, block + 2 * half, sizeof value);
-                to[half * kPanel + j] = value;
+            const uint8_t* block = j < count ? weight + (j * groups + group) * bytes : zeros.data();
+            for (int half = 0; half < halves; ++half) std::memcpy(to + half * kPanel + j, block + 2 * half, 2);
+            uint8_t numbers[kGroup];
+            for (int i = 0; i < kGroup; ++i) numbers[i] = number_of(block + 2 * halves, i, format);
+            if (format != kQ8_0) {
+                place_nibbles(numbers, j, static_cast<Nibbles::Unit*>(panels) + at * kGroup / Nibbles::kInputs);
+                continue;
             }
-            for (int i = 0; i < kGroup; ++i) {
-                const int64_t unit = panel * inputs + group * kGroup + i;
-                const uint8_t number = block == nullptr ? 0 : number_of(block + 2 * halves, i, format);
-                if (format == kQ8_0) {
-                    static_cast<Q8_0::Unit*>(panels)[unit].values[j] = static_cast<int8_t>(number);
-                } else {
-                    uint8_t& pair = static_cast<Q4_0::Unit*>(panels)[unit].values[j % kLanes];
-                    pair = j < kLanes ? number : static_cast<uint8_t>(pair | number << 4);
-                }
-            }
+            auto* units = static_cast<Q8_0::Unit*>(panels) + at * kGroup;
+            for (int i = 0; i < kGroup; ++i) units[i].values[j] = static_cast<int8_t>(numbers[i]);
         }
     }
 }

@@ -2,6 +2,18 @@
 
 namespace layerskip {
 
+const char* target() {
+#if defined(__AVX512F__)
+    return "avx512";
+#elif defined(__AVX2__)
+    return "avx2";
+#elif defined(__ARM_NEON)
+    return "neon";
+#else
+    return "generic";
+#endif
+}
+
 bool runs_here() {
     bool found = true;
 #if defined(__AVX2__)

@@ -3,6 +3,9 @@
 
 namespace layerskip {
 
+// Its name: avx512, avx2, neon, or generic.
+const char* target();
+
 // Whether this processor has it.
 bool runs_here();
 

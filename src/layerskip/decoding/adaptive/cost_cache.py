@@ -16,6 +16,7 @@ from layerskip.decoding.adaptive.costs import Costs
 from layerskip.files import cache_folder, parse_json, write_atomically
 from layerskip.machine import processor_name
 from layerskip.model.decoder import Decoder
+from layerskip.model.native.library import kernels_version
 
 
 def read_costs(decoder: Decoder, num_rows: int) -> Costs | None:
@@ -46,7 +47,7 @@ def _fingerprint(decoder: Decoder, num_rows: int) -> str:
     facts: dict[str, Any] = {
         "model": repr(decoder.config),
         "dtype": str(decoder.dtype),
-        "kernels": decoder.kernels,
+        "kernels": [decoder.kernels, kernels_version()],
         "bytes": decoder.weight_bytes(0, decoder.num_layers),
         "drafter": [drafter.shares_states, drafter.decoder.weight_bytes(0, 1)],
         "adapters": [decoder.drafter(exit_layer).decoder.adapter_bytes() for exit_layer in decoder.adapted_exits],

@@ -1,21 +1,26 @@
 """The compiled kernels (`native/`), their structures and functions as ctypes sees them.
 
-The library is built when the package is installed, where a C++ compiler is at hand. Without it, or on a processor that
-lacks the instructions that it was built with, `load_library` returns None, and everything runs in torch.
+They are built when the package is installed, where a C++ compiler is at hand: on x86 one library for processors with
+AVX-512 and one for those with AVX2, which give the same numbers. Without any, or on a processor that lacks the
+instructions, `load_library` returns None, and everything runs in torch.
 """
 
 import ctypes
 import functools
+import os
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
+from layerskip.errors import InvalidArgumentError
 from layerskip.model.drafts import CONFIDENCE_CLASSES
 
-INTERFACE = 7
+INTERFACE = 8
 """Version of what the functions do; `layerskip_interface` must return it."""
-LIBRARIES = tuple(Path(__file__).parents[2] / name for name in ("_native_avx512.so", "_native_avx2.so", "_native.so"))
-"""Files to try, the fastest instruction set first; `_native.so` is what an installation compiles for its processor."""
+LIBRARIES = tuple(Path(__file__).parents[2] / name for name in ("_native_avx512.so", "_native.so"))
+"""Files to try, the fastest instruction set first."""
+TARGET_VARIABLE = "LAYERSKIP_CPU"
+"""Environment variable that insists on an instruction set, for measurements and tests."""
 PANEL = 16
 """Number of outputs that lie side by side; weights are filled up to a multiple of it."""
 GROUP = 32
@@ -245,6 +250,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "filter": (None, [POINTER(SamplingView), c_void_p, c_int64, c_int64, c_int64, c_int32]),
     "gumbel": (None, [c_void_p, c_int64, c_int64, c_void_p, c_int32]),
     "interface": (c_int32, []),
+    "target": (c_char_p, []),
     "runs_here": (c_int32, []),
     "layout": (c_char_p, []),
 }
@@ -252,9 +258,38 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 
 
 @functools.cache
-def load_library(paths: tuple[Path, ...] = LIBRARIES) -> ctypes.CDLL | None:
-    """The first of the files that can be used, with its functions declared, or None if there is none."""
-    return next((library for path in paths if (library := _load(path)) is not None), None)
+def load_library(paths: tuple[Path, ...] = LIBRARIES, target: str | None = None) -> ctypes.CDLL | None:
+    """The first of the files that can be used, with its functions declared, or None if there is none.
+
+    Args:
+        paths: Files to try.
+        target: Instruction set to insist on: `avx512` or `avx2`; the environment's `LAYERSKIP_CPU` if not given.
+
+    Raises:
+        InvalidArgumentError: No library is for this instruction set.
+    """
+    wanted = target or os.environ.get(TARGET_VARIABLE)
+    libraries = (library for path in paths if (library := _load(path)) is not None)
+    if not wanted:
+        return next(libraries, None)
+    found = {target_of(library): library for library in libraries}
+    if wanted not in found:
+        raise InvalidArgumentError(
+            f"there are no kernels for {wanted!r} ({TARGET_VARIABLE}) that can run here, but for: "
+            f"{', '.join(found) or 'nothing'}"
+        )
+    return found[wanted]
+
+
+def target_of(library: ctypes.CDLL) -> str:
+    """The instruction set that a library was compiled for."""
+    return str(library.layerskip_target().decode())
+
+
+def kernels_version() -> str | None:
+    """What the speed of the compiled kernels depends on, None if there are none."""
+    library = load_library()
+    return None if library is None else f"{target_of(library)}, interface {INTERFACE}"
 
 
 def _load(path: Path) -> ctypes.CDLL | None:

@@ -1,16 +1,21 @@
 """Which library is loaded, and which ones are refused."""
 
 import ctypes
+import re
 import runpy
 import shutil
 from pathlib import Path
 
 import pytest
 
+from layerskip.errors import InvalidArgumentError
 from layerskip.model.native import library as native
 from layerskip.model.native.library import STRUCTURES, layout, load_library
 
 ROOT = Path(__file__).parents[4]
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler"
+)
 needs_library = pytest.mark.skipif(load_library() is None, reason="the compiled kernels weren't built")
 
 
@@ -64,8 +69,14 @@ def test_what_is_no_library(tmp_path: Path) -> None:
 
 def compile_stub(tmp_path: Path, name: str, **results: str) -> Path:
     """A library whose functions return 0, but for those given."""
-    results = {"interface": str(native.INTERFACE), "runs_here": "1", "layout": f'R"({layout()})"', **results}
-    types = {function: "const char*" if function == "layout" else "int" for function in native.FUNCTIONS}
+    results = {
+        "interface": str(native.INTERFACE),
+        "runs_here": "1",
+        "target": '"avx2"',
+        "layout": f'R"({layout()})"',
+        **results,
+    }
+    types = {function: "const char*" if function in ("layout", "target") else "int" for function in native.FUNCTIONS}
     functions = (f"{types[name]} layerskip_{name}() {{ return {results.get(name, '0')}; }}" for name in types)
     sources = tmp_path / name
     (sources / "kernels").mkdir(parents=True)
@@ -78,7 +89,7 @@ def compile_stub(tmp_path: Path, name: str, **results: str) -> Path:
     return library
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
+@needs_compiler
 def test_the_first_library_that_runs_here_is_taken(tmp_path: Path) -> None:
     other_processor = compile_stub(tmp_path, "other_processor", runs_here="0")
     other_version = compile_stub(tmp_path, "other_version", interface="1")
@@ -90,3 +101,26 @@ def test_the_first_library_that_runs_here_is_taken(tmp_path: Path) -> None:
         library = load_library(paths)
         assert library is not None
         assert library._name == str(wanted)
+
+
+@needs_compiler
+def test_an_instruction_set_can_be_insisted_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = tuple(compile_stub(tmp_path, name, target=f'"{name}"') for name in ("avx512", "avx2"))
+    for target in ("avx512", "avx2"):
+        library = load_library(paths, target)
+        assert library is not None
+        assert native.target_of(library) == target
+    monkeypatch.setenv("LAYERSKIP_CPU", "avx2")
+    chosen = load_library.__wrapped__(paths)
+    assert chosen is not None
+    assert native.target_of(chosen) == "avx2"
+    with pytest.raises(InvalidArgumentError, match=re.escape("'avx3' (LAYERSKIP_CPU)") + ".* but for: avx512, avx2"):
+        load_library(paths, "avx3")
+    with pytest.raises(InvalidArgumentError, match="but for: nothing"):
+        load_library((), "avx2")
+
+
+def test_the_loader_tries_what_is_compiled() -> None:
+    build = runpy.run_path(str(ROOT / "hatch_build.py"))
+    assert set(build["targets"]()) <= {path.name for path in native.LIBRARIES}
+    assert {path.parent for path in native.LIBRARIES} == {ROOT / "src" / "layerskip"}

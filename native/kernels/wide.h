@@ -1,0 +1,117 @@
+// Sixteen floats: a panel's numbers for one input. One vector with AVX-512, else two of eight lanes.
+//
+// Lane j belongs to output j either way and goes through the same operations, so both give the same numbers.
+#pragma once
+
+#include "kernels/vector.h"
+
+namespace layerskip {
+
+#if defined(__AVX512F__)
+
+// All lanes. Intrinsics without a mask do the same, but GCC 12 warns of its own definition of them.
+constexpr __mmask16 kAll = 0xffff;
+
+typedef float Wide __attribute__((vector_size(64)));
+typedef uint32_t WideWords __attribute__((vector_size(64)));
+
+inline Wide broadcast_wide(float value) { return (Wide)_mm512_set1_ps(value); }
+
+inline Wide load_wide(const float* from) { return (Wide)_mm512_loadu_ps(from); }
+
+inline void add_product(Wide& sum, Wide a, Wide b) { sum += a * b; }
+
+inline void store(float* to, Wide value) { _mm512_storeu_ps(to, (__m512)value); }
+
+// Numbers j and j + 8 share a word: a bfloat16 is the upper half of a float32.
+inline Wide load_bfloat16(const uint32_t* from) {
+    typedef int16_t Halves __attribute__((vector_size(64)));
+    const Halves places = {0, 0, 0, 2, 0, 4, 0, 6, 0, 8, 0, 10, 0, 12, 0, 14,
+                           0, 1, 0, 3, 0, 5, 0, 7, 0, 9, 0, 11, 0, 13, 0, 15};
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return (Wide)_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, (__m512i)places, _mm512_castsi256_si512(words));
+}
+
+inline Wide load_wide_halves(const uint16_t* from) {
+    return (Wide)_mm512_maskz_cvtph_ps(kAll, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+
+inline Wide load_bytes(const int8_t* from) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return (Wide)_mm512_maskz_cvtepi32_ps(kAll, _mm512_maskz_cvtepi8_epi32(kAll, bytes));
+}
+
+// Nibble `i` of each word, from 0 to 15. Looking up a number takes the index from the lowest four bits.
+inline Wide nibbles(const uint32_t* from, int i) {
+    const Wide numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const WideWords words = (WideWords)_mm512_loadu_si512(from);
+    return (Wide)_mm512_maskz_permutexvar_ps(kAll, (__m512i)(words >> 4 * i), (__m512)numbers);
+}
+
+// The same with signs, from -8 to 7.
+inline Wide signed_nibbles(const uint32_t* from, int i) {
+    const Wide numbers = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
+    const WideWords words = (WideWords)_mm512_loadu_si512(from);
+    return (Wide)_mm512_maskz_permutexvar_ps(kAll, (__m512i)(words >> 4 * i), (__m512)numbers);
+}
+
+#else
+
+struct Wide {
+    Vector low, high;
+};
+
+inline Wide operator*(Wide a, Wide b) { return {a.low * b.low, a.high * b.high}; }
+inline Wide operator*(Wide a, float b) { return {a.low * b, a.high * b}; }
+
+inline void add_product(Wide& sum, Wide a, Wide b) {
+    sum.low += a.low * b.low;
+    sum.high += a.high * b.high;
+}
+
+inline Wide& operator+=(Wide& a, Wide b) {
+    a.low += b.low;
+    a.high += b.high;
+    return a;
+}
+
+inline Wide broadcast_wide(float value) { return {broadcast(value), broadcast(value)}; }
+
+inline Wide load_wide(const float* from) { return {load(from), load(from + kLanes)}; }
+
+inline void store(float* to, Wide value) {
+    store(to, value.low);
+    store(to + kLanes, value.high);
+}
+
+inline WordVector load_words(const uint32_t* from) {
+    WordVector words;
+    std::memcpy(&words, from, sizeof words);
+    return words;
+}
+
+// Numbers j and j + 8 share a word: a bfloat16 is the upper half of a float32.
+inline Wide load_bfloat16(const uint32_t* from) {
+    const WordVector words = load_words(from);
+    return {(Vector)(words << 16), (Vector)(words & 0xffff0000u)};
+}
+
+inline Wide load_wide_halves(const uint16_t* from) { return {load_halves(from), load_halves(from + kLanes)}; }
+
+inline Wide load_bytes(const int8_t* from) { return {to_float(widen(from)), to_float(widen(from + kLanes))}; }
+
+// Nibble `i` of each word, from 0 to 15.
+inline Wide nibbles(const uint32_t* from, int i) {
+    const auto half = [i](WordVector words) { return to_float((IntVector)(words >> 4 * i & 0xf)); };
+    return {half(load_words(from)), half(load_words(from + kLanes))};
+}
+
+// The same with signs, from -8 to 7.
+inline Wide signed_nibbles(const uint32_t* from, int i) {
+    const auto half = [i](WordVector words) { return to_float((IntVector)(words << (28 - 4 * i)) >> 28); };
+    return {half(load_words(from)), half(load_words(from + kLanes))};
+}
+
+#endif
+
+}  // namespace layerskip

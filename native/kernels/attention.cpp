@@ -3,22 +3,34 @@
 #include <algorithm>
 #include <limits>
 
-#include "kernels/vector.h"
+#include "kernels/wide.h"
 
 namespace layerskip {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int kQueries = 4;  // queries of a tile
+constexpr int kQueries = 4;          // queries of a tile
+constexpr int64_t kLineFloats = 16;  // floats of a cache line
 
-// Scores of `Queries` queries with a piece's keys: scores[q][t]. Keys beyond `count` are the last one again.
+// Slots are too far apart for the processor to foresee the next one.
+__attribute__((always_inline)) inline void fetch(const float* from, int64_t count) {
+    for (int64_t i = 0; i < count; i += kLineFloats) __builtin_prefetch(from + i);
+}
+
+// Scores of `Queries` queries with a piece's keys: scores[q][t]. Keys beyond `count` are the last one again. Meanwhile,
+// what comes next is fetched if it is given: values of the piece, and keys of the next one.
 template <int Queries>
-void score(const float* const* queries, const float* keys, int64_t stride, int64_t head_dim, int count, float scale,
-           float (*scores)[kSlots]) {
+void score(const float* const* queries, const float* keys, const float* values, const float* next_keys, int64_t stride,
+           int64_t head_dim, int count, float scale, float (*scores)[kSlots]) {
     constexpr int kKeys = Queries == 1 ? 8 : Queries == 2 ? 4 : 2;
     for (int t = 0; t < count; t += kKeys) {
         const float* key[kKeys];
-        for (int k = 0; k < kKeys; ++k) key[k] = keys + std::min(t + k, count - 1) * stride;
+        for (int k = 0; k < kKeys; ++k) {
+            key[k] = keys + std::min(t + k, count - 1) * stride;
+            if (next_keys == nullptr) continue;
+            fetch(values + (t + k) * stride, head_dim);
+            fetch(next_keys + (t + k) * stride, head_dim);
+        }
         Vector products[kLanes] = {};
         for (int64_t i = 0; i < head_dim; i += kLanes) {
             for (int q = 0; q < Queries; ++q) {
@@ -32,29 +44,33 @@ void score(const float* const* queries, const float* keys, int64_t stride, int64
     }
 }
 
-// results[q] = sum over t of weights[q][t] * values[t]
-template <int Queries>
+// Vectors of channels that `mix` computes at once for a number of queries.
+#if defined(__AVX512F__)
+constexpr int most_channels(int) { return 4; }
+#else
+constexpr int most_channels(int queries) { return queries == 1 ? 4 : queries == 2 ? 2 : 1; }
+#endif
+
+// results[q] = sum over t of weights[q][t] * values[t], from channel i on.
+template <int Queries, int Wides = most_channels(Queries)>
 void mix(const float (*weights)[kSlots], const float* values, int64_t stride, int64_t head_dim, int count,
-         float* const* results) {
-    constexpr int kVectors = Queries == 1 ? 8 : Queries == 2 ? 4 : 2;
-    int64_t i = 0;
-    for (; i + kVectors * kLanes <= head_dim; i += kVectors * kLanes) {
-        Vector sums[Queries][kVectors] = {};
+         float* const* results, int64_t i = 0) {
+    for (; i + Wides * kWideLanes <= head_dim; i += Wides * kWideLanes) {
+        Wide sums[Queries][Wides] = {};
         for (int t = 0; t < count; ++t) {
-            for (int v = 0; v < kVectors; ++v) {
-                const Vector value = load(values + t * stride + i + v * kLanes);
-                for (int q = 0; q < Queries; ++q) sums[q][v] += value * weights[q][t];
+            for (int v = 0; v < Wides; ++v) {
+                const Wide value = load_wide(values + t * stride + i + v * kWideLanes);
+                for (int q = 0; q < Queries; ++q) add_product(sums[q][v], value, broadcast_wide(weights[q][t]));
             }
         }
         for (int q = 0; q < Queries; ++q)
-            for (int v = 0; v < kVectors; ++v) store(results[q] + i + v * kLanes, sums[q][v]);
+            for (int v = 0; v < Wides; ++v) store(results[q] + i + v * kWideLanes, sums[q][v]);
     }
-    for (; i < head_dim; i += kLanes) {
-        for (int q = 0; q < Queries; ++q) {
-            Vector sum{};
-            for (int t = 0; t < count; ++t) sum += load(values + t * stride + i) * weights[q][t];
-            store(results[q] + i, sum);
-        }
+    if constexpr (Wides > 1) return mix<Queries, Wides / 2>(weights, values, stride, head_dim, count, results, i);
+    for (int q = 0; i < head_dim && q < Queries; ++q) {  // eight channels are left over
+        Vector sum{};
+        for (int t = 0; t < count; ++t) sum += load(values + t * stride + i) * weights[q][t];
+        store(results[q] + i, sum);
     }
 }
 
@@ -140,6 +156,7 @@ void Attention::piece(const Part& part, const float* qkv, int layer, int64_t win
     const int64_t token_floats = static_cast<int64_t>(net_.num_heads + 2 * net_.num_kv_heads) * head_dim_;
     const int64_t stop = span_of(tokens.position + tokens.count - 1, window).stop;
     const int count = static_cast<int>(std::min<int64_t>(kSlots, stop - slot));
+    const int64_t to_next_head = head_dim_ - index * kSlots * stride_;
     for (int done = 0; done < total; done += kQueries) {
         const float* queries[kQueries];
         float* results[kQueries];
@@ -152,11 +169,12 @@ void Attention::piece(const Part& part, const float* qkv, int layer, int64_t win
             spans[q] = span_of(tokens.position + token, window);
         }
         const float *keys = cache_.keys + place, *values = cache_.values + place;
+        const float* next = done > 0 ? nullptr : keys + (index + 1 < part.pieces ? kSlots * stride_ : to_next_head);
         switch (size) {
-            case 1: tile<1>(queries, results, spans, keys, values, slot, count); break;
-            case 2: tile<2>(queries, results, spans, keys, values, slot, count); break;
-            case 3: tile<3>(queries, results, spans, keys, values, slot, count); break;
-            default: tile<4>(queries, results, spans, keys, values, slot, count); break;
+            case 1: tile<1>(queries, results, spans, keys, values, next, slot, count); break;
+            case 2: tile<2>(queries, results, spans, keys, values, next, slot, count); break;
+            case 3: tile<3>(queries, results, spans, keys, values, next, slot, count); break;
+            default: tile<4>(queries, results, spans, keys, values, next, slot, count); break;
         }
     }
 }
@@ -164,9 +182,9 @@ void Attention::piece(const Part& part, const float* qkv, int layer, int64_t win
 // results[q]: the mixture of values, then the maximum of the scores and the sum of their exponentials.
 template <int Queries>
 void Attention::tile(const float* const* queries, float* const* results, const Span* spans, const float* keys,
-                     const float* values, int64_t slot, int count) {
+                     const float* values, const float* next_keys, int64_t slot, int count) {
     alignas(32) float scores[Queries][kSlots];
-    score<Queries>(queries, keys, stride_, head_dim_, count, net_.attention_scale, scores);
+    score<Queries>(queries, keys, values, next_keys, stride_, head_dim_, count, net_.attention_scale, scores);
     for (int q = 0; q < Queries; ++q) {
         const int low = static_cast<int>(std::max<int64_t>(0, spans[q].start - slot));
         const int high = static_cast<int>(std::min<int64_t>(count, spans[q].stop - slot));

@@ -53,7 +53,7 @@ class Attention {
     void piece(const Part& part, const float* qkv, int layer, int64_t window, int64_t item);
     template <int Queries>
     void tile(const float* const* queries, float* const* results, const Span* spans, const float* keys,
-              const float* values, int64_t slot, int count);
+              const float* values, const float* next_keys, int64_t slot, int count);
     void combine(const Part& part, float* out, int token, int head) const;
     float* partial(const Part& part, int token, int head, int64_t piece) const;
 

@@ -9,6 +9,8 @@
 
 namespace layerskip {
 
+static_assert(kPanel == kWideLanes, "a panel's weights of one input are unpacked together");
+
 // What most formats have in common: no groups, no scale of each output.
 struct PlainFormat {
     static constexpr int kInputs = 1;        // inputs of a unit

@@ -1,11 +1,14 @@
-// Sixteen floats: a panel's numbers for one input. One vector with AVX-512, else two of eight lanes.
+// Sixteen floats: one vector with AVX-512, else two of eight lanes.
 //
-// Lane j belongs to output j either way and goes through the same operations, so both give the same numbers.
+// Lane j goes through the same operations either way, so both give the same numbers. Nothing here adds up lanes: what
+// does (`sum` in vector.h) keeps eight of them.
 #pragma once
 
 #include "kernels/vector.h"
 
 namespace layerskip {
+
+constexpr int kWideLanes = 16;
 
 #if defined(__AVX512F__)
 

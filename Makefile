@@ -17,7 +17,7 @@ PIP   := $(BIN)/python -m pip -qq --disable-pip-version-check
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
 
-demo: $(STAMP) ## decode with the embedded model; make demo ARGS=--help shows the flags
+demo: $(STAMP) smollm2 ## answer with SmolLM2, with and without drafts; make demo ARGS=--help shows the flags
 	@$(BIN)/layerskip demo $(ARGS)
 
 # One thread for each of the two workers: small tensors gain nothing from more, and the workers would compete.

@@ -226,6 +226,13 @@ def _make_trainer(
     return trainer
 
 
+def _tokens_before(config: TrainingConfig) -> int:
+    """Tokens that the adapters to go on from had been trained on."""
+    if config.adapters.adapters_from is None:
+        return 0
+    return int(read_adapters(Path(config.adapters.adapters_from).expanduser()).training.get("tokens", 0))
+
+
 def _save(
     trainer: AdapterTrainer, checkpoint: Checkpoint, config: TrainingConfig, output: Path, *, num_tokens: int
 ) -> None:
@@ -253,7 +260,7 @@ def _save(
         ),
         training={
             "loss": config.adapters.adapter_loss,
-            "tokens": num_tokens,
+            "tokens": num_tokens + _tokens_before(config),
             "sequence_length": config.data.sequence_length,
             "learning_rate": config.optimization.learning_rate,
             "batch_size": config.optimization.batch_size,

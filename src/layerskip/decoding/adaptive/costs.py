@@ -19,7 +19,7 @@ MEASURED_QUERIES = (1, 2, 3, 5, 9, 13)
 CONTEXT = 64
 """Tokens before those that are timed."""
 REPETITIONS = 5
-ROW_COST_CPU, ROW_COST_GPU = 0.35, 0.01
+ROW_COST_CPU, ROW_COST_GPU = 0.25, 0.01
 """Estimated cost of each further token in a call, as a share of the first one's."""
 BYTES_PER_SECOND = 1e10
 """Estimated; what counts is how plans compare, and rounds correct it."""

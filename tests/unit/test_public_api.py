@@ -33,7 +33,8 @@ FIELDS = {
     "FinishEvent": "index text result",
     "LayerSkipConfig": """dropout_max dropout_schedule exit_loss exit_loss_scale exit_weights curriculum rotation
         exit_layers stop_gradient""",
-    "ExitAdapterConfig": "exit_adapters adapter_loss adapter_vocabulary adapters_from",
+    "ExitAdapterConfig": """exit_adapters adapter_loss adapter_vocabulary adapter_value_layers cache_states
+        adapters_from""",
     "TrainingConfig": "start data recipe adapters optimization checkpoints",
     "TrainingResult": """output interrupted step num_tokens train_loss loss exits speedups long_examples precision
         seconds""",

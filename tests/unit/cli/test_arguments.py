@@ -92,7 +92,7 @@ def test_texts_are_taken_as_they_are() -> None:
         (["--exit-layer", "0"], "exit_layer must be a whole number of at least 1, got 0"),
         (["--temperature", "-1"], "temperature must be 0 or more, got -1.0"),
         (["--temperature", "nan"], "temperature must be 0 or more, got nan"),
-        (["--temperature", "warm"], "--temperature: could not convert string to float: 'warm'"),
+        (["--temperature", "warm"], "--temperature: expected FLOAT, got 'warm'"),
         (["--text"], "missing value for argument '--text'"),
         (["stray"], "unrecognized options: stray"),
         (["--exit_laier", "3"], "unrecognized options: --exit_laier, 3 (did you mean --exit-layer?)"),
@@ -138,7 +138,7 @@ def test_condense_keeps_what_it_does_not_know() -> None:
         ["generate", "--prompt", "a b c d e f g h", "--max-context", "4"],
         ["chat", "--model", "demo"],
         ["chat", "--chat-template", "/nowhere.jinja"],
-        ["demo", "--exit-layer", "17"],
+        ["demo", "--model", "demo", "--exit-layer", "17"],
         ["demo", "--num-speculations", "0"],
     ],
 )

@@ -16,8 +16,9 @@ REAL = ["temperature", "top_p", "min_p", "repetition_penalty"]
 BAD: list[tuple[str, Any]] = [
     *((name, value) for name in WHOLE for value in (-1, 1.0, True, "3", math.nan)),
     *((name, 0) for name in ("max_new_tokens", "num_speculations", "exit_layer")),
-    *((name, None) for name in ("max_new_tokens", "top_k", "top_p")),
-    *((name, value) for name in REAL for value in (math.nan, math.inf, -math.inf, -0.1, "1", True, None, 1j, 10**400)),
+    *((name, None) for name in ("max_new_tokens", "top_k")),
+    *((name, value) for name in REAL for value in (math.nan, math.inf, -math.inf, -0.1, "1", True, 1j, 10**400)),
+    *((name, None) for name in REAL[1:]),
     ("seed", 2**63),
     ("top_p", 0.0),
     ("top_p", 1.01),

@@ -34,7 +34,7 @@ def test_positions_on_the_device_are_those_of_the_host(
     """Same slots and rotary factors; the same masks where the host makes any, and nothing to see beyond."""
     cache = KVCache(decoder.config, num_rows=3, capacity=32, dtype=torch.float32, device=torch.device("cpu"))
     theirs = decoder.place(cache, first, num_queries)
-    ours = DevicePositions(decoder._rounds._parts, torch.tensor(first), num_queries, 33, 32)
+    ours = DevicePositions(decoder._rounds._parts, torch.tensor(first), num_queries, 33, 32, torch.tensor(first))
     written, expected = torch.zeros(3, 33, 1, 1), torch.zeros(3, 33, 1, 1)
     written[ours.slots], expected[theirs.slots] = 1.0, 1.0
     assert torch.equal(written, expected)
@@ -54,7 +54,7 @@ def test_every_query_sees_something(decoder: GraphDecoder) -> None:
     """Rows without a text and rows beyond the capacity too: a query that sees nothing would be NaN."""
     assert SLIDING in decoder.config.layer_types
     for num_slots, first in [(33, [40, 32, 31]), (16, [0, 5, 9])]:
-        positions = DevicePositions(decoder._rounds._parts, torch.tensor(first), 5, num_slots, 32)
+        positions = DevicePositions(decoder._rounds._parts, torch.tensor(first), 5, num_slots, 32, torch.tensor(first))
         mask = positions.span(SLIDING).mask
         assert mask is not None
         assert (mask == 0).any(-1).all()

@@ -1,8 +1,8 @@
 """Exit adapters of a model: what describes them, their tensors' names, and whether they belong to a model.
 
 An exit adapter is one more decoder layer, behind a projection and with a norm of its own, that was trained to predict
-from the state at an exit what the frozen model predicts. It may also read values
-of later layers (`model.torch.fusion`).
+from the state at an exit what the frozen model predicts. It may also read values of
+later layers (`model.torch.fusion`).
 
 Shapes: N tokens that an adapter can draft.
 """

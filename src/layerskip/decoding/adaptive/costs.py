@@ -14,12 +14,18 @@ import torch
 from layerskip.model.decoder import Decoder
 from layerskip.model.drafts import DraftRequest
 
-MEASURED_QUERIES = (1, 2, 3, 5, 9, 13)
-"""Tokens in one call that are timed; others are interpolated."""
+MEASURED_QUERIES = (1, 2, 3, 5, 9)
+"""Tokens in one call that are timed; others lie on lines through these."""
+FIRST_QUERIES = 3
+"""Of these, the number that are timed first, with drafting: enough for costs that are better than estimates."""
+MOST_QUERIES = 13
+"""Tokens in one call whose costs are known."""
 CONTEXT = 64
 """Tokens before those that are timed."""
-REPETITIONS = 5
-ROW_COST_CPU, ROW_COST_GPU = 0.25, 0.01
+REPETITIONS = 3
+NEXT_EXIT = 4
+"""Layers between the two exits at which drafting is timed, at most."""
+ROW_COST_CPU, ROW_COST_GPU = 0.22, 0.01
 """Estimated cost of each further token in a call, as a share of the first one's."""
 BYTES_PER_SECOND = 1e10
 """Estimated; what counts is how plans compare, and rounds correct it."""
@@ -46,6 +52,8 @@ class Costs:
     """By exit that has an adapter: adapter, norm, head and choice of a draft."""
     shares_states: bool = True
     """Whether verification goes on from the states of drafting, which runs the last draft through its layers too."""
+    complete: bool = True
+    """Whether nothing is left to measure."""
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Costs":
@@ -90,7 +98,7 @@ def estimate_costs(decoder: Decoder) -> Costs:
     head = decoder.weight_bytes(0, 0) / BYTES_PER_SECOND
     bare = next(exit_layer for exit_layer in range(1, depth + 2) if exit_layer not in decoder.adapted_exits)
     drafter = decoder.drafter(bare)
-    calls = range(MEASURED_QUERIES[-1])
+    calls = range(MOST_QUERIES)
     return Costs(
         num_layers=depth,
         layer=tuple(layer * (1 + row * n) for n in calls),
@@ -103,22 +111,24 @@ def estimate_costs(decoder: Decoder) -> Costs:
             for exit_layer in decoder.adapted_exits
         },
         shares_states=drafter.shares_states,
+        complete=False,
     )
 
 
 def measure_costs(
     decoder: Decoder, num_rows: int, *, context: int = CONTEXT, queries: Sequence[int] = MEASURED_QUERIES
 ) -> Costs:
-    """Time the network's calls: some thirty passes, or fifteen of a slow network; arguments as for `measuring`."""
+    """Time the network's calls: some twenty passes, or ten of a slow network; arguments as for `measuring`."""
     return finish(measuring(decoder, num_rows, context=context, queries=queries))
 
 
+Part = TypeVar("Part")
 Result = TypeVar("Result")
-Measuring = Generator[None, None, Result]
-"""Work that pauses after each call of the network, so that it can be done in between."""
+Measuring = Generator[Part | None, None, Result]
+"""Work that pauses after each call of the network, so that it can be done in between; partial results come out."""
 
 
-def finish(work: Measuring[Result]) -> Result:
+def finish(work: Measuring[Any, Result]) -> Result:
     """Do all of it at once."""
     while True:
         try:
@@ -130,52 +140,77 @@ def finish(work: Measuring[Result]) -> Result:
 
 def measuring(
     decoder: Decoder, num_rows: int, *, context: int = CONTEXT, queries: Sequence[int] = MEASURED_QUERIES
-) -> Measuring[Costs]:
-    """Time the network's calls one by one.
+) -> Measuring[Costs, Costs]:
+    """Time the network's calls one by one; costs that are not complete come out as soon as they are better than none.
 
     Args:
         decoder: The network.
         num_rows: B.
         context: Tokens of each row before those that are timed.
-        queries: Tokens in one call that are timed, ascending from 1; others are interpolated.
+        queries: Tokens in one call that are timed, ascending from 1; others lie on lines through these.
     """
     counts = [n for n in queries if context + n <= decoder.max_context] or [1]
     timer = CallTimer(decoder, num_rows, counts[-1], context, summary=min)  # whatever disturbs a call makes it longer
-    depth = decoder.num_layers
-    yield from timer.timing(0, depth, counts[-1])  # caches, clocks and threads get going
-    layer, fixed = [], []
+    depth, most = decoder.num_layers, max(MOST_QUERIES, counts[-1])
+    layer: list[float] = []
+    fixed: list[float] = []
+    drafts: _DraftCosts | None = None
     for n in counts:
         one = yield from timer.timing(depth - 1, depth, n)
         every = yield from timer.timing(0, depth, n)
         layer.append(max(0.0, every - one) / max(1, depth - 1))
         fixed.append(max(0.0, one - layer[-1]))
-    most = min(5, counts[-1] - 1)
+        if n not in (counts[min(FIRST_QUERIES, len(counts)) - 1], counts[-1]):
+            continue
+        drafts = drafts or (yield from _measuring_drafts(timer, decoder, counts[-1], layer[0], fixed[0]))
+        costs = Costs(
+            num_layers=depth,
+            layer=_completed(counts, layer, most),
+            fixed=_completed(counts, fixed, most),
+            draft_layer=drafts.layer,
+            draft_head=drafts.head,
+            draft_fixed=drafts.fixed,
+            adapters=drafts.adapters,
+            shares_states=decoder.drafter(1).shares_states,
+            complete=n == counts[-1],
+        )
+        if not costs.complete:
+            yield costs
+    return costs
+
+
+@dataclass(frozen=True, kw_only=True)
+class _DraftCosts:
+    """The parts of `Costs` that concern drafting."""
+
+    layer: float
+    head: float
+    fixed: float
+    adapters: Mapping[int, float] = field(default_factory=dict)
+
+
+def _measuring_drafts(
+    timer: "CallTimer", decoder: Decoder, most_queries: int, layer: float, fixed: float
+) -> Measuring[Costs, _DraftCosts]:
+    """Time drafting, or take the seconds of a layer and of all else in a plain step where it can't be timed."""
+    depth, most = decoder.num_layers, min(5, most_queries - 1)
     bare = [exit_layer for exit_layer in range(1, depth // 2 + 2) if exit_layer not in decoder.adapted_exits]
-    first, middle = bare[0], bare[-1]
-    draft_layer, draft_head, draft_fixed = layer[0], fixed[0], fixed[0]
+    first, deeper = bare[0], bare[min(NEXT_EXIT, len(bare) - 1)]
+    if most <= 1 or deeper <= first:
+        return _DraftCosts(layer=layer, head=fixed, fixed=fixed)
     shares_states = decoder.drafter(first).shares_states
+    single = yield from timer.draft_timing(first, 1)
+    several = yield from timer.draft_timing(first, most)
+    deep = yield from timer.draft_timing(deeper, most)
+    draft_layer = max(0.0, deep - several) / ((most + shares_states) * (deeper - first))
+    draft_head = max(0.0, (several - single) / (most - 1) - first * draft_layer)
+    draft_fixed = max(0.0, single - (1 + shares_states) * first * draft_layer - draft_head)
     adapters: dict[int, float] = {}
-    if most > 1 and middle > first:
-        single = yield from timer.draft_timing(first, 1)
-        several = yield from timer.draft_timing(first, most)
-        deep = yield from timer.draft_timing(middle, most)
-        draft_layer = max(0.0, deep - several) / ((most + shares_states) * (middle - first))
-        draft_head = max(0.0, (several - single) / (most - 1) - first * draft_layer)
-        draft_fixed = max(0.0, single - (1 + shares_states) * first * draft_layer - draft_head)
-        for exit_layer in decoder.adapted_exits:
-            passes = (most + shares_states) * exit_layer * draft_layer
-            seconds = yield from timer.draft_timing(exit_layer, most)
-            adapters[exit_layer] = max(0.0, (seconds - draft_fixed - passes) / most)
-    return Costs(
-        num_layers=depth,
-        layer=_interpolated(counts, layer),
-        fixed=_interpolated(counts, fixed),
-        draft_layer=draft_layer,
-        draft_head=draft_head,
-        draft_fixed=draft_fixed,
-        adapters=adapters,
-        shares_states=shares_states,
-    )
+    for exit_layer in decoder.adapted_exits:
+        passes = (most + shares_states) * exit_layer * draft_layer
+        seconds = yield from timer.draft_timing(exit_layer, most)
+        adapters[exit_layer] = max(0.0, (seconds - draft_fixed - passes) / most)
+    return _DraftCosts(layer=draft_layer, head=draft_head, fixed=draft_fixed, adapters=adapters)
 
 
 class CallTimer:
@@ -207,7 +242,7 @@ class CallTimer:
 
     def timing(
         self, start: int, stop: int, num_queries: int, *, head: bool = True, repetitions: int = REPETITIONS
-    ) -> Measuring[float]:
+    ) -> Measuring[Any, float]:
         """As `seconds`, call by call."""
         decoder, cache, shape = self._decoder, self._cache, (self._rows, num_queries)
 
@@ -227,7 +262,7 @@ class CallTimer:
         """Seconds of drafting at an exit."""
         return finish(self.draft_timing(exit_layer, num_drafts))
 
-    def draft_timing(self, exit_layer: int, num_drafts: int) -> Measuring[float]:
+    def draft_timing(self, exit_layer: int, num_drafts: int) -> Measuring[Any, float]:
         """As `drafting`, call by call."""
         decoder, cache = self._decoder, self._cache
         tokens = torch.zeros((self._rows, 1), dtype=torch.long, device=decoder.device)
@@ -238,7 +273,7 @@ class CallTimer:
 
         return (yield from self._time(call, REPETITIONS))
 
-    def _time(self, call: Callable[[], None], repetitions: int) -> Measuring[float]:
+    def _time(self, call: Callable[[], None], repetitions: int) -> Measuring[Any, float]:
         times: list[float] = []
         while len(times) <= repetitions and (len(times) < 2 or times[-1] < SLOW_SECONDS):
             with self._decoder.uncounted(), torch.inference_mode():
@@ -247,18 +282,18 @@ class CallTimer:
                 if self._decoder.device.type == "cuda":
                     torch.cuda.synchronize(self._decoder.device)
                 times.append(time.perf_counter() - started)
-            yield
+            yield None
         return self._summary(times[1:])
 
 
-def _interpolated(counts: Sequence[int], values: Sequence[float]) -> tuple[float, ...]:
-    """Values at 1, 2, ... up to the last count, on lines between the measured ones."""
+def _completed(counts: Sequence[int], values: Sequence[float], most: int) -> tuple[float, ...]:
+    """Values at 1, 2, ... `most`, on lines through those that were measured at the first of the counts."""
+    if len(values) == 1:
+        return (values[0],) if len(counts) == 1 else tuple(values[0] for _ in range(most))
     found = []
-    for n in range(1, counts[-1] + 1):
-        above = next(i for i, count in enumerate(counts) if count >= n)
-        if counts[above] == n:
-            found.append(values[above])
-            continue
-        share = (n - counts[above - 1]) / (counts[above] - counts[above - 1])
-        found.append(values[above - 1] + share * (values[above] - values[above - 1]))
+    for n in range(1, most + 1):
+        above = next((i for i, count in enumerate(counts[: len(values)]) if count >= n), len(values) - 1)
+        below = max(0, above - 1)
+        share = (n - counts[below]) / max(1, counts[above] - counts[below])
+        found.append(max(values[below] + share * (values[above] - values[below]), 0.0))
     return tuple(found)

@@ -20,6 +20,9 @@ UNTRAINED_RATE = 0.1
 ADAPTER_TOKENS = 64
 """Tokens: the weight of an adapter's agreement in training, where it was measured by confidence too."""
 
+FIRST_CALL_SECONDS = 0.003
+"""What the first timed call is expected to take, a cache for it included."""
+
 
 class Tuned(Protocol):
     """What a sweep found best (`checkpoint.tuned.TunedSettings`)."""
@@ -107,6 +110,7 @@ class Experience:
         costs = read_costs(self._decoder, size)
         if costs is None:
             costs = estimate_costs(self._decoder)
+        if not costs.complete:
             self._unmeasured[size] = _Meter(work=measuring(self._decoder, size))
         self._costs[size] = costs
         for samples in (False, True):  # whatever was predicted from another size's costs
@@ -131,11 +135,12 @@ class Experience:
             spent += meter.latest
             if costs is not None:
                 self._learn(size, costs)
-                meter = None
+            meter = self._unmeasured.get(size)
         return spent
 
     def _learn(self, size: int, costs: Costs) -> None:
-        del self._unmeasured[size]
+        if costs.complete:
+            del self._unmeasured[size]
         self._costs[size] = costs
         write_costs(self._decoder, size, costs)
         for samples in (False, True):
@@ -176,18 +181,17 @@ class Experience:
 class _Meter:
     """Measures costs call by call."""
 
-    work: Measuring[Costs]
-    latest: float = 0.0
+    work: Measuring[Costs, Costs]
+    latest: float = FIRST_CALL_SECONDS
     """Seconds that the latest call took."""
 
     def advance(self) -> Costs | None:
-        """One more call; the costs once they are known."""
+        """One more call; costs if they are better known by it."""
         try:
-            next(self.work)
+            return next(self.work)
         except StopIteration as end:
             costs: Costs = end.value
             return costs
-        return None
 
 
 def size_of(num_rows: int) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import median
 
 MOST_REST = 64
 """Plain steps between two evaluations of the alternatives, at most; the number grows from a small one."""
@@ -14,11 +14,19 @@ STEPS_EVERY = 192
 """Rounds with drafts after which a few plain steps are timed: what drafting is compared with."""
 COLD_STEPS, TIMED_STEPS = 2, 4
 """Plain steps after a round with drafts: the first two run with cold caches and are not timed, the next four are."""
-PROBE_SHARE = 0.0075
+COLD_ROUNDS = 2
+"""Rounds with drafts after plain steps that are not timed, for the same reason."""
+TRIAL_ROUNDS = 8
+"""Rounds of a trial: drafting goes on for this long although plain steps are expected to be faster."""
+TRIAL_TOKENS = 1.5
+"""Tokens that a round of a trial is expected to bring."""
+TRIAL_SHARE = 0.0075
+"""Share of all time that trials may lose."""
+PROBE_SHARE = 0.005
 """Share of all time that probes may take."""
-FIRST_PROBE_SHARE = 0.015
+FIRST_PROBE_SHARE = 0.0075
 """The same while too little is known of the exits."""
-MEASURING_SHARE = 0.015
+MEASURING_SHARE = 0.01
 """Share of all time that timing the network's calls may take, until all costs are known."""
 
 
@@ -32,6 +40,10 @@ class Pace:
     """Seconds since the last probe."""
     since_steps: int = 0
     """Rounds with drafts since plain steps were timed."""
+    since_trial: float = 0.0
+    """Seconds since drafting was tried."""
+    trial: int = 0
+    """Rounds that are left of a trial."""
     seconds: float = 0.0
     """Seconds of all steps and rounds."""
     measuring_seconds: float = 0.0
@@ -46,26 +58,45 @@ class Pace:
         self.rest = int(min(MOST_REST, max(2, 2 * self.rest), max(1, enough)))
         return self.rest
 
-    def observe_drafts(self, seconds: float) -> None:
-        """Note a round with drafts: plain steps begin with few at once again."""
+    def observe_drafts(self, seconds: float, *, layers: bool) -> None:
+        """Note a round with drafts, of early layers or not: plain steps begin with few at once again."""
         self.rest = 0
         self.since_steps += 1
+        if layers:
+            self.since_trial, self.trial = 0.0, max(0, self.trial - 1)
+        else:
+            self.since_trial += seconds
         self.since_probe += seconds
         self.seconds += seconds
 
     def observe_steps(self, seconds: Sequence[float]) -> float | None:
         """Note plain steps in a row; returns the seconds of one, if there were enough to tell."""
+        self.since_trial += sum(seconds)
         self.since_probe += sum(seconds)
         self.seconds += sum(seconds)
         if len(seconds) < COLD_STEPS + TIMED_STEPS:
             return None
         self.since_steps = 0
-        return fmean(seconds[COLD_STEPS:])
+        return median(seconds[COLD_STEPS:])
 
     @property
     def steps_are_due(self) -> bool:
         """Whether plain steps haven't been timed for long."""
         return self.since_steps >= STEPS_EVERY
+
+    def tries(self, step_seconds: float, gain: float) -> bool:
+        """Whether early layers draft although that isn't expected to gain: the nearer it comes, the more often.
+
+        What is known of them grows old, and nothing new is learned while they aren't used.
+
+        Args:
+            step_seconds: Expected seconds of a plain step.
+            gain: Expected speed of drafting, as a ratio to that of plain steps.
+        """
+        lost_steps = COLD_STEPS / 2 + TRIAL_ROUNDS * TRIAL_TOKENS * max(0.0, 1.0 / gain - 1.0)
+        if not self.trial and self.since_trial * TRIAL_SHARE > lost_steps * step_seconds:
+            self.trial, self.since_trial = TRIAL_ROUNDS, 0.0
+        return self.trial > 0
 
     def observe_probe(self, seconds: float) -> None:
         """Note the seconds that a probe took beyond those of its round."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from layerskip.decoding.adaptive.pace import COLD_STEPS, FIRST_REST, TIMED_STEPS, Pace
+from layerskip.decoding.adaptive.pace import COLD_ROUNDS, COLD_STEPS, FIRST_REST, TIMED_STEPS, Pace
 from layerskip.decoding.adaptive.rates import AcceptanceRates
 from layerskip.decoding.adaptive.round_times import RoundTimes
 from layerskip.decoding.ngram import Match
@@ -81,6 +81,7 @@ class AdaptivePolicy:
         self._num_rows, self._samples = 0, [False]
         self._matches: Sequence[Match | None] = ()
         self._rounds = 0
+        self._drafted_rounds = 0
         self._best: Plan | None = None
         self._stale, self._planned_at = True, -PLAN_EVERY
         self._learning_seconds = 0.0
@@ -189,14 +190,20 @@ class AdaptivePolicy:
             self._best = self._best_layers(most)
             self._stale, self._planned_at = False, self._rounds
         step = self.times.seconds("none")
-        if self._best is not None and self._best.tokens_per_second * step > MARGIN:
+        if self._best is not None and self._drafts(self._best, step):
             best = self._best
         else:
             best = Plan(source="none", tokens_per_second=MARGIN / step)
         return self._better_text(best, most) if any(self._matches) else best
 
+    def _drafts(self, plan: Plan, step: float) -> bool:
+        """Whether early layers draft: they are expected to gain enough, or tried."""
+        gain = plan.tokens_per_second * step
+        return gain > MARGIN or self.pace.tries(step, gain)
+
     def _count(self, source: DraftSource, exit_layer: int, rounds: int = 1) -> None:
         self._rounds += rounds
+        self._drafted_rounds = 0 if source == "none" else self._drafted_rounds + 1
         self.counts[source, exit_layer] += rounds
 
     def _observe_steps(self, seconds: Sequence[float]) -> None:
@@ -221,9 +228,11 @@ class AdaptivePolicy:
         drafted, seconds = max(map(len, result.drafts), default=0), result.seconds
         if result.agreement:
             self.pace.observe_probe(max(0.0, seconds - self.times.seconds(plan.source, plan.exit_layer, drafted)))
-        elif plan.source != "none":
-            self.pace.observe_drafts(seconds)
-            if result.settled:
+        elif plan.source == "none":
+            self.pace.observe_steps([seconds])
+        else:
+            self.pace.observe_drafts(seconds, layers=plan.source == "layers")
+            if result.settled and (plan.source == "text" or self._drafted_rounds > COLD_ROUNDS):
                 self.times.observe(plan.source, plan.exit_layer, drafted, seconds + self._learning_seconds)
 
     def _times_steps(self) -> bool:

@@ -1,14 +1,23 @@
-"""Predicted seconds of rounds: measured costs, corrected by the seconds that rounds really took."""
+"""Predicted seconds of rounds: measured costs, corrected by the seconds that rounds really took.
+
+A machine that others use as well is faster in one second than in the next, by more than drafting gains. What is compared
+are therefore rounds of two kinds that ran right after each other; between such comparisons, rounds say only how fast the
+machine is at present, for all kinds alike.
+"""
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median
 
 from layerskip.decoding.adaptive.costs import Costs
 from layerskip.decoding.policy import DraftSource
 
-TIMED_ROUNDS = 9
-"""Rounds: the median of this many latest rounds with the same source of drafts corrects its costs."""
+COMPARED_ROUNDS = 9
+"""Rounds after a change of the source that are compared with those before it; the median of as many counts."""
+KNOWN_ROUNDS = 3
+"""Rounds by which the costs of a number of drafts count as known; before, all rounds with the same source say more."""
+PRESENT_ROUNDS = 5
+"""Latest rounds that say how fast the machine is at present."""
 
 
 @dataclass(kw_only=True)
@@ -16,8 +25,6 @@ class RoundTimes:
     """Predicted seconds of rounds of one batch size, on one machine."""
 
     costs: Costs
-    ratios: dict[DraftSource, deque[float]] = field(default_factory=dict)
-    """Ratio of measured to predicted seconds for the latest rounds."""
 
     def __post_init__(self) -> None:
         self.learn(self.costs)
@@ -25,32 +32,60 @@ class RoundTimes:
     def learn(self, costs: Costs) -> None:
         """Take other costs, which no round has corrected yet."""
         self.costs = costs
-        self.ratios.clear()
+        self._compared: dict[DraftSource, deque[float]] = {}
+        """Ratio of measured to predicted seconds by source, at the machine's speed in the rounds before."""
+        self._by_length: dict[tuple[DraftSource, int], deque[float]] = {}
+        self._factors: dict[tuple[DraftSource, int], float] = {}
+        """Medians of these, where enough is known."""
+        self._latest: DraftSource | None = None
+        self._left, self._speed_before = 0, 1.0
+        self._present: deque[float] = deque(maxlen=PRESENT_ROUNDS)
+        self._slowness = 1.0
         lengths = range(self.costs.most_drafts + 1)
         self._uncorrected = [[self.costs.round(exit_, n) for n in lengths] for exit_ in range(self.costs.num_layers)]
 
     def seconds(self, source: DraftSource, exit_layer: int = 0, num_drafts: int = 0) -> float:
         """Predicted seconds of a round."""
-        return self._uncorrected[exit_layer][num_drafts] * self.correction(source)
+        return self._uncorrected[exit_layer][num_drafts] * self.correction(source, num_drafts)
 
     def of_lengths(self, source: DraftSource, exit_layer: int) -> list[float]:
         """Predicted seconds of rounds with 0, 1, ... drafts."""
-        correction = self.correction(source)
-        return [correction * seconds for seconds in self._uncorrected[exit_layer]]
+        common, known, slowness = self.correction(source), self._factors, self._slowness
+        return [
+            uncorrected * (slowness * known[source, drafts] if (source, drafts) in known else common)
+            for drafts, uncorrected in enumerate(self._uncorrected[exit_layer])
+        ]
 
-    def correction(self, source: DraftSource) -> float:
-        """Ratio of measured to predicted seconds of rounds with this source.
+    def correction(self, source: DraftSource, num_drafts: int | None = None) -> float:
+        """Ratio of measured to predicted seconds of rounds with this source, and this many drafts if they were timed.
 
         Where none was timed yet, it is that of steps, or else of what was timed: costs may be wrong by a factor.
         """
-        ratios = self.ratios.get(source) or self.ratios.get("none") or next(iter(self.ratios.values()), None)
-        return median(ratios) if ratios else 1.0
+        return self._slowness * self._factor(source, num_drafts)
 
     def timed(self, source: DraftSource) -> int:
-        """Number of the latest rounds that were timed."""
-        return len(self.ratios.get(source, ()))
+        """Number of rounds that were compared, at most `COMPARED_ROUNDS`."""
+        return len(self._compared.get(source, ()))
 
     def observe(self, source: DraftSource, exit_layer: int, num_drafts: int, seconds: float) -> None:
         """Learn from a round."""
-        ratios = self.ratios.setdefault(source, deque(maxlen=TIMED_ROUNDS))
-        ratios.append(seconds / self._uncorrected[exit_layer][num_drafts])
+        ratio, length = seconds / self._uncorrected[exit_layer][num_drafts], (source, num_drafts)
+        if source != self._latest:
+            self._speed_before = self._slowness if self._present else ratio
+            self._latest, self._left = source, COMPARED_ROUNDS
+        if self._left:
+            self._left -= 1
+            self._compared.setdefault(source, deque(maxlen=COMPARED_ROUNDS)).append(ratio / self._speed_before)
+        same = self._by_length.setdefault(length, deque(maxlen=COMPARED_ROUNDS))
+        same.append(ratio / (self._speed_before if self._left else self._slowness))
+        if len(same) >= KNOWN_ROUNDS:
+            self._factors[length] = median(same)
+        self._present.append(ratio / self._factor(source, num_drafts))
+        self._slowness = median(self._present)
+
+    def _factor(self, source: DraftSource, num_drafts: int | None) -> float:
+        if num_drafts is not None and (source, num_drafts) in self._factors:
+            return self._factors[source, num_drafts]
+        known = self._compared
+        compared = known.get(source) or known.get("none") or next(iter(known.values()), None)
+        return median(compared) if compared else 1.0

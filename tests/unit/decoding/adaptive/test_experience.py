@@ -10,7 +10,7 @@ from engines import drain
 from policies import View, make_costs
 
 from layerskip.decoding.adaptive.costs import Costs, estimate_costs
-from layerskip.decoding.adaptive.experience import Experience, size_of
+from layerskip.decoding.adaptive.experience import FIRST_CALL_SECONDS, Experience, size_of
 from layerskip.decoding.adaptive.round_times import RoundTimes
 from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.engine import Engine
@@ -50,10 +50,11 @@ def test_unknown_costs_are_estimated_at_once_and_measured_bit_by_bit(
     times = experience.times(1, samples=False)
     assert times.costs == estimate_costs(text_lm.decoder)
     assert experience.look(1, 0.0) == 0.0
-    assert experience.look(1, 1e-9) > 0  # one call, whose seconds nobody knows yet
-    assert times.costs == estimate_costs(text_lm.decoder)
+    assert experience.look(1, 0.99 * FIRST_CALL_SECONDS) == 0.0
+    assert not times.costs.complete
     while experience.look(1, 100.0) > 0:
         pass
+    assert times.costs.complete
     assert times is experience.times(1, samples=False)
     assert times.costs != estimate_costs(text_lm.decoder)
     assert len(list(nothing_known.iterdir())) == 1

@@ -6,6 +6,7 @@ import pytest
 from policies import Known, View, make_costs, rates_of, result, steps
 
 from layerskip.decoding.adaptive.pace import (
+    COLD_ROUNDS,
     COLD_STEPS,
     FIRST_REST,
     LOOK_SHARE,
@@ -120,7 +121,9 @@ def test_rounds_that_take_longer_than_predicted_correct_the_costs() -> None:
     assert policy.plan(View()).source == "layers"
     for _ in range(60):
         steps(policy, [policy.times.costs.step()] * 8)
-        policy.observe(Plan(source="layers", exit_layer=4), result(4, 4, 3 * policy.times.costs.round(4, 4), range(5)))
+        for _ in range(COLD_ROUNDS + 2):
+            taken = result(4, 4, 3 * policy.times.costs.round(4, 4), range(5))
+            policy.observe(Plan(source="layers", exit_layer=4), taken)
     assert policy.times.correction("layers") == pytest.approx(3, rel=1e-3)
     assert policy.times.correction("none") == pytest.approx(1)
     assert policy.plan(View()).source == "none"
@@ -159,7 +162,7 @@ def follow(policy: AdaptivePolicy, rounds: int) -> list[str]:
 
 def test_steps_without_drafts_are_timed_now_and_then() -> None:
     policy = make_policy({4: 0.9})
-    policy.times.ratios.clear()
+    policy.times.learn(policy.times.costs)
     sources = follow(policy, 3 * STEPS_EVERY)
     block = 1 + COLD_STEPS + TIMED_STEPS
     assert sources[: FIRST_ROUNDS + block + 1] == ["layers"] * FIRST_ROUNDS + ["none"] * block + ["layers"]

@@ -87,18 +87,18 @@ void Team::note_late(Clock::duration waited, Clock::time_point now) {
     lost_ = {};
     --size_;
     grows_ = now + rest_;
-    rest_ = std::min<Clock::duration>(4 * rest_, kLongestRest);
+    rest_ = std::min<Clock::duration>(2 * rest_, kLongestRest);
 }
 
-// A small team grows again after its rest. Rests get shorter while no member is late.
+// A small team grows again after its rest. Rests get shorter with each window in which the whole team wasn't late.
 void Team::choose_size(Clock::time_point now) {
     if (now < grows_) return;
     if (size_ < all_) {
         ++size_;
-        grows_ = now + rest_;
+        grows_ = now + (size_ < all_ ? rest_ : kWindow);
     } else if (rest_ > kShortestRest) {
         rest_ = std::max<Clock::duration>(rest_ / 2, kShortestRest);
-        grows_ = now + rest_;
+        grows_ = now + kWindow;
     }
 }
 

@@ -153,14 +153,15 @@ class Engine:
         Raises:
             NotFiniteError: A token could not be chosen.
         """
-        if self._new:
-            self._settle()
-            self._start_new()
-        events: list[Event] = []
-        for batch in list(self._running):
-            events += self._run(batch)
-        for batch in list(self._reading):
-            events += self._read(batch)
+        with self.decoder.own_threads():
+            if self._new:
+                self._settle()
+                self._start_new()
+            events: list[Event] = []
+            for batch in list(self._running):
+                events += self._run(batch)
+            for batch in list(self._reading):
+                events += self._read(batch)
         return events
 
     def finish(

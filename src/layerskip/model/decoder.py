@@ -19,7 +19,7 @@ Shapes: B rows, Q query tokens a row, K drafts a row, D width, V vocabulary, L l
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -142,6 +142,10 @@ class Decoder:
     def layer_calls(self) -> int:
         """Layers entered so far, while drafting too, each counted once a call whatever its rows and tokens."""
         return self.calls.count
+
+    def own_threads(self) -> AbstractContextManager[None]:
+        """While rounds run: whatever threads would disturb those of this network rest."""
+        return nullcontext()
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:

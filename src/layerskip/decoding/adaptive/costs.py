@@ -119,7 +119,8 @@ def measure_costs(
     decoder: Decoder, num_rows: int, *, context: int = CONTEXT, queries: Sequence[int] = MEASURED_QUERIES
 ) -> Costs:
     """Time the network's calls: some twenty passes, or ten of a slow network; arguments as for `measuring`."""
-    return finish(measuring(decoder, num_rows, context=context, queries=queries))
+    with decoder.own_threads():
+        return finish(measuring(decoder, num_rows, context=context, queries=queries))
 
 
 Part = TypeVar("Part")

@@ -1,5 +1,6 @@
 """A decoder whose compositions are single calls into compiled code, where these can do what is asked."""
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from layerskip.model.decoder import Decoder
 from layerskip.model.drafts import DraftRequest, Drafts
 from layerskip.model.draw import Draw
 from layerskip.model.native.network import NativeNetwork
+from layerskip.model.native.threads import torch_at_rest
 from layerskip.model.positions import Positions
 
 
@@ -22,6 +24,15 @@ class NativeDecoder(Decoder):
         self._native = network
         # Capping can turn distinct logits into ties, and the kernels don't cap.
         self._can_choose = self.config.final_logit_softcapping is None
+
+    def own_threads(self) -> AbstractContextManager[None]:
+        """As `Decoder.own_threads`."""
+        return torch_at_rest()
+
+    def new_cache(self, num_rows: int, capacity: int) -> KVCache:
+        """As `Decoder.new_cache`."""
+        with torch_at_rest():  # filling it with zeros would wake torch's threads right before the first prompt
+            return super().new_cache(num_rows, capacity)
 
     def choose(
         self,

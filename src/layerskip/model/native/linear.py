@@ -16,6 +16,7 @@ from torch import Tensor
 from layerskip.model.blocks import BlockWeight
 from layerskip.model.native.library import FORMATS, GROUP, PANEL, LinearView, PackCall, load_library
 from layerskip.model.native.memory import WeightMemory
+from layerskip.model.native.threads import kernel_threads
 
 
 class NativeLinear:
@@ -53,7 +54,7 @@ class NativeLinear:
         self._bias = None if bias is None else F.pad(bias.float(), (0, padded - len(bias))).contiguous()
         places = self._panels.data_ptr(), self._scales.data_ptr()
         for first, numbers in enumerate(data):
-            pack(PackCall(numbers.data_ptr(), *places, inputs, outputs, format_, first, step, torch.get_num_threads()))
+            pack(PackCall(numbers.data_ptr(), *places, inputs, outputs, format_, first, step, kernel_threads()))
         self.view = LinearView(
             panels=self._panels.data_ptr(),
             scales=self._scales.data_ptr(),
@@ -73,7 +74,7 @@ class NativeLinear:
         """[N, I] -> [N, O]."""
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         out = torch.empty(len(rows), self.view.outputs)
-        self._multiply(ctypes.byref(self.view), rows.data_ptr(), len(rows), out.data_ptr(), torch.get_num_threads())
+        self._multiply(ctypes.byref(self.view), rows.data_ptr(), len(rows), out.data_ptr(), kernel_threads())
         return out[:, : self.outputs].reshape(*x.shape[:-1], self.outputs)
 
 

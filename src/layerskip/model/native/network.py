@@ -40,6 +40,7 @@ from layerskip.model.native.library import (
 )
 from layerskip.model.native.linear import NativeLinear
 from layerskip.model.native.sampling import sampling_view
+from layerskip.model.native.threads import kernel_threads
 from layerskip.model.positions import Positions, ValueSource
 from layerskip.model.rope import RopeTable
 from layerskip.model.torch.network import LayerWeights
@@ -141,7 +142,7 @@ class NativeNetwork:
         out = hidden.clone(memory_format=torch.contiguous_format)
         slots = [slot for row in positions.source_slots(cache.lengths, source) for slot in row]
         view, starts, sources = self._cache_view(cache), _int64s(positions.first), _int64s(slots)
-        self._network.threads = torch.get_num_threads()
+        self._network.threads = kernel_threads()
         self._run_adapter(
             AdaptCall(
                 network=address(self._network),
@@ -164,7 +165,7 @@ class NativeNetwork:
         self, function: Any, hidden: Tensor, positions: Positions, cache: KVCache, start: int, stop: int
     ) -> None:
         view, starts = self._cache_view(cache), _int64s(positions.first)
-        self._network.threads = torch.get_num_threads()
+        self._network.threads = kernel_threads()
         function(
             RunLayersCall(
                 network=address(self._network),
@@ -183,7 +184,7 @@ class NativeNetwork:
         rows, queries, _ = hidden.shape
         hidden = hidden.contiguous()
         logits = torch.empty(rows, queries, self._network.head.outputs)
-        self._network.threads = torch.get_num_threads()
+        self._network.threads = kernel_threads()
         self._unembed(self._network, hidden.data_ptr(), rows * queries, logits.data_ptr())
         return logits[..., : self.head.outputs]
 
@@ -205,7 +206,7 @@ class NativeNetwork:
         chosen = torch.empty(rows, queries, dtype=torch.long)
         view, starts = self._cache_view(cache), _int64s(positions.first)
         sampling = None if draw is None else sampling_view(draw)
-        self._network.threads = torch.get_num_threads()
+        self._network.threads = kernel_threads()
         self._choose(
             ChooseCall(
                 network=address(self._network),
@@ -239,7 +240,7 @@ class NativeNetwork:
         drafts, confidences = torch.empty(most, rows, dtype=torch.long), torch.empty(most, rows)
         stop_rule = None if stop is None else StopRuleView(rates=stop.rates, least=stop.least)
         sampling = None if request.draw is None else sampling_view(request.draw)
-        self._network.threads = torch.get_num_threads()
+        self._network.threads = kernel_threads()
         num_drafts = self._draft(
             DraftCall(
                 network=address(self._network),

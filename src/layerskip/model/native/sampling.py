@@ -15,6 +15,7 @@ from torch import Tensor
 
 from layerskip.model.draw import Draw
 from layerskip.model.native.library import SamplingView, load_library
+from layerskip.model.native.threads import kernel_threads
 
 MOST_TOP_K = 2**31 - 1
 """Tokens: the largest number that the structure holds."""
@@ -44,7 +45,7 @@ def filter_scores(draw: Draw, logits: Tensor) -> Tensor:
     assert library is not None
     scores = logits.clone(memory_format=torch.contiguous_format)
     rows, queries, vocab_size = scores.shape
-    threads = torch.get_num_threads()
+    threads = kernel_threads()
     library.layerskip_filter(sampling_view(draw), scores.data_ptr(), rows, queries, vocab_size, threads)
     return scores
 
@@ -56,5 +57,5 @@ def gumbel(keys: Sequence[Sequence[int]], vocab_size: int) -> Tensor:
     flat = [key for row in keys for key in row]
     noise = torch.empty(len(keys), len(keys[0]), vocab_size)
     places = (ctypes.c_uint64 * len(flat))(*flat)
-    library.layerskip_gumbel(places, len(flat), vocab_size, noise.data_ptr(), torch.get_num_threads())
+    library.layerskip_gumbel(places, len(flat), vocab_size, noise.data_ptr(), kernel_threads())
     return noise

@@ -126,7 +126,9 @@ def report(arguments: Arguments, runs: dict[str, list[dict[str, Any]]]) -> None:
         ]
         figures = (statistics.median(speeds), speeds[0], speeds[-1])
         total = statistics.median(sum(each) for each in seconds)
-        table.add_row(name, f"{total:.2f}", *(f"{one:.2f}" for one in figures), " ".join(f"{one:.2f}" for one in answers))
+        table.add_row(
+            name, f"{total:.2f}", *(f"{one:.2f}" for one in figures), " ".join(f"{one:.2f}" for one in answers)
+        )
     Console().print(table)
 
 

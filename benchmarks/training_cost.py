@@ -63,7 +63,7 @@ class Training:
                 intermediate_size=arguments.width * 11 // 4,
                 num_hidden_layers=arguments.layers,
                 num_attention_heads=heads,
-                num_key_value_heads=max(1, heads // 2),
+                num_key_value_heads=heads // 3 if heads % 3 == 0 else max(1, heads // 2),
                 tie_word_embeddings=True,
             )
         ).train()
@@ -125,6 +125,8 @@ def measure_memory(arguments: Arguments, with_recipe: bool) -> int:
     process = context.Process(target=peak_memory, args=(arguments, with_recipe, answer))
     process.start()
     process.join()
+    if process.exitcode:
+        raise SystemExit("a process that measures memory has failed")
     return int(answer.get())
 
 

@@ -30,7 +30,7 @@ const char* layerskip_layout() {
     static const std::string layout =
         describe("Linear", sizeof(Linear),
                  {FIELD(Linear, panels), FIELD(Linear, scales), FIELD(Linear, bias), FIELD(Linear, inputs),
-                  FIELD(Linear, outputs), FIELD(Linear, format), FIELD(Linear, padding)}) +
+                  FIELD(Linear, outputs), FIELD(Linear, format), FIELD(Linear, compute)}) +
         describe("Layer", sizeof(Layer),
                  {FIELD(Layer, input), FIELD(Layer, values), FIELD(Layer, value_layers), FIELD(Layer, distances),
                   FIELD(Layer, qkv), FIELD(Layer, o), FIELD(Layer, gate_up), FIELD(Layer, down),

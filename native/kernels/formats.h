@@ -41,15 +41,21 @@ struct Float16 : PlainFormat {
     static Wide decode(const Unit& unit, int) { return load_wide_halves(unit.values); }
 };
 
-struct Int8 : PlainFormat {
+// Eight bits for each weight: a word holds those of four inputs for one output, the first in its lowest bits.
+struct Bytes : PlainFormat {
+    static constexpr int kInputs = 4;
     struct Unit {
-        int8_t values[kPanel];
+        uint32_t values[kPanel];
     };
-    static constexpr bool kScaled = true;
-    static Wide decode(const Unit& unit, int) { return load_bytes(unit.values); }
+    static Wide decode(const Unit& unit, int input) { return load_bytes(unit.values, input); }
 };
 
-// Four bits for each weight: a word holds those of eight inputs for one output, the first in its lowest bits.
+struct Int8 : Bytes {
+    static constexpr bool kScaled = true;
+};
+
+// Four bits for each weight: a word holds those of eight inputs for one output, each of its bytes those of inputs i (in
+// the lower half) and i + 4.
 struct Nibbles : PlainFormat {
     static constexpr int kInputs = 8;
     static constexpr bool kGrouped = true;
@@ -58,18 +64,19 @@ struct Nibbles : PlainFormat {
     };
 };
 
+// Where a word has input i.
+inline int nibble_shift(int i) { return i % 4 * 8 + i / 4 * 4; }
+
 struct Int4 : Nibbles {
-    static Wide decode(const Unit& unit, int input) { return signed_nibbles(unit.values, input); }
+    static Wide decode(const Unit& unit, int input) { return signed_nibbles(unit.values, nibble_shift(input)); }
     static Wide scale(const void* scales, int64_t group) {
         return load_bfloat16(static_cast<const BFloat16::Unit*>(scales)[group].values);
     }
 };
 
 // Blocks of GGUF files: float16 scales, and for q4_1 minima behind the scales of each group.
-struct Q8_0 : PlainFormat {
-    using Unit = Int8::Unit;
+struct Q8_0 : Bytes {
     static constexpr bool kGrouped = true;
-    static Wide decode(const Unit& unit, int) { return load_bytes(unit.values); }
     static Wide scale(const void* scales, int64_t group) {
         return load_wide_halves(static_cast<const uint16_t*>(scales) + group * kPanel);
     }
@@ -77,7 +84,7 @@ struct Q8_0 : PlainFormat {
 
 struct Q4_0 : Nibbles {  // scale * (number - 8): the minimum is -8 * scale
     static constexpr bool kMinimum = true;
-    static Wide decode(const Unit& unit, int input) { return nibbles(unit.values, input); }
+    static Wide decode(const Unit& unit, int input) { return nibbles(unit.values, nibble_shift(input)); }
     static Wide scale(const void* scales, int64_t group) { return Q8_0::scale(scales, group); }
     static Wide minimum(const void* scales, int64_t group) { return scale(scales, group) * -8.0f; }
 };
@@ -85,7 +92,7 @@ struct Q4_0 : Nibbles {  // scale * (number - 8): the minimum is -8 * scale
 struct Q4_1 : Nibbles {  // scale * number + minimum
     static constexpr int kHalves = 2 * kPanel;
     static constexpr bool kMinimum = true;
-    static Wide decode(const Unit& unit, int input) { return nibbles(unit.values, input); }
+    static Wide decode(const Unit& unit, int input) { return nibbles(unit.values, nibble_shift(input)); }
     static Wide scale(const void* scales, int64_t group) { return Q8_0::scale(scales, 2 * group); }
     static Wide minimum(const void* scales, int64_t group) { return Q8_0::scale(scales, 2 * group + 1); }
 };

@@ -23,6 +23,9 @@ enum Format : int32_t {
     kQ4_1 = 7,
 };
 
+// How a product is computed: with inputs as they are, or in eight bits (int8/product.h), which are other numbers.
+enum Compute : int32_t { kComputeFloat32 = 0, kComputeInt8 = 1 };
+
 struct Linear {
     const void* panels;   // [O / 16, I, ...], laid out by pack()
     const void* scales;   // int8: float [O]; int4: pairs of bfloat16 [O / 16, I / 32, 8]; blocks: float16
@@ -31,7 +34,7 @@ struct Linear {
     int32_t inputs;       // a multiple of 32 in int4 and in blocks
     int32_t outputs;      // a multiple of 16: the last panel is filled up with zeros
     int32_t format;
-    int32_t padding;
+    int32_t compute;
 };
 
 // Bytes of all panels, without scales.

@@ -5,6 +5,7 @@
 
 #include "kernels/formats.h"
 #include "kernels/linear.h"
+#include "kernels/tiles.h"
 
 namespace layerskip {
 namespace {
@@ -47,11 +48,16 @@ int8_t quantize(float value, float step, int limit) {
     return static_cast<int8_t>(std::min<float>(limit, std::max<float>(-limit - 1, scaled)));
 }
 
+// Input `i` of output `j` in a panel whose units begin at `units`.
+void place_byte(int8_t number, int64_t i, int64_t j, Bytes::Unit* units) {
+    std::memcpy(reinterpret_cast<char*>(units[i / Bytes::kInputs].values + j) + i % Bytes::kInputs, &number, 1);
+}
+
 // The words that hold output `j` of a panel's group: four, each of eight inputs (`Nibbles`).
 void place_nibbles(const uint8_t* numbers, int64_t j, Nibbles::Unit* units) {
     for (int k = 0; k < kGroup / Nibbles::kInputs; ++k) {
         uint32_t word = 0;
-        for (int i = 0; i < Nibbles::kInputs; ++i) word |= (numbers[k * Nibbles::kInputs + i] & 0xfu) << 4 * i;
+        for (int i = 0; i < Nibbles::kInputs; ++i) word |= (numbers[k * Nibbles::kInputs + i] & 0xfu) << nibble_shift(i);
         units[k].values[j] = word;
     }
 }
@@ -87,7 +93,7 @@ int64_t packed_bytes(int32_t inputs, int32_t outputs, int32_t format) {
         case kFloat32: return 4 * count;
         case kBFloat16: return 2 * count;
         case kFloat16: return 2 * count;
-        case kInt8:
+        case kInt8: return panel_units<Int8>(inputs) * sizeof(Int8::Unit) * (outputs / kPanel);
         case kQ8_0: return count;
         default: return count / 2;
     }
@@ -101,6 +107,8 @@ void pack(const float* weight, int64_t inputs, int count, int32_t format, void* 
     float steps[kPanel];
     for (int64_t j = 0; format == kInt8 && j < kPanel; ++j)
         static_cast<float*>(scales)[panel * kPanel + j] = steps[j] = step_of(outputs[j], 0, inputs, 127);
+    auto* int8_panel = static_cast<Int8::Unit*>(panels) + panel * panel_units<Int8>(inputs);
+    if (format == kInt8) std::memset(int8_panel, 0, panel_units<Int8>(inputs) * sizeof *int8_panel);
     for (int64_t i = 0; i < inputs; ++i) {
         const int64_t unit = panel * inputs + i;
         for (int64_t j = 0; j < kPanel; ++j) {
@@ -113,7 +121,7 @@ void pack(const float* weight, int64_t inputs, int count, int32_t format, void* 
                     break;
                 }
                 case kFloat16: static_cast<Float16::Unit*>(panels)[unit].values[j] = to_float16(value); break;
-                default: static_cast<Int8::Unit*>(panels)[unit].values[j] = quantize(value, steps[j], 127); break;
+                default: place_byte(quantize(value, steps[j], 127), i, j, int8_panel); break;
             }
         }
     }
@@ -166,8 +174,8 @@ void pack_blocks(const uint8_t* weight, int64_t inputs, int count, int32_t forma
                 place_nibbles(numbers, j, static_cast<Nibbles::Unit*>(panels) + at * kGroup / Nibbles::kInputs);
                 continue;
             }
-            auto* units = static_cast<Q8_0::Unit*>(panels) + at * kGroup;
-            for (int i = 0; i < kGroup; ++i) units[i].values[j] = static_cast<int8_t>(numbers[i]);
+            auto* units = static_cast<Q8_0::Unit*>(panels) + at * kGroup / Q8_0::kInputs;
+            for (int i = 0; i < kGroup; ++i) place_byte(static_cast<int8_t>(numbers[i]), i, j, units);
         }
     }
 }

@@ -3,7 +3,9 @@
 namespace layerskip {
 
 const char* target() {
-#if defined(__AVX512F__)
+#if defined(__AVX512VNNI__)
+    return "avx512vnni";
+#elif defined(__AVX512F__)
     return "avx512";
 #elif defined(__AVX2__)
     return "avx2";
@@ -36,6 +38,9 @@ bool runs_here() {
 #endif
 #if defined(__AVX512VL__)
     found = found && __builtin_cpu_supports("avx512vl");
+#endif
+#if defined(__AVX512VNNI__)
+    found = found && __builtin_cpu_supports("avx512vnni");
 #endif
 #if defined(__AVX512BF16__)
     found = found && __builtin_cpu_supports("avx512bf16");

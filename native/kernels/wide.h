@@ -39,23 +39,25 @@ inline Wide load_wide_halves(const uint16_t* from) {
     return (Wide)_mm512_maskz_cvtph_ps(kAll, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 
-inline Wide load_bytes(const int8_t* from) {
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-    return (Wide)_mm512_maskz_cvtepi32_ps(kAll, _mm512_maskz_cvtepi8_epi32(kAll, bytes));
+// Byte `i` of each word, from -128 to 127.
+inline Wide load_bytes(const uint32_t* from, int i) {
+    typedef int32_t Numbers __attribute__((vector_size(64)));
+    const WideWords words = (WideWords)_mm512_loadu_si512(from);
+    return (Wide)_mm512_maskz_cvtepi32_ps(kAll, (__m512i)((Numbers)(words << (24 - 8 * i)) >> 24));
 }
 
-// Nibble `i` of each word, from 0 to 15. Looking up a number takes the index from the lowest four bits.
-inline Wide nibbles(const uint32_t* from, int i) {
+// The four bits of each word from bit `shift` on, from 0 to 15. Looking up a number takes the index from the lowest four.
+inline Wide nibbles(const uint32_t* from, int shift) {
     const Wide numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const WideWords words = (WideWords)_mm512_loadu_si512(from);
-    return (Wide)_mm512_maskz_permutexvar_ps(kAll, (__m512i)(words >> 4 * i), (__m512)numbers);
+    return (Wide)_mm512_maskz_permutexvar_ps(kAll, (__m512i)(words >> shift), (__m512)numbers);
 }
 
 // The same with signs, from -8 to 7.
-inline Wide signed_nibbles(const uint32_t* from, int i) {
+inline Wide signed_nibbles(const uint32_t* from, int shift) {
     const Wide numbers = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
     const WideWords words = (WideWords)_mm512_loadu_si512(from);
-    return (Wide)_mm512_maskz_permutexvar_ps(kAll, (__m512i)(words >> 4 * i), (__m512)numbers);
+    return (Wide)_mm512_maskz_permutexvar_ps(kAll, (__m512i)(words >> shift), (__m512)numbers);
 }
 
 #else
@@ -101,17 +103,21 @@ inline Wide load_bfloat16(const uint32_t* from) {
 
 inline Wide load_wide_halves(const uint16_t* from) { return {load_halves(from), load_halves(from + kLanes)}; }
 
-inline Wide load_bytes(const int8_t* from) { return {to_float(widen(from)), to_float(widen(from + kLanes))}; }
+// Byte `i` of each word, from -128 to 127.
+inline Wide load_bytes(const uint32_t* from, int i) {
+    const auto half = [i](WordVector words) { return to_float((IntVector)(words << (24 - 8 * i)) >> 24); };
+    return {half(load_words(from)), half(load_words(from + kLanes))};
+}
 
-// Nibble `i` of each word, from 0 to 15.
-inline Wide nibbles(const uint32_t* from, int i) {
-    const auto half = [i](WordVector words) { return to_float((IntVector)(words >> 4 * i & 0xf)); };
+// The four bits of each word from bit `shift` on, from 0 to 15.
+inline Wide nibbles(const uint32_t* from, int shift) {
+    const auto half = [shift](WordVector words) { return to_float((IntVector)(words >> shift & 0xf)); };
     return {half(load_words(from)), half(load_words(from + kLanes))};
 }
 
 // The same with signs, from -8 to 7.
-inline Wide signed_nibbles(const uint32_t* from, int i) {
-    const auto half = [i](WordVector words) { return to_float((IntVector)(words << (28 - 4 * i)) >> 28); };
+inline Wide signed_nibbles(const uint32_t* from, int shift) {
+    const auto half = [shift](WordVector words) { return to_float((IntVector)(words << (28 - shift)) >> 28); };
     return {half(load_words(from)), half(load_words(from + kLanes))};
 }
 

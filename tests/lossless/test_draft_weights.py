@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from engines import cache_of, drain, start
+from everywhere import same_everywhere
 
 import layerskip
 from layerskip.errors import InvalidArgumentError
@@ -36,20 +37,6 @@ def reload(lm_folder: Path, request: pytest.FixtureRequest) -> Callable[..., Lan
         return layerskip.load(str(lm_folder), dtype="float32", device="cpu", kernels=request.param, **options)
 
     return load
-
-
-def same_everywhere(lm: LanguageModel, plain: LanguageModel, prompts: list[list[int]], **options: Any) -> int:
-    """Compare all exits, lengths and adaptive decoding with plain autoregressive texts; returns accepted drafts."""
-    options = {"max_new_tokens": 30, **options}
-    expected = [r.token_ids for r in plain.generate(prompts, generation_strategy="autoregressive", **options)]
-    accepted = 0
-    for exit_layer in range(1, lm.decoder.num_layers + 1):
-        for drafts in (1, 3, 6):
-            results = lm.generate(prompts, exit_layer=exit_layer, num_speculations=drafts, **options)
-            assert [r.token_ids for r in results] == expected, (exit_layer, drafts)
-            accepted += sum(r.stats.accepted for r in results)
-    assert [r.token_ids for r in lm.generate(prompts, generation_strategy="adaptive", **options)] == expected
-    return accepted
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)

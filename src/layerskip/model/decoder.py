@@ -128,6 +128,11 @@ class Decoder:
         """What computes: `native` or `torch`."""
         return self._network.kernels
 
+    @property
+    def compute(self) -> str:
+        """The numbers that products multiply by: those of `dtype`, or `int8` (`checkpoint.loading.config`)."""
+        return str(self.dtype).removeprefix("torch.")
+
     def weight_bytes(self, start: int, stop: int, *, head: bool = True) -> int:
         """Bytes of weights that a pass through layers start..stop-1, and the head, reads."""
         layers = sum(layer.num_bytes for layer in self._network.layers[start:stop])

@@ -165,13 +165,15 @@ class NativeBuilder:
     device: torch.device
     dtype: torch.dtype
     quantize: str | None = None
+    compute: str = "float32"
+    """How products are computed, a key of `COMPUTE`, where the weights are in 8 or 4 bits."""
     memory: WeightMemory = field(default_factory=WeightMemory)
     """Where the panels are kept."""
 
     @classmethod
     def of(cls, plan: LoadingPlan) -> "NativeBuilder":
         """The one that builds what is planned."""
-        return cls(device=plan.device, dtype=plan.dtype, quantize=plan.quantize)
+        return cls(device=plan.device, dtype=plan.dtype, quantize=plan.quantize, compute=plan.compute)
 
     @property
     def keeps_blocks(self) -> bool:
@@ -193,12 +195,12 @@ class NativeBuilder:
             bias = interleave(bias)
         if not isinstance(weight, Tensor):
             blocks = _halves(weight) if ours == "gate_up" else [stacked(weight)]
-            return NativeLinear(*blocks, bias=bias, memory=self.memory)
+            return NativeLinear(*blocks, bias=bias, compute=self.compute, memory=self.memory)
         if ours == "down" and weight.shape[1] % PANEL:  # as many inputs as gate and up have outputs
             weight = F.pad(weight, (0, -weight.shape[1] % PANEL))
         storage = native_storage(self.quantize, weight.shape[1])
         tensors = weight.chunk(2) if ours == "gate_up" else [weight]
-        return NativeLinear(*tensors, bias=bias, storage=storage, memory=self.memory)
+        return NativeLinear(*tensors, bias=bias, storage=storage, compute=self.compute, memory=self.memory)
 
     def decoder(
         self, shared: SharedWeights, layers: Sequence[LayerWeights[NativeLinear]], head: NativeLinear, **options: Any
@@ -217,8 +219,8 @@ class NativeBuilder:
         return NativeDecoder(shared.config, network=network, **options)
 
     def for_drafts(self, quantize: str | None) -> "NativeBuilder":
-        """The same with these bits, in the same memory."""
-        return replace(self, quantize=quantize)
+        """The same with these bits, in the same memory; what only drafts may compute as is fastest."""
+        return replace(self, quantize=quantize, compute="int8")
 
 
 def _halves(parts: Sequence[BlockWeight]) -> Sequence[BlockWeight]:

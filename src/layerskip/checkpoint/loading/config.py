@@ -14,6 +14,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 Kernels = Literal["auto", "native", "torch"]
 Quantization = Literal["int8", "int4", "fp8"]
 Compile = Literal["auto", "off", "max"]
+Compute = Literal["float32", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,9 @@ class LoadingConfig:
     """native: compiled, for float32 on a CPU; torch: all else; auto: native where it can run the model."""
     quantize: Quantization | None = None
     """Keep weights in fewer bits (fp8 on CUDA only): less memory, more tokens/s, and another model."""
+    compute: Compute = "float32"
+    """int8: native kernels multiply weights of 8 or 4 bits by states rounded to 8 bits: faster, and another model by a
+    little. Exact sums of whole numbers: the text doesn't depend on how it is decoded."""
     quantize_draft: Quantization | None = None
     """The same for a copy that only drafts; the text stays that of the weights as they are."""
     draft_vocabulary: int | None = None
@@ -49,7 +53,7 @@ class LoadingConfig:
         Raises:
             InvalidArgumentError: Naming the field and its value.
         """
-        for name in ("dtype", "device", "kernels", "compile", "quantize", "quantize_draft"):
+        for name in ("dtype", "device", "kernels", "compile", "compute", "quantize", "quantize_draft"):
             value = getattr(self, name)
             if not isinstance(value, str) and not (value is None and name.startswith("quantize")):
                 raise InvalidArgumentError(f"{name} must be a text, got {value!r}")

@@ -23,6 +23,7 @@ from layerskip.checkpoint.loading.tensors import (
     read_tensor,
     stored_shapes,
 )
+from layerskip.errors import InvalidArgumentError
 from layerskip.model.blocks import BlockWeight
 from layerskip.model.config.families import FAMILIES
 from layerskip.model.config.model_config import ModelConfig
@@ -51,12 +52,19 @@ def load_decoder(config: ModelConfig, source: TensorSource, plan: LoadingPlan) -
 
     Raises:
         WeightsError: A tensor is of the wrong shape or type.
+        InvalidArgumentError: No weight is in a format whose products can be computed as planned.
     """
     if plan.adapters is not None:
         exits = sorted(adapter.exit_layer for adapter in plan.adapters.adapters)
         config = replace(config, adapted_exits=tuple(exits))
     if plan.network == "native":
-        return _Loader(config, source, NativeBuilder.of(plan)).load(plan)
+        decoder = _Loader(config, source, NativeBuilder.of(plan)).load(plan)
+        if plan.compute != "float32" and decoder.compute != plan.compute:
+            raise InvalidArgumentError(
+                f"compute {plan.compute!r} needs weights in 8 or 4 bits and this checkpoint has none; "
+                "give quantize int8 or int4 too, or a GGUF file in Q8_0, Q4_0 or Q4_1"
+            )
+        return decoder
     return _Loader(config, source, TorchBuilder.of(plan)).load(plan)
 
 

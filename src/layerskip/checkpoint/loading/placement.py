@@ -7,6 +7,7 @@ import torch
 from layerskip.errors import InvalidArgumentError
 from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.graphs.compiled import RoundMode, why_not_compile
+from layerskip.model.native.library import COMPUTE
 from layerskip.model.native.network import why_not_native
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,6 +46,14 @@ def choose_kernels(kernels: str, config: ModelConfig, device: torch.device, dtyp
     if kernels == "native" and obstacle is not None:
         raise InvalidArgumentError(f"kernels 'native' can't run this model: {obstacle}; use auto or torch")
     return kernels != "torch" and obstacle is None
+
+
+def check_compute(compute: str, *, native: bool) -> None:
+    """Raise `InvalidArgumentError` unless the network can multiply so."""
+    if compute not in COMPUTE:
+        raise InvalidArgumentError(f"compute {compute!r} is not known; use {' or '.join(COMPUTE)}")
+    if compute != "float32" and not native:
+        raise InvalidArgumentError(f"compute {compute!r} needs native kernels, and torch's run this model; use float32")
 
 
 def choose_rounds(compile: str, kernels: str, device: torch.device) -> RoundMode | None:

@@ -9,6 +9,7 @@ import torch
 from layerskip.checkpoint.loading.adapters import AdapterSet
 from layerskip.checkpoint.loading.config import LoadingConfig
 from layerskip.checkpoint.loading.placement import (
+    check_compute,
     choose_context,
     choose_device,
     choose_dtype,
@@ -56,6 +57,8 @@ class LoadingPlan:
     """Times that a round runs before it is compiled; as often as pays if not given."""
     quantize: str | None = None
     """Fewer bits for layers and head, a key of `quantization.QUANTIZATIONS`; None: `dtype`, or the file's blocks."""
+    compute: str = "float32"
+    """How native kernels multiply, a key of `native.library.COMPUTE`."""
     draft: DraftWeights | None = None
     """Other weights to draft with; None: the same."""
     adapters: AdapterSet | None = None
@@ -128,6 +131,7 @@ def plan_loading(checkpoint: LoadableCheckpoint, config: LoadingConfig) -> Loadi
     for name, value in (("quantize", config.quantize), ("quantize_draft", config.quantize_draft)):
         if value is not None:
             check_quantization(name, value, native=native, device=device, dtype=dtype)
+    check_compute(config.compute, native=native)
     plan = LoadingPlan(
         device=device,
         dtype=dtype,
@@ -135,6 +139,7 @@ def plan_loading(checkpoint: LoadableCheckpoint, config: LoadingConfig) -> Loadi
         network="native" if native else "torch",
         rounds=rounds,
         quantize=config.quantize,
+        compute=config.compute,
         draft=_draft_weights(checkpoint, config),
         adapters=checkpoint.find_exit_adapters(config.exit_adapters),
     )

@@ -47,6 +47,7 @@ def _fingerprint(decoder: Decoder, num_rows: int) -> str:
     facts: dict[str, Any] = {
         "model": repr(decoder.config),
         "dtype": str(decoder.dtype),
+        "compute": decoder.compute,
         "kernels": [decoder.kernels, kernels_version()],
         "bytes": decoder.weight_bytes(0, decoder.num_layers),
         "drafter": [drafter.shares_states, drafter.decoder.weight_bytes(0, 1)],

@@ -1,8 +1,8 @@
 """Predicted seconds of rounds: measured costs, corrected by the seconds that rounds really took.
 
-A machine that others use as well is faster in one second than in the next, by more than drafting gains. What is compared
-are therefore rounds of two kinds that ran right after each other; between such comparisons, rounds say only how fast the
-machine is at present, for all kinds alike.
+A machine that others use as well is faster in one second than in the next, by more than drafting gains. What is
+compared are therefore rounds of two kinds that ran right after each other; between such comparisons, rounds say only
+how fast the machine is at present, for all kinds alike.
 """
 
 from collections import deque

@@ -25,6 +25,11 @@ class NativeDecoder(Decoder):
         # Capping can turn distinct logits into ties, and the kernels don't cap.
         self._can_choose = self.config.final_logit_softcapping is None
 
+    @property
+    def compute(self) -> str:
+        """As `Decoder.compute`."""
+        return self._native.compute
+
     def own_threads(self) -> AbstractContextManager[None]:
         """As `Decoder.own_threads`."""
         return torch_at_rest()

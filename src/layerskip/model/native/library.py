@@ -1,8 +1,8 @@
 """The compiled kernels (`native/`), their structures and functions as ctypes sees them.
 
 They are built when the package is installed, where a C++ compiler is at hand: on x86 one library for processors with
-AVX-512 and one for those with AVX2, which give the same numbers. Without any, or on a processor that lacks the
-instructions, `load_library` returns None, and everything runs in torch.
+AVX-512 and VNNI, one for AVX-512 alone and one for AVX2, which give the same numbers. Without any, or on a processor
+that lacks the instructions, `load_library` returns None, and everything runs in torch.
 """
 
 import ctypes
@@ -15,9 +15,10 @@ from typing import Any
 from layerskip.errors import InvalidArgumentError
 from layerskip.model.drafts import CONFIDENCE_CLASSES
 
-INTERFACE = 8
+INTERFACE = 9
 """Version of what the functions do; `layerskip_interface` must return it."""
-LIBRARIES = tuple(Path(__file__).parents[2] / name for name in ("_native_avx512.so", "_native.so"))
+NAMES = ("_native_avx512vnni.so", "_native_avx512.so", "_native.so")
+LIBRARIES = tuple(Path(__file__).parents[2] / name for name in NAMES)
 """Files to try, the fastest instruction set first."""
 TARGET_VARIABLE = "LAYERSKIP_CPU"
 """Environment variable that insists on an instruction set, for measurements and tests."""
@@ -28,6 +29,7 @@ GROUP = 32
 FORMATS = {
     "float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "float16": 4, "q8_0": 5, "q4_0": 6, "q4_1": 7,
 }  # fmt: skip
+COMPUTE = {"float32": 0, "int8": 1}
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu": 2}
 
 
@@ -41,7 +43,7 @@ class LinearView(Structure):
         ("inputs", c_int32),
         ("outputs", c_int32),
         ("format", c_int32),
-        ("padding", c_int32),
+        ("compute", c_int32),
     )
 
 
@@ -263,7 +265,8 @@ def load_library(paths: tuple[Path, ...] = LIBRARIES, target: str | None = None)
 
     Args:
         paths: Files to try.
-        target: Instruction set to insist on: `avx512` or `avx2`; the environment's `LAYERSKIP_CPU` if not given.
+        target: Instruction set to insist on: `avx512vnni`, `avx512` or `avx2`; the environment's `LAYERSKIP_CPU` if not
+            given.
 
     Raises:
         InvalidArgumentError: No library is for this instruction set.

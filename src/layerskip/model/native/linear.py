@@ -14,9 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerskip.model.blocks import BlockWeight
-from layerskip.model.native.library import FORMATS, GROUP, PANEL, LinearView, PackCall, load_library
+from layerskip.model.native.library import COMPUTE, FORMATS, GROUP, PANEL, LinearView, PackCall, load_library
 from layerskip.model.native.memory import WeightMemory
 from layerskip.model.native.threads import kernel_threads
+
+INT8_STORAGES = ("int8", "int4", "q8_0", "q4_0", "q4_1")
+"""Formats whose products can take inputs in 8 bits."""
 
 
 class NativeLinear:
@@ -27,6 +30,7 @@ class NativeLinear:
         *weights: Tensor | BlockWeight,
         bias: Tensor | None = None,
         storage: str | None = None,
+        compute: str = "float32",
         memory: WeightMemory | None = None,
     ) -> None:
         """Lay out a weight.
@@ -35,6 +39,8 @@ class NativeLinear:
             weights: [O, I], float32 or all in blocks of one format, which they keep; of several, panels alternate.
             bias: For all of them, in the order of the outputs (`interleave`), float32, or None.
             storage: A key of `FORMATS`; if not given, the smallest that holds the numbers exactly. Not for blocks.
+            compute: A key of `COMPUTE`: whether a product takes its inputs in 8 bits, for formats of 8 or 4 bits whose
+                inputs are whole groups; others stay in float32.
             memory: Where panels are kept; memory of its own if not given.
         """
         library = load_library()
@@ -62,6 +68,7 @@ class NativeLinear:
             inputs=inputs,
             outputs=padded,
             format=format_,
+            compute=COMPUTE[compute] if self.storage in INT8_STORAGES and inputs % GROUP == 0 else 0,
         )
         self._multiply = library.layerskip_multiply
 

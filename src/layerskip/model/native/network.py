@@ -129,6 +129,13 @@ class NativeNetwork:
             attention_scale=config.attention_scale,
         )
 
+    @property
+    def compute(self) -> str:
+        """int8 if any product of the layers or the head takes its inputs in 8 bits."""
+        own = self.layers[: self._network.num_layers]
+        products = [self.head, *(part for layer in own for part in (layer.qkv, layer.down))]
+        return "int8" if any(product.view.compute for product in products) else "float32"
+
     def run_layers(self, hidden: Tensor, positions: Positions, cache: KVCache, start: int, stop: int) -> Tensor:
         """[B, Q, D], the input of layer `start` -> [B, Q, D], the output of layer `stop - 1`."""
         out = hidden.clone(memory_format=torch.contiguous_format)

@@ -92,6 +92,8 @@ def test_the_most_frequent_tokens_of_a_text(tiny_checkpoint: Callable[..., Path]
         ({"draft_vocabulary": 0}, "draft_vocabulary must be from 1 to the vocabulary's 96, got 0"),
         ({"draft_vocabulary": 2, "draft_text": "no such file"}, "draft_text 'no such file' can't be read"),
         ({"kernels": "native", "dtype": "float16"}, "kernels 'native' can't run this model"),
+        ({"compute": "bfloat16"}, "compute 'bfloat16' is not known; use float32 or int8"),
+        ({"compute": "int8", "kernels": "torch"}, "compute 'int8' needs native kernels"),
         ({"quantize": "int2"}, "quantize 'int2' is not known; use int8, int4, fp8"),
     ],
 )

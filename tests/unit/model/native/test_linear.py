@@ -65,6 +65,55 @@ def test_a_row_does_not_depend_on_its_neighbours(storage: str) -> None:
         assert torch.equal(linear(x[:rows]), alone[:rows])
 
 
+def in_8_bits(x: Tensor) -> Tensor:
+    """Inputs as products with `compute` int8 see them."""
+    groups = x.view(len(x), -1, GROUP)
+    step = groups.abs().amax(-1, keepdim=True) / 127
+    return ((groups / step).round().nan_to_num() * step).view_as(x)
+
+
+@needs_library
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+@pytest.mark.parametrize(("outputs", "inputs"), [(16, 32), (70, 64), (333, 160)])
+def test_products_with_inputs_in_8_bits(storage: str, outputs: int, inputs: int, threads: int) -> None:
+    weight, bias = random(outputs, inputs), random(outputs, seed=1)
+    linear = NativeLinear(weight, bias=bias, storage=storage, compute="int8")
+    x = random(13, inputs, seed=2)
+    x[3, :GROUP] = 0
+    x[4] *= 1e-20
+    wanted = in_8_bits(x) @ rounded(weight, storage).t() + bias
+    alone = torch.cat([linear(row) for row in x.split(1)])
+    torch.testing.assert_close(alone, wanted, rtol=1e-4, atol=1e-4)
+    for rows in range(1, 14):
+        assert torch.equal(linear(x[:rows]), alone[:rows])
+
+
+@needs_library
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_inputs_that_are_not_finite_are_not_lost_in_8_bits(bad: float) -> None:
+    linear, x = NativeLinear(random(48, 64), storage="int8", compute="int8"), random(2, 64, seed=1)
+    x[1, 40] = bad
+    out = linear(x)
+    assert out[0].isfinite().all()
+    assert not out[1].isfinite().any()
+
+
+@needs_library
+@pytest.mark.parametrize(("storage", "inputs"), [("float32", 64), ("bfloat16", 64), ("int8", 40)])
+def test_other_products_stay_in_float32(storage: str, inputs: int) -> None:
+    weight, x = random(32, inputs), random(3, inputs, seed=1)
+    ours, plain = (NativeLinear(weight, storage=storage, compute=compute) for compute in ("int8", "float32"))
+    assert torch.equal(ours(x), plain(x))
+
+
+@needs_library
+def test_int8_with_any_number_of_inputs(threads: int) -> None:
+    for inputs in (1, 2, 3, 5, 31, 33, 66):
+        weight, x = random(20, inputs), random(4, inputs, seed=1)
+        linear = NativeLinear(weight, storage="int8")
+        torch.testing.assert_close(linear(x), x @ rounded(weight, "int8").t(), rtol=1e-4, atol=1e-4)
+
+
 @needs_library
 def test_bfloat16_is_taken_where_it_loses_nothing() -> None:
     weight = random(32, 64)

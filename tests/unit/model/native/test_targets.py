@@ -15,7 +15,7 @@ from layerskip.errors import InvalidArgumentError
 from layerskip.model.blocks import BLOCK_BYTES, BlockWeight
 from layerskip.model.native import sampling
 from layerskip.model.native.library import FORMATS, LIBRARIES, load_library
-from layerskip.model.native.linear import NativeLinear
+from layerskip.model.native.linear import INT8_STORAGES, NativeLinear
 from layerskip.model.noise import Purpose, make_key
 
 
@@ -26,17 +26,18 @@ def can_run(target: str) -> bool:
         return False
 
 
-pytestmark = pytest.mark.skipif(not (can_run("avx2") and can_run("avx512")), reason="this processor runs one library")
+TARGETS = [target for target in ("avx2", "avx512", "avx512vnni") if can_run(target)]
+pytestmark = pytest.mark.skipif(len(TARGETS) < 2, reason="this processor runs one library")
 Result = TypeVar("Result")
-WithBoth = Callable[[Callable[[], Result]], list[Result]]
-"""Calls a function once with each library and returns both results."""
+WithAll = Callable[[Callable[[], Result]], list[Result]]
+"""Calls a function once with each library and returns all results."""
 
 
 @pytest.fixture
-def with_both(monkeypatch: pytest.MonkeyPatch) -> Iterator[WithBoth[Result]]:
+def with_all(monkeypatch: pytest.MonkeyPatch) -> Iterator[WithAll[Result]]:
     def call(function: Callable[[], Result]) -> list[Result]:
         results = []
-        for target in ("avx2", "avx512"):
+        for target in TARGETS:
             monkeypatch.setenv("LAYERSKIP_CPU", target)
             load_library.cache_clear()
             results.append(function())
@@ -50,47 +51,59 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def make(storage: str, outputs: int, inputs: int) -> NativeLinear:
+def same(results: list[Tensor]) -> bool:
+    """Whether all libraries have given the same bits."""
+    return all(torch.equal(results[0], other) for other in results[1:])
+
+
+def make(storage: str, outputs: int, inputs: int, compute: str) -> NativeLinear:
     weight, bias = random(outputs, inputs), random(outputs, seed=1)
     if storage in BLOCK_BYTES:
         data = quantize(weight.numpy(), GGMLQuantizationType[storage.upper()])
-        return NativeLinear(BlockWeight(storage, torch.from_numpy(data)), bias=bias)  # type: ignore[arg-type]
-    return NativeLinear(weight.half().float() if storage == "float16" else weight, bias=bias, storage=storage)
+        return NativeLinear(BlockWeight(storage, torch.from_numpy(data)), bias=bias, compute=compute)  # type: ignore[arg-type]
+    weight = weight.half().float() if storage == "float16" else weight
+    return NativeLinear(weight, bias=bias, storage=storage, compute=compute)
 
 
-@pytest.mark.parametrize("storage", list(FORMATS))
+@pytest.mark.parametrize(
+    ("storage", "compute"), [*((name, "float32") for name in FORMATS), *((name, "int8") for name in INT8_STORAGES)]
+)
 @pytest.mark.parametrize("inputs", [32, 96, 576])
-def test_products(with_both: WithBoth[list[Tensor]], storage: str, inputs: int) -> None:
+def test_products(with_all: WithAll[list[Tensor]], storage: str, compute: str, inputs: int) -> None:
     """Any number of tokens and of panels, in tiles of all sizes."""
 
     def products() -> list[Tensor]:
         found = []
         for panels in (1, 2, 3, 4, 5, 7, 11):
-            linear = make(storage, 16 * panels - 3, inputs)
+            linear = make(storage, 16 * panels - 3, inputs, compute)
             alone = torch.cat([linear(row) for row in random(21, inputs, seed=2).split(1)])
             for rows in (*range(1, 14), 21):
                 found.append(linear(random(21, inputs, seed=2)[:rows]))
                 assert torch.equal(found[-1], alone[:rows])
         return found
 
-    assert all(map(torch.equal, *with_both(products)))
+    assert all(same(list(each)) for each in zip(*with_all(products), strict=True))
 
 
-@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+@pytest.mark.parametrize(
+    ("quantize", "compute"), [(None, "float32"), ("int8", "float32"), ("int4", "float32"), ("int8", "int8")]
+)
 def test_a_network(
-    with_both: WithBoth[Tensor],
+    with_all: WithAll[Tensor],
     tiny_checkpoint: Callable[..., Path],
     quantize: str | None,
+    compute: str,
 ) -> None:
     folder = str(tiny_checkpoint())
     tokens = torch.randint(0, 96, (90,), generator=torch.Generator().manual_seed(1)).tolist()
 
     def logits() -> Tensor:
-        return layerskip.load(folder, kernels="native", quantize=quantize).logits(tokens)  # type: ignore[arg-type]
+        lm = layerskip.load(folder, kernels="native", quantize=quantize, compute=compute)  # type: ignore[arg-type]
+        return lm.logits(tokens)
 
-    assert torch.equal(*with_both(logits))
+    assert same(with_all(logits))
 
 
-def test_noise(with_both: WithBoth[Tensor]) -> None:
+def test_noise(with_all: WithAll[Tensor]) -> None:
     keys = [[make_key(5, Purpose.TARGET, position) for position in range(4)]]
-    assert torch.equal(*with_both(lambda: sampling.gumbel(keys, 1003)))
+    assert same(with_all(lambda: sampling.gumbel(keys, 1003)))

@@ -1,0 +1,84 @@
+// Sums of products of bytes: four inputs of sixteen outputs at a time, in 32-bit integers.
+//
+// They are exact, so all instruction sets give the same numbers, whatever the order.
+#pragma once
+
+#include "kernels/wide.h"
+
+namespace layerskip {
+
+#if defined(__AVX512F__)
+
+typedef int32_t Ints __attribute__((vector_size(64)));
+
+inline Ints broadcast_ints(int32_t value) { return (Ints)_mm512_set1_epi32(value); }
+
+inline WideWords load_wide_words(const uint32_t* from) { return (WideWords)_mm512_loadu_si512(from); }
+
+inline Wide to_wide(Ints value) { return (Wide)_mm512_maskz_cvtepi32_ps(kAll, (__m512i)value); }
+
+// sum += bytes times numbers: of each word the four unsigned bytes, times the four signed numbers of `x`. Where there is
+// no instruction for it, products are added up in pairs of 16 bits first, which hold bytes of up to seven bits.
+template <bool Full>
+inline void add_dot(Ints& sum, WideWords bytes, uint32_t x) {
+    const __m512i numbers = _mm512_set1_epi32(static_cast<int32_t>(x));
+#if defined(__AVX512VNNI__)
+    sum = (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)bytes, numbers);
+#else
+    const auto dot = [numbers](WideWords part) {
+        return (Ints)_mm512_madd_epi16(_mm512_maddubs_epi16((__m512i)part, numbers), _mm512_set1_epi16(1));
+    };
+    if constexpr (Full) {
+        sum += dot(bytes & 0x7f7f7f7fu) + (dot(bytes >> 7 & 0x01010101u) << 7);
+    } else {
+        sum += dot(bytes);
+    }
+#endif
+}
+
+#else
+
+struct Ints {
+    IntVector low, high;
+};
+
+struct WideWords {
+    WordVector low, high;
+};
+
+inline WideWords operator&(WideWords a, uint32_t b) { return {a.low & b, a.high & b}; }
+inline WideWords operator^(WideWords a, uint32_t b) { return {a.low ^ b, a.high ^ b}; }
+inline WideWords operator>>(WideWords a, int b) { return {a.low >> b, a.high >> b}; }
+
+inline Ints broadcast_ints(int32_t value) { return {IntVector{} + value, IntVector{} + value}; }
+
+inline WideWords load_wide_words(const uint32_t* from) { return {load_words(from), load_words(from + kLanes)}; }
+
+inline Wide to_wide(Ints value) { return {to_float(value.low), to_float(value.high)}; }
+
+template <bool Full>
+inline IntVector dot(WordVector bytes, uint32_t x) {
+#if defined(__AVX2__)
+    const __m256i numbers = _mm256_set1_epi32(static_cast<int32_t>(x));
+    const auto add_pairs = [numbers](WordVector part) {
+        return (IntVector)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)part, numbers), _mm256_set1_epi16(1));
+    };
+    if constexpr (Full) return add_pairs(bytes & 0x7f7f7f7fu) + (add_pairs(bytes >> 7 & 0x01010101u) << 7);
+    return add_pairs(bytes);
+#else
+    IntVector sum = {};
+    for (int i = 0; i < 4; ++i)
+        sum += (IntVector)(bytes >> 8 * i & 0xffu) * static_cast<int32_t>(static_cast<int8_t>(x >> 8 * i));
+    return sum;
+#endif
+}
+
+template <bool Full>
+inline void add_dot(Ints& sum, WideWords bytes, uint32_t x) {
+    sum.low += dot<Full>(bytes.low, x);
+    sum.high += dot<Full>(bytes.high, x);
+}
+
+#endif
+
+}  // namespace layerskip

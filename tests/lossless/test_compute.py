@@ -1,0 +1,73 @@
+"""Products with inputs in 8 bits: other numbers, and within them the same text however it is decoded."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from everywhere import same_everywhere
+from gguf import GGMLQuantizationType
+from gguf_files import convert
+
+import layerskip
+from layerskip.errors import InvalidArgumentError
+from layerskip.language_model import LanguageModel
+from layerskip.model.native.library import load_library
+
+pytestmark = pytest.mark.skipif(load_library() is None, reason="the compiled kernels weren't built")
+SAMPLED = {"temperature": 0.9, "top_k": 12, "seed": 5}
+
+
+@pytest.fixture(scope="module", params=["int8", "int4"])
+def lm(lm_folder: Path, request: pytest.FixtureRequest) -> LanguageModel:
+    return layerskip.load(str(lm_folder), device="cpu", dtype="float32", quantize=request.param, compute="int8")
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED, {"repetition_penalty": 1.2}], ids=["greedy", "coupled", "penalty"])
+def test_the_text_stays(lm: LanguageModel, prompts: list[list[int]], options: dict[str, Any]) -> None:
+    assert lm.decoder.compute == "int8"
+    assert same_everywhere(lm, lm, prompts, **options) > 0
+
+
+def test_batches_and_single_rows_agree(lm: LanguageModel, prompts: list[list[int]]) -> None:
+    together = lm.generate(prompts, exit_layer=1, num_speculations=3, max_new_tokens=20)
+    for prompt, result in zip(prompts, together, strict=True):
+        (alone,) = lm.generate([prompt], generation_strategy="autoregressive", max_new_tokens=20)
+        assert result.token_ids == alone.token_ids
+
+
+def test_a_token_that_ends_the_text_inside_a_draft(lm: LanguageModel, prompts: list[list[int]]) -> None:
+    (free,) = lm.generate(prompts[:1], generation_strategy="autoregressive", max_new_tokens=12)
+    end = free.token_ids[5]
+    options: dict[str, Any] = {"eos_token_ids": (end,), "max_new_tokens": 12}
+    (plain,) = lm.generate(prompts[:1], generation_strategy="autoregressive", **options)
+    (ours,) = lm.generate(prompts[:1], exit_layer=2, num_speculations=6, **options)
+    assert ours.token_ids == plain.token_ids
+    (one,) = lm.generate(prompts[:1], exit_layer=2, num_speculations=6, max_new_tokens=1)
+    assert one.token_ids == free.token_ids[:1]
+
+
+def test_numbers_are_near_those_of_float32(lm_folder: Path, prompts: list[list[int]]) -> None:
+    near, exact = (
+        layerskip.load(str(lm_folder), device="cpu", quantize="int8", compute=c) for c in ("int8", "float32")
+    )
+    ours, theirs = near.logits(prompts[0]), exact.logits(prompts[0])
+    assert not torch.equal(ours, theirs)
+    assert (ours - theirs).norm() < 0.05 * theirs.norm()
+
+
+def test_blocks_of_files(tiny_checkpoint: Callable[..., Path], tmp_path: Path, prompts: list[list[int]]) -> None:
+    folder = tiny_checkpoint(hidden_size=64, intermediate_size=96)
+    path = convert(folder, tmp_path / "model.gguf", type_=GGMLQuantizationType.Q4_0)
+    lm = layerskip.load(str(path), device="cpu", compute="int8")
+    assert lm.decoder.compute == "int8"
+    assert layerskip.load(str(path), device="cpu").decoder.compute == "float32"
+    (plain,) = lm.generate(prompts[:1], generation_strategy="autoregressive", max_new_tokens=20)
+    (ours,) = lm.generate(prompts[:1], exit_layer=1, num_speculations=4, max_new_tokens=20)
+    assert ours.token_ids == plain.token_ids
+
+
+def test_weights_in_floats_cannot_be_computed_so(lm_folder: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match="compute 'int8' needs weights in 8 or 4 bits"):
+        layerskip.load(str(lm_folder), device="cpu", compute="int8")

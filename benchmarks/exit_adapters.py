@@ -13,7 +13,7 @@ import statistics
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -48,6 +48,7 @@ class Arguments:
     max_new_tokens: int = 128
     repetitions: int = 1
     threads: int = 2
+    compute: Literal["float32", "int8"] = "float32"
 
 
 @dataclass(kw_only=True)
@@ -79,7 +80,8 @@ class Sum:
 def main(arguments: Arguments) -> None:
     """Measure, print and record."""
     torch.set_num_threads(arguments.threads)
-    lm = layerskip.load(arguments.model, exit_adapters=arguments.exit_adapters, dtype="float32", device="cpu")
+    options: dict[str, Any] = {"exit_adapters": arguments.exit_adapters, "compute": arguments.compute}
+    lm = layerskip.load(arguments.model, dtype="float32", device="cpu", **options)
     prompts = choose_prompts(arguments, lm)
     sums = measure(arguments, lm, prompts)
     report(lm, sums)

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 from record import environment, write_record
@@ -47,6 +47,7 @@ class Arguments:
     max_new_tokens: int = 128
     repetitions: int = 3
     threads: int = 2
+    compute: Literal["float32", "int8"] = "float32"
     kept_costs: bool = False
     """Let each way keep its cache of costs from one repetition to the next."""
     way: str | None = None
@@ -84,7 +85,7 @@ def ways(arguments: Arguments) -> dict[str, dict[str, Any]]:
 
 def run(arguments: Arguments, options: dict[str, Any], cache: str) -> dict[str, Any]:
     """Figures of one way in a process of its own."""
-    kept = ("--model", arguments.model, "--threads", str(arguments.threads))
+    kept = ["--model", arguments.model, "--threads", str(arguments.threads), "--compute", arguments.compute]
     argv = [*kept, "--max-new-tokens", str(arguments.max_new_tokens), "--way", json.dumps(options)]
     variables = {**os.environ, "LAYERSKIP_CACHE": cache}
     done = subprocess.run([sys.executable, __file__, *argv], env=variables, capture_output=True, text=True, check=True)
@@ -100,7 +101,9 @@ def answer(arguments: Arguments, options: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(arguments.threads)
     adapters = options.pop("exit_adapters", "auto")
-    lm = layerskip.load(arguments.model, exit_adapters=adapters, dtype="float32", device="cpu")
+    lm = layerskip.load(
+        arguments.model, exit_adapters=adapters, dtype="float32", device="cpu", compute=arguments.compute
+    )
     chats = lm.tokenizer.chat_template is not None
     seconds, tokens = [], []
     for question in QUESTIONS if chats else PROMPTS:

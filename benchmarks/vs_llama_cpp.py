@@ -3,7 +3,7 @@
     pip install llama-cpp-python gguf
     python benchmarks/vs_llama_cpp.py --model demo
     python benchmarks/vs_llama_cpp.py --model 240m --num-speculations 4
-    python benchmarks/vs_llama_cpp.py --model smollm2 --bfloat16-weights
+    python benchmarks/vs_llama_cpp.py --model smollm2 --exit-layer 2 --num-speculations 2 --compute int8
 
 llama.cpp runs a GGUF file as it is; another checkpoint (a Llama) is written as a float32 GGUF file first. It gets
 tokens one by one through its C interface. Tokens of the prompt are not counted. With the same weights, both engines
@@ -17,6 +17,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import llama_cpp
 import numpy as np
@@ -55,6 +56,8 @@ class Arguments(DraftingArguments):
     bfloat16_weights: bool = False
     """Round our weights to bfloat16, which the native kernels keep. Without this option both engines have the same
     numbers: a GGUF file as it is; other models, which must be Llamas, in float32."""
+    compute: Literal["float32", "int8"] = "float32"
+    """Whether our products take their inputs in 8 bits, as llama.cpp's do with quantized files."""
 
 
 class LlamaCpp:
@@ -95,7 +98,7 @@ def main(arguments: Arguments) -> None:
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as scratch:
         model = prepare(arguments.model, Path(scratch), exit_layer=arguments.exit_layer, agreement=arguments.agreement)
-        lm = layerskip.load(model, dtype="float32", device="cpu")
+        lm = layerskip.load(model, dtype="float32", device="cpu", compute=arguments.compute)
         file = gguf_file(model) or write_gguf(lm.config, lm.checkpoint.weights, Path(scratch) / "model.gguf")
         prompts = load_prompts(lm, arguments.prompts, arguments.num_prompts)
         context = max(map(len, prompts)) + arguments.max_new_tokens + 8

@@ -64,6 +64,8 @@ class DemoArguments:
     """Tokens to write after each of two prompts."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: a CUDA GPU if there is one."""
+    compute: Literal["float32", "int8"] | None = None
+    """The numbers that both ways multiply by; int8 is taken for SmolLM2 on a CPU where native kernels run it."""
     output: OutputArguments = field(default_factory=OutputArguments)
 
 
@@ -109,7 +111,13 @@ def run(argv: Sequence[str]) -> int:
     )
     model = arguments.model or choose_model(arguments.output)
     adapters = arguments.exit_adapters or "auto"
-    loading = ModelArguments(model=model, device=arguments.device, dtype="float32", exit_adapters=adapters)
+    loading = ModelArguments(
+        model=model,
+        device=arguments.device,
+        dtype="float32",
+        exit_adapters=adapters,
+        compute=arguments.compute or choose_compute(model, arguments.device),
+    )
     lm = load_model(loading, arguments.output)
     if model == TALKING:
         prompts = [Prompt(shown=text, tokens=lm.encode_chat([{"role": "user", "content": text}])) for text in QUESTIONS]
@@ -144,6 +152,15 @@ def choose_model(output: OutputArguments) -> str:
             soft_wrap=True,
         )
     return TINY
+
+
+def choose_compute(model: str, device: str) -> Literal["float32", "int8"]:
+    """How the model multiplies: int8 where it is quantized, on a CPU with native kernels."""
+    from layerskip.checkpoint.loading.placement import choose_device
+    from layerskip.model.native.library import load_library
+
+    native = choose_device(device).type == "cpu" and load_library() is not None
+    return "int8" if native and model == TALKING else "float32"
 
 
 def measure(lm: "LanguageModel", prompts: list[Prompt], config: GenerationConfig) -> Measurement:
@@ -181,6 +198,7 @@ def record(lm: "LanguageModel", config: GenerationConfig, measurement: Measureme
     return {
         "model": lm.checkpoint.name,
         "config": result_record(lm, config, measurement.drafted[0])["config"],
+        "compute": lm.decoder.compute,
         "repetitions": measurement.repetitions,
         "autoregressive": {"tokens_per_second": measurement.plain_tokens_per_second},
         "self_speculative": {"tokens_per_second": measurement.drafted_tokens_per_second},
@@ -263,7 +281,7 @@ def _show_table(lm: "LanguageModel", measurement: Measurement, output: OutputArg
     console.print(table)
     tokens = sum(each.tokens for each in stats)
     console.print(
-        f"Measured on {lm.decoder.device} after a warm-up: medians of {measurement.repetitions} repetitions in turn, "
+        f"Measured on {lm.decoder.device} in {lm.decoder.compute} after a warm-up: medians of {measurement.repetitions} repetitions in turn, "
         f"{tokens} tokens each, prompts included in the time.",
         style="dim",
     )

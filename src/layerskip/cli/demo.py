@@ -281,8 +281,8 @@ def _show_table(lm: "LanguageModel", measurement: Measurement, output: OutputArg
     console.print(table)
     tokens = sum(each.tokens for each in stats)
     console.print(
-        f"Measured on {lm.decoder.device} in {lm.decoder.compute} after a warm-up: medians of {measurement.repetitions} repetitions in turn, "
-        f"{tokens} tokens each, prompts included in the time.",
+        f"Measured on {lm.decoder.device} in {lm.decoder.compute} after a warm-up: medians of "
+        f"{measurement.repetitions} repetitions in turn, {tokens} tokens each, prompts included in the time.",
         style="dim",
     )
     for plain, with_drafts in zip(measurement.plain, measurement.drafted, strict=True):

@@ -25,8 +25,8 @@ CONTEXT = 64
 REPETITIONS = 3
 NEXT_EXIT = 4
 """Layers between the two exits at which drafting is timed, at most."""
-ROW_COST_CPU, ROW_COST_GPU = 0.22, 0.01
-"""Estimated cost of each further token in a call, as a share of the first one's."""
+ROW_COST_CPU, ROW_COST_INT8, ROW_COST_GPU = 0.22, 0.03, 0.01
+"""Estimated cost of each further token in a call, as a share of the first one's: in float32 and int8 on a CPU."""
 BYTES_PER_SECOND = 1e10
 """Estimated; what counts is how plans compare, and rounds correct it."""
 SLOW_SECONDS = 0.1
@@ -93,7 +93,9 @@ class Costs:
 
 def estimate_costs(decoder: Decoder) -> Costs:
     """Costs by the bytes of weights that calls read, without running anything: how plans compare, not seconds."""
-    depth, row = decoder.num_layers, ROW_COST_CPU if decoder.device.type == "cpu" else ROW_COST_GPU
+    depth, row = decoder.num_layers, ROW_COST_INT8 if decoder.compute == "int8" else ROW_COST_CPU
+    if decoder.device.type != "cpu":
+        row = ROW_COST_GPU
     layer = decoder.weight_bytes(0, depth, head=False) / depth / BYTES_PER_SECOND
     head = decoder.weight_bytes(0, 0) / BYTES_PER_SECOND
     bare = next(exit_layer for exit_layer in range(1, depth + 2) if exit_layer not in decoder.adapted_exits)

@@ -21,8 +21,9 @@ from layerskip.decoding.policy import BatchView, DraftSource, Plan, RoundResult
 from layerskip.model.drafts import StopRule
 
 MOST_DRAFTS = 12
-MARGIN = 1.04
-"""Speedup that drafting must be expected to bring: less is within the error of the costs."""
+MARGIN, STAYING = 1.02, 0.98
+"""Speedups that drafting must be expected to bring to begin, and to go on. They are underestimated, as drafts that stop
+early aren't considered; but the first rounds find cold caches."""
 PLAN_EVERY = 4
 """Rounds that keep an exit and a length: rates don't move faster."""
 FIRST_ROUNDS = 8
@@ -197,9 +198,9 @@ class AdaptivePolicy:
         return self._better_text(best, most) if any(self._matches) else best
 
     def _drafts(self, plan: Plan, step: float) -> bool:
-        """Whether early layers draft: they are expected to gain enough, or tried."""
+        """Whether early layers draft: because they are expected to gain, or to try them."""
         gain = plan.tokens_per_second * step
-        return gain > MARGIN or self.pace.tries(step, gain)
+        return gain > (STAYING if self._drafted_rounds else MARGIN) or self.pace.tries(step, gain)
 
     def _count(self, source: DraftSource, exit_layer: int, rounds: int = 1) -> None:
         self._rounds += rounds

@@ -107,7 +107,7 @@ def answer(arguments: Arguments, options: dict[str, Any]) -> dict[str, Any]:
     chats = lm.tokenizer.chat_template is not None
     seconds, tokens = [], []
     for question in QUESTIONS if chats else PROMPTS:
-        prompt = lm.encode_chat([{"role": "user", "content": question}]) if chats else lm.encode(question)
+        prompt = lm.encode_chat([{"role": "user", "content": question}]) if chats else question
         (result,) = lm.generate([prompt], max_new_tokens=arguments.max_new_tokens, **options)
         seconds.append(result.stats.seconds)
         tokens.append(list(result.token_ids))

@@ -40,6 +40,7 @@ QuantizedInputs quantize_inputs(const float* x, int64_t ldx, int tokens, int64_t
         real_sums.resize(tokens * groups);
     }
     const Vector magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+    const Vector most_number = broadcast(127.0f);
     const IntVector magnitude = IntVector{} + 0x7fffffff;
     for (int token = 0; token < tokens; ++token) {
         for (int64_t group = 0; group < groups; ++group) {
@@ -55,7 +56,9 @@ QuantizedInputs quantize_inputs(const float* x, int64_t ldx, int tokens, int64_t
             const float inverse = step > 0 ? 1.0f / step : 0.0f;
             IntVector added = {};
             for (int i = 0; i < kParts; ++i) {
-                const IntVector rounded = (IntVector)(parts[i] * inverse + magic) - (IntVector)magic;
+                // Within the limits whatever the input is; where it isn't finite, the step isn't a number.
+                const Vector scaled = maximum(minimum(parts[i] * inverse, most_number), -most_number);
+                const IntVector rounded = (IntVector)(scaled + magic) - (IntVector)magic;
                 narrow(rounded, to + i * kLanes);
                 added += rounded;
             }

@@ -7,6 +7,7 @@ import pytest
 
 from layerskip.checkpoint import exit_adapters, names
 from layerskip.cli.demo import CODE, Measurement
+from layerskip.model.native.library import load_library
 
 SHORT = ("demo", "--model", "demo", "--max-new-tokens", "16")
 
@@ -63,3 +64,6 @@ def test_the_model_that_talks_answers_in_both_ways(cli: Callable) -> None:
     record = json.loads(outcome.out)
     assert (outcome.code, record["model"], record["same_text"]) == (0, "smollm2", True)
     assert "Paris" in record["prompts"][0]["text"]
+    assert record["compute"] == ("float32" if load_library() is None else "int8")
+    exact = json.loads(cli("demo", "--model", "smollm2", "--max-new-tokens", "2", "--compute", "float32", "--json").out)
+    assert exact["compute"] == "float32"

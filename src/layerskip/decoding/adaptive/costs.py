@@ -93,9 +93,9 @@ class Costs:
 
 def estimate_costs(decoder: Decoder) -> Costs:
     """Costs by the bytes of weights that calls read, without running anything: how plans compare, not seconds."""
-    depth, row = decoder.num_layers, ROW_COST_INT8 if decoder.compute == "int8" else ROW_COST_CPU
-    if decoder.device.type != "cpu":
-        row = ROW_COST_GPU
+    depth, row = decoder.num_layers, ROW_COST_GPU
+    if decoder.device.type == "cpu":
+        row = ROW_COST_INT8 if decoder.compute == "int8" else ROW_COST_CPU
     layer = decoder.weight_bytes(0, depth, head=False) / depth / BYTES_PER_SECOND
     head = decoder.weight_bytes(0, 0) / BYTES_PER_SECOND
     bare = next(exit_layer for exit_layer in range(1, depth + 2) if exit_layer not in decoder.adapted_exits)

@@ -12,8 +12,10 @@ from statistics import median
 from layerskip.decoding.adaptive.costs import Costs
 from layerskip.decoding.policy import DraftSource
 
-COMPARED_ROUNDS = 9
-"""Rounds after a change of the source that are compared with those before it; the median of as many counts."""
+TIMED_ROUNDS = 9
+"""The median of this many latest rounds of one kind corrects its costs."""
+COMPARED_ROUNDS, COMPARED_STEPS = 9, 2
+"""Rounds, or runs of plain steps, after a change of the source that are compared with the rounds before it."""
 KNOWN_ROUNDS = 3
 """Rounds by which the costs of a number of drafts count as known; before, all rounds with the same source say more."""
 PRESENT_ROUNDS = 5
@@ -32,15 +34,18 @@ class RoundTimes:
     def learn(self, costs: Costs) -> None:
         """Take other costs, which no round has corrected yet."""
         self.costs = costs
-        self._compared: dict[DraftSource, deque[float]] = {}
-        """Ratio of measured to predicted seconds by source, at the machine's speed in the rounds before."""
+        self._by_source: dict[DraftSource, deque[float]] = {}
+        """Ratios of measured to predicted seconds, at the machine's speed at the time."""
         self._by_length: dict[tuple[DraftSource, int], deque[float]] = {}
+        """The same by source and number of drafts."""
         self._factors: dict[tuple[DraftSource, int], float] = {}
         """Medians of these, where enough is known."""
         self._latest: DraftSource | None = None
-        self._left, self._speed_before = 0, 1.0
+        self._left = 0
+        """Rounds that are still to be compared with those before them."""
         self._present: deque[float] = deque(maxlen=PRESENT_ROUNDS)
         self._slowness = 1.0
+        """How slow the machine is at present; while rounds are compared, it is taken to be what it was before them."""
         lengths = range(self.costs.most_drafts + 1)
         self._uncorrected = [[self.costs.round(exit_, n) for n in lengths] for exit_ in range(self.costs.num_layers)]
 
@@ -64,28 +69,33 @@ class RoundTimes:
         return self._slowness * self._factor(source, num_drafts)
 
     def timed(self, source: DraftSource) -> int:
-        """Number of rounds that were compared, at most `COMPARED_ROUNDS`."""
-        return len(self._compared.get(source, ()))
+        """Number of the latest rounds that were timed."""
+        return len(self._by_source.get(source, ()))
 
     def observe(self, source: DraftSource, exit_layer: int, num_drafts: int, seconds: float) -> None:
         """Learn from a round."""
         ratio, length = seconds / self._uncorrected[exit_layer][num_drafts], (source, num_drafts)
+        if self._latest is None:
+            self._slowness = ratio
         if source != self._latest:
-            self._speed_before = self._slowness if self._present else ratio
-            self._latest, self._left = source, COMPARED_ROUNDS
-        if self._left:
-            self._left -= 1
-            self._compared.setdefault(source, deque(maxlen=COMPARED_ROUNDS)).append(ratio / self._speed_before)
-        same = self._by_length.setdefault(length, deque(maxlen=COMPARED_ROUNDS))
-        same.append(ratio / (self._speed_before if self._left else self._slowness))
+            self._latest, self._left = source, COMPARED_STEPS if source == "none" else COMPARED_ROUNDS
+            self._present.extend([self._slowness] * PRESENT_ROUNDS)
+        for ratios in (
+            self._by_source.setdefault(source, deque(maxlen=TIMED_ROUNDS)),
+            same := self._by_length.setdefault(length, deque(maxlen=TIMED_ROUNDS)),
+        ):
+            ratios.append(ratio / self._slowness)
         if len(same) >= KNOWN_ROUNDS:
             self._factors[length] = median(same)
-        self._present.append(ratio / self._factor(source, num_drafts))
-        self._slowness = median(self._present)
+        if self._left:
+            self._left -= 1
+        else:
+            self._present.append(ratio / self._factor(source, num_drafts))
+            self._slowness = median(self._present)
 
     def _factor(self, source: DraftSource, num_drafts: int | None) -> float:
         if num_drafts is not None and (source, num_drafts) in self._factors:
             return self._factors[source, num_drafts]
-        known = self._compared
-        compared = known.get(source) or known.get("none") or next(iter(known.values()), None)
-        return median(compared) if compared else 1.0
+        timed = self._by_source
+        ratios = timed.get(source) or timed.get("none") or next(iter(timed.values()), None)
+        return median(ratios) if ratios else 1.0

@@ -64,6 +64,22 @@ def test_unknown_costs_are_estimated_at_once_and_measured_bit_by_bit(
     assert later.look(1, 100.0) == 0.0
 
 
+def test_costs_are_used_and_kept_before_all_are_measured(text_lm: LanguageModel, nothing_known: Path) -> None:
+    experience = Experience(text_lm.decoder)
+    experience.recall(1)
+    times = experience.times(1, samples=False)
+    estimated = times.costs
+    while times.costs == estimated:
+        experience._unmeasured[1].latest = 0.0
+        experience.look(1, 1e-9)  # one call
+    assert not times.costs.complete
+    later = Experience(text_lm.decoder)
+    later.recall(1)
+    assert later.times(1, samples=False).costs == times.costs
+    assert later.look(1, 100.0) > 0  # goes on measuring
+    assert later.times(1, samples=False).costs.complete
+
+
 def test_the_first_call_measures_nothing_before_it_begins(text_lm: LanguageModel, nothing_known: Path) -> None:
     lm, entered = LanguageModel(text_lm.checkpoint, text_lm.decoder), list[tuple[int, ...]]()
     text_lm.decoder.calls.observer = lambda *entry: entered.append(entry)

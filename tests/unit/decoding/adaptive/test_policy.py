@@ -1,5 +1,6 @@
 """What is planned for a round, from given costs and given acceptance."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,8 +15,11 @@ from layerskip.decoding.adaptive.pace import (
     MOST_REST,
     STEPS_EVERY,
     TIMED_STEPS,
+    TRIAL_ROUNDS,
+    TRIAL_SHARE,
+    Pace,
 )
-from layerskip.decoding.adaptive.policy import FIRST_ROUNDS, MARGIN, AdaptivePolicy, candidate_exits
+from layerskip.decoding.adaptive.policy import FIRST_ROUNDS, MARGIN, STAYING, AdaptivePolicy, candidate_exits
 from layerskip.decoding.adaptive.round_times import RoundTimes
 from layerskip.decoding.ngram import Match
 from layerskip.decoding.policy import FixedPolicy, Plan, RoundResult
@@ -195,6 +199,59 @@ def test_few_steps_are_planned_at_once_where_looking_costs_little() -> None:
         policy.observe(policy.plan(view), result(0, 0, 1.02 * policy.times.costs.step()))
         planned = policy.plan(view).steps
     assert planned == int(0.02 / LOOK_SHARE)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.2, 0.3])
+def test_drafting_is_tried_where_steps_are_better_and_may_lose_its_share(rate: float) -> None:
+    """The nearer drafting comes to steps, the more often; each trial lasts, so that warm rounds are timed."""
+    policy = make_policy({4: rate}, {"stops_early": False})
+    step, lost, total, sources = policy.times.costs.step(), 0.0, 0.0, list[str]()
+    policy.plan(View())
+    best = policy._best
+    assert best is not None
+    gain = best.tokens_per_second * step
+    assert gain < 1.0
+    while len(sources) < 4000:
+        plan = policy.plan(View())
+        if plan.steps:
+            steps(policy, [step] * plan.steps)
+            sources += ["none"] * plan.steps
+            total += plan.steps * step
+            continue
+        seconds = policy.times.costs.round(4, plan.num_speculations) if plan.source == "layers" else step
+        tokens = gain * seconds / step if plan.source == "layers" else 1
+        total, lost = total + seconds, lost + seconds - tokens * step
+        agreement = {4: (5 * rate, 5.0)} if plan.probe else {}
+        policy.observe(plan, result(0, plan.num_speculations, seconds, agreement=agreement))
+        rates_of(policy).observe_exits({4: (20 * rate, 20)})
+        sources.append(plan.source)
+    runs = [len(run) for run in "".join(source[0] for source in sources).split("n") if run]
+    assert len(runs) > 1
+    assert set(runs) <= {TRIAL_ROUNDS, TRIAL_ROUNDS + 1}  # one of them may be a probe, which isn't counted
+    assert lost < TRIAL_SHARE * total + TRIAL_ROUNDS * step
+
+
+def test_near_misses_are_tried_more_often_than_hopeless_drafts() -> None:
+    near, hopeless = Pace(), Pace()
+    for pace, gain in ((near, 0.95), (hopeless, 0.3)):
+        for _ in range(5000):
+            if pace.tries(1.0, gain):
+                pace.observe_drafts(1.0, layers=True)
+            else:
+                pace.observe_steps([1.0])
+    assert near.since_steps > 3 * hopeless.since_steps > 0
+
+
+def test_drafting_goes_on_where_it_would_not_begin() -> None:
+    """Between the two thresholds, it depends on what the latest rounds did."""
+    policy = make_policy({4: 0.8}, {"stops_early": False})
+    best, step = policy.plan(View()), policy.times.costs.step()
+    between = replace(best, tokens_per_second=(MARGIN + STAYING) / 2 / step)
+    assert not policy._drafts(between, step)
+    policy.observe(best, result(4, 4, policy.seconds(best)))
+    assert policy._drafts(between, step)
+    policy.observe(Plan(source="none"), result(0, 0, step))
+    assert not policy._drafts(between, step)
 
 
 def test_probes_take_their_share_from_the_first_round_on() -> None:

@@ -32,8 +32,8 @@ class Lock:
             raise InvalidArgumentError(
                 f"{what} is in use by another run of layerskip; wait for it, or name another place"
             ) from None
-        except NotImplementedError:  # a file system without locks: continue without one
-            pass
+        except NotImplementedError:
+            pass  # filelock 3 on a file system without locks: continue without one. filelock 4 locks by a file there.
 
     def __enter__(self) -> Self:
         """Return the lock, which is taken already."""

@@ -1,5 +1,6 @@
 """Two runs that write to the same place: the second is refused in one line, whatever became of the first."""
 
+import errno
 import json
 import signal
 import subprocess
@@ -137,7 +138,24 @@ def test_a_lock_is_let_go(tmp_path: Path) -> None:
     lock.release()
 
 
+@pytest.mark.filterwarnings("ignore:flock not supported")
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs work there, with whatever the installed filelock does in place of the system's locks."""
+    fcntl = pytest.importorskip("fcntl")
+    asked = []
+
+    def cannot_lock(*arguments: object) -> None:
+        asked.append(arguments)
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", cannot_lock)
+    with open_run_folder(tmp_path / "run", "verify", {"a": 1}) as run:
+        run.add("0", {})
+    assert asked
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["run.json", "samples.jsonl"]
+
+
+def test_a_file_system_without_locks_in_filelock_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs work there as they would without locks: nothing is protected, and nothing fails."""
 
     def cannot_lock(*_: object, **__: object) -> None:

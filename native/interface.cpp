@@ -109,12 +109,13 @@ void layerskip_filter(const Sampling* sampling, float* scores, int64_t rows, int
     });
 }
 
-void layerskip_gumbel(const uint64_t* keys, int64_t positions, int64_t count, float* out, int32_t threads) {
+void layerskip_gumbel(const uint64_t* keys, int64_t positions, int64_t token, int64_t count, float* out,
+                      int32_t threads) {
     Team::share_out(threads, positions,
-                    [&](int64_t position) { gumbel(keys[position], count, out + position * count); });
+                    [&](int64_t position) { gumbel(keys[position], token, count, out + position * count); });
 }
 
-int32_t layerskip_interface() { return 9; }
+int32_t layerskip_interface() { return 10; }
 
 const char* layerskip_target() { return target(); }
 

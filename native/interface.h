@@ -122,8 +122,9 @@ void layerskip_multiply(const Linear* w, const float* x, int32_t tokens, float* 
 void layerskip_filter(const Sampling* sampling, float* scores, int64_t rows, int64_t queries, int64_t count,
                       int32_t threads);
 
-// out [positions, count], the noise of tokens 0..count-1 for the key of each position.
-void layerskip_gumbel(const uint64_t* keys, int64_t positions, int64_t count, float* out, int32_t threads);
+// out [positions, count], the noise of `count` tokens from `token` on, for the key of each position.
+void layerskip_gumbel(const uint64_t* keys, int64_t positions, int64_t token, int64_t count, float* out,
+                      int32_t threads);
 
 // Version of these structures and functions; the caller refuses another.
 int32_t layerskip_interface();

@@ -137,9 +137,9 @@ int64_t sample(const float* scores, int64_t count, uint64_t key, const int64_t* 
     return best;
 }
 
-void gumbel(uint64_t key, int64_t count, float* out) {
+void gumbel(uint64_t key, int64_t token, int64_t count, float* out) {
     for (int64_t first = 0; first < count; first += kLanes) {
-        const Vector noise = noise_of(key, consecutive(first));
+        const Vector noise = noise_of(key, consecutive(token + first));
         std::memcpy(out + first, &noise, std::min<int64_t>(kLanes, count - first) * sizeof(float));
     }
 }

@@ -22,8 +22,8 @@ struct Sampling {
 // Key of the noise at one place, `noise.make_key` with purpose TARGET and counter 0.
 uint64_t noise_key(uint64_t seed, int64_t position);
 
-// out [count], standard Gumbel noise of tokens 0..count-1.
-void gumbel(uint64_t key, int64_t count, float* out);
+// out [count], standard Gumbel noise of `count` tokens from `token` on.
+void gumbel(uint64_t key, int64_t token, int64_t count, float* out);
 
 // Whether some score [count] isn't a number: filters order scores, which needs numbers.
 bool any_not_a_number(const float* scores, int64_t count);

@@ -49,6 +49,10 @@ class NotFiniteError(LayerSkipError, ArithmeticError):
     """The network's logits are infinite or NaN."""
 
 
+class RankLostError(LayerSkipError, RuntimeError):
+    """Another process that shares the network has died or failed."""
+
+
 class TrainingError(LayerSkipError, RuntimeError):
     """Training can't continue: the loss isn't finite, or the data ran out."""
 

@@ -307,7 +307,7 @@ class LanguageModel:
         self, prompts: Prompts, config: GenerationConfig, *, show_drafts: bool, session: Session | None
     ) -> GenerationStream:
         encoded = self.encode(prompts)
-        seed = secrets.randbits(63) if config.seed is None else config.seed
+        seed = self.decoder.common(secrets.randbits(63)) if config.seed is None else config.seed
         if not encoded:
             raise InvalidArgumentError("no prompts were given; give at least one")
         requests = [self.request(prompt, config, seed=seed, index=index) for index, prompt in enumerate(encoded)]

@@ -1,5 +1,6 @@
 """Costs, batches and results for policies that are tried without a network."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,9 @@ class Known:
     def look(self, num_rows: int, budget: float) -> float:
         self.budgets.append(budget)
         return max(0.0, budget)
+
+    def since(self, started: float) -> float:
+        return time.perf_counter() - started
 
     def times(self, num_rows: int, *, samples: bool) -> RoundTimes:
         return self._times.setdefault((num_rows, samples), RoundTimes(costs=self._costs))

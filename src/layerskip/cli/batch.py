@@ -13,6 +13,7 @@ from tyro.conf import arg
 from layerskip.cli.exit_code import ExitCode
 from layerskip.cli.flags.arguments import DecodingArguments, ModelArguments, OutputArguments, parse
 from layerskip.cli.flags.ray import RayArguments, check_ray
+from layerskip.cli.ranks.session import common, own_copy
 from layerskip.cli.terminal.progress import make_progress
 from layerskip.cli.terminal.terminal import load_model, make_console
 from layerskip.cli.workers import keep_output_clean, make_mapper, model_loader
@@ -60,12 +61,15 @@ def run(argv: Sequence[str]) -> int:
     config = GenerationConfig(**asdict(arguments.decoding))
     lines, digest = read_lines(arguments.input, arguments.field)
     configuration = {**asdict(arguments.model), **asdict(config), "field": arguments.field, "input": digest}
-    with closing(PartialResults(arguments.output_file, config, configuration)) as results:
+    with closing(PartialResults(own_copy(arguments.output_file), config, configuration)) as results:
         from layerskip.batch.run import run_batch  # needs torch, and reading lines doesn't
         from layerskip.batch.worker import BatchWork
 
         work = BatchWork(
-            load=model_source(arguments), config=config, seed=results.seed, batch_size=arguments.batch_size
+            load=model_source(arguments),
+            config=config,
+            seed=common(results.seed),
+            batch_size=arguments.batch_size,
         )
         left = len(lines) - len(results.offsets)
         # On a cluster, the results of a group come back together: small groups keep all workers busy to the end.

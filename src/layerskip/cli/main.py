@@ -11,7 +11,8 @@ and lets `LayerSkipError` and `KeyboardInterrupt` pass: `main` handles them. `ex
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 
 from layerskip.cli.exit_code import ExitCode
@@ -50,9 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     prepare_streams()
+    given = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
+        with ranks_of(given):
+            code = _dispatch(given)
+            sys.stdout.flush()
     except LayerSkipError as error:
         report_error(str(error))
         return ExitCode.FAILED
@@ -66,6 +69,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         report_error(f"{error.filename or 'the output'} can't be written: {error.strerror or error}")
         return ExitCode.FAILED
     return code
+
+
+@contextmanager
+def ranks_of(argv: Sequence[str]) -> Iterator[None]:
+    """Run a command together with other processes, if it was started so or asks for them."""
+    from layerskip.cli.ranks.launch import asked_for, others_running
+    from layerskip.cli.ranks.place import COMMANDS as PARALLEL
+    from layerskip.cli.ranks.place import place
+
+    if not argv or argv[0] not in PARALLEL or not {"-h", "--help"}.isdisjoint(argv):
+        yield
+        return
+    num_ranks = asked_for(argv) if place() is None else 1
+    with others_running(argv, num_ranks) if num_ranks > 1 else nullcontext():
+        if place() is None:
+            yield
+            return
+
+        from layerskip.cli.ranks.session import join
+
+        session = join()
+        assert session is not None
+        try:
+            yield
+        except BaseException as error:
+            session.failed(error)
+            raise
+        else:
+            session.close()
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -243,7 +243,7 @@ class Engine:
                 result = self._rest(batch, plan)
             else:
                 result = run_round(batch, plan)
-                result.seconds = time.perf_counter() - started
+                result.seconds = decoder.stopwatch.since(started)
                 result.settled = decoder.provisional_rounds == provisional
                 policy.observe(plan, result)
             drafter = plan.drafter(decoder.config.adapted_exits)
@@ -259,7 +259,7 @@ class Engine:
         result = step(batch)
         batch.resting, batch.num_steps = plan, batch.num_steps + 1
         if self.decoder.provisional_rounds == provisional:
-            batch.step_seconds.append(time.perf_counter() - started)
+            batch.step_seconds.append(self.decoder.stopwatch.since(started))
         if batch.num_steps == plan.steps:
             batch.end_rest()
         return result

@@ -81,6 +81,7 @@ class Decoder:
         token_ids: Tensor | None = None,
         adapter: int | None = None,
         calls: LayerCalls | None = None,
+        own: ModelConfig | None = None,
     ) -> None:
         """Put a network together from loaded weights (`checkpoint.loading.network.load_decoder` does that).
 
@@ -95,8 +96,10 @@ class Decoder:
             token_ids: [N] ids of the head's outputs, where it has some only.
             adapter: The layer that adapts what the head reads, for a decoder that drafts at the exit of an adapter.
             calls: Counts the layers entered, also those of another decoder; a counter of its own if not given.
+            own: Sizes of the weights and the cache, where this process has a part of the network only.
         """
         self.config = config
+        self._own = own or config
         self.dtype = dtype
         self.device = device
         self.max_context = max_context
@@ -117,6 +120,15 @@ class Decoder:
     def num_layers(self) -> int:
         """L."""
         return self.config.num_layers
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that share the network."""
+        return 1
+
+    def common(self, number: int) -> int:
+        """The same number, from 0 to 2^63 - 1, in all processes that share the network."""
+        return number
 
     @property
     def provisional_rounds(self) -> int:
@@ -198,11 +210,11 @@ class Decoder:
 
     def new_cache(self, num_rows: int, capacity: int) -> KVCache:
         """A cache of `num_rows` rows of at least `capacity` tokens for this network."""
-        return KVCache(self.config, num_rows=num_rows, capacity=capacity, dtype=self.dtype, device=self.device)
+        return KVCache(self._own, num_rows=num_rows, capacity=capacity, dtype=self.dtype, device=self.device)
 
     def place(self, cache: KVCache, first: Sequence[int], num_queries: int) -> Positions:
         """Positions for Q consecutive tokens in each row, row b starting at `first[b]`."""
-        return Positions(self.config, self._ropes, cache, first, num_queries, self.dtype)
+        return Positions(self._own, self._ropes, cache, first, num_queries, self.dtype)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[B, Q] token ids -> [B, Q, D]. What follows `NO_TOKEN` means nothing, but it must not stop a device."""
@@ -283,7 +295,7 @@ class Decoder:
         logits = logits if cap is None else torch.tanh(logits / cap) * cap
         if self._token_ids is None:
             return logits
-        everything = logits.new_full((*logits.shape[:-1], self.config.vocab_size), -torch.inf)
+        everything = logits.new_full((*logits.shape[:-1], self._own.vocab_size), -torch.inf)
         return everything.index_copy_(-1, self._token_ids, logits)
 
     def checked_logits(self, hidden: Tensor, exit_layer: int | None = None) -> Tensor:
@@ -344,8 +356,8 @@ class Decoder:
         """
         hidden = self.embed(inputs) if inputs.dtype == torch.long else inputs
         hidden = self.run_layers(hidden, positions, cache, start, stop)
-        scores = self._scores(self.adapt(hidden, positions, cache, stop, ValueSource.NONE), draw, stop)
-        return choose_among(scores, draw, [first + 1 for first in positions.first])
+        state = self.adapt(hidden, positions, cache, stop, ValueSource.NONE)
+        return self.pick(state, draw, [first + 1 for first in positions.first], exit_layer=stop)[0]
 
     def draft(self, tokens: Tensor, cache: KVCache, request: DraftRequest) -> Drafts:
         """Draft tokens with the first layers. Nothing is committed to the cache.
@@ -377,12 +389,12 @@ class Decoder:
             at = [length + len(drafts) for length in first]
             positions = self.place(cache, at, 1)
             hidden.append(self.run_layers(self.embed(tokens), positions, cache, 0, exit_layer))
-            scores = self._scores(self.read(hidden[-1], positions, cache), request.draw)
-            tokens = choose_among(scores, request.draw, [position + 1 for position in at])
+            state = self.read(hidden[-1], positions, cache)
+            after = [position + 1 for position in at]
+            tokens, probs = self.pick(state, request.draw, after, confident=request.stop is not None)
             drafts.append(tokens)
-            if request.stop is not None:
-                chosen = scores.softmax(-1).gather(-1, tokens.clamp(min=0).unsqueeze(-1)).flatten()
-                for row, confidence in zip(confidences, chosen.tolist(), strict=True):
+            if probs is not None:
+                for row, confidence in zip(confidences, probs.flatten().tolist(), strict=True):
                     row.append(confidence)
         if complete:
             positions = self.place(cache, [length + len(drafts) for length in first], 1)
@@ -444,7 +456,30 @@ class Decoder:
         """Token ids of B rows as [B, 1] on the device."""
         return torch.tensor([[token] for token in tokens], device=self.device)
 
-    def _scores(self, hidden: Tensor, draw: Draw | None, exit_layer: int | None = None) -> Tensor:
-        """Logits, filtered where tokens are drawn."""
+    def pick(
+        self,
+        hidden: Tensor,
+        draw: Draw | None,
+        first: Sequence[int],
+        *,
+        exit_layer: int | None = None,
+        confident: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Choose tokens from states that norm and head can read.
+
+        Args:
+            hidden: [B, Q, D], as for `unembed`.
+            draw: How to choose; the most likely token if not given.
+            first: Position of each row's first token to choose; the others follow.
+            exit_layer: As for `unembed`.
+            confident: Also return the chosen tokens' probabilities.
+
+        Returns:
+            [B, Q] token ids, `NO_TOKEN` where no logit is a finite number; and [B, Q] probabilities, or None.
+        """
         logits = self.unembed(hidden, exit_layer)
-        return logits if draw is None else filter_scores(draw, logits)
+        scores = logits if draw is None else filter_scores(draw, logits)
+        tokens = choose_among(scores, draw, first)
+        if not confident:
+            return tokens, None
+        return tokens, scores.softmax(-1).gather(-1, tokens.clamp(min=0).unsqueeze(-1)).squeeze(-1)

@@ -41,7 +41,7 @@ def make_key(seed: int, purpose: Purpose, position: int, counter: int = 0) -> in
     return key
 
 
-def gumbel(keys: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> Tensor:
+def gumbel(keys: Sequence[Sequence[int]], vocab_size: int, device: torch.device, start: int = 0) -> Tensor:
     """Standard Gumbel noise for each key and token.
 
     argmax(log p + noise) is distributed as p, and two distributions that share the noise choose the same token as
@@ -51,21 +51,22 @@ def gumbel(keys: Sequence[Sequence[int]], vocab_size: int, device: torch.device)
         keys: [B][Q] keys from `make_key`.
         vocab_size: V.
         device: Where the noise goes.
+        start: The first token, where the noise of a part of the vocabulary is asked for.
 
     Returns:
         [B, Q, V], float32.
     """
     if device.type == "cpu" and native_sampling.is_available():
-        return native_sampling.gumbel(keys, vocab_size)
-    return gumbel_in_torch(keys, vocab_size, device)
+        return native_sampling.gumbel(keys, vocab_size, start)
+    return gumbel_in_torch(keys, vocab_size, device, start)
 
 
-def gumbel_in_torch(keys: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> Tensor:
+def gumbel_in_torch(keys: Sequence[Sequence[int]], vocab_size: int, device: torch.device, start: int = 0) -> Tensor:
     """`gumbel` without compiled kernels."""
     low = torch.tensor([[key & _MASK32 for key in row] for row in keys], device=device).unsqueeze(-1)
     high = torch.tensor([[key >> 32 for key in row] for row in keys], device=device).unsqueeze(-1)
     # A 32-bit avalanche hash in 64-bit arithmetic: no product below can overflow into the sign.
-    x = torch.arange(vocab_size, device=device) * 0x9E3779B1 & _MASK32
+    x = torch.arange(start, start + vocab_size, device=device) * 0x9E3779B1 & _MASK32
     x = (x + low).bitwise_and_(_MASK32)
     x = x.bitwise_xor_(x >> 16).mul_(0x21F0AAAD).bitwise_and_(_MASK32).bitwise_xor_(high)
     x = x.bitwise_xor_(x >> 15).mul_(0x735A2D97).bitwise_and_(_MASK32)

@@ -5,7 +5,7 @@ On a CPU the filters are compiled, where the kernels were built (`native.samplin
 Shapes: B rows, Q positions a row, V vocabulary, N positions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -33,15 +33,28 @@ def filter_scores(draw: Draw, logits: Tensor) -> Tensor:
 
 
 def filter_in_torch(draw: Draw, logits: Tensor) -> Tensor:
-    """`filter_scores` on any device; rows with the same rules are filtered together."""
+    """`filter_scores` on any device."""
+    return filter_by_rules(draw, logits, _filter)
+
+
+def filter_by_rules(
+    draw: Draw, logits: Tensor, filter_: Callable[[Tensor, float, int, float, float], Tensor]
+) -> Tensor:
+    """Filter rows that have the same rules together.
+
+    Args:
+        draw: The rules.
+        logits: [B, Q, V].
+        filter_: Filters [N, V] by temperature, top-k, top-p and min-p into a new tensor.
+    """
     rules = list(zip(draw.temperatures, draw.top_k, draw.top_p, draw.min_p, strict=True))
     different = dict.fromkeys(rules)
     if len(different) == 1:
-        return _filter(logits.flatten(0, 1), *rules[0]).view(logits.shape)
+        return filter_(logits.flatten(0, 1), *rules[0]).view(logits.shape)
     scores = torch.empty_like(logits)
     for rule in different:
         rows = [row for row, other in enumerate(rules) if other == rule]
-        scores[rows] = _filter(logits[rows].flatten(0, 1), *rule).view(len(rows), *logits.shape[1:])
+        scores[rows] = filter_(logits[rows].flatten(0, 1), *rule).view(len(rows), *logits.shape[1:])
     return scores
 
 
@@ -86,13 +99,24 @@ def noise_for(
     first: Sequence[int],
     purpose: Purpose = Purpose.TARGET,
     counters: Sequence[int] | None = None,
+    *,
+    start: int = 0,
 ) -> Tensor:
-    """[B, Q, V], the Gumbel noise for scores of this shape; arguments are those of `choose_among`."""
+    """[B, Q, V], the Gumbel noise for scores of this shape.
+
+    Args:
+        draw: As for `choose_among`.
+        scores: Only their shape and device matter.
+        first: As for `choose_among`.
+        purpose: As for `choose_among`.
+        counters: As for `choose_among`.
+        start: The token that the first score is of.
+    """
     keys = [
         [make_key(seed, purpose, start + q, counter) for q in range(scores.shape[1])]
         for seed, start, counter in zip(draw.seeds, first, counters or [0] * draw.num_rows, strict=True)
     ]
-    return gumbel(keys, scores.shape[-1], scores.device)
+    return gumbel(keys, scores.shape[-1], scores.device, start)
 
 
 def add_noise(scores: Tensor, noise: Tensor, draw: Draw) -> Tensor:

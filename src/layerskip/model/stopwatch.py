@@ -11,6 +11,10 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
+    def since(self, started: float) -> float:
+        """Seconds of this process since a moment of `time.perf_counter`; decisions may depend on them."""
+        return time.perf_counter() - started
+
     def mark(self) -> "float | torch.cuda.Event":
         """The present moment on the device."""
         if self._device.type != "cuda":

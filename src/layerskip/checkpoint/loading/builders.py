@@ -18,11 +18,13 @@ from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.decoder import Decoder
 from layerskip.model.decoders.graphs import GraphDecoder
 from layerskip.model.decoders.native import NativeDecoder
+from layerskip.model.decoders.parallel import ParallelDecoder
 from layerskip.model.graphs.compiled import RoundMode
 from layerskip.model.native.library import PANEL
 from layerskip.model.native.linear import NativeLinear, interleave
 from layerskip.model.native.memory import WeightMemory
 from layerskip.model.native.network import NativeNetwork
+from layerskip.model.parallel.share import Membership
 from layerskip.model.rope import RopeTable
 from layerskip.model.torch.linear import AnyLinear, DenseLinear, Linear, make_linear, packs
 from layerskip.model.torch.network import LayerWeights, TorchNetwork
@@ -107,6 +109,8 @@ class TorchBuilder:
     """How whole greedy rounds are compiled."""
     uses_before: int | None = None
     """Times that a round runs before it is compiled."""
+    member: Membership | None = None
+    """The ranks that share the network; None: this process has all of it."""
     plain: bool = False
     """Weights as torch keeps them: `torch.compile` can't look into those that oneDNN has reordered."""
 
@@ -119,6 +123,7 @@ class TorchBuilder:
             quantize=plan.quantize,
             rounds=plan.rounds,
             uses_before=plan.uses_before,
+            member=plan.member,
             plain=plan.rounds == "max",
         )
 
@@ -147,7 +152,10 @@ class TorchBuilder:
         self, shared: SharedWeights, layers: Sequence[LayerWeights[Linear]], head: Linear, **options: Any
     ) -> Decoder:
         """The decoder, with compiled rounds where they are planned."""
-        network = TorchNetwork(shared.config, layers=layers, final_norm=shared.final_norm, head=head)
+        total = None if self.member is None else self.member.group.sum
+        network = TorchNetwork(shared.config, layers=layers, final_norm=shared.final_norm, head=head, total=total)
+        if self.member is not None:
+            return ParallelDecoder(self.member, network=network, **options)
         if self.rounds is None:
             return Decoder(shared.config, network=network, **options)
         rounds, uses_before = self.rounds, self.uses_before

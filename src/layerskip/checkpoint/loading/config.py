@@ -43,6 +43,8 @@ class LoadingConfig:
     """A text file in which tokens are counted to find the most frequent; the tokenizer's order if not given."""
     exit_adapters: str | Path | None = "auto"
     """A folder with exit adapters, trained for this very model; auto: those that lie with the model; None: none."""
+    tensor_parallel: int = 1
+    """Processes that share the network, each with a part of every layer: all ranks of torch's process group."""
     compile: Compile = "auto"
     """Whole greedy rounds: auto: CUDA graphs on CUDA; max: torch.compile as well, also on a CPU; off: neither.
     torch.compile takes minutes for each shape, and on a CPU native kernels are faster than what it makes."""
@@ -57,6 +59,7 @@ class LoadingConfig:
             value = getattr(self, name)
             if not isinstance(value, str) and not (value is None and name.startswith("quantize")):
                 raise InvalidArgumentError(f"{name} must be a text, got {value!r}")
+        object.__setattr__(self, "tensor_parallel", whole_number("tensor_parallel", self.tensor_parallel, least=1))
         for name in ("max_context", "draft_vocabulary"):
             value = getattr(self, name)
             if value is not None:  # numpy's numbers too

@@ -13,6 +13,7 @@ from torch import Tensor
 from layerskip.checkpoint.loading.adapters import AdapterDescription, AdapterSet, read_token_ids, tensor_name
 from layerskip.checkpoint.loading.builders import NativeBuilder, NetworkBuilder, SharedWeights, TorchBuilder
 from layerskip.checkpoint.loading.plan import DraftWeights, LoadingPlan
+from layerskip.checkpoint.loading.share import take_share
 from layerskip.checkpoint.loading.tensors import (
     EMBEDDING,
     FINAL_NORM,
@@ -57,6 +58,8 @@ def load_decoder(config: ModelConfig, source: TensorSource, plan: LoadingPlan) -
     if plan.adapters is not None:
         exits = sorted(adapter.exit_layer for adapter in plan.adapters.adapters)
         config = replace(config, adapted_exits=tuple(exits))
+    if plan.group is not None:
+        config, source, plan = take_share(config, source, plan)
     if plan.network == "native":
         decoder = _Loader(config, source, NativeBuilder.of(plan)).load(plan)
         if plan.compute != "float32" and decoder.compute != plan.compute:

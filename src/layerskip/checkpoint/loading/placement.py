@@ -13,10 +13,12 @@ from layerskip.model.native.network import why_not_native
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def choose_device(device: str) -> torch.device:
-    """The named device, or for `auto` a CUDA GPU if there is one."""
+def choose_device(device: str, local_rank: int | None = None) -> torch.device:
+    """The named device, or for `auto` a CUDA GPU if there is one: that of `local_rank` where ranks share a network."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and local_rank is not None:
+        device = f"cuda:{local_rank}"
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
@@ -38,11 +40,15 @@ def choose_dtype(dtype: str, device: torch.device, raw_config: dict[str, Any]) -
     return DTYPES[dtype]
 
 
-def choose_kernels(kernels: str, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> bool:
+def choose_kernels(
+    kernels: str, config: ModelConfig, device: torch.device, dtype: torch.dtype, *, parallel: bool = False
+) -> bool:
     """Whether compiled kernels run the network: `native` insists on them, `auto` takes them where they can."""
     if kernels not in ("auto", "native", "torch"):
         raise InvalidArgumentError(f"kernels {kernels!r} are not known; use auto, native or torch")
     obstacle = why_not_native(config, device, dtype)
+    if parallel:
+        obstacle = "they don't exchange sums with other processes; with tensor_parallel torch's run"
     if kernels == "native" and obstacle is not None:
         raise InvalidArgumentError(f"kernels 'native' can't run this model: {obstacle}; use auto or torch")
     return kernels != "torch" and obstacle is None
@@ -56,7 +62,7 @@ def check_compute(compute: str, *, native: bool) -> None:
         raise InvalidArgumentError(f"compute {compute!r} needs native kernels, and torch's run this model; use float32")
 
 
-def choose_rounds(compile: str, kernels: str, device: torch.device) -> RoundMode | None:
+def choose_rounds(compile: str, kernels: str, device: torch.device, *, parallel: bool = False) -> RoundMode | None:
     """How whole greedy rounds run.
 
     Args:
@@ -64,12 +70,17 @@ def choose_rounds(compile: str, kernels: str, device: torch.device) -> RoundMode
             `torch.compile` makes; `off`; `max`: `torch.compile`, whose result is captured on CUDA.
         kernels: The kernels that were asked for.
         device: Where the network runs.
+        parallel: Whether several processes share the network: their exchanges can't be part of a compiled round.
 
     Raises:
         InvalidArgumentError: An unknown value, or `max` where that isn't possible.
     """
     if compile not in ("auto", "off", "max"):
         raise InvalidArgumentError(f"compile {compile!r} is not known; use auto, off or max")
+    if parallel:
+        if compile == "max":
+            raise InvalidArgumentError("compile 'max' can't be used with tensor_parallel; use auto or off")
+        return None
     if compile != "max":
         return "graphs" if compile == "auto" and device.type == "cuda" else None
     if kernels == "native":

@@ -23,6 +23,8 @@ from layerskip.errors import InvalidArgumentError, OutOfMemoryError
 from layerskip.machine import free_memory
 from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.graphs.compiled import RoundMode
+from layerskip.model.parallel.group import RankGroup
+from layerskip.model.parallel.share import Membership, shares
 from layerskip.model.rope import rope_bytes
 from layerskip.text.tokenizer import Tokenizer
 
@@ -63,6 +65,10 @@ class LoadingPlan:
     """Other weights to draft with; None: the same."""
     adapters: AdapterSet | None = None
     """Exit adapters, which were trained for this checkpoint."""
+    group: RankGroup | None = None
+    """The ranks that share the network; None: this process has all of it."""
+    member: Membership | None = None
+    """The same with the share of this rank, in a plan that `share.take_share` has made."""
 
     @property
     def keeps_blocks(self) -> bool:
@@ -122,12 +128,17 @@ def plan_loading(checkpoint: LoadableCheckpoint, config: LoadingConfig) -> Loadi
         CheckpointError: The tensors aren't those of the configuration, or a file can't be read.
     """
     network_config = checkpoint.network_config
+    group = None
+    if config.tensor_parallel > 1:
+        shares(network_config, config.tensor_parallel)
+        group = RankGroup.of(config.tensor_parallel)
     check_names(network_config, checkpoint.weights.names())
-    device = choose_device(config.device)
+    device = choose_device(config.device, None if group is None else group.local_rank)
     dtype = choose_dtype(config.dtype, device, checkpoint.raw_config)
     context = choose_context(network_config, config.max_context)
-    rounds = choose_rounds(config.compile, config.kernels, device)
-    native = choose_kernels(config.kernels, network_config, device, dtype) and rounds is None
+    rounds = choose_rounds(config.compile, config.kernels, device, parallel=group is not None)
+    native = choose_kernels(config.kernels, network_config, device, dtype, parallel=group is not None)
+    native = native and rounds is None
     for name, value in (("quantize", config.quantize), ("quantize_draft", config.quantize_draft)):
         if value is not None:
             check_quantization(name, value, native=native, device=device, dtype=dtype)
@@ -142,6 +153,7 @@ def plan_loading(checkpoint: LoadableCheckpoint, config: LoadingConfig) -> Loadi
         compute=config.compute,
         draft=_draft_weights(checkpoint, config),
         adapters=checkpoint.find_exit_adapters(config.exit_adapters),
+        group=group,
     )
     _check_memory(checkpoint, plan)
     return plan

@@ -30,6 +30,7 @@ import tyro
 from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes, UseAppendAction, arg
 
 from layerskip.checkpoint.loading.config import LoadingConfig
+from layerskip.cli.ranks.session import joined
 from layerskip.decoding.config import GenerationConfig
 from layerskip.errors import InvalidArgumentError
 
@@ -55,6 +56,8 @@ class ModelArguments(LoadingConfig, NamedModel):
     """Which model, and how to load it."""
 
     device: Annotated[str, arg(metavar="DEVICE")] = "auto"
+    tensor_parallel: Annotated[int, arg(metavar="N")] = 1
+    """Processes that share the network, each with a part of every layer; torchrun's if that has started them."""
     draft_vocabulary: Annotated[int | None, arg(metavar="N")] = None
     draft_text: Annotated[Path | None, arg(metavar="FILE")] = None
     exit_adapters: Annotated[str | Path | None, arg(metavar="DIR")] = "auto"
@@ -65,6 +68,9 @@ class ModelArguments(LoadingConfig, NamedModel):
     def __post_init__(self) -> None:
         """Check the options; without adapters the option that names them means nothing."""
         super().__post_init__()
+        session = joined()
+        if session is not None and self.tensor_parallel == 1:
+            object.__setattr__(self, "tensor_parallel", session.place.num_ranks)
         if self.no_exit_adapters:
             if self.exit_adapters not in ("auto", None):
                 raise InvalidArgumentError("give --exit-adapters or --no-exit-adapters, not both")

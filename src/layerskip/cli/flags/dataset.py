@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import arg
 
 from layerskip.cli.flags.arguments import File, ModelArguments, Text
+from layerskip.cli.ranks.session import own_copy
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -63,4 +64,4 @@ def open_run(
     """
     from layerskip.evaluation.run_folder import open_run_folder
 
-    return open_run_folder(folder, kind, {**asdict(model), **asdict(dataset), **more})
+    return open_run_folder(own_copy(folder), kind, {**asdict(model), **asdict(dataset), **more})

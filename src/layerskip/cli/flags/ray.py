@@ -33,6 +33,8 @@ def check_ray(arguments: RayArguments, model: ModelArguments) -> None:
         if arguments.num_workers is not None:
             raise InvalidArgumentError("--num-workers is for --ray; add it, or leave both out")
         return
+    if model.tensor_parallel > 1:
+        raise InvalidArgumentError("--ray and --tensor-parallel can't be combined; choose one")
     if arguments.num_workers is not None and arguments.num_workers < 1:
         raise InvalidArgumentError(f"num_workers must be at least 1, got {arguments.num_workers}")
     if model.device not in RAY_DEVICES:

@@ -11,6 +11,7 @@ from tyro.conf import arg
 from layerskip.cli.exit_code import ExitCode
 from layerskip.cli.flags.arguments import ModelArguments, OutputArguments, Switch, parse, parse_numbers
 from layerskip.cli.flags.ray import RayArguments, check_ray
+from layerskip.cli.ranks.session import own_copy
 from layerskip.cli.terminal.progress import show_progress
 from layerskip.cli.terminal.terminal import load_model, make_console, open_model
 from layerskip.cli.workers import keep_output_clean, make_mapper, model_loader
@@ -183,7 +184,7 @@ def open_folder(arguments: EvalArguments, tasks: list[str], exits: list[int]) ->
     left_out = ("model", "where", "output", "output_dir", "tasks", "exit_layers")
     flags = {name: value for name, value in asdict(arguments).items() if name not in left_out}
     named = {"tasks": tasks, "exit_layers": exits}
-    return open_run_folder(arguments.output_dir, "eval", {**asdict(arguments.model), **named, **flags})
+    return open_run_folder(own_copy(arguments.output_dir), "eval", {**asdict(arguments.model), **named, **flags})
 
 
 def print_report(arguments: EvalArguments, report: "EvalReport", note: str | None) -> None:

@@ -11,6 +11,7 @@ from time import monotonic
 from typing import IO, TYPE_CHECKING, Any
 
 from layerskip.cli.flags.arguments import ModelArguments, NamedModel, OutputArguments
+from layerskip.cli.ranks.session import joined
 from layerskip.errors import TokenizerError
 
 if TYPE_CHECKING:
@@ -170,6 +171,10 @@ def line_history(name: str) -> Iterator[None]:
     Args:
         name: Names the history's file.
     """
+    session = joined()
+    if session is not None and not session.place.leads:
+        yield
+        return
     try:
         import readline
     except ImportError:  # not on every platform; `input` works without
@@ -189,6 +194,19 @@ def line_history(name: str) -> Iterator[None]:
 
 def read_line(prompt: str) -> str | None:
     """One line from the user; None at the end of input (Ctrl-D), an empty line after Ctrl-C."""
+    session = joined()
+    if session is None:
+        return _ask(prompt)
+
+    def ask() -> bytes | None:
+        line = _ask(prompt)
+        return None if line is None else line.encode("utf-8", "surrogatepass")
+
+    content = session.everywhere(ask)
+    return None if content is None else content.decode("utf-8", "surrogatepass")
+
+
+def _ask(prompt: str) -> str | None:
     try:
         return input(prompt)
     except EOFError:

@@ -96,8 +96,13 @@ def estimate_costs(decoder: Decoder) -> Costs:
     depth, row = decoder.num_layers, ROW_COST_GPU
     if decoder.device.type == "cpu":
         row = ROW_COST_INT8 if decoder.compute == "int8" else ROW_COST_CPU
-    layer = decoder.weight_bytes(0, depth, head=False) / depth / BYTES_PER_SECOND
-    head = decoder.weight_bytes(0, 0) / BYTES_PER_SECOND
+
+    def seconds(num_bytes: int) -> float:
+        """The same in all processes that share the network, whose shares differ a little."""
+        return decoder.common(num_bytes) / BYTES_PER_SECOND
+
+    layer = seconds(decoder.weight_bytes(0, depth, head=False)) / depth
+    head = seconds(decoder.weight_bytes(0, 0))
     bare = next(exit_layer for exit_layer in range(1, depth + 2) if exit_layer not in decoder.adapted_exits)
     drafter = decoder.drafter(bare)
     calls = range(MOST_QUERIES)
@@ -105,11 +110,11 @@ def estimate_costs(decoder: Decoder) -> Costs:
         num_layers=depth,
         layer=tuple(layer * (1 + row * n) for n in calls),
         fixed=tuple(head * (1 + row * n) for n in calls),
-        draft_layer=drafter.decoder.weight_bytes(0, 1, head=False) / BYTES_PER_SECOND,
-        draft_head=drafter.decoder.weight_bytes(0, 0) / BYTES_PER_SECOND,
+        draft_layer=seconds(drafter.decoder.weight_bytes(0, 1, head=False)),
+        draft_head=seconds(drafter.decoder.weight_bytes(0, 0)),
         draft_fixed=0.0,
         adapters={
-            exit_layer: decoder.drafter(exit_layer).decoder.adapter_bytes() / BYTES_PER_SECOND
+            exit_layer: seconds(decoder.drafter(exit_layer).decoder.adapter_bytes())
             for exit_layer in decoder.adapted_exits
         },
         shares_states=drafter.shares_states,
@@ -284,7 +289,7 @@ class CallTimer:
                 call()
                 if self._decoder.device.type == "cuda":
                     torch.cuda.synchronize(self._decoder.device)
-                times.append(time.perf_counter() - started)
+                times.append(self._decoder.stopwatch.since(started))
             yield None
         return self._summary(times[1:])
 

@@ -107,7 +107,8 @@ class Experience:
         size = size_of(num_rows)
         if size in self._costs:
             return
-        costs = read_costs(self._decoder, size)
+        # Processes that share the network must not find different things in a cache that others write to.
+        costs = read_costs(self._decoder, size) if self._decoder.num_ranks == 1 else None
         if costs is None:
             costs = estimate_costs(self._decoder)
         if not costs.complete:
@@ -131,7 +132,7 @@ class Experience:
         while meter is not None and spent + meter.latest < budget:
             started = time.perf_counter()
             costs = meter.advance()
-            meter.latest = time.perf_counter() - started
+            meter.latest = self.since(started)
             spent += meter.latest
             if costs is not None:
                 self._learn(size, costs)
@@ -142,10 +143,15 @@ class Experience:
         if costs.complete:
             del self._unmeasured[size]
         self._costs[size] = costs
-        write_costs(self._decoder, size, costs)
+        if self._decoder.num_ranks == 1:
+            write_costs(self._decoder, size, costs)
         for samples in (False, True):
             if (samples, size) in self._times:
                 self._times[samples, size].learn(costs)
+
+    def since(self, started: float) -> float:
+        """Seconds since a moment of `time.perf_counter`, the same in all processes that share the network."""
+        return self._decoder.stopwatch.since(started)
 
     def times(self, num_rows: int, *, samples: bool) -> RoundTimes:
         """Predicted seconds of rounds with this many rows.

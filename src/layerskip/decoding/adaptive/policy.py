@@ -50,6 +50,10 @@ class Knowledge(Protocol):
         """Go on measuring the costs of batches of this size for up to `budget` seconds; returns the seconds spent."""
         ...
 
+    def since(self, started: float) -> float:
+        """Seconds since a moment of `time.perf_counter`, the same in all processes that share the network."""
+        ...
+
     def times(self, num_rows: int, *, samples: bool) -> RoundTimes:
         """Predicted seconds of rounds with this many rows."""
         ...
@@ -137,9 +141,9 @@ class AdaptivePolicy:
         self._observe_time(plan, result)
         if plan.source == "none" and not result.agreement:
             step = self.times.seconds("none")
-            look = result.seconds + time.perf_counter() - started - step
+            look = result.seconds + self.knowledge.since(started) - step
             self._rest = self.pace.lengthen_rest(look, step) if plan.tokens_per_second > 0 else COLD_STEPS + TIMED_STEPS
-        self._learning_seconds = time.perf_counter() - started
+        self._learning_seconds = self.knowledge.since(started)
 
     def _see(self, view: BatchView) -> None:
         """Take note of the rows that run at present."""

@@ -43,9 +43,12 @@ def read_chunk(batch: Batch, chunk: int = PREFILL_CHUNK) -> dict[int, int]:
     last = torch.stack([hidden[row, len(unread[row]) - 1] for row in done]).unsqueeze(1)
     sampler = batch.sampler_of(done)
     rows = [batch.rows[row] for row in done]
-    contexts = [[row.tokens] for row in rows] if sampler.needs_context else None
-    scores = sampler.scores(decoder.unembed(last, batch.depth), contexts)
-    chosen = sampler.choose(scores, [len(row.tokens) for row in rows])
+    first = [len(row.tokens) for row in rows]
+    if sampler.needs_context:
+        scores = sampler.scores(decoder.unembed(last, batch.depth), [[row.tokens] for row in rows])
+        chosen = sampler.choose(scores, first)
+    else:
+        chosen, _ = decoder.pick(last, sampler.draw, first, exit_layer=batch.depth)
     return {row: token for row, (token,) in zip(done, chosen.tolist(), strict=True)}
 
 

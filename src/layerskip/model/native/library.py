@@ -15,7 +15,7 @@ from typing import Any
 from layerskip.errors import InvalidArgumentError
 from layerskip.model.drafts import CONFIDENCE_CLASSES
 
-INTERFACE = 9
+INTERFACE = 10
 """Version of what the functions do; `layerskip_interface` must return it."""
 NAMES = ("_native_avx512vnni.so", "_native_avx512.so", "_native.so")
 LIBRARIES = tuple(Path(__file__).parents[2] / name for name in NAMES)
@@ -250,7 +250,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "fits_bfloat16": (c_int32, [c_void_p, c_int64]),
     "multiply": (None, [POINTER(LinearView), c_void_p, c_int32, c_void_p, c_int32]),
     "filter": (None, [POINTER(SamplingView), c_void_p, c_int64, c_int64, c_int64, c_int32]),
-    "gumbel": (None, [c_void_p, c_int64, c_int64, c_void_p, c_int32]),
+    "gumbel": (None, [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int32]),
     "interface": (c_int32, []),
     "target": (c_char_p, []),
     "runs_here": (c_int32, []),

@@ -50,12 +50,12 @@ def filter_scores(draw: Draw, logits: Tensor) -> Tensor:
     return scores
 
 
-def gumbel(keys: Sequence[Sequence[int]], vocab_size: int) -> Tensor:
+def gumbel(keys: Sequence[Sequence[int]], vocab_size: int, start: int = 0) -> Tensor:
     """`noise.gumbel`: [B, Q, V] for [B][Q] keys, up to the rounding of logarithms."""
     library = load_library()
     assert library is not None
     flat = [key for row in keys for key in row]
     noise = torch.empty(len(keys), len(keys[0]), vocab_size)
     places = (ctypes.c_uint64 * len(flat))(*flat)
-    library.layerskip_gumbel(places, len(flat), vocab_size, noise.data_ptr(), kernel_threads())
+    library.layerskip_gumbel(places, len(flat), start, vocab_size, noise.data_ptr(), kernel_threads())
     return noise

@@ -8,6 +8,7 @@ Shapes: B rows, Q query tokens a row, S layers whose values are read, H_kv key/v
 D width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic
 
@@ -31,7 +32,13 @@ class Fusion(Generic[Linear_co]):
     """[DISTANCES, D], added to it."""
 
 
-def fuse(fusion: Fusion[Linear], positions: Tensor, sources: Tensor, cache: KVCache) -> Tensor:
+def fuse(
+    fusion: Fusion[Linear],
+    positions: Tensor,
+    sources: Tensor,
+    cache: KVCache,
+    total: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """What is added to the state after the adapter's attention.
 
     Args:
@@ -39,6 +46,7 @@ def fuse(fusion: Fusion[Linear], positions: Tensor, sources: Tensor, cache: KVCa
         positions: [B or 1, Q], where the tokens stand.
         sources: [B, Q], the slots of the tokens whose values they read; -1: none.
         cache: Holds them.
+        total: Adds up the products of several processes that have some of the heads each.
 
     Returns:
         [B, Q, D].
@@ -49,4 +57,5 @@ def fuse(fusion: Fusion[Linear], positions: Tensor, sources: Tensor, cache: KVCa
     present = (sources >= 0).unsqueeze(-1)
     distances = (positions - 1 - sources).clamp(max=DISTANCES - 2)
     kinds = torch.where(sources >= 0, distances, DISTANCES - 1)
-    return fusion.values(values * present) + fusion.distances[kinds]
+    read = fusion.values(values * present)
+    return (read if total is None else total(read)) + fusion.distances[kinds]

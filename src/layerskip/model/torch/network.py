@@ -4,7 +4,7 @@ Shapes: B rows, Q query tokens a row, D width, H query heads, H_kv key/value hea
 V vocabulary, L layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Generic
@@ -61,7 +61,13 @@ class TorchNetwork:
     kernels = "torch"
 
     def __init__(
-        self, config: ModelConfig, *, layers: Sequence[LayerWeights[Linear]], final_norm: Tensor, head: Linear
+        self,
+        config: ModelConfig,
+        *,
+        layers: Sequence[LayerWeights[Linear]],
+        final_norm: Tensor,
+        head: Linear,
+        total: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Put loaded weights together.
 
@@ -70,11 +76,13 @@ class TorchNetwork:
             layers: L layers, then those of the exit adapters.
             final_norm: [D].
             head: D -> V.
+            total: Adds up what several processes have computed with their parts of attention and MLP (`RankGroup.sum`).
         """
         self.config = config
         self.layers = list(layers)
         self.final_norm = final_norm
         self.head = head
+        self._total = total
         self._on_cpu = final_norm.device.type == "cpu"
         self._epsilon = torch.tensor(config.rms_norm_eps, device=final_norm.device)
 
@@ -96,7 +104,7 @@ class TorchNetwork:
         with self._attention_kernels():
             if fusion is None:
                 return self._run_layer(layer, hidden, positions, cache)
-            fused = fuse(fusion, *positions.sources(cache, source), cache)
+            fused = fuse(fusion, *positions.sources(cache, source), cache, self._total)
             return self._run_layer(layer, hidden, positions, cache, fused)
 
     def write_keys(self, layer: int, hidden: Tensor, positions: Placement, cache: KVCache) -> None:
@@ -131,7 +139,8 @@ class TorchNetwork:
     def _attention(self, index: int, x: Tensor, positions: Placement, cache: KVCache) -> Tensor:
         span = positions.span(self.config.attention_of(index))
         out = attend(self._project(index, x, positions, cache), cache, index, span, self.config.attention_scale)
-        return self.layers[index].o(out)
+        out = self.layers[index].o(out)
+        return out if self._total is None else self._total(out)
 
     def _project(self, index: int, x: Tensor, positions: Placement, cache: KVCache) -> Tensor:
         """Queries [B, Q, H, D_head]; keys and values go into the cache."""
@@ -156,7 +165,8 @@ class TorchNetwork:
                 gate = F.gelu(gate, approximate="tanh")
             case _:
                 gate = F.gelu(gate)
-        return weights.down(gate.mul_(up))
+        out = weights.down(gate.mul_(up))
+        return out if self._total is None else self._total(out)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMS norm over the last dimension, computed in float32. Source: arXiv:1910.07467."""

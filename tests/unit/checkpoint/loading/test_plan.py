@@ -63,7 +63,7 @@ def test_compiled_rounds_take_a_network_of_torch(checkpoint: Checkpoint) -> None
 @pytest.mark.parametrize(("compile", "rounds"), [("auto", "graphs"), ("off", None)])
 def test_plans_on_a_gpu(checkpoint: Checkpoint, compile: str, rounds: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planned only, so that no GPU is needed."""
-    monkeypatch.setattr(plan_module, "choose_device", lambda device: CUDA)
+    monkeypatch.setattr(plan_module, "choose_device", lambda device, local_rank: CUDA)
     monkeypatch.setattr(plan_module, "free_memory", lambda device: None)
     assert plan(checkpoint, device="auto", compile=compile) == LoadingPlan(
         device=CUDA,

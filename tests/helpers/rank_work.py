@@ -1,0 +1,138 @@
+"""What the ranks of tests do; every function returns what JSON can represent."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import layerskip
+from layerskip.language_model import LanguageModel
+
+PROMPTS = [[7], [3, 1, 4, 1, 5, 9, 2, 6], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25]]
+"""Prompts of different lengths, one of a single token."""
+PLAIN: dict[str, Any] = {"generation_strategy": "autoregressive"}
+RULES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "temperature": {"temperature": 0.8, "seed": 3},
+    "filters": {"temperature": 1.2, "top_k": 12, "top_p": 0.8, "min_p": 0.02, "seed": 4},
+    "nucleus": {"do_sample": True, "top_p": 0.9, "seed": 5},
+    "penalties": {"temperature": 0.9, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "seed": 6},
+}
+
+
+TOKENS = 12
+FEW = ("greedy", "temperature", "filters")
+"""Rules for models that are tried in a few ways only."""
+
+
+def settings(num_layers: int, *, all_exits: bool) -> dict[str, dict[str, Any]]:
+    """Ways to decode whose texts equal plain decoding's."""
+    shapes = [(exit_layer, count) for exit_layer in range(1, num_layers + 1) for count in (1, 4)]
+    drafting = {
+        f"exit {exit_layer}, {count} drafts": {"exit_layer": exit_layer, "num_speculations": count}
+        for exit_layer, count in (shapes if all_exits else [(1, 4), (num_layers, 2)])
+    }
+    return {**drafting, "adaptive": {}, "text": {"generation_strategy": "ngram"}}
+
+
+def load(model: str, **options: Any) -> LanguageModel:
+    """A model that all ranks of this process's group share."""
+    ranks = dist.get_world_size()
+    return layerskip.load(model, device="cpu", dtype="float32", tensor_parallel=ranks, **options)
+
+
+def write_texts(models: dict[str, str], all_exits: list[str], **options: Any) -> dict[str, Any]:
+    """Token ids after all prompts, in one batch, by model, rules and way to decode.
+
+    Args:
+        models: Folder by name.
+        all_exits: Names of models that are tried at all exits, and with all rules.
+        **options: Of loading.
+    """
+    found: dict[str, Any] = {}
+    for name, model in models.items():
+        lm, thorough = load(model, **options), name in all_exits
+        for rules, sampling in RULES.items():
+            if not thorough and rules not in FEW:
+                continue
+            for way, drafting in {"plain": PLAIN, **settings(lm.config.num_layers, all_exits=thorough)}.items():
+                results = lm.generate(PROMPTS, max_new_tokens=TOKENS, **sampling, **drafting)
+                found.setdefault(name, {}).setdefault(rules, {})[way] = [result.token_ids for result in results]
+    return found
+
+
+def sizes(models: dict[str, str]) -> dict[str, int]:
+    """Bytes of weights in this rank, by model; in the file's dtype or float32, embedding and head counted once."""
+    found = {}
+    for name, model in models.items():
+        decoder = load(model).decoder
+        total = decoder.weight_bytes(0, decoder.num_layers)
+        if not decoder.config.tie_word_embeddings:
+            total += decoder._embedding.numel() * 4  # type: ignore[union-attr]
+        found[name] = total
+    return found
+
+
+def count_traffic(model: str, steps: int, **options: Any) -> dict[str, int]:
+    """What a rank gives to the others while it generates `steps` tokens after the first one."""
+    lm = load(model)
+    decoder = lm.decoder
+    stream = lm.stream([PROMPTS[1]], max_new_tokens=steps + 1, **options)
+    next(iter(stream))
+    group = decoder.group  # type: ignore[attr-defined]
+    before = [group.sums.calls, group.sums.num_bytes, group.others.calls, group.others.num_bytes]
+    for _ in stream:
+        pass
+    after = [group.sums.calls, group.sums.num_bytes, group.others.calls, group.others.num_bytes]
+    names = ("sums", "sum_bytes", "others", "other_bytes")
+    return dict(zip(names, (b - a for a, b in zip(before, after, strict=True)), strict=True))
+
+
+def choose(vocab: int, cases: list[dict[str, Any]]) -> list[Any]:
+    """Tokens and probabilities that ranks choose of logits of which each has a part."""
+    from layerskip.model.draw import Draw
+    from layerskip.model.parallel.group import RankGroup
+    from layerskip.model.parallel.share import _cut
+    from layerskip.model.parallel.vocabulary import VocabularyPart
+
+    group = RankGroup()
+    parts = _cut(vocab, [1.0] * group.size, 1)
+    part = VocabularyPart(group, parts[group.rank])
+    found = []
+    for index, case in enumerate(cases):
+        generator = torch.Generator().manual_seed(index)
+        logits = 3 * torch.randn(2, 3, vocab, generator=generator)
+        draw = None if case is None else Draw(**{name: tuple(values) for name, values in case.items()})
+        own = logits[..., parts[group.rank].start : parts[group.rank].stop].contiguous()
+        tokens, probs = part.choose(part.filter(draw, own), draw, [5, 9], confident=True)
+        assert probs is not None
+        found.append([tokens.tolist(), probs.tolist()])
+        assert torch.equal(part.whole(own, [len(each) for each in parts]), logits)
+    return found
+
+
+def wait_in_exchanges(pids: str) -> None:
+    """Exchange sums until a rank dies."""
+    import os
+    import time
+
+    from layerskip.model.parallel.group import RankGroup
+
+    group = RankGroup()
+    Path(pids, f"{group.rank}.pid").write_text(str(os.getpid()))
+    while True:
+        group.sum(torch.ones(4))
+        time.sleep(0.01)
+
+
+def fail_alone(rank: int) -> None:
+    """One rank raises an error, the others wait for it."""
+    from layerskip.model.parallel.group import RankGroup
+
+    group = RankGroup()
+    group.sum(torch.ones(4))
+    if group.rank == rank:
+        group.watch.failed("the disk is full")
+        raise SystemExit(1)
+    group.sum(torch.ones(4))

@@ -1,5 +1,6 @@
 """What the ranks of tests do; every function returns what JSON can represent."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch.distributed as dist
 
 import layerskip
 from layerskip.language_model import LanguageModel
+from layerskip.model.decoders.parallel import ParallelDecoder
 
 PROMPTS = [[7], [3, 1, 4, 1, 5, 9, 2, 6], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25]]
 """Prompts of different lengths, one of a single token."""
@@ -74,19 +76,30 @@ def sizes(models: dict[str, str]) -> dict[str, int]:
     return found
 
 
-def count_traffic(model: str, steps: int, **options: Any) -> dict[str, int]:
-    """What a rank gives to the others while it generates `steps` tokens after the first one."""
+def count_traffic(model: str, steps: int, **options: Any) -> dict[str, Any]:
+    """What a rank gives to the others while it generates `steps` tokens after the first one, and the layers entered."""
     lm = load(model)
     decoder = lm.decoder
+    assert isinstance(decoder, ParallelDecoder)
     stream = lm.stream([PROMPTS[1]], max_new_tokens=steps + 1, **options)
     next(iter(stream))
-    group = decoder.group  # type: ignore[attr-defined]
-    before = [group.sums.calls, group.sums.num_bytes, group.others.calls, group.others.num_bytes]
+    calls: list[tuple[int, int, int, int]] = []
+    decoder.calls.observer = lambda *call: calls.append(call)
+    before = replace(decoder.group.sums), replace(decoder.group.others)
     for _ in stream:
         pass
-    after = [group.sums.calls, group.sums.num_bytes, group.others.calls, group.others.num_bytes]
-    names = ("sums", "sum_bytes", "others", "other_bytes")
-    return dict(zip(names, (b - a for a, b in zip(before, after, strict=True)), strict=True))
+    after = decoder.group.sums, decoder.group.others
+    counts = [(b.calls - a.calls, b.num_bytes - a.num_bytes) for a, b in zip(before, after, strict=True)]
+    (sums, sum_bytes), (others, other_bytes) = counts
+    rounds = stream.results()[0].stats.rounds
+    return {
+        "sums": sums,
+        "sum_bytes": sum_bytes,
+        "others": others,
+        "other_bytes": other_bytes,
+        "calls": calls,
+        "rounds": rounds,
+    }
 
 
 def choose(vocab: int, cases: list[dict[str, Any]]) -> list[Any]:

@@ -243,7 +243,8 @@ class Engine:
                 result = self._rest(batch, plan)
             else:
                 result = run_round(batch, plan)
-                result.seconds = decoder.stopwatch.since(started)
+                if not isinstance(policy, FixedPolicy):  # nobody else asks, and processes would have to agree on it
+                    result.seconds = decoder.stopwatch.since(started)
                 result.settled = decoder.provisional_rounds == provisional
                 policy.observe(plan, result)
             drafter = plan.drafter(decoder.config.adapted_exits)

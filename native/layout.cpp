@@ -45,7 +45,8 @@ const char* layerskip_layout() {
                   FIELD(Network, head_dim), FIELD(Network, rotary_dim), FIELD(Network, intermediate_size),
                   FIELD(Network, vocab_size), FIELD(Network, activation), FIELD(Network, threads),
                   FIELD(Network, num_layers), FIELD(Network, num_adapters), FIELD(Network, adapter),
-                  FIELD(Network, rms_norm_eps), FIELD(Network, attention_scale)}) +
+                  FIELD(Network, rms_norm_eps), FIELD(Network, attention_scale),
+                  FIELD(Network, residual_multiplier), FIELD(Network, joint_qk_norm)}) +
         describe("Cache", sizeof(Cache),
                  {FIELD(Cache, keys), FIELD(Cache, values), FIELD(Cache, layer_stride), FIELD(Cache, row_stride),
                   FIELD(Cache, capacity)}) +

@@ -21,13 +21,13 @@ struct Layer {
     Linear o;                          // H D_head -> D
     Linear gate_up;                    // D -> 2 I, panels of gate and up in turn
     Linear down;                       // I -> D
-    const float* attention_norm;       // [D]
-    const float* q_norm;               // [D_head] or null
-    const float* k_norm;               // [D_head] or null
+    const float* attention_norm;       // [D] or null
+    const float* q_norm;               // [D_head], or [H D_head] where norms are joint, or null
+    const float* k_norm;               // [D_head], or [H_kv D_head] where norms are joint, or null
     const float* post_attention_norm;  // [D] or null
-    const float* mlp_norm;             // [D]
+    const float* mlp_norm;             // [D] or null
     const float* post_mlp_norm;        // [D] or null
-    const float* cosines;              // [positions, R]
+    const float* cosines;              // [positions, R]; null: nothing is rotated
     const float* sines;                // [positions, R], negative in the first half
     int64_t window;                    // tokens that a query attends to, itself included; 0: all
     int64_t num_value_layers;          // S
@@ -60,6 +60,8 @@ struct Network {
     int32_t adapter;            // the layer that adapts what norm and head read; -1: none
     float rms_norm_eps;
     float attention_scale;
+    float residual_multiplier;  // on what a layer adds to the state
+    int32_t joint_qk_norm;      // whether norms of queries and keys span all heads of a token
 };
 
 struct Cache {

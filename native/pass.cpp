@@ -61,17 +61,16 @@ class Pass {
         for (int index = start; index < stop; ++index) {
             const Layer& layer = net_.layers[index];
             if (layer.input.panels != nullptr) project_input(layer);
-            norm_tokens(hidden_, layer.attention_norm);
-            product(layer.qkv, normed_, qkv_, false);
+            product(layer.qkv, norm_tokens(hidden_, layer.attention_norm), qkv_, false);
             team_.barrier();
+            norm_heads_together(layer, 0);
             place_keys(layer, index, 0);
             team_.barrier();
             attention_.run(qkv_, attended_, index, layer.window);
             add_product(layer.o, attended_, layer.post_attention_norm);
             team_.barrier();
             if (fused != nullptr) add_fused(layer, *fused);
-            norm_tokens(hidden_, layer.mlp_norm);
-            mlp_inner(layer);
+            mlp_inner(layer, norm_tokens(hidden_, layer.mlp_norm));
             team_.barrier();
             add_product(layer.down, inner_, layer.post_mlp_norm);
             team_.barrier();
@@ -88,19 +87,19 @@ class Pass {
             team_.barrier();
             x = out_;
         }
-        norm_tokens(x, layer.attention_norm);
+        x = norm_tokens(x, layer.attention_norm);
         int start, stop;
         const int first = net_.num_heads * net_.head_dim / kPanel, panels = layer.qkv.outputs / kPanel;
         share(panels - first, member_, team_.size(), start, stop);
-        multiply(layer.qkv, normed_, layer.qkv.inputs, tokens_, qkv_, layer.qkv.outputs, first + start, first + stop,
+        multiply(layer.qkv, x, layer.qkv.inputs, tokens_, qkv_, layer.qkv.outputs, first + start, first + stop,
                  false);
         team_.barrier();
+        norm_heads_together(layer, net_.num_heads);
         place_keys(layer, index, net_.num_heads);
     }
 
     void logits(float* to) {
-        norm_tokens(hidden_, net_.final_norm);
-        product(net_.head, normed_, to, false);
+        product(net_.head, norm_tokens(hidden_, net_.final_norm), to, false);
     }
 
   private:
@@ -115,8 +114,8 @@ class Pass {
         for (int token = member_; token < tokens_; token += team_.size()) {
             const int64_t source = fused.sources[token], distance = positions_[token] - 1 - source;
             const int64_t kind = source < 0 ? kDistances - 1 : std::min<int64_t>(distance, kDistances - 2);
-            add(fused.projected + token * size, size, hidden_ + token * size);
-            add(layer.distances + kind * size, size, hidden_ + token * size);
+            add(fused.projected + token * size, net_.residual_multiplier, size, hidden_ + token * size);
+            add(layer.distances + kind * size, net_.residual_multiplier, size, hidden_ + token * size);
         }
         team_.barrier();
     }
@@ -131,12 +130,13 @@ class Pass {
         team_.barrier();
     }
 
-    // Norms of all tokens into the shared buffer; ends with a barrier.
-    void norm_tokens(const float* x, const float* weight) {
+    // The norms of all tokens, or the tokens themselves where there is no norm; ends with a barrier.
+    const float* norm_tokens(const float* x, const float* weight) {
         const int64_t size = net_.hidden_size;
-        for (int token = member_; token < tokens_; token += team_.size())
+        for (int token = member_; weight != nullptr && token < tokens_; token += team_.size())
             normalize(x + token * size, weight, size, net_.rms_norm_eps, normed_ + token * size);
         team_.barrier();
+        return weight == nullptr ? x : normed_;
     }
 
     // This member's outputs of all tokens.
@@ -146,30 +146,44 @@ class Pass {
         multiply(w, x, w.inputs, tokens_, y, w.outputs, start, stop, add);
     }
 
-    // hidden += norm(x W^T), the norm only where there is one.
+    // hidden += norm(x W^T), with the norm and the factor only where there are some.
     void add_product(const Linear& w, const float* x, const float* norm) {
-        if (norm == nullptr) return product(w, x, hidden_, true);
+        if (norm == nullptr && net_.residual_multiplier == 1.0f) return product(w, x, hidden_, true);
         product(w, x, out_, false);
         team_.barrier();
         const int64_t size = net_.hidden_size;
         for (int token = member_; token < tokens_; token += team_.size()) {
             float* out = out_ + token * size;
-            normalize(out, norm, size, net_.rms_norm_eps, out);
-            add(out, size, hidden_ + token * size);
+            if (norm != nullptr) normalize(out, norm, size, net_.rms_norm_eps, out);
+            add(out, net_.residual_multiplier, size, hidden_ + token * size);
         }
     }
 
-    void mlp_inner(const Layer& layer) {
+    void mlp_inner(const Layer& layer, const float* x) {
         int start, stop;
         share(net_.intermediate_size / kPanel, member_, team_.size(), start, stop);
         const int64_t outputs = layer.gate_up.outputs, size = net_.intermediate_size;
-        multiply(layer.gate_up, normed_, net_.hidden_size, tokens_, gate_up_, outputs, 2 * start, 2 * stop, false);
+        multiply(layer.gate_up, x, net_.hidden_size, tokens_, gate_up_, outputs, 2 * start, 2 * stop, false);
         for (int token = 0; token < tokens_; ++token) {
             for (int panel = start; panel < stop; ++panel) {
                 const float* gate = gate_up_ + token * outputs + 2 * panel * kPanel;
                 activate(gate, gate + kPanel, kPanel, net_.activation, inner_ + token * size + panel * kPanel);
             }
         }
+    }
+
+    // Norms that span all heads of a token, of queries (unless the first head is that of the keys) and keys, in place;
+    // ends with a barrier if there are such.
+    void norm_heads_together(const Layer& layer, int first) {
+        if (!net_.joint_qk_norm || layer.q_norm == nullptr) return;
+        const int64_t queries = static_cast<int64_t>(net_.num_heads) * net_.head_dim;
+        const int64_t keys = static_cast<int64_t>(net_.num_kv_heads) * net_.head_dim;
+        for (int token = member_; token < tokens_; token += team_.size()) {
+            float* x = qkv_ + token * (queries + 2 * keys);
+            if (first == 0) normalize(x, layer.q_norm, queries, net_.rms_norm_eps, x);
+            normalize(x + queries, layer.k_norm, keys, net_.rms_norm_eps, x + queries);
+        }
+        team_.barrier();
     }
 
     // Head norms and rotation of queries (in place) and keys, and keys and values into the cache; from head `first` on.
@@ -197,7 +211,11 @@ class Pass {
     }
 
     void turn(const Layer& layer, const float* norm, float* x, int token, float* to) {
-        if (norm != nullptr) normalize(x, norm, net_.head_dim, net_.rms_norm_eps, x);
+        if (norm != nullptr && !net_.joint_qk_norm) normalize(x, norm, net_.head_dim, net_.rms_norm_eps, x);
+        if (layer.cosines == nullptr) {
+            if (to != x) std::copy(x, x + net_.head_dim, to);
+            return;
+        }
         const int64_t angle = std::min(positions_[token], cache_.capacity - 1) * net_.rotary_dim;
         rotate(x, layer.cosines + angle, layer.sines + angle, net_.rotary_dim, net_.head_dim, to);
     }

@@ -22,6 +22,13 @@ TINY_CONFIG: dict[str, Any] = {
 """4 layers, 32 channels, grouped heads."""
 FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 8},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 1.5,
+    },
+    "smollm3": {"no_rope_layer_interval": 2},
     "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8, "sliding_window_pattern": 2},
 }
 """What a family's config.json needs besides."""

@@ -174,7 +174,7 @@ def test_training_goes_on_from_trained_adapters(start: dict[str, Path], trained:
         assert new["agreement"] == pytest.approx(old["agreement"], abs=0.02)
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "qwen3", "phi3"])
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3", "phi3", "olmo2", "granite"])
 @pytest.mark.parametrize("loss", ["ce", "lk"])
 def test_every_family_and_loss(start: dict[str, Path], tmp_path: Path, family: str, loss: str) -> None:
     write_tiny(tmp_path / "model", family, vocab_size=300)

@@ -226,7 +226,7 @@ def test_a_session_keeps_the_adapters_keys(
         text += [*result.token_ids, turn + 1]
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3_text", "phi3", "mistral"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3_text", "phi3", "mistral", "olmo2", "granite", "smollm3"])
 @pytest.mark.parametrize("kernels", ["torch", "native"])
 def test_every_family_can_have_adapters(tmp_path: Path, family: str, kernels: str) -> None:
     if kernels == "native" and load_library() is None:

@@ -193,6 +193,63 @@ CASES = {
         config={"num_key_value_heads": 4, "sliding_window": 9, "rms_norm_eps": 1e-5},
         neutral=({"sliding_window": None},),
     ),
+    "olmo2-gqa-bias": Case(
+        model_type="olmo2",
+        config={"head_dim": 16, "attention_bias": True, "rms_norm_eps": 1e-3, "rope_parameters": LLAMA3_ROPE},
+        neutral=({"rope_parameters": {}}, {"rms_norm_eps": 1e-6}),
+    ),
+    "olmo2-mha-tied": Case(
+        model_type="olmo2", config={"num_key_value_heads": 4, "tie_word_embeddings": True, "rms_norm_eps": 1e-6}
+    ),
+    "granite-multipliers": Case(
+        model_type="granite",
+        config={
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.7,
+            "logits_scaling": 1.5,
+        },
+        neutral=(
+            {"embedding_multiplier": 1.0},
+            {"attention_multiplier": 8**-0.5},
+            {"residual_multiplier": 1.0},
+            {"logits_scaling": 1.0},
+        ),
+    ),
+    "granite-bias-tied-linear": Case(
+        model_type="granite",
+        config={
+            "head_dim": 16,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+            "attention_multiplier": 0.25,
+            "rope_parameters": LINEAR_ROPE,
+        },
+        neutral=({"rope_parameters": {}},),
+    ),
+    "smollm3-some-rotated": Case(
+        model_type="smollm3",
+        config={"no_rope_layers": [1, 0, 1, 1], "rope_parameters": {"rope_theta": 300.0}},
+        neutral=({"no_rope_layers": [1, 1, 1, 1]}, {"no_rope_layers": [1, 0, 1, 0]}),
+    ),
+    "smollm3-window-bias-untied": Case(
+        model_type="smollm3",
+        config={
+            "no_rope_layer_interval": 2,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": False,
+            "rope_parameters": YARN_ROPE,
+        },
+        neutral=(
+            {"layer_types": None, "use_sliding_window": False},
+            {"layer_types": [SLIDING] * 4},
+            {"no_rope_layers": None, "no_rope_layer_interval": 4},
+        ),
+    ),
 }
 
 

@@ -132,6 +132,7 @@ def test_exits(pair: Any) -> None:
         cap = getattr(theirs.config, "final_logit_softcapping", None)
         for exit_layer in range(1, pair.ours.decoder.num_layers):
             wanted = theirs.lm_head(theirs.model.norm(states[exit_layer]))[0]
+            wanted = wanted / getattr(theirs.config, "logits_scaling", 1.0)
             wanted = wanted if cap is None else cap * torch.tanh(wanted / cap)
             assert difference(wanted, pair.logits) > 100 * TOLERANCE
             assert difference(pair.ours.logits(pair.tokens, exit_layer=exit_layer), wanted) <= TOLERANCE

@@ -98,7 +98,7 @@ class _Loader(Generic[AnyLinear]):
         shared = SharedWeights(
             config=config,
             embedding=embedding,
-            final_norm=self._norm(FINAL_NORM, (config.hidden_size,)),
+            final_norm=self._head_norm(FINAL_NORM),
             ropes={
                 kind: RopeTable(rope, plan.context, plan.dtype, plan.device)
                 for kind, rope in config.ropes.items()
@@ -135,7 +135,7 @@ class _Loader(Generic[AnyLinear]):
         return _Adapter(
             exit_layer=exit_layer,
             layer=replace(layer, input=projection, fusion=self._fusion(adapter)),
-            norm=self._norm(tensor_name(exit_layer, "norm.weight"), (width,)),
+            norm=self._head_norm(tensor_name(exit_layer, "norm.weight")),
             tokens=None if tokens is None else tokens.to(self._builder.device),
         )
 
@@ -265,13 +265,13 @@ class _Loader(Generic[AnyLinear]):
         linears = {ours: self._linear(ours, names[ours], shapes[ours]) for ours in MATRICES}
         norms = {ours: self._norm(f"{names[ours][0]}.weight", shapes[ours][0]) for ours in NORMS if ours in stored}
         return LayerWeights(
-            attention_norm=norms["attention_norm"],
+            attention_norm=norms.get("attention_norm"),
             qkv=linears["qkv"],
             q_norm=norms.get("q_norm"),
             k_norm=norms.get("k_norm"),
             o=linears["o"],
             post_attention_norm=norms.get("post_attention_norm"),
-            mlp_norm=norms["mlp_norm"],
+            mlp_norm=norms.get("mlp_norm"),
             gate_up=linears["gate_up"],
             down=linears["down"],
             post_mlp_norm=norms.get("post_mlp_norm"),
@@ -293,6 +293,10 @@ class _Loader(Generic[AnyLinear]):
         """Norm weights are kept in float32: norms are computed in it, whatever the model's dtype."""
         weight = read_tensor(self._source, name, shape)
         return (weight.float() + self._config.norm_weight_offset).to(self._builder.device)
+
+    def _head_norm(self, name: str) -> Tensor:
+        """The norm before the head, whose weights include the factor on logits."""
+        return self._norm(name, (self._config.hidden_size,)) * self._config.logits_multiplier
 
     def _blocks(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> tuple[BlockWeight, ...] | None:
         """A weight's tensors in blocks of one format; None where no format has them all, or blocks aren't kept."""

@@ -115,8 +115,10 @@ def stored_shapes(config: ModelConfig, ours: str, parts: int) -> tuple[tuple[int
             return ((inner, width),) * 2 if parts == 2 else ((2 * inner, width),)
         case "down":
             return ((width, inner),)
-        case "q_norm" | "k_norm":
-            return ((config.head_dim,),)
+        case "q_norm":
+            return ((q if config.joint_qk_norm else config.head_dim,),)
+        case "k_norm":
+            return ((kv if config.joint_qk_norm else config.head_dim,),)
         case _:
             return ((width,),)
 

@@ -34,6 +34,12 @@ GEMMA_WEIGHTS = {
     "mlp_norm": ("pre_feedforward_layernorm",),
     "post_mlp_norm": ("post_feedforward_layernorm",),
 }
+OUTPUT_NORM_WEIGHTS = {
+    **{ours: theirs for ours, theirs in SPLIT_WEIGHTS.items() if ours not in ("attention_norm", "mlp_norm")},
+    **QK_NORMS,
+    "post_attention_norm": ("post_attention_layernorm",),
+    "post_mlp_norm": ("post_feedforward_layernorm",),
+}
 
 Raw = Mapping[str, Any]
 
@@ -114,6 +120,47 @@ def _gemma3(raw: Raw) -> dict[str, Any]:
     }
 
 
+def _olmo2(raw: Raw) -> dict[str, Any]:
+    bias = read_flag(raw, "attention_bias")
+    norms = {"qk_norm": True, "joint_qk_norm": True, "pre_norms": False, "post_norms": True}
+    return {"qkv_bias": bias, "o_bias": bias, **norms}
+
+
+def _granite(raw: Raw) -> dict[str, Any]:
+    return {
+        **_llama(raw),
+        "embedding_multiplier": read_number(raw, "embedding_multiplier", 1.0),
+        "attention_scale": read_number(raw, "attention_multiplier", 1.0),
+        "residual_multiplier": read_number(raw, "residual_multiplier", 1.0),
+        "logits_multiplier": 1.0 / read_number(raw, "logits_scaling", 1.0),
+    }
+
+
+def _smollm3(raw: Raw) -> dict[str, Any]:
+    num_layers = read_size(raw, "num_hidden_layers", MAX_LAYERS)
+    unrotated = _unrotated(raw, num_layers)
+    window = read_optional_size(raw, "sliding_window")
+    slides = read_flag(raw, "use_sliding_window") and window is not None
+    types = tuple(SLIDING if slides and layer in unrotated else FULL for layer in range(num_layers))
+    types = _layer_types(raw, types)
+    used = window if SLIDING in types else None
+    return {**_llama(raw), "unrotated_layers": unrotated, "sliding_window": used, "layer_types": types}
+
+
+def _unrotated(raw: Raw, num_layers: int) -> frozenset[int]:
+    """Layers without rotary embedding: those with a 0 in `no_rope_layers`, or else one in `no_rope_layer_interval`."""
+    given = raw.get("no_rope_layers")
+    if given is None:
+        interval = read_size({"no_rope_layer_interval": 4, **raw}, "no_rope_layer_interval")
+        return frozenset(range(interval - 1, num_layers, interval))
+    if not isinstance(given, list) or len(given) < num_layers or not all(flag in (0, 1) for flag in given):
+        raise CheckpointError(
+            f"config.json: 'no_rope_layers' must be a list of 0 or 1 for each of {num_layers} layers, got "
+            f"{shown(given)}"
+        )
+    return frozenset(layer for layer in range(num_layers) if not given[layer])
+
+
 _QWEN_KEYS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
@@ -146,6 +193,27 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             keys=frozenset({"sliding_window"}),
             defaults={"rms_norm_eps": 1e-5},
             switches=lambda raw: _all_sliding(raw, None),
+        ),
+        "olmo2": Family(
+            weights=OUTPUT_NORM_WEIGHTS,
+            keys=frozenset({"attention_bias"}),
+            defaults={"rms_norm_eps": 1e-5},
+            switches=_olmo2,
+        ),
+        "granite": Family(
+            keys=frozenset(
+                """attention_bias mlp_bias embedding_multiplier attention_multiplier residual_multiplier
+                logits_scaling""".split()
+            ),
+            switches=_granite,
+        ),
+        "smollm3": Family(
+            keys=frozenset(
+                """attention_bias mlp_bias use_sliding_window sliding_window layer_types no_rope_layers
+                no_rope_layer_interval max_window_layers""".split()
+            ),
+            defaults={"tie_word_embeddings": True, "rope_theta": {FULL: 2_000_000.0, SLIDING: 2_000_000.0}},
+            switches=_smollm3,
         ),
     }
 )

@@ -15,7 +15,7 @@ from typing import Any
 from layerskip.errors import InvalidArgumentError
 from layerskip.model.drafts import CONFIDENCE_CLASSES
 
-INTERFACE = 9
+INTERFACE = 10
 """Version of what the functions do; `layerskip_interface` must return it."""
 NAMES = ("_native_avx512vnni.so", "_native_avx512.so", "_native.so")
 LIBRARIES = tuple(Path(__file__).parents[2] / name for name in NAMES)
@@ -95,6 +95,8 @@ class NetworkView(Structure):
         ("adapter", c_int32),
         ("rms_norm_eps", c_float),
         ("attention_scale", c_float),
+        ("residual_multiplier", c_float),
+        ("joint_qk_norm", c_int32),
     )
 
 

@@ -127,6 +127,8 @@ class NativeNetwork:
             activation=ACTIVATIONS[config.hidden_act],
             rms_norm_eps=config.rms_norm_eps,
             attention_scale=config.attention_scale,
+            residual_multiplier=config.residual_multiplier,
+            joint_qk_norm=config.joint_qk_norm,
         )
 
     @property
@@ -300,7 +302,9 @@ class NativeNetwork:
         linears = {name: getattr(layer, name).view for name in ("qkv", "o", "gate_up", "down")}
         if layer.input is not None:
             linears["input"] = layer.input.view
-        view = LayerView(**linears, **norms, cosines=rope.cos.data_ptr(), sines=rope.sin.data_ptr(), window=window or 0)
+        view = LayerView(**linears, **norms, window=window or 0)
+        if self.config.rotates(index):
+            view.cosines, view.sines = rope.cos.data_ptr(), rope.sin.data_ptr()
         if layer.fusion is not None:
             layers = (ctypes.c_int32 * len(layer.fusion.layers))(*layer.fusion.layers)
             self._kept.append(layers)

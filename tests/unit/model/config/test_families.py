@@ -38,6 +38,9 @@ EXPECTED = {
     "Phi-3-mini-4k": (32, 32, 32, 96, 2047, "ssssss", False),
     "Phi-3.5-mini": (32, 32, 32, 96, 262144, "ssssss", False),
     "Phi-4-mini": (32, 24, 8, 128, 262144, "ssssss", True),
+    "OLMo-2-0425-1B": (16, 16, 16, 128, None, "ffffff", False),
+    "granite-3.3-2b-instruct": (40, 32, 8, 64, None, "ffffff", True),
+    "SmolLM3-3B": (36, 16, 4, 128, None, "ffffff", True),
 }
 
 
@@ -92,8 +95,14 @@ def test_agrees_with_transformers(name: str) -> None:
     assert ours.max_position_embeddings == theirs.max_position_embeddings
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
     assert ours.hidden_act == (getattr(theirs, "hidden_act", None) or theirs.hidden_activation)
-    scalar = getattr(theirs, "query_pre_attn_scalar", ours.head_dim)
-    assert math.isclose(ours.attention_scale, scalar**-0.5)
+    scale = getattr(theirs, "query_pre_attn_scalar", ours.head_dim) ** -0.5
+    assert math.isclose(ours.attention_scale, getattr(theirs, "attention_multiplier", scale))
+    for factor in ("residual_multiplier", "embedding_multiplier"):
+        if hasattr(theirs, factor):
+            assert getattr(ours, factor) == getattr(theirs, factor)
+    assert math.isclose(ours.logits_multiplier, 1 / getattr(theirs, "logits_scaling", 1))
+    rotated = getattr(theirs, "no_rope_layers", [1] * ours.num_layers)
+    assert [ours.rotates(layer) for layer in range(ours.num_layers)] == [bool(flag) for flag in rotated]
     for kind in set(layer_types):
         for length in (16, ours.max_position_embeddings):  # LongRoPE has two sets of factors
             mine, scale = frequencies(ours, kind, length)
@@ -159,6 +168,9 @@ def test_defaults_of_silent_configs() -> None:
         ("Qwen3-0.6B", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 28}),
         ("gemma-3-1b-it", {"sliding_window_pattern": 4}),
         ("gemma-3-1b-it", {"sliding_window_pattern": None}),
+        ("SmolLM3-3B", {"layer_types": None, "use_sliding_window": True, "sliding_window": 8}),
+        ("SmolLM3-3B", {"layer_types": None, "use_sliding_window": False, "sliding_window": None}),
+        ("SmolLM3-3B", {"no_rope_layers": None, "no_rope_layer_interval": 5, "layer_types": None}),
     ],
 )
 def test_kinds_of_layers_that_follow_from_other_keys(name: str, changes: dict[str, Any]) -> None:
@@ -181,6 +193,21 @@ def test_kinds_of_layers_that_follow_from_other_keys(name: str, changes: dict[st
 def test_bad_layer_types(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         parse_config({**HUB_CONFIGS["Qwen3-0.6B"], **changes})
+
+
+@pytest.mark.parametrize("flags", [[1, 0], "all", [1] * 35, [1] * 35 + [2], {"0": 1}])
+def test_bad_rotated_layers(flags: Any) -> None:
+    with pytest.raises(CheckpointError, match="'no_rope_layers' must be a list of 0 or 1 for each of 36 layers"):
+        parse_config({**HUB_CONFIGS["SmolLM3-3B"], "no_rope_layers": flags})
+
+
+@pytest.mark.parametrize(
+    "key", ["embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"]
+)
+@pytest.mark.parametrize("value", [0, -1.0, "2", float("nan")])
+def test_bad_multipliers(key: str, value: Any) -> None:
+    with pytest.raises(CheckpointError, match=f"'{key}' must be a positive number"):
+        parse_config({**HUB_CONFIGS["granite-3.3-2b-instruct"], key: value})
 
 
 def frequencies(config: ModelConfig, kind: str, length: int = 16) -> tuple[torch.Tensor, float]:

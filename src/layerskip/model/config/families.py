@@ -12,6 +12,7 @@ from typing import Any
 from layerskip.errors import CheckpointError, UnsupportedModelError
 from layerskip.model.config.keys import check_keys
 from layerskip.model.config.model_config import CORE_KEYS, FULL, SLIDING, ModelConfig, read_core
+from layerskip.model.config.recurrent import running_state
 from layerskip.model.config.values import MAX_LAYERS, read_flag, read_number, read_optional_size, read_size, shown
 
 # Our name of a layer's weight -> the checkpoint's tensors that are stacked to make it (without ".weight").
@@ -223,10 +224,18 @@ def parse_config(raw: Raw) -> ModelConfig:
     """Turn the contents of a config.json into a `ModelConfig`.
 
     Raises:
-        UnsupportedModelError: An unknown family, or a key that may change the computation and isn't understood.
+        UnsupportedModelError: An unknown family, one whose state can't be rolled back, or a key that may change the
+            computation and isn't understood.
         CheckpointError: A size is missing or invalid.
     """
     model_type = str(raw.get("model_type"))
+    kind = running_state(model_type)
+    if kind is not None:
+        raise UnsupportedModelError(
+            f"model_type {model_type!r} is not supported: it has {kind}, whose state can't be rolled back to an "
+            "earlier position, as taking back rejected drafts needs; supported families, which keep keys and values of "
+            f"every token: {', '.join(sorted(FAMILIES))}"
+        )
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
             f"model_type {model_type!r} is not supported; supported families: {', '.join(sorted(FAMILIES))}"

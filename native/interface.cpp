@@ -114,7 +114,7 @@ void layerskip_gumbel(const uint64_t* keys, int64_t positions, int64_t count, fl
                     [&](int64_t position) { gumbel(keys[position], count, out + position * count); });
 }
 
-int32_t layerskip_interface() { return 10; }
+int32_t layerskip_interface() { return 11; }
 
 const char* layerskip_target() { return target(); }
 

@@ -6,6 +6,7 @@
 
 #include "kernels/attention.h"
 #include "kernels/elementwise.h"
+#include "kernels/experts.h"
 #include "kernels/linear.h"
 #include "threads.h"
 
@@ -31,16 +32,29 @@ struct Block {
     }
 };
 
+// Room for the results of a step, shared by the team.
+struct Workspace {
+    float* floats;
+    int32_t* numbers;
+};
+
+template <typename Number>
+Number* at_least(std::vector<Number>& kept, int64_t count) {
+    if (static_cast<int64_t>(kept.size()) < count) kept.resize(count);
+    return kept.data();
+}
+
 // One member's part of a forward pass.
 class Pass {
   public:
-    Pass(const Network& network, const Cache& cache, float* hidden, const Block& block, float* shared, Team& team,
-         int member)
+    Pass(const Network& network, const Cache& cache, float* hidden, const Block& block, const Workspace& shared,
+         Team& team, int member)
         : net_(network), cache_(cache), hidden_(hidden), tokens_(block.tokens), rows_(block.rows),
           positions_(block.positions), team_(team), member_(member),
-          attention_(network, cache, block.segments, block.num_segments, shared, team, member) {
+          attention_(network, cache, block.segments, block.num_segments, shared.floats, team, member),
+          experts_(network, block.tokens, kChunk, shared.floats + own_floats(network), shared.numbers, team, member) {
         const int64_t heads = net_.num_heads + 2 * net_.num_kv_heads;
-        qkv_ = shared + Attention::kPartialFloats;
+        qkv_ = shared.floats + Attention::kPartialFloats;
         attended_ = qkv_ + kChunk * heads * net_.head_dim;
         gate_up_ = attended_ + kChunk * static_cast<int64_t>(net_.num_heads) * net_.head_dim;
         inner_ = gate_up_ + kChunk * 2 * static_cast<int64_t>(net_.intermediate_size);
@@ -48,8 +62,16 @@ class Pass {
         out_ = normed_ + kChunk * static_cast<int64_t>(net_.hidden_size);
     }
 
-    // Floats of `shared`.
-    static int64_t shared_floats(const Network& net) {
+    // Room that the members share; callers hold `Team::in_use`.
+    static Workspace workspace(const Network& net) {
+        static std::vector<float> floats;
+        static std::vector<int32_t> numbers;
+        return {at_least(floats, own_floats(net) + Experts::shared_floats(net, kChunk)),
+                at_least(numbers, Experts::shared_numbers(net, kChunk))};
+    }
+
+    // Floats without those of experts.
+    static int64_t own_floats(const Network& net) {
         const int64_t qkv = static_cast<int64_t>(net.num_heads + 2 * net.num_kv_heads) * net.head_dim;
         const int64_t attended = static_cast<int64_t>(net.num_heads) * net.head_dim;
         const int64_t mlp = 3 * static_cast<int64_t>(net.intermediate_size);
@@ -70,9 +92,15 @@ class Pass {
             add_product(layer.o, attended_, layer.post_attention_norm);
             team_.barrier();
             if (fused != nullptr) add_fused(layer, *fused);
-            mlp_inner(layer, norm_tokens(hidden_, layer.mlp_norm));
-            team_.barrier();
-            add_product(layer.down, inner_, layer.post_mlp_norm);
+            const float* x = norm_tokens(hidden_, layer.mlp_norm);
+            if (layer.experts != nullptr) {
+                experts_.run(layer, x, out_);
+                add_output(layer.post_mlp_norm);
+            } else {
+                mlp_inner(layer, x);
+                team_.barrier();
+                add_product(layer.down, inner_, layer.post_mlp_norm);
+            }
             team_.barrier();
             if (index + 1 < stop) write_adapter_keys(index + 1);
         }
@@ -151,6 +179,11 @@ class Pass {
         if (norm == nullptr && net_.residual_multiplier == 1.0f) return product(w, x, hidden_, true);
         product(w, x, out_, false);
         team_.barrier();
+        add_output(norm);
+    }
+
+    // hidden += norm(out), for this member's tokens.
+    void add_output(const float* norm) {
         const int64_t size = net_.hidden_size;
         for (int token = member_; token < tokens_; token += team_.size()) {
             float* out = out_ + token * size;
@@ -230,21 +263,15 @@ class Pass {
     const int member_;
     float *qkv_, *attended_, *gate_up_, *inner_, *normed_, *out_;
     Attention attention_;
+    Experts experts_;
 };
-
-// Callers hold `Team::in_use`.
-float* workspace(int64_t floats) {
-    static std::vector<float> kept;
-    if (static_cast<int64_t>(kept.size()) < floats) kept.resize(floats);
-    return kept.data();
-}
 
 // Call body(pass, first token) on every member for blocks of the tokens.
 template <typename Body>
 void in_blocks(const Network& network, float* hidden, int32_t rows, int32_t queries, const int64_t* starts,
                const Cache& cache, const Body& body) {
     Team& team = Team::of(network.threads);
-    float* shared = workspace(Pass::shared_floats(network));
+    const Workspace shared = Pass::workspace(network);
     const int64_t total = static_cast<int64_t>(rows) * queries;
     for (int64_t begin = 0; begin < total; begin += kChunk) {
         Block block;
@@ -302,7 +329,7 @@ void write_keys(const Network& network, const float* hidden, int32_t rows, int32
 
 void unembed(const Network& network, const float* hidden, int32_t tokens, float* logits) {
     Team& team = Team::of(network.threads);
-    float* shared = workspace(Pass::shared_floats(network));
+    const Workspace shared = Pass::workspace(network);
     const Cache none{};
     for (int64_t begin = 0; begin < tokens; begin += kChunk) {
         Block block;

@@ -252,6 +252,46 @@ CASES = {
     ),
 }
 
+CASES |= {
+    "mixtral-window": Case(
+        model_type="mixtral",
+        config={"num_local_experts": 4, "num_experts_per_tok": 3, "sliding_window": 7, "tie_word_embeddings": True},
+        neutral=({"sliding_window": None}, {"num_experts_per_tok": 2}, {"num_experts_per_tok": 4}),
+    ),
+    "mixtral-mha-many-experts": Case(
+        model_type="mixtral",
+        config={"num_local_experts": 21, "num_experts_per_tok": 2, "num_key_value_heads": 4, "head_dim": 16},
+        neutral=({"num_experts_per_tok": 1},),
+    ),
+    "qwen3_moe-normed": Case(
+        model_type="qwen3_moe",
+        config={
+            "head_dim": 16,
+            "num_experts": 20,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "attention_bias": True,
+        },
+        neutral=({"norm_topk_prob": False}, {"num_experts_per_tok": 3}),
+    ),
+    "qwen3_moe-some-dense": Case(
+        model_type="qwen3_moe",
+        config={
+            "num_hidden_layers": 6,
+            "head_dim": 8,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+            "use_sliding_window": True,
+            "sliding_window": 6,
+        },
+        neutral=({"use_sliding_window": False, "sliding_window": None}, {"norm_topk_prob": True}),
+    ),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:

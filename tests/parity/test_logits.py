@@ -140,7 +140,7 @@ def test_exits(pair: Any) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_16_bit_weights_are_close(pair: Any, dtype: str) -> None:
-    """As close to the float32 logits as transformers is in that dtype."""
+    """As close to the float32 logits as transformers is in that dtype; most of them, where rounding changes experts."""
     lm = layerskip.load(str(pair.folder), dtype=dtype, max_context=pair.case.max_context)
     assert lm.decoder.dtype == getattr(torch, dtype)
     logits = lm.logits(pair.tokens)
@@ -148,6 +148,10 @@ def test_16_bit_weights_are_close(pair: Any, dtype: str) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(pair.folder, dtype=lm.decoder.dtype).eval()
     with torch.inference_mode():
         other = theirs(torch.tensor([pair.tokens])).logits[0].float()
-    ours, usual = (float((x - pair.logits).norm() / pair.logits.norm()) for x in (logits, other))
+    if lm.config.sparse_layers:
+        errors = ((x - pair.logits).norm(dim=-1) / pair.logits.norm(dim=-1) for x in (logits, other))
+        ours, usual = (float(error.median()) for error in errors)
+    else:
+        ours, usual = (float((x - pair.logits).norm() / pair.logits.norm()) for x in (logits, other))
     assert ours < max(2e-2, 1.25 * usual)
     assert ours < 6e-2

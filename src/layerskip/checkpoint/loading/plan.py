@@ -126,7 +126,7 @@ def plan_loading(checkpoint: LoadableCheckpoint, config: LoadingConfig) -> Loadi
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device, checkpoint.raw_config)
     context = choose_context(network_config, config.max_context)
-    rounds = choose_rounds(config.compile, config.kernels, device)
+    rounds = choose_rounds(config.compile, config.kernels, network_config, device)
     native = choose_kernels(config.kernels, network_config, device, dtype) and rounds is None
     for name, value in (("quantize", config.quantize), ("quantize_draft", config.quantize_draft)):
         if value is not None:

@@ -46,11 +46,24 @@ Raw = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertWeights:
+    """The tensors that a layer with experts has in place of an MLP's, without ".weight"."""
+
+    router: str
+    gate_up: tuple[str, ...]
+    """Of one expert; {} stands for its number."""
+    down: tuple[str, ...]
+    """The same."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """One `model_type` of Hugging Face's config.json."""
 
     weights: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: SPLIT_WEIGHTS)
     """Our name of a layer's weight -> the checkpoint's tensors that are stacked to make it."""
+    experts: ExpertWeights | None = None
+    """Tensors of layers with experts, if the family has such layers."""
     keys: frozenset[str] = frozenset()
     """Keys of config.json that the family understands besides `CORE_KEYS`."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -162,8 +175,55 @@ def _unrotated(raw: Raw, num_layers: int) -> frozenset[int]:
     return frozenset(layer for layer in range(num_layers) if not given[layer])
 
 
-_QWEN_KEYS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
+def _mixtral(raw: Raw) -> dict[str, Any]:
+    return {
+        **_all_sliding(raw, None),
+        **_experts(raw, num_experts=8, per_token=2),
+        "moe_intermediate_size": read_size(raw, "intermediate_size"),
+        "norm_topk_prob": True,
+        "sparse_layers": frozenset(range(read_size(raw, "num_hidden_layers", MAX_LAYERS))),
+    }
 
+
+def _qwen3_moe(raw: Raw) -> dict[str, Any]:
+    bias, num_layers = read_flag(raw, "attention_bias"), read_size(raw, "num_hidden_layers", MAX_LAYERS)
+    slides = read_flag(raw, "use_sliding_window")
+    step = read_size({"decoder_sparse_step": 1, **raw}, "decoder_sparse_step")
+    dense = raw.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in dense):
+        raise CheckpointError(f"config.json: 'mlp_only_layers' must be a list of layers from 0, got {shown(dense)}")
+    return {
+        "qk_norm": True,
+        "qkv_bias": bias,
+        "o_bias": bias,
+        **_all_sliding({**raw, **({} if slides else {"sliding_window": None})}, 4096),
+        **_experts(raw, num_experts=128, per_token=8),
+        "moe_intermediate_size": read_size({"moe_intermediate_size": 768, **raw}, "moe_intermediate_size"),
+        "norm_topk_prob": read_flag(raw, "norm_topk_prob"),
+        "sparse_layers": frozenset(range(step - 1, num_layers, step)) - frozenset(dense),
+    }
+
+
+def _experts(raw: Raw, *, num_experts: int, per_token: int) -> dict[str, int]:
+    """Number of experts, of which transformers knows two names, and how many of them each token goes through."""
+    names = ("num_local_experts", "num_experts")
+    sizes = {name: size for name in names if (size := read_optional_size(raw, name)) is not None}
+    if len(set(sizes.values())) > 1:
+        raise CheckpointError(f"config.json: num_local_experts and num_experts must be equal, got {sizes}")
+    experts = next(iter(sizes.values()), num_experts)
+    chosen = read_size({"num_experts_per_tok": per_token, **raw}, "num_experts_per_tok")
+    if chosen > experts:
+        raise CheckpointError(
+            f"config.json: 'num_experts_per_tok' must be at most the number of experts, {experts}, got {chosen}"
+        )
+    return {"num_experts": experts, "num_experts_per_tok": chosen}
+
+
+_QWEN_KEYS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
+_EXPERT_KEYS = frozenset({"num_experts", "num_local_experts", "num_experts_per_tok"})
+
+# Keys that transformers doesn't use, and that whole series of checkpoints have, are understood without effect:
+# `max_window_layers` of SmolLM3 and Qwen3's mixtures of experts.
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "llama": Family(keys=frozenset({"attention_bias", "mlp_bias"}), switches=_llama),
@@ -215,6 +275,30 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             ),
             defaults={"tie_word_embeddings": True, "rope_theta": {FULL: 2_000_000.0, SLIDING: 2_000_000.0}},
             switches=_smollm3,
+        ),
+        "mixtral": Family(
+            experts=ExpertWeights(
+                router="block_sparse_moe.gate",
+                gate_up=("block_sparse_moe.experts.{}.w1", "block_sparse_moe.experts.{}.w3"),
+                down=("block_sparse_moe.experts.{}.w2",),
+            ),
+            keys=_EXPERT_KEYS | {"sliding_window"},
+            defaults={"rms_norm_eps": 1e-5, "rope_theta": {FULL: 1_000_000.0, SLIDING: 1_000_000.0}},
+            switches=_mixtral,
+        ),
+        "qwen3_moe": Family(
+            weights={**SPLIT_WEIGHTS, **QK_NORMS},
+            experts=ExpertWeights(
+                router="mlp.gate",
+                gate_up=("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj"),
+                down=("mlp.experts.{}.down_proj",),
+            ),
+            keys=_EXPERT_KEYS
+            | frozenset(
+                """attention_bias use_sliding_window sliding_window max_window_layers decoder_sparse_step
+                moe_intermediate_size norm_topk_prob mlp_only_layers""".split()
+            ),
+            switches=_qwen3_moe,
         ),
     }
 )

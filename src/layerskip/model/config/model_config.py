@@ -76,6 +76,14 @@ class ModelConfig:
     """Factor on logits; it is applied with the final norm's weight."""
     unrotated_layers: frozenset[int] = frozenset()
     """Layers without rotary embedding, from 0."""
+    sparse_layers: frozenset[int] = frozenset()
+    """Layers with experts in place of an MLP, from 0."""
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    """Width of each expert."""
+    norm_topk_prob: bool = False
+    """Whether the weights of a token's experts sum to 1, rather than those of all experts."""
     final_logit_softcapping: float | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()

@@ -19,6 +19,7 @@ from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.positions import Placement, ValueSource
 from layerskip.model.rope import rotate
 from layerskip.model.torch.attention import attend
+from layerskip.model.torch.experts import Experts, run_experts
 from layerskip.model.torch.fusion import Fusion, fuse
 from layerskip.model.torch.linear import Linear, Linear_co
 
@@ -43,16 +44,27 @@ class LayerWeights(Generic[Linear_co]):
     o: Linear_co
     post_attention_norm: Tensor | None = None
     mlp_norm: Tensor | None = None
-    gate_up: Linear_co
-    down: Linear_co
+    gate_up: Linear_co | None = None
+    down: Linear_co | None = None
+    experts: Experts[Linear_co] | None = None
+    """In place of `gate_up` and `down`, in a layer that has them."""
     post_mlp_norm: Tensor | None = None
 
     @property
+    def gated(self) -> tuple[tuple[Linear_co, Linear_co], ...]:
+        """The MLP's `gate_up` and `down`, or those of each expert."""
+        if self.experts is not None:
+            return tuple((expert.gate_up, expert.down) for expert in self.experts.experts)
+        assert self.gate_up is not None
+        assert self.down is not None
+        return ((self.gate_up, self.down),)
+
+    @property
     def num_bytes(self) -> int:
-        """Bytes of the products."""
+        """Bytes that the products of one token read."""
         values = None if self.fusion is None else self.fusion.values
-        own = (self.input, values, self.qkv, self.o, self.gate_up, self.down)
-        return sum(linear.num_bytes for linear in own if linear is not None)
+        own = (self.input, values, self.qkv, self.o, self.gate_up, self.down, self.experts)
+        return sum(part.num_bytes for part in own if part is not None)
 
 
 class TorchNetwork:
@@ -148,7 +160,12 @@ class TorchNetwork:
         return query_key[:, :, :heads]
 
     def _mlp(self, weights: LayerWeights[Linear], x: Tensor) -> Tensor:
-        gate, up = weights.gate_up(x).chunk(2, -1)
+        if weights.experts is not None:
+            return run_experts(weights.experts, x, self._gated, norm_weights=self.config.norm_topk_prob)
+        return self._gated(*weights.gated[0], x)
+
+    def _gated(self, gate_up: Linear, down: Linear, x: Tensor) -> Tensor:
+        gate, up = gate_up(x).chunk(2, -1)
         match self.config.hidden_act:
             case "silu":
                 gate = F.silu(gate)
@@ -156,7 +173,7 @@ class TorchNetwork:
                 gate = F.gelu(gate, approximate="tanh")
             case _:
                 gate = F.gelu(gate)
-        return weights.down(gate.mul_(up))
+        return down(gate.mul_(up))
 
     def _normed(self, x: Tensor, norm: Tensor | None) -> Tensor:
         return x if norm is None else self._norm(x, norm)

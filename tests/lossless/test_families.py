@@ -61,6 +61,25 @@ def test_compiled_results_are_the_same_in_any_block(folders: dict[str, Path], fa
     assert torch.equal(beside[1:2], whole)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "options", [{"quantize": "int8"}, {"quantize": "int8", "compute": "int8"}, {"quantize_draft": "int4"}], ids=str
+)
+def test_experts_in_fewer_bits(folders: dict[str, Path], family: str, options: dict[str, Any]) -> None:
+    """Fewer bits give another model, whose text is the same however it is decoded; a drafter's bits change nothing."""
+    plain = load(folders[family], "native")
+    lm = layerskip.load(str(folders[family]), dtype="float32", device="cpu", kernels="native", **options)
+    expected = texts(lm, generation_strategy="autoregressive")
+    assert texts(lm, exit_layer=2, num_speculations=3) == expected
+    error = float((lm.logits(TEXT) - plain.logits(TEXT)).abs().median())
+    assert error == 0 if "quantize_draft" in options else 0 < error < 0.1
+
+
+def texts(lm: LanguageModel, **options: Any) -> list[list[int]]:
+    results = lm.generate(PROMPTS, max_new_tokens=12, ignore_eos=True, temperature=0, **options)
+    return [result.token_ids for result in results]
+
+
 def load(folder: Path, kernels: str) -> LanguageModel:
     if kernels == "native" and load_library() is None:
         pytest.skip("the compiled kernels weren't built")

@@ -15,6 +15,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "granite": {},
     "smollm3": {},
+    "mixtral": {},
+    "qwen3_moe": {},
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     # layers return tuples
     "gpt_neo": {

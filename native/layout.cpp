@@ -31,9 +31,11 @@ const char* layerskip_layout() {
         describe("Linear", sizeof(Linear),
                  {FIELD(Linear, panels), FIELD(Linear, scales), FIELD(Linear, bias), FIELD(Linear, inputs),
                   FIELD(Linear, outputs), FIELD(Linear, format), FIELD(Linear, compute)}) +
+        describe("Expert", sizeof(Expert), {FIELD(Expert, gate_up), FIELD(Expert, down)}) +
         describe("Layer", sizeof(Layer),
                  {FIELD(Layer, input), FIELD(Layer, values), FIELD(Layer, value_layers), FIELD(Layer, distances),
                   FIELD(Layer, qkv), FIELD(Layer, o), FIELD(Layer, gate_up), FIELD(Layer, down),
+                  FIELD(Layer, router), FIELD(Layer, experts),
                   FIELD(Layer, attention_norm), FIELD(Layer, q_norm), FIELD(Layer, k_norm),
                   FIELD(Layer, post_attention_norm), FIELD(Layer, mlp_norm), FIELD(Layer, post_mlp_norm),
                   FIELD(Layer, cosines), FIELD(Layer, sines), FIELD(Layer, window),
@@ -43,9 +45,12 @@ const char* layerskip_layout() {
                   FIELD(Network, exits), FIELD(Network, hidden_size), FIELD(Network, num_heads),
                   FIELD(Network, num_kv_heads),
                   FIELD(Network, head_dim), FIELD(Network, rotary_dim), FIELD(Network, intermediate_size),
+                  FIELD(Network, num_experts), FIELD(Network, experts_per_token), FIELD(Network, expert_size),
+                  FIELD(Network, norm_expert_weights),
                   FIELD(Network, vocab_size), FIELD(Network, activation), FIELD(Network, threads),
                   FIELD(Network, num_layers), FIELD(Network, num_adapters), FIELD(Network, adapter),
-                  FIELD(Network, rms_norm_eps), FIELD(Network, attention_scale)}) +
+                  FIELD(Network, rms_norm_eps), FIELD(Network, attention_scale),
+                  FIELD(Network, residual_multiplier), FIELD(Network, joint_qk_norm)}) +
         describe("Cache", sizeof(Cache),
                  {FIELD(Cache, keys), FIELD(Cache, values), FIELD(Cache, layer_stride), FIELD(Cache, row_stride),
                   FIELD(Cache, capacity)}) +

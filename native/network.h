@@ -1,7 +1,7 @@
 // A decoder and its cache: plain structures, which layerskip/model/native/network.py fills in through ctypes.
 //
 // Shapes: L layers, B rows, D width, H heads, H_kv key/value heads, D_head channels of a head, R rotary channels, I
-// width of the MLP, V vocabulary, T capacity of the cache.
+// width of the MLP, E experts, C experts of a token, J width of an expert, V vocabulary, T capacity of the cache.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +12,11 @@ namespace layerskip {
 
 enum Activation : int32_t { kSilu = 0, kGeluTanh = 1, kGelu = 2 };
 
+struct Expert {
+    Linear gate_up;  // D -> 2 J, panels of gate and up in turn
+    Linear down;     // J -> D
+};
+
 struct Layer {
     Linear input;                      // D -> D, before all else; without panels but in exit adapters
     Linear values;                     // S H_kv D_head -> D, added after attention; without panels but in exit adapters
@@ -21,13 +26,15 @@ struct Layer {
     Linear o;                          // H D_head -> D
     Linear gate_up;                    // D -> 2 I, panels of gate and up in turn
     Linear down;                       // I -> D
-    const float* attention_norm;       // [D]
-    const float* q_norm;               // [D_head] or null
-    const float* k_norm;               // [D_head] or null
+    Linear router;                     // D -> E; without panels but in layers with experts in place of the MLP
+    const Expert* experts;             // [E] or null
+    const float* attention_norm;       // [D] or null
+    const float* q_norm;               // [D_head], or [H D_head] where norms are joint, or null
+    const float* k_norm;               // [D_head], or [H_kv D_head] where norms are joint, or null
     const float* post_attention_norm;  // [D] or null
-    const float* mlp_norm;             // [D]
+    const float* mlp_norm;             // [D] or null
     const float* post_mlp_norm;        // [D] or null
-    const float* cosines;              // [positions, R]
+    const float* cosines;              // [positions, R]; null: nothing is rotated
     const float* sines;                // [positions, R], negative in the first half
     int64_t window;                    // tokens that a query attends to, itself included; 0: all
     int64_t num_value_layers;          // S
@@ -52,6 +59,10 @@ struct Network {
     int32_t head_dim;           // D_head
     int32_t rotary_dim;         // R
     int32_t intermediate_size;  // I
+    int32_t num_experts;        // E; 0: no layer has experts
+    int32_t experts_per_token;  // C
+    int32_t expert_size;        // J
+    int32_t norm_expert_weights;  // whether the weights of a token's experts sum to 1, rather than those of all experts
     int32_t vocab_size;         // V, outputs of the head
     int32_t activation;
     int32_t threads;
@@ -60,6 +71,8 @@ struct Network {
     int32_t adapter;            // the layer that adapts what norm and head read; -1: none
     float rms_norm_eps;
     float attention_scale;
+    float residual_multiplier;  // on what a layer adds to the state
+    int32_t joint_qk_norm;      // whether norms of queries and keys span all heads of a token
 };
 
 struct Cache {

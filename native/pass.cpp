@@ -6,6 +6,7 @@
 
 #include "kernels/attention.h"
 #include "kernels/elementwise.h"
+#include "kernels/experts.h"
 #include "kernels/linear.h"
 #include "threads.h"
 
@@ -31,16 +32,29 @@ struct Block {
     }
 };
 
+// Room for the results of a step, shared by the team.
+struct Workspace {
+    float* floats;
+    int32_t* numbers;
+};
+
+template <typename Number>
+Number* at_least(std::vector<Number>& kept, int64_t count) {
+    if (static_cast<int64_t>(kept.size()) < count) kept.resize(count);
+    return kept.data();
+}
+
 // One member's part of a forward pass.
 class Pass {
   public:
-    Pass(const Network& network, const Cache& cache, float* hidden, const Block& block, float* shared, Team& team,
-         int member)
+    Pass(const Network& network, const Cache& cache, float* hidden, const Block& block, const Workspace& shared,
+         Team& team, int member)
         : net_(network), cache_(cache), hidden_(hidden), tokens_(block.tokens), rows_(block.rows),
           positions_(block.positions), team_(team), member_(member),
-          attention_(network, cache, block.segments, block.num_segments, shared, team, member) {
+          attention_(network, cache, block.segments, block.num_segments, shared.floats, team, member),
+          experts_(network, block.tokens, kChunk, shared.floats + own_floats(network), shared.numbers, team, member) {
         const int64_t heads = net_.num_heads + 2 * net_.num_kv_heads;
-        qkv_ = shared + Attention::kPartialFloats;
+        qkv_ = shared.floats + Attention::kPartialFloats;
         attended_ = qkv_ + kChunk * heads * net_.head_dim;
         gate_up_ = attended_ + kChunk * static_cast<int64_t>(net_.num_heads) * net_.head_dim;
         inner_ = gate_up_ + kChunk * 2 * static_cast<int64_t>(net_.intermediate_size);
@@ -48,8 +62,16 @@ class Pass {
         out_ = normed_ + kChunk * static_cast<int64_t>(net_.hidden_size);
     }
 
-    // Floats of `shared`.
-    static int64_t shared_floats(const Network& net) {
+    // Room that the members share; callers hold `Team::in_use`.
+    static Workspace workspace(const Network& net) {
+        static std::vector<float> floats;
+        static std::vector<int32_t> numbers;
+        return {at_least(floats, own_floats(net) + Experts::shared_floats(net, kChunk)),
+                at_least(numbers, Experts::shared_numbers(net, kChunk))};
+    }
+
+    // Floats without those of experts.
+    static int64_t own_floats(const Network& net) {
         const int64_t qkv = static_cast<int64_t>(net.num_heads + 2 * net.num_kv_heads) * net.head_dim;
         const int64_t attended = static_cast<int64_t>(net.num_heads) * net.head_dim;
         const int64_t mlp = 3 * static_cast<int64_t>(net.intermediate_size);
@@ -61,19 +83,24 @@ class Pass {
         for (int index = start; index < stop; ++index) {
             const Layer& layer = net_.layers[index];
             if (layer.input.panels != nullptr) project_input(layer);
-            norm_tokens(hidden_, layer.attention_norm);
-            product(layer.qkv, normed_, qkv_, false);
+            product(layer.qkv, norm_tokens(hidden_, layer.attention_norm), qkv_, false);
             team_.barrier();
+            norm_heads_together(layer, 0);
             place_keys(layer, index, 0);
             team_.barrier();
             attention_.run(qkv_, attended_, index, layer.window);
             add_product(layer.o, attended_, layer.post_attention_norm);
             team_.barrier();
             if (fused != nullptr) add_fused(layer, *fused);
-            norm_tokens(hidden_, layer.mlp_norm);
-            mlp_inner(layer);
-            team_.barrier();
-            add_product(layer.down, inner_, layer.post_mlp_norm);
+            const float* x = norm_tokens(hidden_, layer.mlp_norm);
+            if (layer.experts != nullptr) {
+                experts_.run(layer, x, out_);
+                add_output(layer.post_mlp_norm);
+            } else {
+                mlp_inner(layer, x);
+                team_.barrier();
+                add_product(layer.down, inner_, layer.post_mlp_norm);
+            }
             team_.barrier();
             if (index + 1 < stop) write_adapter_keys(index + 1);
         }
@@ -88,19 +115,19 @@ class Pass {
             team_.barrier();
             x = out_;
         }
-        norm_tokens(x, layer.attention_norm);
+        x = norm_tokens(x, layer.attention_norm);
         int start, stop;
         const int first = net_.num_heads * net_.head_dim / kPanel, panels = layer.qkv.outputs / kPanel;
         share(panels - first, member_, team_.size(), start, stop);
-        multiply(layer.qkv, normed_, layer.qkv.inputs, tokens_, qkv_, layer.qkv.outputs, first + start, first + stop,
+        multiply(layer.qkv, x, layer.qkv.inputs, tokens_, qkv_, layer.qkv.outputs, first + start, first + stop,
                  false);
         team_.barrier();
+        norm_heads_together(layer, net_.num_heads);
         place_keys(layer, index, net_.num_heads);
     }
 
     void logits(float* to) {
-        norm_tokens(hidden_, net_.final_norm);
-        product(net_.head, normed_, to, false);
+        product(net_.head, norm_tokens(hidden_, net_.final_norm), to, false);
     }
 
   private:
@@ -115,8 +142,8 @@ class Pass {
         for (int token = member_; token < tokens_; token += team_.size()) {
             const int64_t source = fused.sources[token], distance = positions_[token] - 1 - source;
             const int64_t kind = source < 0 ? kDistances - 1 : std::min<int64_t>(distance, kDistances - 2);
-            add(fused.projected + token * size, size, hidden_ + token * size);
-            add(layer.distances + kind * size, size, hidden_ + token * size);
+            add(fused.projected + token * size, net_.residual_multiplier, size, hidden_ + token * size);
+            add(layer.distances + kind * size, net_.residual_multiplier, size, hidden_ + token * size);
         }
         team_.barrier();
     }
@@ -131,12 +158,13 @@ class Pass {
         team_.barrier();
     }
 
-    // Norms of all tokens into the shared buffer; ends with a barrier.
-    void norm_tokens(const float* x, const float* weight) {
+    // The norms of all tokens, or the tokens themselves where there is no norm; ends with a barrier.
+    const float* norm_tokens(const float* x, const float* weight) {
         const int64_t size = net_.hidden_size;
-        for (int token = member_; token < tokens_; token += team_.size())
+        for (int token = member_; weight != nullptr && token < tokens_; token += team_.size())
             normalize(x + token * size, weight, size, net_.rms_norm_eps, normed_ + token * size);
         team_.barrier();
+        return weight == nullptr ? x : normed_;
     }
 
     // This member's outputs of all tokens.
@@ -146,30 +174,49 @@ class Pass {
         multiply(w, x, w.inputs, tokens_, y, w.outputs, start, stop, add);
     }
 
-    // hidden += norm(x W^T), the norm only where there is one.
+    // hidden += norm(x W^T), with the norm and the factor only where there are some.
     void add_product(const Linear& w, const float* x, const float* norm) {
-        if (norm == nullptr) return product(w, x, hidden_, true);
+        if (norm == nullptr && net_.residual_multiplier == 1.0f) return product(w, x, hidden_, true);
         product(w, x, out_, false);
         team_.barrier();
+        add_output(norm);
+    }
+
+    // hidden += norm(out), for this member's tokens.
+    void add_output(const float* norm) {
         const int64_t size = net_.hidden_size;
         for (int token = member_; token < tokens_; token += team_.size()) {
             float* out = out_ + token * size;
-            normalize(out, norm, size, net_.rms_norm_eps, out);
-            add(out, size, hidden_ + token * size);
+            if (norm != nullptr) normalize(out, norm, size, net_.rms_norm_eps, out);
+            add(out, net_.residual_multiplier, size, hidden_ + token * size);
         }
     }
 
-    void mlp_inner(const Layer& layer) {
+    void mlp_inner(const Layer& layer, const float* x) {
         int start, stop;
         share(net_.intermediate_size / kPanel, member_, team_.size(), start, stop);
         const int64_t outputs = layer.gate_up.outputs, size = net_.intermediate_size;
-        multiply(layer.gate_up, normed_, net_.hidden_size, tokens_, gate_up_, outputs, 2 * start, 2 * stop, false);
+        multiply(layer.gate_up, x, net_.hidden_size, tokens_, gate_up_, outputs, 2 * start, 2 * stop, false);
         for (int token = 0; token < tokens_; ++token) {
             for (int panel = start; panel < stop; ++panel) {
                 const float* gate = gate_up_ + token * outputs + 2 * panel * kPanel;
                 activate(gate, gate + kPanel, kPanel, net_.activation, inner_ + token * size + panel * kPanel);
             }
         }
+    }
+
+    // Norms that span all heads of a token, of queries (unless the first head is that of the keys) and keys, in place;
+    // ends with a barrier if there are such.
+    void norm_heads_together(const Layer& layer, int first) {
+        if (!net_.joint_qk_norm || layer.q_norm == nullptr) return;
+        const int64_t queries = static_cast<int64_t>(net_.num_heads) * net_.head_dim;
+        const int64_t keys = static_cast<int64_t>(net_.num_kv_heads) * net_.head_dim;
+        for (int token = member_; token < tokens_; token += team_.size()) {
+            float* x = qkv_ + token * (queries + 2 * keys);
+            if (first == 0) normalize(x, layer.q_norm, queries, net_.rms_norm_eps, x);
+            normalize(x + queries, layer.k_norm, keys, net_.rms_norm_eps, x + queries);
+        }
+        team_.barrier();
     }
 
     // Head norms and rotation of queries (in place) and keys, and keys and values into the cache; from head `first` on.
@@ -197,7 +244,11 @@ class Pass {
     }
 
     void turn(const Layer& layer, const float* norm, float* x, int token, float* to) {
-        if (norm != nullptr) normalize(x, norm, net_.head_dim, net_.rms_norm_eps, x);
+        if (norm != nullptr && !net_.joint_qk_norm) normalize(x, norm, net_.head_dim, net_.rms_norm_eps, x);
+        if (layer.cosines == nullptr) {
+            if (to != x) std::copy(x, x + net_.head_dim, to);
+            return;
+        }
         const int64_t angle = std::min(positions_[token], cache_.capacity - 1) * net_.rotary_dim;
         rotate(x, layer.cosines + angle, layer.sines + angle, net_.rotary_dim, net_.head_dim, to);
     }
@@ -212,21 +263,15 @@ class Pass {
     const int member_;
     float *qkv_, *attended_, *gate_up_, *inner_, *normed_, *out_;
     Attention attention_;
+    Experts experts_;
 };
-
-// Callers hold `Team::in_use`.
-float* workspace(int64_t floats) {
-    static std::vector<float> kept;
-    if (static_cast<int64_t>(kept.size()) < floats) kept.resize(floats);
-    return kept.data();
-}
 
 // Call body(pass, first token) on every member for blocks of the tokens.
 template <typename Body>
 void in_blocks(const Network& network, float* hidden, int32_t rows, int32_t queries, const int64_t* starts,
                const Cache& cache, const Body& body) {
     Team& team = Team::of(network.threads);
-    float* shared = workspace(Pass::shared_floats(network));
+    const Workspace shared = Pass::workspace(network);
     const int64_t total = static_cast<int64_t>(rows) * queries;
     for (int64_t begin = 0; begin < total; begin += kChunk) {
         Block block;
@@ -284,7 +329,7 @@ void write_keys(const Network& network, const float* hidden, int32_t rows, int32
 
 void unembed(const Network& network, const float* hidden, int32_t tokens, float* logits) {
     Team& team = Team::of(network.threads);
-    float* shared = workspace(Pass::shared_floats(network));
+    const Workspace shared = Pass::workspace(network);
     const Cache none{};
     for (int64_t begin = 0; begin < tokens; begin += kChunk) {
         Block block;

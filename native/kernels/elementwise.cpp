@@ -69,8 +69,8 @@ void rotate(const float* x, const float* cosines, const float* sines, int64_t ro
     for (int64_t i = rotary_dim; i < head_dim; ++i) to[i] = x[i];
 }
 
-void add(const float* x, int64_t size, float* y) {
-    for (int64_t i = 0; i < size; ++i) y[i] += x[i];
+void add(const float* x, float factor, int64_t size, float* y) {
+    for (int64_t i = 0; i < size; ++i) y[i] += factor * x[i];
 }
 
 // The product of zero with an infinite number, or with one that is none, isn't zero, and neither is a sum with it.

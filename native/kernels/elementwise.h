@@ -19,8 +19,8 @@ void activate(const float* gate, const float* up, int64_t size, int32_t activati
 // to [head_dim] = x [head_dim], of which the first `rotary_dim` channels are rotated; `to` may be x.
 void rotate(const float* x, const float* cosines, const float* sines, int64_t rotary_dim, int64_t head_dim, float* to);
 
-// y [size] += x
-void add(const float* x, int64_t size, float* y);
+// y [size] += factor * x
+void add(const float* x, float factor, int64_t size, float* y);
 
 // Whether all numbers [size] are finite, `size` being a multiple of kLanes.
 bool all_finite(const float* numbers, int64_t size);

@@ -16,6 +16,7 @@ from layerskip.evaluation.verify.run import verify
 from layerskip.language_model import LanguageModel
 from layerskip.machine import free_memory
 from layerskip.model.cache import KVCache
+from layerskip.model.config.families import FAMILIES
 from layerskip.model.decoders.graphs import GraphDecoder
 from layerskip.model.drafts import DraftRequest
 from layerskip.model.noise import Purpose, gumbel, make_key, uniforms
@@ -38,7 +39,7 @@ def tokens_of(
     return [drafts + targets for drafts, targets in zip(round_.drafts, round_.targets, strict=True)]
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_logits_are_those_of_the_cpu(tiny_checkpoint: Any, load_here: Load, family: str) -> None:
     folder = tiny_checkpoint(family)
     on_cpu = layerskip.load(str(folder), dtype="float32", device="cpu").logits(LONG[0])
@@ -47,7 +48,7 @@ def test_logits_are_those_of_the_cpu(tiny_checkpoint: Any, load_here: Load, fami
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "granite"])
 def test_16_bit_logits_are_close(tiny_checkpoint: Any, load_here: Load, family: str, dtype: str) -> None:
     folder = tiny_checkpoint(family)
     exact = layerskip.load(str(folder), dtype="float32", device="cpu").logits(LONG[0])
@@ -177,7 +178,7 @@ def test_memory_of_a_cache_that_is_gone_is_free_again(tiny_checkpoint: Any, load
         assert abs(before - after) < size
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "granite"])
 @pytest.mark.parametrize("compile", ["auto", pytest.param("max", marks=pytest.mark.slow)])
 def test_captured_rounds_write_the_same_text(
     tiny_checkpoint: Any, load_here: Load, device: str, family: str, compile: str

@@ -20,7 +20,12 @@ ARCHITECTURES = {
     "qwen3": "qwen3",
     "gemma3_text": "gemma3",
     "phi3": "phi3",
+    "olmo2": "olmo2",
+    "granite": "granite",
+    "smollm3": "smollm3",
 }
+IN_PAIRS = ("llama", "mistral", "granite", "smollm3")
+"""Families whose files have the two channels of a rotary pair side by side."""
 PARTS = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -42,6 +47,12 @@ GEMMA_PARTS = {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
+OLMO2_PARTS = {
+    **PARTS,
+    "post_attention_layernorm": "post_attention_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+OTHER_PARTS = {"gemma3_text": GEMMA_PARTS, "olmo2": OLMO2_PARTS}
 TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
@@ -109,6 +120,16 @@ def add_config(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
     if config["model_type"] == "gemma3_text":
         kinds = config["layer_types"]
         writer.add_sliding_window_pattern(kinds.index("full_attention") + 1)
+    if config["model_type"] == "granite":
+        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        for add, name, usual in (
+            (writer.add_embedding_scale, "embedding_multiplier", 1.0),
+            (writer.add_attention_scale, "attention_multiplier", head_dim**-0.5),
+            (writer.add_residual_scale, "residual_multiplier", 1.0),
+            (writer.add_logit_scale, "logits_scaling", 1.0),
+        ):
+            if config[name] != usual:
+                add(config[name])
     if config.get("final_logit_softcapping"):
         writer.add_final_logit_softcapping(config["final_logit_softcapping"])
 
@@ -172,12 +193,12 @@ def add_tensor(
         theirs = f"{TOP[stem]}.{kind}"
     else:
         _, _, layer, part = stem.split(".", 3)
-        parts = GEMMA_PARTS if config["model_type"] == "gemma3_text" else PARTS
+        parts = OTHER_PARTS.get(config["model_type"], PARTS)
         theirs = f"blk.{layer}.{parts[part]}.{kind}"
     array = tensor.float().numpy()
-    if config["model_type"] in ("llama", "mistral") and ".q_proj." in name:
+    if config["model_type"] in IN_PAIRS and ".q_proj." in name:
         array = in_pairs(array, config["num_attention_heads"])
-    if config["model_type"] in ("llama", "mistral") and ".k_proj." in name:
+    if config["model_type"] in IN_PAIRS and ".k_proj." in name:
         array = in_pairs(array, config["num_key_value_heads"])
     if config["model_type"] == "gemma3_text" and stem.endswith("norm"):
         array = array + np.float32(1)

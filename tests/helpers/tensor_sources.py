@@ -47,7 +47,7 @@ class Tensors:
 
 def make_source(model_type: str = "llama", **changes: Any) -> tuple[ModelConfig, Tensors]:
     raw = {"model_type": model_type, **SIZES, **changes}
-    if model_type == "llama":
+    if model_type in ("llama", "olmo2", "granite"):
         raw.pop("sliding_window")
     config = parse_config(raw)
     generator = torch.Generator().manual_seed(0)

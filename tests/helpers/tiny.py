@@ -22,6 +22,21 @@ TINY_CONFIG: dict[str, Any] = {
 """4 layers, 32 channels, grouped heads."""
 FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 8},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 1.5,
+    },
+    "smollm3": {"no_rope_layer_interval": 2},
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {
+        "head_dim": 8,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "decoder_sparse_step": 2,
+    },
     "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8, "sliding_window_pattern": 2},
 }
 """What a family's config.json needs besides."""
@@ -34,6 +49,7 @@ def write_tiny(
     seed: int = 0,
     dtype: str = "float32",
     max_shard_size: str | None = None,
+    fused_experts: bool = False,
     **config: Any,
 ) -> None:
     """Let transformers write a checkpoint of any family.
@@ -44,6 +60,7 @@ def write_tiny(
         seed: Seed of the weights.
         dtype: Dtype of the file.
         max_shard_size: Such as "40KB", for a checkpoint of several files.
+        fused_experts: Write all experts of a layer into one tensor, as transformers has them in memory.
         **config: Keys of config.json that differ from `TINY_CONFIG`.
     """
     import torch
@@ -52,7 +69,9 @@ def write_tiny(
     settings = {**TINY_CONFIG, **FAMILY_CONFIGS.get(model_type, {}), **config}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
     randomize(model, seed)
-    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size or "1GB")
+    model.to(getattr(torch, dtype)).save_pretrained(
+        folder, max_shard_size=max_shard_size or "1GB", save_original_format=not fused_experts
+    )
 
 
 def randomize(model: Any, seed: int) -> None:

@@ -174,7 +174,7 @@ def test_training_goes_on_from_trained_adapters(start: dict[str, Path], trained:
         assert new["agreement"] == pytest.approx(old["agreement"], abs=0.02)
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "qwen3", "phi3"])
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3", "phi3", "olmo2", "granite"])
 @pytest.mark.parametrize("loss", ["ce", "lk"])
 def test_every_family_and_loss(start: dict[str, Path], tmp_path: Path, family: str, loss: str) -> None:
     write_tiny(tmp_path / "model", family, vocab_size=300)
@@ -186,6 +186,12 @@ def test_every_family_and_loss(start: dict[str, Path], tmp_path: Path, family: s
         str(tmp_path / "model"), dtype="float32", device="cpu", kernels="torch", exit_adapters=tmp_path / "run"
     )
     assert len(lm.generate([[5, 7, 9]], exit_layer=2, max_new_tokens=5)[0].token_ids) == 5
+
+
+def test_models_with_experts_are_refused(start: dict[str, Path], tmp_path: Path) -> None:
+    write_tiny(tmp_path / "model", "qwen3_moe", vocab_size=300)
+    given = ["--model", tmp_path / "model", "--data", start["texts"], "--exit-adapters", 2, "--max-steps", 1]
+    assert "(qwen3_moe) has layers with experts" in train(tmp_path / "run", *given, code=2)["error"]
 
 
 @pytest.mark.parametrize(

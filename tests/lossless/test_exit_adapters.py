@@ -12,6 +12,7 @@ from layers import Entry, entries_of
 from tiny import write_tiny
 
 import layerskip
+from layerskip.errors import InvalidArgumentError
 from layerskip.language_model import LanguageModel
 from layerskip.model.decoders.graphs import GraphDecoder
 from layerskip.model.drafts import DraftRequest
@@ -226,7 +227,15 @@ def test_a_session_keeps_the_adapters_keys(
         text += [*result.token_ids, turn + 1]
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3_text", "phi3", "mistral"])
+def test_models_with_experts_can_not_have_adapters(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "dense")
+    write_tiny(tmp_path / "sparse", "mixtral")
+    adapters = write_tiny_adapters(tmp_path / "adapters", tmp_path / "dense", [1])
+    with pytest.raises(InvalidArgumentError, match="sparse \\(mixtral\\) has layers with experts"):
+        layerskip.load(str(tmp_path / "sparse"), exit_adapters=adapters)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3_text", "phi3", "mistral", "olmo2", "granite", "smollm3"])
 @pytest.mark.parametrize("kernels", ["torch", "native"])
 def test_every_family_can_have_adapters(tmp_path: Path, family: str, kernels: str) -> None:
     if kernels == "native" and load_library() is None:

@@ -18,6 +18,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "gemma3_text": {"final_logit_softcapping": 2.0},
     "phi3": {},
+    "olmo2": {},
+    "granite": {},
+    "smollm3": {},
 }
 
 

@@ -193,6 +193,103 @@ CASES = {
         config={"num_key_value_heads": 4, "sliding_window": 9, "rms_norm_eps": 1e-5},
         neutral=({"sliding_window": None},),
     ),
+    "olmo2-gqa-bias": Case(
+        model_type="olmo2",
+        config={"head_dim": 16, "attention_bias": True, "rms_norm_eps": 1e-3, "rope_parameters": LLAMA3_ROPE},
+        neutral=({"rope_parameters": {}}, {"rms_norm_eps": 1e-6}),
+    ),
+    "olmo2-mha-tied": Case(
+        model_type="olmo2", config={"num_key_value_heads": 4, "tie_word_embeddings": True, "rms_norm_eps": 1e-6}
+    ),
+    "granite-multipliers": Case(
+        model_type="granite",
+        config={
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.7,
+            "logits_scaling": 1.5,
+        },
+        neutral=(
+            {"embedding_multiplier": 1.0},
+            {"attention_multiplier": 8**-0.5},
+            {"residual_multiplier": 1.0},
+            {"logits_scaling": 1.0},
+        ),
+    ),
+    "granite-bias-tied-linear": Case(
+        model_type="granite",
+        config={
+            "head_dim": 16,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+            "attention_multiplier": 0.25,
+            "rope_parameters": LINEAR_ROPE,
+        },
+        neutral=({"rope_parameters": {}},),
+    ),
+    "smollm3-some-rotated": Case(
+        model_type="smollm3",
+        config={"no_rope_layers": [1, 0, 1, 1], "rope_parameters": {"rope_theta": 300.0}},
+        neutral=({"no_rope_layers": [1, 1, 1, 1]}, {"no_rope_layers": [1, 0, 1, 0]}),
+    ),
+    "smollm3-window-bias-untied": Case(
+        model_type="smollm3",
+        config={
+            "no_rope_layer_interval": 2,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": False,
+            "rope_parameters": YARN_ROPE,
+        },
+        neutral=(
+            {"layer_types": None, "use_sliding_window": False},
+            {"layer_types": [SLIDING] * 4},
+            {"no_rope_layers": None, "no_rope_layer_interval": 4},
+        ),
+    ),
+}
+
+CASES |= {
+    "mixtral-window": Case(
+        model_type="mixtral",
+        config={"num_local_experts": 4, "num_experts_per_tok": 3, "sliding_window": 7, "tie_word_embeddings": True},
+        neutral=({"sliding_window": None}, {"num_experts_per_tok": 2}, {"num_experts_per_tok": 4}),
+    ),
+    "mixtral-mha-many-experts": Case(
+        model_type="mixtral",
+        config={"num_local_experts": 21, "num_experts_per_tok": 2, "num_key_value_heads": 4, "head_dim": 16},
+        neutral=({"num_experts_per_tok": 1},),
+    ),
+    "qwen3_moe-normed": Case(
+        model_type="qwen3_moe",
+        config={
+            "head_dim": 16,
+            "num_experts": 20,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "attention_bias": True,
+        },
+        neutral=({"norm_topk_prob": False}, {"num_experts_per_tok": 3}),
+    ),
+    "qwen3_moe-some-dense": Case(
+        model_type="qwen3_moe",
+        config={
+            "num_hidden_layers": 6,
+            "head_dim": 8,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+            "use_sliding_window": True,
+            "sliding_window": 6,
+        },
+        neutral=({"use_sliding_window": False, "sliding_window": None}, {"norm_topk_prob": True}),
+    ),
 }
 
 

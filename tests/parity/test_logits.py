@@ -132,6 +132,7 @@ def test_exits(pair: Any) -> None:
         cap = getattr(theirs.config, "final_logit_softcapping", None)
         for exit_layer in range(1, pair.ours.decoder.num_layers):
             wanted = theirs.lm_head(theirs.model.norm(states[exit_layer]))[0]
+            wanted = wanted / getattr(theirs.config, "logits_scaling", 1.0)
             wanted = wanted if cap is None else cap * torch.tanh(wanted / cap)
             assert difference(wanted, pair.logits) > 100 * TOLERANCE
             assert difference(pair.ours.logits(pair.tokens, exit_layer=exit_layer), wanted) <= TOLERANCE
@@ -139,7 +140,7 @@ def test_exits(pair: Any) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_16_bit_weights_are_close(pair: Any, dtype: str) -> None:
-    """As close to the float32 logits as transformers is in that dtype."""
+    """As close to the float32 logits as transformers is in that dtype; most of them, where rounding changes experts."""
     lm = layerskip.load(str(pair.folder), dtype=dtype, max_context=pair.case.max_context)
     assert lm.decoder.dtype == getattr(torch, dtype)
     logits = lm.logits(pair.tokens)
@@ -147,6 +148,10 @@ def test_16_bit_weights_are_close(pair: Any, dtype: str) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(pair.folder, dtype=lm.decoder.dtype).eval()
     with torch.inference_mode():
         other = theirs(torch.tensor([pair.tokens])).logits[0].float()
-    ours, usual = (float((x - pair.logits).norm() / pair.logits.norm()) for x in (logits, other))
+    if lm.config.sparse_layers:
+        errors = ((x - pair.logits).norm(dim=-1) / pair.logits.norm(dim=-1) for x in (logits, other))
+        ours, usual = (float(error.median()) for error in errors)
+    else:
+        ours, usual = (float((x - pair.logits).norm() / pair.logits.norm()) for x in (logits, other))
     assert ours < max(2e-2, 1.25 * usual)
     assert ours < 6e-2

@@ -14,6 +14,7 @@ from layerskip.checkpoint.hub import download
 from layerskip.checkpoint.known_file import Report
 from layerskip.checkpoint.loading.adapters import AdapterSet, check_base, check_ends, describe_base
 from layerskip.checkpoint.loading.config import LoadingConfig
+from layerskip.checkpoint.loading.experts import with_single_experts
 from layerskip.checkpoint.loading.network import load_decoder
 from layerskip.checkpoint.loading.plan import plan_loading
 from layerskip.checkpoint.loading.tensors import TensorSource, parameter_count, with_own_head
@@ -21,7 +22,7 @@ from layerskip.checkpoint.names import MODELS, explain_absence, resolve
 from layerskip.checkpoint.tuned import TunedSettings, read_tuned
 from layerskip.errors import CheckpointError, CheckpointNotFoundError, InvalidArgumentError, TokenizerError
 from layerskip.files import cache_folder
-from layerskip.model.config.families import parse_config
+from layerskip.model.config.families import FAMILIES, parse_config
 from layerskip.model.config.model_config import ModelConfig, read_eos
 from layerskip.model.config.values import shown
 from layerskip.model.decoder import Decoder
@@ -152,10 +153,13 @@ class Checkpoint:
         """Weights of the network; a tied head counts once."""
         return parameter_count(self.network_config)
 
-    @property
+    @cached_property
     def weights(self) -> TensorSource:
         """The checkpoint's tensors."""
-        return self.files.weights
+        family = FAMILIES.get(str(self.raw_config.get("model_type")))
+        if family is None or family.experts is None:
+            return self.files.weights
+        return with_single_experts(self.files.weights, self.config)
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":

@@ -32,6 +32,11 @@ FAMILY_CLASSES = {
     "qwen2": "Qwen2Tokenizer",
     "qwen3": "Qwen2Tokenizer",
     "gemma3_text": "GemmaTokenizer",
+    "olmo2": AS_IT_STANDS[0],
+    "granite": AS_IT_STANDS[0],
+    "smollm3": None,
+    "mixtral": AS_IT_STANDS[0],
+    "qwen3_moe": "Qwen2Tokenizer",
 }
 """Class that transformers has for a `model_type`. Unless it is the general one, the class that tokenizer_config.json
 names counts all the same."""

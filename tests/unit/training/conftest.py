@@ -12,6 +12,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "gemma3_text": {"sliding_window": 5},
     "phi3": {},
+    "olmo2": {},
+    "granite": {},
+    "smollm3": {},
+    "mixtral": {},
+    "qwen3_moe": {},
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     # layers return tuples
     "gpt_neo": {

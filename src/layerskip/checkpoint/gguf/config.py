@@ -19,9 +19,15 @@ LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max
 """Parameters of every Llama 3.1, 3.2 and 3.3; a file contains only the resulting factors on frequencies."""
 GEMMA3_GLOBAL_EVERY = 6
 """Layers from one full-attention layer of Gemma 3 to the next; files don't say so."""
+SMOLLM3_UNROTATED_EVERY = 4
+"""Layers from one without rotary embedding of SmolLM3 to the next; files don't say so."""
+BIASED = ("llama", "mistral", "qwen3", "granite", "smollm3")
+"""Families whose config.json says whether attention has biases."""
 GEMMA3_27B_LAYERS = 62
 """Layers of Gemma 3 27B, which scales attention by width over heads, while smaller ones use channels of a head; files
 don't say so."""
+FACTORS = ("logit_scale", "embedding_scale", "residual_scale", "attention.scale")
+"""Keys that multiply something, in the architectures that have them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +39,8 @@ class Architecture:
     extra: Callable[["ModelKeys", dict[str, Any]], dict[str, Any]]
     """Function for the family's own keys of config.json, given the keys that all families share."""
     hidden_act: str = "silu"
+    own_keys: frozenset[str] = frozenset()
+    """Keys of `FACTORS` that `extra` reads."""
 
 
 class ModelKeys:
@@ -108,8 +116,8 @@ def read_raw_config(container: Container) -> dict[str, Any]:
             f"{container.path} holds a model of architecture {metadata.architecture[:80]!r}, which is not supported; "
             f"supported: {', '.join(sorted(ARCHITECTURES))}"
         )
-    for key in ("expert_count", "attn_logit_softcapping", "attention.clamp_kqv", "logit_scale", "embedding_scale"):
-        if metadata.has(key):
+    for key in ("expert_count", "attn_logit_softcapping", "attention.clamp_kqv", *FACTORS):
+        if key not in known.own_keys and metadata.has(key):
             raise UnsupportedModelError(
                 f"{container.path} sets {metadata.architecture}.{key}, which is not supported for "
                 f"{known.model_type!r} models"
@@ -143,7 +151,7 @@ def read_raw_config(container: Container) -> dict[str, Any]:
         "pad_token_id": metadata.token_id("padding_token_id"),
         "torch_dtype": "float32",
     }
-    if "blk.0.attn_q.bias" in container.tensors and known.model_type in ("llama", "mistral", "qwen3"):
+    if "blk.0.attn_q.bias" in container.tensors and known.model_type in BIASED:
         config["attention_bias"] = True
     config["rope_parameters"] = _rope(metadata, head_dim, config["max_position_embeddings"])
     return config | known.extra(metadata, config)
@@ -332,6 +340,34 @@ def _qwen2(metadata: ModelKeys, config: dict[str, Any]) -> dict[str, Any]:
     return {"use_sliding_window": False}
 
 
+def _olmo2(metadata: ModelKeys, config: dict[str, Any]) -> dict[str, Any]:
+    if metadata.has("attention.sliding_window"):
+        raise UnsupportedModelError(
+            f"{metadata.container.path} is an OLMo 3 (olmo2.attention.sliding_window is set), which is not supported; "
+            "OLMo 2 is"
+        )
+    return {}
+
+
+def _granite(metadata: ModelKeys, config: dict[str, Any]) -> dict[str, Any]:
+    if metadata.container.metadata.get("granite.rope.scaling.finetuned") is False:
+        raise UnsupportedModelError(
+            f"{metadata.container.path} has no rotary embedding (granite.rope.scaling.finetuned is false), which is "
+            "not supported"
+        )
+    theirs = {
+        "embedding_multiplier": ("embedding_scale", 1.0),
+        "attention_multiplier": ("attention.scale", 1 / math.sqrt(config["head_dim"])),
+        "residual_multiplier": ("residual_scale", 1.0),
+        "logits_scaling": ("logit_scale", 1.0),
+    }
+    return {ours: metadata.number(key) if metadata.has(key) else usual for ours, (key, usual) in theirs.items()}
+
+
+def _smollm3(metadata: ModelKeys, config: dict[str, Any]) -> dict[str, Any]:
+    return {"no_rope_layer_interval": SMOLLM3_UNROTATED_EVERY, "use_sliding_window": False}
+
+
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture(model_type="llama", class_name="LlamaForCausalLM", extra=_llama),
     "qwen2": Architecture(model_type="qwen2", class_name="Qwen2ForCausalLM", extra=_qwen2),
@@ -340,5 +376,10 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         model_type="gemma3_text", class_name="Gemma3ForCausalLM", hidden_act="gelu_pytorch_tanh", extra=_gemma3
     ),
     "phi3": Architecture(model_type="phi3", class_name="Phi3ForCausalLM", extra=_phi3),
+    "olmo2": Architecture(model_type="olmo2", class_name="Olmo2ForCausalLM", extra=_olmo2),
+    "granite": Architecture(
+        model_type="granite", class_name="GraniteForCausalLM", extra=_granite, own_keys=frozenset(FACTORS)
+    ),
+    "smollm3": Architecture(model_type="smollm3", class_name="SmolLM3ForCausalLM", extra=_smollm3),
 }
 """Architectures by `general.architecture`."""

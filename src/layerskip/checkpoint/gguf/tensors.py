@@ -54,6 +54,15 @@ _GEMMA_NAMES = {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
+_OTHER_NAMES: Mapping[str, Mapping[str, str]] = {
+    "phi3": _FUSED_NAMES,
+    "gemma3_text": _GEMMA_NAMES,
+    "olmo2": {
+        "post_attention_layernorm": "post_attention_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    },
+}
+"""By family: names that differ from `_LAYER_NAMES`."""
 _TOP_NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -79,9 +88,9 @@ class Conventions:
 def conventions(raw_config: Mapping[str, Any]) -> Conventions:
     """The conventions of the family of a config.json."""
     model_type = raw_config["model_type"]
-    others = _FUSED_NAMES if model_type == "phi3" else _GEMMA_NAMES if model_type == "gemma3_text" else {}
+    others = _OTHER_NAMES.get(model_type, {})
     pairs = None
-    if model_type in ("llama", "mistral"):
+    if model_type in ("llama", "mistral", "granite", "smollm3"):
         pairs = {"attn_q": raw_config["num_attention_heads"], "attn_k": raw_config["num_key_value_heads"]}
     return Conventions(
         names={**_LAYER_NAMES, **others}, norm_offset=1.0 if model_type == "gemma3_text" else 0.0, pairs=pairs

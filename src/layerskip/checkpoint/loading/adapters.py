@@ -127,6 +127,20 @@ def read_token_ids(source: TensorSource, adapter: AdapterDescription, vocab_size
     return ids
 
 
+def check_kind(config: ModelConfig, name: str) -> None:
+    """Raise `InvalidArgumentError` if a model can't have exit adapters, which are layers of its own kind with an MLP.
+
+    Args:
+        config: Its sizes and switches.
+        name: What the user called the model.
+    """
+    if config.sparse_layers:
+        raise InvalidArgumentError(
+            f"exit adapters are decoder layers with an MLP, and {name} ({config.model_type}) has layers with experts: "
+            "adapters can be neither trained nor loaded for it; leave exit_adapters out"
+        )
+
+
 def check_base(adapters: AdapterSet, name: str, config: ModelConfig, source: TensorSource) -> None:
     """Raise `InvalidArgumentError` unless adapters were trained for this model.
 
@@ -136,6 +150,7 @@ def check_base(adapters: AdapterSet, name: str, config: ModelConfig, source: Ten
         config: Its sizes.
         source: Its tensors.
     """
+    check_kind(config, name)
     base = adapters.base
     sizes = {
         "model_type": config.model_type,

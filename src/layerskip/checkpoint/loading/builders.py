@@ -74,7 +74,8 @@ class NetworkBuilder(Protocol[AnyLinear]):
         """A linear layer.
 
         Args:
-            ours: The layer's part (`qkv`, `o`, `gate_up`, `down`, or an adapter's `input` or `values`) or `head`.
+            ours: The layer's part (`qkv`, `o`, `gate_up`, `down`, a `router`, or an adapter's `input` or `values`) or
+                `head`. A router isn't quantized: a rounded one would choose other experts.
             weight: [O, I]; or the checkpoint's tensors of it, one below the other, in blocks of one format.
             bias: [O], or None.
         """
@@ -144,7 +145,7 @@ class TorchBuilder:
     def linear(self, ours: str, weight: Tensor | Sequence[BlockWeight], bias: Tensor | None = None) -> Linear:
         """The fastest layer for the device, dtype and width."""
         assert isinstance(weight, Tensor), "this builder doesn't keep blocks"
-        if self.quantize is not None:
+        if self.quantize is not None and ours != "router":
             return quantize_linear(weight, bias, self.quantize)
         return DenseLinear(weight, bias) if self.plain else make_linear(weight, bias)
 
@@ -206,7 +207,7 @@ class NativeBuilder:
             return NativeLinear(*blocks, bias=bias, compute=self.compute, memory=self.memory)
         if ours == "down" and weight.shape[1] % PANEL:  # as many inputs as gate and up have outputs
             weight = F.pad(weight, (0, -weight.shape[1] % PANEL))
-        storage = native_storage(self.quantize, weight.shape[1])
+        storage = None if ours == "router" else native_storage(self.quantize, weight.shape[1])
         tensors = weight.chunk(2) if ours == "gate_up" else [weight]
         return NativeLinear(*tensors, bias=bias, storage=storage, compute=self.compute, memory=self.memory)
 

@@ -20,23 +20,25 @@ from layerskip.checkpoint.loading.tensors import (
     HEAD,
     TensorSource,
     check_shape,
+    expert_weights,
     has_bias,
     read_tensor,
     stored_shapes,
+    stored_weights,
 )
 from layerskip.errors import InvalidArgumentError
 from layerskip.model.blocks import BlockWeight
-from layerskip.model.config.families import FAMILIES
 from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.decoder import Decoder, LayerCalls
 from layerskip.model.native.memory import map_private
 from layerskip.model.positions import DISTANCES
 from layerskip.model.rope import RopeTable
+from layerskip.model.torch.experts import Expert, Experts
 from layerskip.model.torch.fusion import Fusion
 from layerskip.model.torch.linear import AnyLinear
 from layerskip.model.torch.network import LayerWeights
 
-MATRICES = ("qkv", "o", "gate_up", "down")
+MATRICES = ("qkv", "o", "gate_up", "down", "router")
 NORMS = ("attention_norm", "q_norm", "k_norm", "post_attention_norm", "mlp_norm", "post_mlp_norm")
 
 
@@ -96,12 +98,12 @@ class _Loader(Generic[AnyLinear]):
         config = self._config
         embedding, head = self._tables()
         adapters = [] if plan.adapters is None else self._read_adapters(plan.adapters, plan)
-        layers = [self._layer(f"model.layers.{index}") for index in range(config.num_layers)]
+        layers = [self._numbered_layer(index) for index in range(config.num_layers)]
         layers += [adapter.layer for adapter in adapters]
         shared = SharedWeights(
             config=config,
             embedding=embedding,
-            final_norm=self._norm(FINAL_NORM, (config.hidden_size,)),
+            final_norm=self._head_norm(FINAL_NORM),
             ropes={
                 kind: RopeTable(rope, plan.context, plan.dtype, plan.device)
                 for kind, rope in config.ropes.items()
@@ -138,7 +140,7 @@ class _Loader(Generic[AnyLinear]):
         return _Adapter(
             exit_layer=exit_layer,
             layer=replace(layer, input=projection, fusion=self._fusion(adapter)),
-            norm=self._norm(tensor_name(exit_layer, "norm.weight"), (width,)),
+            norm=self._head_norm(tensor_name(exit_layer, "norm.weight")),
             tokens=None if tokens is None else tokens.to(self._builder.device),
         )
 
@@ -194,7 +196,7 @@ class _Loader(Generic[AnyLinear]):
         drafting, num_layers = layers, self._config.num_layers
         if draft.quantize is not None:
             num_layers = max(1, self._config.num_layers // 2)
-            first = [loader._layer(f"model.layers.{index}") for index in range(num_layers)]
+            first = [loader._numbered_layer(index) for index in range(num_layers)]
             drafting = [*first, *layers[num_layers:]]
         tokens = None if draft.tokens is None else torch.tensor(draft.tokens, device=plan.device)
         drafter = loader._decoder(shared, drafting, loader._draft_head(tokens), plan, tokens, decoder.calls)
@@ -260,24 +262,46 @@ class _Loader(Generic[AnyLinear]):
     def _table_shape(self) -> tuple[int, int]:
         return self._config.vocab_size, self._config.hidden_size
 
-    def _layer(self, prefix: str) -> LayerWeights[AnyLinear]:
-        """All weights of a layer, whose tensors' names begin with `prefix`."""
-        stored = FAMILIES[self._config.model_type].weights
+    def _numbered_layer(self, index: int) -> LayerWeights[AnyLinear]:
+        """All weights of one of the L layers."""
+        return self._layer(f"model.layers.{index}", sparse=index in self._config.sparse_layers)
+
+    def _layer(self, prefix: str, *, sparse: bool = False) -> LayerWeights[AnyLinear]:
+        """All weights of a layer, whose tensors' names begin with `prefix`; `sparse`: with experts."""
+        stored = stored_weights(self._config, sparse=sparse)
         names = {ours: [f"{prefix}.{name}" for name in theirs] for ours, theirs in stored.items()}
         shapes = {ours: stored_shapes(self._config, ours, len(theirs)) for ours, theirs in stored.items()}
-        linears = {ours: self._linear(ours, names[ours], shapes[ours]) for ours in MATRICES}
+        linears = {ours: self._linear(ours, names[ours], shapes[ours]) for ours in MATRICES if ours in stored}
         norms = {ours: self._norm(f"{names[ours][0]}.weight", shapes[ours][0]) for ours in NORMS if ours in stored}
         return LayerWeights(
-            attention_norm=norms["attention_norm"],
+            attention_norm=norms.get("attention_norm"),
             qkv=linears["qkv"],
             q_norm=norms.get("q_norm"),
             k_norm=norms.get("k_norm"),
             o=linears["o"],
             post_attention_norm=norms.get("post_attention_norm"),
-            mlp_norm=norms["mlp_norm"],
-            gate_up=linears["gate_up"],
-            down=linears["down"],
+            mlp_norm=norms.get("mlp_norm"),
+            gate_up=linears.get("gate_up"),
+            down=linears.get("down"),
+            experts=self._experts(prefix, linears["router"]) if sparse else None,
             post_mlp_norm=norms.get("post_mlp_norm"),
+        )
+
+    def _experts(self, prefix: str, router: AnyLinear) -> Experts[AnyLinear]:
+        """The experts of a layer."""
+
+        def read(number: int, ours: str) -> AnyLinear:
+            theirs = expert_weights(self._config, number)[ours]
+            shapes = stored_shapes(self._config, ours, len(theirs), expert=True)
+            return self._linear(ours, [f"{prefix}.{name}" for name in theirs], shapes)
+
+        return Experts(
+            router=router,
+            experts=tuple(
+                Expert(gate_up=read(number, "gate_up"), down=read(number, "down"))
+                for number in range(self._config.num_experts)
+            ),
+            per_token=self._config.num_experts_per_tok,
         )
 
     def _linear(self, ours: str, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> AnyLinear:
@@ -296,6 +320,10 @@ class _Loader(Generic[AnyLinear]):
         """Norm weights are kept in float32: norms are computed in it, whatever the model's dtype."""
         weight = read_tensor(self._source, name, shape)
         return (weight.float() + self._config.norm_weight_offset).to(self._builder.device)
+
+    def _head_norm(self, name: str) -> Tensor:
+        """The norm before the head, whose weights include the factor on logits."""
+        return self._norm(name, (self._config.hidden_size,)) * self._config.logits_multiplier
 
     def _blocks(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> tuple[BlockWeight, ...] | None:
         """A weight's tensors in blocks of one format; None where no format has them all, or blocks aren't kept."""

@@ -62,13 +62,18 @@ def check_compute(compute: str, *, native: bool) -> None:
         raise InvalidArgumentError(f"compute {compute!r} needs native kernels, and torch's run this model; use float32")
 
 
-def choose_rounds(compile: str, kernels: str, device: torch.device, *, parallel: bool = False) -> RoundMode | None:
+def choose_rounds(
+    compile: str, kernels: str, config: ModelConfig, device: torch.device, *, parallel: bool = False
+) -> RoundMode | None:
     """How whole greedy rounds run.
+
+    Rounds of models with experts can't be compiled: which experts run is known on the device only.
 
     Args:
         compile: `auto`: CUDA graphs on CUDA, nothing on a CPU, where native kernels are faster than what
             `torch.compile` makes; `off`; `max`: `torch.compile`, whose result is captured on CUDA.
         kernels: The kernels that were asked for.
+        config: Sizes and switches.
         device: Where the network runs.
         parallel: Whether several processes share the network: their exchanges can't be part of a compiled round.
 
@@ -82,10 +87,11 @@ def choose_rounds(compile: str, kernels: str, device: torch.device, *, parallel:
             raise InvalidArgumentError("compile 'max' can't be used with tensor_parallel; use auto or off")
         return None
     if compile != "max":
-        return "graphs" if compile == "auto" and device.type == "cuda" else None
+        return "graphs" if compile == "auto" and device.type == "cuda" and not config.sparse_layers else None
     if kernels == "native":
         raise InvalidArgumentError("compile 'max' compiles torch's operators, and kernels 'native' has none; drop one")
-    obstacle = why_not_compile(device)
+    experts = "which of the model's experts run depends on the tokens" if config.sparse_layers else None
+    obstacle = experts or why_not_compile(device)
     if obstacle is not None:
         raise InvalidArgumentError(f"compile 'max' can't be used here: {obstacle}; use auto or off")
     return "max"

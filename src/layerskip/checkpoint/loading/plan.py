@@ -136,7 +136,7 @@ def plan_loading(checkpoint: LoadableCheckpoint, config: LoadingConfig) -> Loadi
     device = choose_device(config.device, None if group is None else group.local_rank)
     dtype = choose_dtype(config.dtype, device, checkpoint.raw_config)
     context = choose_context(network_config, config.max_context)
-    rounds = choose_rounds(config.compile, config.kernels, device, parallel=group is not None)
+    rounds = choose_rounds(config.compile, config.kernels, network_config, device, parallel=group is not None)
     native = choose_kernels(config.kernels, network_config, device, dtype, parallel=group is not None)
     native = native and rounds is None
     for name, value in (("quantize", config.quantize), ("quantize_draft", config.quantize_draft)):

@@ -3,7 +3,7 @@
 Shapes: D width, V vocabulary, I width of the MLP, H and H_kv heads, D_head channels of a head.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -94,17 +94,40 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_word_embeddings:
         shapes[HEAD] = (config.vocab_size, config.hidden_size)
     for index in range(config.num_layers):
-        for ours, theirs in FAMILIES[config.model_type].weights.items():
+        prefix, sparse = f"model.layers.{index}.", index in config.sparse_layers
+        for ours, theirs in stored_weights(config, sparse=sparse).items():
             for name, shape in zip(theirs, stored_shapes(config, ours, len(theirs)), strict=True):
-                shapes[f"model.layers.{index}.{name}.weight"] = shape
+                shapes[f"{prefix}{name}.weight"] = shape
                 if has_bias(config, ours):
-                    shapes[f"model.layers.{index}.{name}.bias"] = shape[:1]
+                    shapes[f"{prefix}{name}.bias"] = shape[:1]
+        for expert in range(config.num_experts if sparse else 0):
+            for ours, theirs in expert_weights(config, expert).items():
+                for name, shape in zip(theirs, stored_shapes(config, ours, len(theirs), expert=True), strict=True):
+                    shapes[f"{prefix}{name}.weight"] = shape
     return shapes
 
 
-def stored_shapes(config: ModelConfig, ours: str, parts: int) -> tuple[tuple[int, ...], ...]:
-    """Shapes of the tensors (`parts` of them) that a checkpoint has for one of our weights."""
-    width, inner = config.hidden_size, config.intermediate_size
+def stored_weights(config: ModelConfig, *, sparse: bool) -> Mapping[str, tuple[str, ...]]:
+    """Our name of a layer's weight -> the checkpoint's tensors of it; `sparse`: of a layer with experts, but theirs."""
+    family = FAMILIES[config.model_type]
+    if not sparse:
+        return family.weights
+    assert family.experts is not None
+    others = {ours: theirs for ours, theirs in family.weights.items() if ours not in ("gate_up", "down")}
+    return {**others, "router": (family.experts.router,)}
+
+
+def expert_weights(config: ModelConfig, expert: int) -> Mapping[str, tuple[str, ...]]:
+    """Our name of an expert's weight -> the checkpoint's tensors of it."""
+    names = FAMILIES[config.model_type].experts
+    assert names is not None
+    weights = {"gate_up": names.gate_up, "down": names.down}
+    return {ours: tuple(name.format(expert) for name in theirs) for ours, theirs in weights.items()}
+
+
+def stored_shapes(config: ModelConfig, ours: str, parts: int, *, expert: bool = False) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the tensors (`parts` of them) that a checkpoint has for one of our weights, or of an expert's."""
+    width, inner = config.hidden_size, config.moe_intermediate_size if expert else config.intermediate_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     match ours:
         case "qkv":
@@ -115,8 +138,12 @@ def stored_shapes(config: ModelConfig, ours: str, parts: int) -> tuple[tuple[int
             return ((inner, width),) * 2 if parts == 2 else ((2 * inner, width),)
         case "down":
             return ((width, inner),)
-        case "q_norm" | "k_norm":
-            return ((config.head_dim,),)
+        case "router":
+            return ((config.num_experts, width),)
+        case "q_norm":
+            return ((q if config.joint_qk_norm else config.head_dim,),)
+        case "k_norm":
+            return ((kv if config.joint_qk_norm else config.head_dim,),)
         case _:
             return ((width,),)
 

@@ -12,6 +12,7 @@ from typing import Any
 from layerskip.errors import CheckpointError, UnsupportedModelError
 from layerskip.model.config.keys import check_keys
 from layerskip.model.config.model_config import CORE_KEYS, FULL, SLIDING, ModelConfig, read_core
+from layerskip.model.config.recurrent import running_state
 from layerskip.model.config.values import MAX_LAYERS, read_flag, read_number, read_optional_size, read_size, shown
 
 # Our name of a layer's weight -> the checkpoint's tensors that are stacked to make it (without ".weight").
@@ -34,8 +35,25 @@ GEMMA_WEIGHTS = {
     "mlp_norm": ("pre_feedforward_layernorm",),
     "post_mlp_norm": ("post_feedforward_layernorm",),
 }
+OUTPUT_NORM_WEIGHTS = {
+    **{ours: theirs for ours, theirs in SPLIT_WEIGHTS.items() if ours not in ("attention_norm", "mlp_norm")},
+    **QK_NORMS,
+    "post_attention_norm": ("post_attention_layernorm",),
+    "post_mlp_norm": ("post_feedforward_layernorm",),
+}
 
 Raw = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertWeights:
+    """The tensors that a layer with experts has in place of an MLP's, without ".weight"."""
+
+    router: str
+    gate_up: tuple[str, ...]
+    """Of one expert; {} stands for its number."""
+    down: tuple[str, ...]
+    """The same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +62,8 @@ class Family:
 
     weights: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: SPLIT_WEIGHTS)
     """Our name of a layer's weight -> the checkpoint's tensors that are stacked to make it."""
+    experts: ExpertWeights | None = None
+    """Tensors of layers with experts, if the family has such layers."""
     keys: frozenset[str] = frozenset()
     """Keys of config.json that the family understands besides `CORE_KEYS`."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -114,8 +134,96 @@ def _gemma3(raw: Raw) -> dict[str, Any]:
     }
 
 
-_QWEN_KEYS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
+def _olmo2(raw: Raw) -> dict[str, Any]:
+    bias = read_flag(raw, "attention_bias")
+    norms = {"qk_norm": True, "joint_qk_norm": True, "pre_norms": False, "post_norms": True}
+    return {"qkv_bias": bias, "o_bias": bias, **norms}
 
+
+def _granite(raw: Raw) -> dict[str, Any]:
+    return {
+        **_llama(raw),
+        "embedding_multiplier": read_number(raw, "embedding_multiplier", 1.0),
+        "attention_scale": read_number(raw, "attention_multiplier", 1.0),
+        "residual_multiplier": read_number(raw, "residual_multiplier", 1.0),
+        "logits_multiplier": 1.0 / read_number(raw, "logits_scaling", 1.0),
+    }
+
+
+def _smollm3(raw: Raw) -> dict[str, Any]:
+    num_layers = read_size(raw, "num_hidden_layers", MAX_LAYERS)
+    unrotated = _unrotated(raw, num_layers)
+    window = read_optional_size(raw, "sliding_window")
+    slides = read_flag(raw, "use_sliding_window") and window is not None
+    types = tuple(SLIDING if slides and layer in unrotated else FULL for layer in range(num_layers))
+    types = _layer_types(raw, types)
+    used = window if SLIDING in types else None
+    return {**_llama(raw), "unrotated_layers": unrotated, "sliding_window": used, "layer_types": types}
+
+
+def _unrotated(raw: Raw, num_layers: int) -> frozenset[int]:
+    """Layers without rotary embedding: those with a 0 in `no_rope_layers`, or else one in `no_rope_layer_interval`."""
+    given = raw.get("no_rope_layers")
+    if given is None:
+        interval = read_size({"no_rope_layer_interval": 4, **raw}, "no_rope_layer_interval")
+        return frozenset(range(interval - 1, num_layers, interval))
+    if not isinstance(given, list) or len(given) < num_layers or not all(flag in (0, 1) for flag in given):
+        raise CheckpointError(
+            f"config.json: 'no_rope_layers' must be a list of 0 or 1 for each of {num_layers} layers, got "
+            f"{shown(given)}"
+        )
+    return frozenset(layer for layer in range(num_layers) if not given[layer])
+
+
+def _mixtral(raw: Raw) -> dict[str, Any]:
+    return {
+        **_all_sliding(raw, None),
+        **_experts(raw, num_experts=8, per_token=2),
+        "moe_intermediate_size": read_size(raw, "intermediate_size"),
+        "norm_topk_prob": True,
+        "sparse_layers": frozenset(range(read_size(raw, "num_hidden_layers", MAX_LAYERS))),
+    }
+
+
+def _qwen3_moe(raw: Raw) -> dict[str, Any]:
+    bias, num_layers = read_flag(raw, "attention_bias"), read_size(raw, "num_hidden_layers", MAX_LAYERS)
+    slides = read_flag(raw, "use_sliding_window")
+    step = read_size({"decoder_sparse_step": 1, **raw}, "decoder_sparse_step")
+    dense = raw.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in dense):
+        raise CheckpointError(f"config.json: 'mlp_only_layers' must be a list of layers from 0, got {shown(dense)}")
+    return {
+        "qk_norm": True,
+        "qkv_bias": bias,
+        "o_bias": bias,
+        **_all_sliding({**raw, **({} if slides else {"sliding_window": None})}, 4096),
+        **_experts(raw, num_experts=128, per_token=8),
+        "moe_intermediate_size": read_size({"moe_intermediate_size": 768, **raw}, "moe_intermediate_size"),
+        "norm_topk_prob": read_flag(raw, "norm_topk_prob"),
+        "sparse_layers": frozenset(range(step - 1, num_layers, step)) - frozenset(dense),
+    }
+
+
+def _experts(raw: Raw, *, num_experts: int, per_token: int) -> dict[str, int]:
+    """Number of experts, of which transformers knows two names, and how many of them each token goes through."""
+    names = ("num_local_experts", "num_experts")
+    sizes = {name: size for name in names if (size := read_optional_size(raw, name)) is not None}
+    if len(set(sizes.values())) > 1:
+        raise CheckpointError(f"config.json: num_local_experts and num_experts must be equal, got {sizes}")
+    experts = next(iter(sizes.values()), num_experts)
+    chosen = read_size({"num_experts_per_tok": per_token, **raw}, "num_experts_per_tok")
+    if chosen > experts:
+        raise CheckpointError(
+            f"config.json: 'num_experts_per_tok' must be at most the number of experts, {experts}, got {chosen}"
+        )
+    return {"num_experts": experts, "num_experts_per_tok": chosen}
+
+
+_QWEN_KEYS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
+_EXPERT_KEYS = frozenset({"num_experts", "num_local_experts", "num_experts_per_tok"})
+
+# Keys that transformers doesn't use, and that whole series of checkpoints have, are understood without effect:
+# `max_window_layers` of SmolLM3 and Qwen3's mixtures of experts.
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "llama": Family(keys=frozenset({"attention_bias", "mlp_bias"}), switches=_llama),
@@ -147,6 +255,51 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             defaults={"rms_norm_eps": 1e-5},
             switches=lambda raw: _all_sliding(raw, None),
         ),
+        "olmo2": Family(
+            weights=OUTPUT_NORM_WEIGHTS,
+            keys=frozenset({"attention_bias"}),
+            defaults={"rms_norm_eps": 1e-5},
+            switches=_olmo2,
+        ),
+        "granite": Family(
+            keys=frozenset(
+                """attention_bias mlp_bias embedding_multiplier attention_multiplier residual_multiplier
+                logits_scaling""".split()
+            ),
+            switches=_granite,
+        ),
+        "smollm3": Family(
+            keys=frozenset(
+                """attention_bias mlp_bias use_sliding_window sliding_window layer_types no_rope_layers
+                no_rope_layer_interval max_window_layers""".split()
+            ),
+            defaults={"tie_word_embeddings": True, "rope_theta": {FULL: 2_000_000.0, SLIDING: 2_000_000.0}},
+            switches=_smollm3,
+        ),
+        "mixtral": Family(
+            experts=ExpertWeights(
+                router="block_sparse_moe.gate",
+                gate_up=("block_sparse_moe.experts.{}.w1", "block_sparse_moe.experts.{}.w3"),
+                down=("block_sparse_moe.experts.{}.w2",),
+            ),
+            keys=_EXPERT_KEYS | {"sliding_window"},
+            defaults={"rms_norm_eps": 1e-5, "rope_theta": {FULL: 1_000_000.0, SLIDING: 1_000_000.0}},
+            switches=_mixtral,
+        ),
+        "qwen3_moe": Family(
+            weights={**SPLIT_WEIGHTS, **QK_NORMS},
+            experts=ExpertWeights(
+                router="mlp.gate",
+                gate_up=("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj"),
+                down=("mlp.experts.{}.down_proj",),
+            ),
+            keys=_EXPERT_KEYS
+            | frozenset(
+                """attention_bias use_sliding_window sliding_window max_window_layers decoder_sparse_step
+                moe_intermediate_size norm_topk_prob mlp_only_layers""".split()
+            ),
+            switches=_qwen3_moe,
+        ),
     }
 )
 
@@ -155,10 +308,18 @@ def parse_config(raw: Raw) -> ModelConfig:
     """Turn the contents of a config.json into a `ModelConfig`.
 
     Raises:
-        UnsupportedModelError: An unknown family, or a key that may change the computation and isn't understood.
+        UnsupportedModelError: An unknown family, one whose state can't be rolled back, or a key that may change the
+            computation and isn't understood.
         CheckpointError: A size is missing or invalid.
     """
     model_type = str(raw.get("model_type"))
+    kind = running_state(model_type)
+    if kind is not None:
+        raise UnsupportedModelError(
+            f"model_type {model_type!r} is not supported: it has {kind}, whose state can't be rolled back to an "
+            "earlier position, as taking back rejected drafts needs; supported families, which keep keys and values of "
+            f"every token: {', '.join(sorted(FAMILIES))}"
+        )
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
             f"model_type {model_type!r} is not supported; supported families: {', '.join(sorted(FAMILIES))}"

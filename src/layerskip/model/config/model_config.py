@@ -58,14 +58,32 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    """Whether each head of queries and keys has an RMS norm."""
+    """Whether queries and keys have an RMS norm."""
+    joint_qk_norm: bool = False
+    """Whether that norm spans all heads of a token together, rather than each head alone."""
+    pre_norms: bool = True
+    """Whether the inputs of attention and MLP have norms."""
     post_norms: bool = False
-    """Whether the outputs of attention and MLP have norms too (Gemma)."""
+    """Whether the outputs of attention and MLP have norms."""
     norm_weight_offset: float = 0.0
     """Number added to every norm's stored weight (1 for Gemma)."""
     embedding_multiplier: float = 1.0
     attention_scale: float
     """Factor on query-key products."""
+    residual_multiplier: float = 1.0
+    """Factor on the outputs of attention and MLP before they are added to the state."""
+    logits_multiplier: float = 1.0
+    """Factor on logits; it is applied with the final norm's weight."""
+    unrotated_layers: frozenset[int] = frozenset()
+    """Layers without rotary embedding, from 0."""
+    sparse_layers: frozenset[int] = frozenset()
+    """Layers with experts in place of an MLP, from 0."""
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    """Width of each expert."""
+    norm_topk_prob: bool = False
+    """Whether the weights of a token's experts sum to 1, rather than those of all experts."""
     final_logit_softcapping: float | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -85,6 +103,10 @@ class ModelConfig:
     def attention_of(self, layer: int) -> str:
         """`full_attention` or `sliding_attention`; an exit adapter is a layer of the same kind as the last one."""
         return self.layer_types[min(layer, self.num_hidden_layers - 1)]
+
+    def rotates(self, layer: int) -> bool:
+        """Whether a layer has a rotary embedding; an exit adapter is a layer of the same kind as the last one."""
+        return min(layer, self.num_hidden_layers - 1) not in self.unrotated_layers
 
     def adapter_at(self, exit_layer: int) -> int | None:
         """Which layer adapts an exit: L + a; None at an exit without an adapter."""

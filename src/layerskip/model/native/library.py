@@ -15,7 +15,7 @@ from typing import Any
 from layerskip.errors import InvalidArgumentError
 from layerskip.model.drafts import CONFIDENCE_CLASSES
 
-INTERFACE = 10
+INTERFACE = 12
 """Version of what the functions do; `layerskip_interface` must return it."""
 NAMES = ("_native_avx512vnni.so", "_native_avx512.so", "_native.so")
 LIBRARIES = tuple(Path(__file__).parents[2] / name for name in NAMES)
@@ -47,6 +47,12 @@ class LinearView(Structure):
     )
 
 
+class ExpertView(Structure):
+    """`Expert` of native/network.h."""
+
+    _fields_ = (("gate_up", LinearView), ("down", LinearView))
+
+
 class LayerView(Structure):
     """`Layer` of native/network.h."""
 
@@ -59,6 +65,8 @@ class LayerView(Structure):
         ("o", LinearView),
         ("gate_up", LinearView),
         ("down", LinearView),
+        ("router", LinearView),
+        ("experts", c_void_p),
         ("attention_norm", c_void_p),
         ("q_norm", c_void_p),
         ("k_norm", c_void_p),
@@ -87,6 +95,10 @@ class NetworkView(Structure):
         ("head_dim", c_int32),
         ("rotary_dim", c_int32),
         ("intermediate_size", c_int32),
+        ("num_experts", c_int32),
+        ("experts_per_token", c_int32),
+        ("expert_size", c_int32),
+        ("norm_expert_weights", c_int32),
         ("vocab_size", c_int32),
         ("activation", c_int32),
         ("threads", c_int32),
@@ -95,6 +107,8 @@ class NetworkView(Structure):
         ("adapter", c_int32),
         ("rms_norm_eps", c_float),
         ("attention_scale", c_float),
+        ("residual_multiplier", c_float),
+        ("joint_qk_norm", c_int32),
     )
 
 
@@ -223,6 +237,7 @@ class PackCall(Structure):
 
 STRUCTURES: tuple[type[Structure], ...] = (
     LinearView,
+    ExpertView,
     LayerView,
     NetworkView,
     CacheView,

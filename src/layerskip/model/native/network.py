@@ -31,6 +31,7 @@ from layerskip.model.native.library import (
     ChooseCall,
     DraftCall,
     EmbeddingView,
+    ExpertView,
     LayerView,
     NetworkView,
     RunLayersCall,
@@ -106,7 +107,7 @@ class NativeNetwork:
         self._exits = (ctypes.c_int32 * len(config.adapted_exits))(*config.adapted_exits)
         self._embedding = _embedding_view(embedding, config)
         self._latest_cache: tuple[Callable[[], KVCache | None], CacheView] = (lambda: None), CacheView()
-        self._kept: list[ctypes.Array[ctypes.c_int32]] = []  # what views point to
+        self._kept: list[ctypes.Array[Any]] = []  # what views point to
         self._views = (LayerView * len(self.layers))(*(self._view(*pair) for pair in enumerate(self.layers)))
         self._network = NetworkView(
             layers=ctypes.addressof(self._views),
@@ -122,18 +123,24 @@ class NativeNetwork:
             num_kv_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
             rotary_dim=next(iter(ropes.values())).rotary_dim,
-            intermediate_size=self.layers[0].gate_up.view.outputs // 2,
+            intermediate_size=self._inner_size(experts=False),
+            num_experts=config.num_experts if config.sparse_layers else 0,
+            experts_per_token=config.num_experts_per_tok,
+            expert_size=self._inner_size(experts=True),
+            norm_expert_weights=config.norm_topk_prob,
             vocab_size=head.outputs,
             activation=ACTIVATIONS[config.hidden_act],
             rms_norm_eps=config.rms_norm_eps,
             attention_scale=config.attention_scale,
+            residual_multiplier=config.residual_multiplier,
+            joint_qk_norm=config.joint_qk_norm,
         )
 
     @property
     def compute(self) -> str:
         """int8 if any product of the layers or the head takes its inputs in 8 bits."""
         own = self.layers[: self._network.num_layers]
-        products = [self.head, *(part for layer in own for part in (layer.qkv, layer.down))]
+        products = [self.head, *(part for layer in own for part in (layer.qkv, *(down for _, down in layer.gated)))]
         return "int8" if any(product.view.compute for product in products) else "float32"
 
     def run_layers(self, hidden: Tensor, positions: Positions, cache: KVCache, start: int, stop: int) -> Tensor:
@@ -290,6 +297,11 @@ class NativeNetwork:
         self._latest_cache = weakref.ref(cache), view
         return view
 
+    def _inner_size(self, *, experts: bool) -> int:
+        """Width of MLPs or of experts, up to whole panels; 0 if there are none."""
+        layers = (layer for layer in self.layers if (layer.experts is not None) == experts)
+        return next((layer.gated[0][0].view.outputs // 2 for layer in layers), 0)
+
     def _view(self, index: int, layer: LayerWeights[NativeLinear]) -> LayerView:
         kind = self.config.attention_of(index)
         rope, window = self._ropes[kind], self.config.sliding_window if kind == SLIDING else None
@@ -297,10 +309,17 @@ class NativeNetwork:
             name: None if getattr(layer, name) is None else getattr(layer, name).data_ptr()
             for name in ("attention_norm", "q_norm", "k_norm", "post_attention_norm", "mlp_norm", "post_mlp_norm")
         }
-        linears = {name: getattr(layer, name).view for name in ("qkv", "o", "gate_up", "down")}
-        if layer.input is not None:
-            linears["input"] = layer.input.view
-        view = LayerView(**linears, **norms, cosines=rope.cos.data_ptr(), sines=rope.sin.data_ptr(), window=window or 0)
+        names = ("input", "qkv", "o", "gate_up", "down")
+        linears = {name: linear.view for name in names if (linear := getattr(layer, name)) is not None}
+        view = LayerView(**linears, **norms, window=window or 0)
+        if layer.experts is not None:
+            experts = (ExpertView * self.config.num_experts)(
+                *(ExpertView(gate_up=gate_up.view, down=down.view) for gate_up, down in layer.gated)
+            )
+            self._kept.append(experts)
+            view.router, view.experts = layer.experts.router.view, address(experts)
+        if self.config.rotates(index):
+            view.cosines, view.sines = rope.cos.data_ptr(), rope.sin.data_ptr()
         if layer.fusion is not None:
             layers = (ctypes.c_int32 * len(layer.fusion.layers))(*layer.fusion.layers)
             self._kept.append(layers)

@@ -19,6 +19,7 @@ from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.positions import Placement, ValueSource
 from layerskip.model.rope import rotate
 from layerskip.model.torch.attention import attend
+from layerskip.model.torch.experts import Experts, run_experts
 from layerskip.model.torch.fusion import Fusion, fuse
 from layerskip.model.torch.linear import Linear, Linear_co
 
@@ -36,23 +37,34 @@ class LayerWeights(Generic[Linear_co]):
     fusion: Fusion[Linear_co] | None = None
     """What is added after attention; of exit adapters only."""
 
-    attention_norm: Tensor
+    attention_norm: Tensor | None = None
     qkv: Linear_co
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
     o: Linear_co
     post_attention_norm: Tensor | None = None
-    mlp_norm: Tensor
-    gate_up: Linear_co
-    down: Linear_co
+    mlp_norm: Tensor | None = None
+    gate_up: Linear_co | None = None
+    down: Linear_co | None = None
+    experts: Experts[Linear_co] | None = None
+    """In place of `gate_up` and `down`, in a layer that has them."""
     post_mlp_norm: Tensor | None = None
 
     @property
+    def gated(self) -> tuple[tuple[Linear_co, Linear_co], ...]:
+        """The MLP's `gate_up` and `down`, or those of each expert."""
+        if self.experts is not None:
+            return tuple((expert.gate_up, expert.down) for expert in self.experts.experts)
+        assert self.gate_up is not None
+        assert self.down is not None
+        return ((self.gate_up, self.down),)
+
+    @property
     def num_bytes(self) -> int:
-        """Bytes of the products."""
+        """Bytes that the products of one token read."""
         values = None if self.fusion is None else self.fusion.values
-        own = (self.input, values, self.qkv, self.o, self.gate_up, self.down)
-        return sum(linear.num_bytes for linear in own if linear is not None)
+        own = (self.input, values, self.qkv, self.o, self.gate_up, self.down, self.experts)
+        return sum(part.num_bytes for part in own if part is not None)
 
 
 class TorchNetwork:
@@ -111,7 +123,7 @@ class TorchNetwork:
         """Write a layer's keys and values for its input [B, Q, D]."""
         weights = self.layers[layer]
         hidden = hidden if weights.input is None else weights.input(hidden)
-        self._project(layer, self._norm(hidden, weights.attention_norm), positions, cache)
+        self._project(layer, self._normed(hidden, weights.attention_norm), positions, cache)
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """[B, Q, D] -> [B, Q, V] in float32, before any cap."""
@@ -125,16 +137,15 @@ class TorchNetwork:
     ) -> Tensor:
         weights = self.layers[index]
         hidden = hidden if weights.input is None else weights.input(hidden)
-        out = self._attention(index, self._norm(hidden, weights.attention_norm), positions, cache)
-        if weights.post_attention_norm is not None:
-            out = self._norm(out, weights.post_attention_norm)
-        hidden = hidden + out
+        out = self._attention(index, self._normed(hidden, weights.attention_norm), positions, cache)
+        hidden = self._add(hidden, self._normed(out, weights.post_attention_norm))
         if fused is not None:
-            hidden = hidden + fused
-        out = self._mlp(weights, self._norm(hidden, weights.mlp_norm))
-        if weights.post_mlp_norm is not None:
-            out = self._norm(out, weights.post_mlp_norm)
-        return hidden + out
+            hidden = self._add(hidden, fused)
+        out = self._mlp(weights, self._normed(hidden, weights.mlp_norm))
+        return self._add(hidden, self._normed(out, weights.post_mlp_norm))
+
+    def _add(self, hidden: Tensor, out: Tensor) -> Tensor:
+        return torch.add(hidden, out, alpha=self.config.residual_multiplier)
 
     def _attention(self, index: int, x: Tensor, positions: Placement, cache: KVCache) -> Tensor:
         span = positions.span(self.config.attention_of(index))
@@ -150,14 +161,20 @@ class TorchNetwork:
         qkv = weights.qkv(x).view(*x.shape[:2], heads + 2 * kv_heads, config.head_dim)
         query_key, value = qkv[:, :, : heads + kv_heads], qkv[:, :, heads + kv_heads :]
         if weights.q_norm is not None and weights.k_norm is not None:
-            query = self._norm(query_key[:, :, :heads], weights.q_norm)
-            query_key = torch.cat((query, self._norm(query_key[:, :, heads:], weights.k_norm)), 2)
-        query_key = rotate(query_key, span.cos, span.sin)
+            query = self._head_norm(query_key[:, :, :heads], weights.q_norm)
+            query_key = torch.cat((query, self._head_norm(query_key[:, :, heads:], weights.k_norm)), 2)
+        if config.rotates(index):
+            query_key = rotate(query_key, span.cos, span.sin)
         cache.write(index, positions.slots, query_key[:, :, heads:], value)
         return query_key[:, :, :heads]
 
     def _mlp(self, weights: LayerWeights[Linear], x: Tensor) -> Tensor:
-        gate, up = weights.gate_up(x).chunk(2, -1)
+        if weights.experts is not None:
+            return run_experts(weights.experts, x, self._gated, norm_weights=self.config.norm_topk_prob)
+        return self._gated(*weights.gated[0], x)
+
+    def _gated(self, gate_up: Linear, down: Linear, x: Tensor) -> Tensor:
+        gate, up = gate_up(x).chunk(2, -1)
         match self.config.hidden_act:
             case "silu":
                 gate = F.silu(gate)
@@ -165,8 +182,14 @@ class TorchNetwork:
                 gate = F.gelu(gate, approximate="tanh")
             case _:
                 gate = F.gelu(gate)
-        out = weights.down(gate.mul_(up))
-        return out if self._total is None else self._total(out)
+        return down(gate.mul_(up))
+
+    def _normed(self, x: Tensor, norm: Tensor | None) -> Tensor:
+        return x if norm is None else self._norm(x, norm)
+
+    def _head_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """[B, Q, H, D_head], normalized head by head, or all heads of a token together."""
+        return self._norm(x.flatten(2), weight).view_as(x) if self.config.joint_qk_norm else self._norm(x, weight)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMS norm over the last dimension, computed in float32. Source: arXiv:1910.07467."""

@@ -18,6 +18,7 @@ from layerskip.checkpoint.loading.adapters import (
     AdapterDescription,
     AdapterSet,
     check_base,
+    check_kind,
     describe_base,
     tensor_name,
 )
@@ -67,6 +68,7 @@ def train_adapters(
     set_seed(config.optimization.seed)
     arguments = make_arguments(config, output)
     checkpoint = open_checkpoint(config.start.model, revision=config.start.revision)
+    check_kind(checkpoint.config, checkpoint.name)
     precision, why = choose_precision(config.optimization.precision, checkpoint.config.hidden_size)
     set_precision(arguments, precision)
     say(f"computing in {precision}: {why}")

@@ -4,6 +4,7 @@ import struct
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,12 +134,32 @@ def test_tensors_that_the_model_does_not_use(refused: Callable[..., str], conten
 
 def test_another_architecture(refused: Callable[..., str], content: bytes) -> None:
     said = refused(replaced(content, struct.pack("<Q", 5) + b"llama", struct.pack("<Q", 5) + b"mamba"))
-    assert "'mamba', which is not supported; supported: gemma3, llama, phi3, qwen2, qwen3" in said
+    assert (
+        "'mamba', which is not supported; supported: gemma3, granite, llama, olmo2, phi3, qwen2, qwen3, smollm3" in said
+    )
 
 
 def test_a_mixture_of_experts(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     file = convert(tiny_checkpoint(), tmp_path / "model.gguf", metadata={"llama.expert_count": 8})
     with pytest.raises(UnsupportedModelError, match=r"sets llama\.expert_count"):
+        _ = open_checkpoint(str(file)).config
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key", "value", "said"),
+    [
+        ("llama", "llama.residual_scale", 0.5, r"sets llama\.residual_scale, which is not supported for 'llama'"),
+        ("qwen3", "qwen3.attention.scale", 0.5, r"sets qwen3\.attention\.scale"),
+        ("smollm3", "smollm3.logit_scale", 8.0, r"sets smollm3\.logit_scale"),
+        ("olmo2", "olmo2.attention.sliding_window", 4096, "is an OLMo 3"),
+        ("granite", "granite.rope.scaling.finetuned", False, "has no rotary embedding"),
+    ],
+)
+def test_features_of_other_architectures(
+    tiny_checkpoint: Tiny, tmp_path: Path, model_type: str, key: str, value: Any, said: str
+) -> None:
+    file = convert(tiny_checkpoint(model_type), tmp_path / "model.gguf", metadata={key: value})
+    with pytest.raises(UnsupportedModelError, match=said):
         _ = open_checkpoint(str(file)).config
 
 

@@ -56,6 +56,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "phi3": ("phi3", {"sliding_window": 5}),
+    "olmo2": ("olmo2", {}),
+    "granite": ("granite", {"tie_word_embeddings": True, "attention_bias": True}),
+    "granite without factors": (
+        "granite",
+        {
+            "embedding_multiplier": 1.0,
+            "attention_multiplier": 8**-0.5,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+    ),
+    "smollm3": ("smollm3", {"no_rope_layer_interval": 4, "num_hidden_layers": 5}),
     "phi3, longrope": (
         "phi3",
         {

@@ -60,6 +60,17 @@ def test_compiled_rounds_take_a_network_of_torch(checkpoint: Checkpoint) -> None
     assert plan(checkpoint, compile="max") == replace(PLAIN, network="torch", rounds="max")
 
 
+def test_rounds_with_experts_are_not_compiled(
+    tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint.in_folder(tiny_checkpoint("mixtral"))
+    with pytest.raises(InvalidArgumentError, match="which of the model's experts run depends on the tokens; use auto"):
+        plan(checkpoint, compile="max")
+    monkeypatch.setattr(plan_module, "choose_device", lambda device: CUDA)
+    monkeypatch.setattr(plan_module, "free_memory", lambda device: None)
+    assert plan(checkpoint, device="auto").rounds is None
+
+
 @pytest.mark.parametrize(("compile", "rounds"), [("auto", "graphs"), ("off", None)])
 def test_plans_on_a_gpu(checkpoint: Checkpoint, compile: str, rounds: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planned only, so that no GPU is needed."""

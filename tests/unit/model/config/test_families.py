@@ -2,14 +2,17 @@
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tensor_sources import Tensors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from layerskip.checkpoint.loading.experts import with_single_experts
 from layerskip.checkpoint.loading.tensors import tensor_shapes
 from layerskip.errors import CheckpointError, UnsupportedModelError
 from layerskip.model.config.families import FAMILIES, parse_config
@@ -38,6 +41,11 @@ EXPECTED = {
     "Phi-3-mini-4k": (32, 32, 32, 96, 2047, "ssssss", False),
     "Phi-3.5-mini": (32, 32, 32, 96, 262144, "ssssss", False),
     "Phi-4-mini": (32, 24, 8, 128, 262144, "ssssss", True),
+    "OLMo-2-0425-1B": (16, 16, 16, 128, None, "ffffff", False),
+    "granite-3.3-2b-instruct": (40, 32, 8, 64, None, "ffffff", True),
+    "SmolLM3-3B": (36, 16, 4, 128, None, "ffffff", True),
+    "Mixtral-8x7B-v0.1": (32, 32, 8, 128, None, "ffffff", False),
+    "Qwen3-30B-A3B": (48, 32, 4, 128, None, "ffffff", False),
 }
 
 
@@ -92,8 +100,14 @@ def test_agrees_with_transformers(name: str) -> None:
     assert ours.max_position_embeddings == theirs.max_position_embeddings
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
     assert ours.hidden_act == (getattr(theirs, "hidden_act", None) or theirs.hidden_activation)
-    scalar = getattr(theirs, "query_pre_attn_scalar", ours.head_dim)
-    assert math.isclose(ours.attention_scale, scalar**-0.5)
+    scale = getattr(theirs, "query_pre_attn_scalar", ours.head_dim) ** -0.5
+    assert math.isclose(ours.attention_scale, getattr(theirs, "attention_multiplier", scale))
+    for factor in ("residual_multiplier", "embedding_multiplier"):
+        if hasattr(theirs, factor):
+            assert getattr(ours, factor) == getattr(theirs, factor)
+    assert math.isclose(ours.logits_multiplier, 1 / getattr(theirs, "logits_scaling", 1))
+    rotated = getattr(theirs, "no_rope_layers", [1] * ours.num_layers)
+    assert [ours.rotates(layer) for layer in range(ours.num_layers)] == [bool(flag) for flag in rotated]
     for kind in set(layer_types):
         for length in (16, ours.max_position_embeddings):  # LongRoPE has two sets of factors
             mine, scale = frequencies(ours, kind, length)
@@ -109,7 +123,9 @@ def test_weights_are_those_of_transformers(name: str) -> None:
         state = AutoModelForCausalLM.from_config(theirs).state_dict()
     if theirs.tie_word_embeddings:
         del state["lm_head.weight"]
-    assert tensor_shapes(parse_config(HUB_CONFIGS[name])) == {key: tuple(value.shape) for key, value in state.items()}
+    config = parse_config(HUB_CONFIGS[name])
+    source = with_single_experts(Tensors(state), config)
+    assert tensor_shapes(config) == {key: tuple(source.get(key).shape) for key in source.names()}
 
 
 def test_every_family_has_a_case() -> None:
@@ -142,7 +158,15 @@ def test_defaults_of_silent_configs() -> None:
         assert ours.sliding_window == window
         types = getattr(theirs, "layer_types", None) or [SLIDING if window else FULL] * 7
         assert list(ours.layer_types) == types
-        assert ours.head_dim == getattr(theirs, "head_dim", 16)
+        assert ours.head_dim == (getattr(theirs, "head_dim", None) or 16)
+        if ours.sparse_layers:
+            sizes_of_experts = (ours.num_experts, ours.num_experts_per_tok, ours.norm_topk_prob)
+            assert sizes_of_experts == (
+                theirs.num_local_experts,
+                theirs.num_experts_per_tok,
+                getattr(theirs, "norm_topk_prob", True),
+            )
+            assert ours.moe_intermediate_size == getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
         assert ours.rms_norm_eps == theirs.rms_norm_eps
         assert ours.tie_word_embeddings == theirs.tie_word_embeddings
         assert ours.hidden_act == (getattr(theirs, "hidden_act", None) or theirs.hidden_activation)
@@ -159,6 +183,9 @@ def test_defaults_of_silent_configs() -> None:
         ("Qwen3-0.6B", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 28}),
         ("gemma-3-1b-it", {"sliding_window_pattern": 4}),
         ("gemma-3-1b-it", {"sliding_window_pattern": None}),
+        ("SmolLM3-3B", {"layer_types": None, "use_sliding_window": True, "sliding_window": 8}),
+        ("SmolLM3-3B", {"layer_types": None, "use_sliding_window": False, "sliding_window": None}),
+        ("SmolLM3-3B", {"no_rope_layers": None, "no_rope_layer_interval": 5, "layer_types": None}),
     ],
 )
 def test_kinds_of_layers_that_follow_from_other_keys(name: str, changes: dict[str, Any]) -> None:
@@ -181,6 +208,65 @@ def test_kinds_of_layers_that_follow_from_other_keys(name: str, changes: dict[st
 def test_bad_layer_types(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         parse_config({**HUB_CONFIGS["Qwen3-0.6B"], **changes})
+
+
+@pytest.mark.parametrize("flags", [[1, 0], "all", [1] * 35, [1] * 35 + [2], {"0": 1}])
+def test_bad_rotated_layers(flags: Any) -> None:
+    with pytest.raises(CheckpointError, match="'no_rope_layers' must be a list of 0 or 1 for each of 36 layers"):
+        parse_config({**HUB_CONFIGS["SmolLM3-3B"], "no_rope_layers": flags})
+
+
+@pytest.mark.parametrize(
+    "key", ["embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"]
+)
+@pytest.mark.parametrize("value", [0, -1.0, "2", float("nan")])
+def test_bad_multipliers(key: str, value: Any) -> None:
+    with pytest.raises(CheckpointError, match=f"'{key}' must be a positive number"):
+        parse_config({**HUB_CONFIGS["granite-3.3-2b-instruct"], key: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "layers"),
+    [
+        ({}, range(48)),
+        ({"decoder_sparse_step": 3}, range(2, 48, 3)),
+        ({"mlp_only_layers": [0, 47, 90]}, range(1, 47)),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [1]}, range(3, 48, 2)),
+        ({"decoder_sparse_step": 49}, ()),
+    ],
+)
+def test_layers_with_experts(changes: dict[str, Any], layers: Iterable[int]) -> None:
+    raw = {**HUB_CONFIGS["Qwen3-30B-A3B"], **changes}
+    config, theirs = parse_config(raw), read_by_transformers({**raw, "num_experts": 2})
+    assert config.sparse_layers == frozenset(layers)
+    assert config.num_experts_per_tok == 8
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(theirs).model
+    assert config.sparse_layers == {i for i, layer in enumerate(model.layers) if hasattr(layer.mlp, "experts")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts": 4}, "'num_experts_per_tok' must be at most the number of experts, 4, got 8"),
+        ({"num_local_experts": 64}, "num_local_experts and num_experts must be equal"),
+        ({"num_experts": 0}, "'num_experts' must be a positive whole number"),
+        ({"moe_intermediate_size": "768"}, "'moe_intermediate_size' must be"),
+        ({"norm_topk_prob": 1}, "'norm_topk_prob' must be true or false"),
+        ({"mlp_only_layers": 3}, "'mlp_only_layers' must be a list of layers"),
+        ({"mlp_only_layers": [True]}, "'mlp_only_layers' must be a list of layers"),
+        ({"decoder_sparse_step": 0}, "'decoder_sparse_step' must be"),
+    ],
+)
+def test_bad_experts(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        parse_config({**HUB_CONFIGS["Qwen3-30B-A3B"], **changes})
+
+
+def test_either_name_of_the_number_of_experts() -> None:
+    raw = {key: value for key, value in HUB_CONFIGS["Qwen3-30B-A3B"].items() if key != "num_experts"}
+    for name in ("num_experts", "num_local_experts"):
+        assert parse_config({**raw, name: 16}).num_experts == 16
 
 
 def frequencies(config: ModelConfig, kind: str, length: int = 16) -> tuple[torch.Tensor, float]:

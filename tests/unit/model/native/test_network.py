@@ -31,9 +31,10 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @needs_library
-def test_exits_and_blocks_give_the_same_bits(tiny_checkpoint: Callable[..., Path], threads: int) -> None:
+@pytest.mark.parametrize("family", ["llama", "olmo2", "granite", "mixtral", "qwen3_moe"])
+def test_exits_and_blocks_give_the_same_bits(tiny_checkpoint: Callable[..., Path], threads: int, family: str) -> None:
     """Any way to cut a text into blocks and a network into exits gives the same hidden states and keys."""
-    decoder = layerskip.load(str(tiny_checkpoint()), kernels="native").decoder
+    decoder = layerskip.load(str(tiny_checkpoint(family)), kernels="native").decoder
     assert isinstance(decoder._network, NativeNetwork)
     tokens = torch.randint(0, 96, (2, 100), generator=torch.Generator().manual_seed(1))
 

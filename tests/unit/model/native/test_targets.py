@@ -86,15 +86,26 @@ def test_products(with_all: WithAll[list[Tensor]], storage: str, compute: str, i
 
 
 @pytest.mark.parametrize(
-    ("quantize", "compute"), [(None, "float32"), ("int8", "float32"), ("int4", "float32"), ("int8", "int8")]
+    ("family", "quantize", "compute"),
+    [
+        ("llama", None, "float32"),
+        ("llama", "int8", "float32"),
+        ("llama", "int4", "float32"),
+        ("llama", "int8", "int8"),
+        ("olmo2", None, "float32"),
+        ("granite", None, "float32"),
+        ("qwen3_moe", None, "float32"),
+        ("mixtral", "int8", "int8"),
+    ],
 )
 def test_a_network(
     with_all: WithAll[Tensor],
     tiny_checkpoint: Callable[..., Path],
+    family: str,
     quantize: str | None,
     compute: str,
 ) -> None:
-    folder = str(tiny_checkpoint())
+    folder = str(tiny_checkpoint(family))
     tokens = torch.randint(0, 96, (90,), generator=torch.Generator().manual_seed(1)).tolist()
 
     def logits() -> Tensor:

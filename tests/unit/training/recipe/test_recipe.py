@@ -39,7 +39,10 @@ def naive_losses(model: Any, inputs: dict[str, Tensor]) -> tuple[list[Tensor], l
     """Summed cross-entropy of every exit, and its agreement with the last layer, from all hidden states."""
     output = model(input_ids=inputs["input_ids"], output_hidden_states=True)
     labels = inputs["labels"][:, 1:].flatten()
-    logits = [model.lm_head(norm_of(model)(state)) for state in output.hidden_states[1:-1]]  # the last one is normed
+    scale = getattr(model.config, "logits_scaling", 1.0)
+    logits = [
+        model.lm_head(norm_of(model)(state)) / scale for state in output.hidden_states[1:-1]
+    ]  # the last is normed
     flat = [x[:, :-1].flatten(0, 1) for x in (*logits, output.logits)]
     losses = [F.cross_entropy(x, labels, ignore_index=IGNORED, reduction="sum") for x in flat]
     agrees = [(x.argmax(-1) == flat[-1].argmax(-1))[labels != IGNORED].float().mean().item() for x in flat]

@@ -50,7 +50,8 @@ const char* layerskip_layout() {
                   FIELD(Network, vocab_size), FIELD(Network, activation), FIELD(Network, threads),
                   FIELD(Network, num_layers), FIELD(Network, num_adapters), FIELD(Network, adapter),
                   FIELD(Network, rms_norm_eps), FIELD(Network, attention_scale),
-                  FIELD(Network, residual_multiplier), FIELD(Network, joint_qk_norm)}) +
+                  FIELD(Network, residual_multiplier), FIELD(Network, joint_qk_norm), FIELD(Network, all_heads),
+                  FIELD(Network, all_kv_heads), FIELD(Network, counted), FIELD(Network, total)}) +
         describe("Cache", sizeof(Cache),
                  {FIELD(Cache, keys), FIELD(Cache, values), FIELD(Cache, layer_stride), FIELD(Cache, row_stride),
                   FIELD(Cache, capacity)}) +

@@ -44,6 +44,9 @@ struct Layer {
 // class is for none.
 constexpr int kDistances = 9;
 
+// Adds up what the processes that share a network have computed with their parts of it: replaces `sums` [count].
+using Total = void (*)(float* sums, int64_t count);
+
 // An exit adapter is a layer that was trained to predict from the output of an earlier layer than the last. A pass over
 // its exit writes its keys and values as well, so that drafting can begin there after any token. It may also read the
 // values that later layers keep of an earlier token.
@@ -73,6 +76,10 @@ struct Network {
     float attention_scale;
     float residual_multiplier;  // on what a layer adds to the state
     int32_t joint_qk_norm;      // whether norms of queries and keys span all heads of a token
+    int32_t all_heads;          // H of all processes together
+    int32_t all_kv_heads;       // H_kv of all processes together
+    const float* counted;       // [H + H_kv], 0 for heads that another process counts; null: all count
+    Total total;                // null: this process has the whole network
 };
 
 struct Cache {

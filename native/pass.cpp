@@ -1,6 +1,7 @@
 #include "pass.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -95,6 +96,7 @@ class Pass {
             const float* x = norm_tokens(hidden_, layer.mlp_norm);
             if (layer.experts != nullptr) {
                 experts_.run(layer, x, out_);
+                total(out_, net_.hidden_size);
                 add_output(layer.post_mlp_norm);
             } else {
                 mlp_inner(layer, x);
@@ -176,10 +178,20 @@ class Pass {
 
     // hidden += norm(x W^T), with the norm and the factor only where there are some.
     void add_product(const Linear& w, const float* x, const float* norm) {
-        if (norm == nullptr && net_.residual_multiplier == 1.0f) return product(w, x, hidden_, true);
+        if (norm == nullptr && net_.residual_multiplier == 1.0f && net_.total == nullptr)
+            return product(w, x, hidden_, true);
         product(w, x, out_, false);
-        team_.barrier();
+        if (net_.total == nullptr) team_.barrier();
+        total(out_, net_.hidden_size);
         add_output(norm);
+    }
+
+    // Replace [tokens, size] by what all processes have in its place together; between barriers, where there are others.
+    void total(float* parts, int64_t size) {
+        if (net_.total == nullptr) return;
+        team_.barrier();
+        if (member_ == 0) net_.total(parts, tokens_ * size);
+        team_.barrier();
     }
 
     // hidden += norm(out), for this member's tokens.
@@ -211,10 +223,37 @@ class Pass {
         if (!net_.joint_qk_norm || layer.q_norm == nullptr) return;
         const int64_t queries = static_cast<int64_t>(net_.num_heads) * net_.head_dim;
         const int64_t keys = static_cast<int64_t>(net_.num_kv_heads) * net_.head_dim;
+        if (net_.total != nullptr) return norm_heads_of_all(layer);
         for (int token = member_; token < tokens_; token += team_.size()) {
             float* x = qkv_ + token * (queries + 2 * keys);
             if (first == 0) normalize(x, layer.q_norm, queries, net_.rms_norm_eps, x);
             normalize(x + queries, layer.k_norm, keys, net_.rms_norm_eps, x + queries);
+        }
+        team_.barrier();
+    }
+
+    // The same where other processes have some of the heads: the squares of all are added up first.
+    void norm_heads_of_all(const Layer& layer) {
+        const int64_t heads = net_.num_heads + net_.num_kv_heads, head_dim = net_.head_dim;
+        const int64_t step = (heads + net_.num_kv_heads) * head_dim;
+        for (int token = member_; token < tokens_; token += team_.size()) {
+            float* squares = out_ + 2 * token;  // of queries, of keys
+            squares[0] = squares[1] = 0.0f;
+            for (int64_t head = 0; head < heads; ++head)
+                if (net_.counted[head] != 0.0f)
+                    squares[head >= net_.num_heads] += sum_of_squares(qkv_ + token * step + head * head_dim, head_dim);
+        }
+        total(out_, 2);
+        for (int token = member_; token < tokens_; token += team_.size()) {
+            for (int64_t head = 0; head < heads; ++head) {
+                const bool is_key = head >= net_.num_heads;
+                const int64_t all = (is_key ? net_.all_kv_heads : net_.all_heads) * head_dim;
+                const float mean = out_[2 * token + is_key] / static_cast<float>(all);
+                const float* weight = is_key ? layer.k_norm + (head - net_.num_heads) * head_dim
+                                             : layer.q_norm + head * head_dim;
+                rescale(qkv_ + token * step + head * head_dim, 1.0f / std::sqrt(mean + net_.rms_norm_eps), weight,
+                        head_dim);
+            }
         }
         team_.barrier();
     }
@@ -310,6 +349,7 @@ void fuse(const Network& network, int32_t index, int32_t rows, int32_t queries, 
         multiply(layer.values, values.data(), inputs, static_cast<int>(total), projected, network.hidden_size, start,
                  stop, false);
     });
+    if (network.total != nullptr) network.total(projected, total * network.hidden_size);
 }
 
 void run_adapter(const Network& network, int32_t layer, float* hidden, int32_t rows, int32_t queries,

@@ -55,6 +55,16 @@ void normalize(const float* x, const float* weight, int64_t size, float epsilon,
     for (; i < size; ++i) y[i] = x[i] * scale * weight[i];
 }
 
+float sum_of_squares(const float* x, int64_t size) {
+    Vector squares{};
+    for (int64_t i = 0; i < size; i += kLanes) squares += load(x + i) * load(x + i);
+    return sum(squares);
+}
+
+void rescale(float* x, float factor, const float* weight, int64_t size) {
+    for (int64_t i = 0; i < size; i += kLanes) store(x + i, load(x + i) * factor * load(weight + i));
+}
+
 void activate(const float* gate, const float* up, int64_t size, int32_t activation, float* to) {
     for (int64_t i = 0; i < size; i += kLanes) store(to + i, activated(load(gate + i), activation) * load(up + i));
 }

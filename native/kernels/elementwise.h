@@ -13,6 +13,12 @@ void embed(const Embedding& embedding, int64_t token, int64_t size, float* to);
 // y [size] = x / rms(x) * weight
 void normalize(const float* x, const float* weight, int64_t size, float epsilon, float* y);
 
+// Sum of the squares of x [size], `size` being a multiple of kLanes.
+float sum_of_squares(const float* x, int64_t size);
+
+// x [size] = x * factor * weight, `size` being a multiple of kLanes.
+void rescale(float* x, float factor, const float* weight, int64_t size);
+
 // to [size] = activation(gate) * up, `size` being a multiple of kLanes.
 void activate(const float* gate, const float* up, int64_t size, int32_t activation, float* to);
 

@@ -104,10 +104,10 @@ def count_traffic(model: str, steps: int, **options: Any) -> dict[str, Any]:
 
 def choose(vocab: int, cases: list[dict[str, Any]]) -> list[Any]:
     """Tokens and probabilities that ranks choose of logits of which each has a part."""
+    from layerskip.model.decoders.vocabulary_part import VocabularyPart
     from layerskip.model.draw import Draw
     from layerskip.model.parallel.group import RankGroup
     from layerskip.model.parallel.share import _cut
-    from layerskip.model.parallel.vocabulary import VocabularyPart
 
     group = RankGroup()
     parts = _cut(vocab, [1.0] * group.size, 1)

@@ -15,6 +15,7 @@ from layerskip.decoding.config import make_config
 from layerskip.evaluation.verify.compare import LOGIT_TOLERANCE, compare
 from layerskip.language_model import LanguageModel
 from layerskip.model.config.families import FAMILIES
+from layerskip.model.native.library import load_library
 
 TOLERANCE = LOGIT_TOLERANCE[torch.float32]
 RANKS = (2, 4)
@@ -31,12 +32,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: str(folder / name) for name in (*FAMILIES, "agreeing")}
 
 
-@pytest.fixture(scope="module", params=RANKS, ids=lambda n: f"{n} ranks")
+@pytest.fixture(scope="module", params=[(2, "native"), (4, "torch")], ids=str)
 def texts(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Any:
     """What each rank has written."""
-    return run_ranks(
-        tmp_path_factory.mktemp("ranks"), request.param, "rank_work:write_texts", models=models, all_exits=["agreeing"]
-    )
+    num_ranks, kernels = request.param
+    if kernels == "native" and load_library() is None:
+        pytest.skip("the compiled kernels weren't built")
+    folder = tmp_path_factory.mktemp("ranks")
+    work = "rank_work:write_texts"
+    return run_ranks(folder, num_ranks, work, models=models, all_exits=["agreeing"], kernels=kernels)
 
 
 def judge(lm: LanguageModel, rules: str, expected: list[list[int]], actual: list[list[int]]) -> None:

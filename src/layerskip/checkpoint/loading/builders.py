@@ -153,8 +153,9 @@ class TorchBuilder:
         self, shared: SharedWeights, layers: Sequence[LayerWeights[Linear]], head: Linear, **options: Any
     ) -> Decoder:
         """The decoder, with compiled rounds where they are planned."""
-        total = None if self.member is None else self.member.group.sum
-        network = TorchNetwork(shared.config, layers=layers, final_norm=shared.final_norm, head=head, total=total)
+        network = TorchNetwork(
+            shared.config, layers=layers, final_norm=shared.final_norm, head=head, member=self.member
+        )
         if self.member is not None:
             return ParallelDecoder(self.member, network=network, **options)
         if self.rounds is None:
@@ -176,13 +177,17 @@ class NativeBuilder:
     quantize: str | None = None
     compute: str = "float32"
     """How products are computed, a key of `COMPUTE`, where the weights are in 8 or 4 bits."""
+    member: Membership | None = None
+    """As `TorchBuilder.member`."""
     memory: WeightMemory = field(default_factory=WeightMemory)
     """Where the panels are kept."""
 
     @classmethod
     def of(cls, plan: LoadingPlan) -> "NativeBuilder":
         """The one that builds what is planned."""
-        return cls(device=plan.device, dtype=plan.dtype, quantize=plan.quantize, compute=plan.compute)
+        return cls(
+            device=plan.device, dtype=plan.dtype, quantize=plan.quantize, compute=plan.compute, member=plan.member
+        )
 
     @property
     def keeps_blocks(self) -> bool:
@@ -224,7 +229,10 @@ class NativeBuilder:
             ropes=shared.ropes,
             tokens=options["token_ids"],
             adapter=options["adapter"],
+            member=self.member,
         )
+        if self.member is not None:
+            return ParallelDecoder(self.member, network=network, **options)
         return NativeDecoder(shared.config, network=network, **options)
 
     def for_drafts(self, quantize: str | None) -> "NativeBuilder":

@@ -1,5 +1,6 @@
 """Where a network runs and in what form: the options of loading, held against the model and the machine."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,15 +41,22 @@ def choose_dtype(dtype: str, device: torch.device, raw_config: dict[str, Any]) -
     return DTYPES[dtype]
 
 
-def choose_kernels(
-    kernels: str, config: ModelConfig, device: torch.device, dtype: torch.dtype, *, parallel: bool = False
-) -> bool:
-    """Whether compiled kernels run the network: `native` insists on them, `auto` takes them where they can."""
+def choose_kernels(kernels: str, configs: Sequence[ModelConfig], device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether compiled kernels run the network: `native` insists on them, `auto` takes them where they can.
+
+    Args:
+        kernels: `auto`, `native` or `torch`.
+        configs: The network, or the part of it that each process has.
+        device: Where it runs.
+        dtype: Of hidden states.
+
+    Raises:
+        InvalidArgumentError: An unknown value, or `native` where that isn't possible.
+    """
     if kernels not in ("auto", "native", "torch"):
         raise InvalidArgumentError(f"kernels {kernels!r} are not known; use auto, native or torch")
-    obstacle = why_not_native(config, device, dtype)
-    if parallel:
-        obstacle = "they don't exchange sums with other processes; with tensor_parallel torch's run"
+    obstacles = (why_not_native(config, device, dtype) for config in configs)
+    obstacle = next((found for found in obstacles if found is not None), None)
     if kernels == "native" and obstacle is not None:
         raise InvalidArgumentError(f"kernels 'native' can't run this model: {obstacle}; use auto or torch")
     return kernels != "torch" and obstacle is None

@@ -128,16 +128,16 @@ def plan_loading(checkpoint: LoadableCheckpoint, config: LoadingConfig) -> Loadi
         CheckpointError: The tensors aren't those of the configuration, or a file can't be read.
     """
     network_config = checkpoint.network_config
-    group = None
+    parts, group = [network_config], None
     if config.tensor_parallel > 1:
-        shares(network_config, config.tensor_parallel)
+        parts = [share.config for share in shares(network_config, config.tensor_parallel)]
         group = RankGroup.of(config.tensor_parallel)
     check_names(network_config, checkpoint.weights.names())
     device = choose_device(config.device, None if group is None else group.local_rank)
     dtype = choose_dtype(config.dtype, device, checkpoint.raw_config)
     context = choose_context(network_config, config.max_context)
     rounds = choose_rounds(config.compile, config.kernels, network_config, device, parallel=group is not None)
-    native = choose_kernels(config.kernels, network_config, device, dtype, parallel=group is not None)
+    native = choose_kernels(config.kernels, parts, device, dtype)
     native = native and rounds is None
     for name, value in (("quantize", config.quantize), ("quantize_draft", config.quantize_draft)):
         if value is not None:

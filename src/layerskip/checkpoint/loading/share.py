@@ -20,6 +20,7 @@ from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.parallel.share import CUTS, INPUTS, OUTPUTS, Axis, Membership, Share
 
 _LAYER = re.compile(r"(?:model\.layers\.\d+|exit_\d+\.layer)\.(?P<tensor>.+)\.(?P<kind>weight|bias)")
+_EXPERT = re.compile(r"\.\d+\.")
 _TOKENS = re.compile(r"exit_\d+\.token_ids")
 _VALUES = re.compile(r"exit_\d+\.value_proj\.weight")
 
@@ -38,7 +39,7 @@ class ShareSource:
         self._source, self._config, self._share = source, config, share
         self._places = {
             tensor: (ours, place, len(theirs))
-            for ours, theirs in FAMILIES[config.model_type].weights.items()
+            for ours, theirs in _stored(config).items()
             for place, tensor in enumerate(theirs)
         }
 
@@ -93,12 +94,16 @@ class ShareSource:
         if name in (EMBEDDING, HEAD):
             return OUTPUTS, self._segments("table", 0, 1)
         match = _LAYER.fullmatch(name)
-        ours, place, count = self._places.get(match["tensor"], ("", 0, 1)) if match else ("", 0, 1)
+        ours, place, count = self._place(match["tensor"]) if match else ("", 0, 1)
         if match is None or ours not in CUTS:
             return None
         if match["kind"] == "bias" and CUTS[ours].dim == INPUTS:  # added once, to the sum of the ranks' products
             return OUTPUTS, [range(self._config.hidden_size)] if self._share.rank == 0 else []
         return CUTS[ours].dim, self._segments(ours, place, count)
+
+    def _place(self, tensor: str) -> tuple[str, int, int]:
+        """Our name of a weight, which of the tensors that make it up this one is, and of how many."""
+        return self._places.get(_EXPERT.sub(".{}.", tensor), ("", 0, 1))
 
     def _segments(self, ours: str, place: int, count: int) -> list[range]:
         """Rows or columns of a tensor that holds one segment of a weight, or all of them one after the other."""
@@ -120,13 +125,15 @@ class ShareSource:
                 return config.num_key_value_heads * config.head_dim
             case "mlp":
                 return config.intermediate_size
+            case "expert":
+                return config.moe_intermediate_size
             case _:
                 return config.vocab_size
 
     def _is_not_added(self, name: str) -> bool:
         """Whether a weight is that of heads which another rank adds."""
         match = _LAYER.fullmatch(name)
-        ours = match is not None and self._places.get(match["tensor"], ("", 0, 1))[0]
+        ours = match is not None and self._place(match["tensor"])[0]
         return ours == "o" and not self._share.adds_heads
 
     def _bias(self, name: str) -> Tensor:
@@ -166,6 +173,18 @@ def share_adapters(adapters: AdapterSet, config: ModelConfig, share: Share) -> A
         for adapter in adapters.adapters
     )
     return replace(adapters, adapters=own, weights=source)
+
+
+def _stored(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """The checkpoint's tensors of each weight, by its name in `CUTS`."""
+    family = FAMILIES[config.model_type]
+    stored = dict(family.weights)
+    if config.joint_qk_norm:
+        for norm in ("q_norm", "k_norm"):
+            stored[f"joint {norm}"] = stored.pop(norm)
+    if family.experts is not None:
+        stored |= {"expert gate_up": family.experts.gate_up, "expert down": family.experts.down}
+    return stored
 
 
 def own_tokens(share: Share, tokens: Sequence[int] | Tensor) -> Tensor:

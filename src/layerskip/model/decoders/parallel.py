@@ -4,17 +4,21 @@ Shapes: N ranks, B rows, Q query tokens a row, D width, V vocabulary, W tokens o
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from layerskip.model.cache import KVCache
 from layerskip.model.decoder import Decoder
+from layerskip.model.decoders.vocabulary_part import VocabularyPart
 from layerskip.model.draw import Draw
 from layerskip.model.finite import check_finite
+from layerskip.model.native.network import NativeNetwork
+from layerskip.model.native.threads import torch_at_rest
 from layerskip.model.parallel.group import RankGroup
 from layerskip.model.parallel.share import Membership
-from layerskip.model.parallel.vocabulary import VocabularyPart
 from layerskip.model.stopwatch import Stopwatch
 
 
@@ -31,8 +35,23 @@ class ParallelDecoder(Decoder):
         super().__init__(membership.config, own=membership.share.config, **options)
         self.group = membership.group
         self.stopwatch = _SharedStopwatch(self.device, self.group)
+        self._is_native = isinstance(options["network"], NativeNetwork)
         self._vocabulary = VocabularyPart(self.group, membership.share.vocabulary)
         self._sizes = membership.vocabulary
+
+    @property
+    def compute(self) -> str:
+        """As `Decoder.compute`."""
+        return self._network.compute if isinstance(self._network, NativeNetwork) else super().compute
+
+    def own_threads(self) -> AbstractContextManager[None]:
+        """As `Decoder.own_threads`."""
+        return torch_at_rest() if self._is_native else nullcontext()
+
+    def new_cache(self, num_rows: int, capacity: int) -> KVCache:
+        """As `Decoder.new_cache`."""
+        with self.own_threads():
+            return super().new_cache(num_rows, capacity)
 
     @property
     def num_ranks(self) -> int:

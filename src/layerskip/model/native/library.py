@@ -15,7 +15,7 @@ from typing import Any
 from layerskip.errors import InvalidArgumentError
 from layerskip.model.drafts import CONFIDENCE_CLASSES
 
-INTERFACE = 12
+INTERFACE = 13
 """Version of what the functions do; `layerskip_interface` must return it."""
 NAMES = ("_native_avx512vnni.so", "_native_avx512.so", "_native.so")
 LIBRARIES = tuple(Path(__file__).parents[2] / name for name in NAMES)
@@ -109,6 +109,10 @@ class NetworkView(Structure):
         ("attention_scale", c_float),
         ("residual_multiplier", c_float),
         ("joint_qk_norm", c_int32),
+        ("all_heads", c_int32),
+        ("all_kv_heads", c_int32),
+        ("counted", c_void_p),
+        ("total", c_void_p),
     )
 
 

@@ -41,7 +41,9 @@ from layerskip.model.native.library import (
 )
 from layerskip.model.native.linear import NativeLinear
 from layerskip.model.native.sampling import sampling_view
+from layerskip.model.native.sums import Sums
 from layerskip.model.native.threads import kernel_threads
+from layerskip.model.parallel.share import Membership
 from layerskip.model.positions import Positions, ValueSource
 from layerskip.model.rope import RopeTable
 from layerskip.model.torch.network import LayerWeights
@@ -80,6 +82,7 @@ class NativeNetwork:
         ropes: Mapping[str, RopeTable],
         tokens: Tensor | None = None,
         adapter: int | None = None,
+        member: Membership | None = None,
     ) -> None:
         """Put loaded weights together.
 
@@ -92,6 +95,7 @@ class NativeNetwork:
             ropes: Rotary table of each kind of layer.
             tokens: [N] ids of the head's outputs, if they are a part of the vocabulary; `unembed` then gives N logits.
             adapter: The layer that adapts what norm and head read in `choose` and `draft`.
+            member: The processes that share the network, if several do; `choose` and `draft` then can't be called.
         """
         library = load_library()
         assert library is not None
@@ -135,6 +139,9 @@ class NativeNetwork:
             residual_multiplier=config.residual_multiplier,
             joint_qk_norm=config.joint_qk_norm,
         )
+        self._sums = None if member is None else Sums(member)
+        if self._sums is not None:
+            self._sums.join(self._network)
 
     @property
     def compute(self) -> str:
@@ -169,6 +176,7 @@ class NativeNetwork:
                 layer=layer,
             )
         )
+        self._check_sums()
         return out
 
     def write_keys(self, layer: int, hidden: Tensor, positions: Positions, cache: KVCache) -> None:
@@ -192,6 +200,11 @@ class NativeNetwork:
                 stop=stop,
             )
         )
+        self._check_sums()
+
+    def _check_sums(self) -> None:
+        if self._sums is not None:
+            self._sums.check()
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """[B, Q, D] -> [B, Q, V] in float32, before any cap."""

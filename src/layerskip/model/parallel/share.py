@@ -20,7 +20,7 @@ from layerskip.errors import InvalidArgumentError
 from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.parallel.group import RankGroup
 
-Axis = Literal["heads", "kv_heads", "mlp", "vocabulary"]
+Axis = Literal["heads", "kv_heads", "mlp", "expert", "vocabulary"]
 """What a dimension of a weight consists of."""
 
 OUTPUTS: Literal[0] = 0
@@ -43,10 +43,15 @@ CUTS: Mapping[str, Cut] = MappingProxyType(
         "o": Cut(INPUTS, ("heads",)),
         "gate_up": Cut(OUTPUTS, ("mlp", "mlp")),
         "down": Cut(INPUTS, ("mlp",)),
+        "expert gate_up": Cut(OUTPUTS, ("expert", "expert")),
+        "expert down": Cut(INPUTS, ("expert",)),
+        "joint q_norm": Cut(OUTPUTS, ("heads",)),
+        "joint k_norm": Cut(OUTPUTS, ("kv_heads",)),
         "table": Cut(OUTPUTS, ("vocabulary",)),
     }
 )
-"""By our name of a weight (`config.families`), and `table` for embedding and head. All others are replicated."""
+"""By our name of a weight (`config.families`); `expert` ones are those of each expert, `joint` norms span all heads,
+and `table` is the embedding or the head. All other weights are replicated, routers among them."""
 
 MLP_UNITS = (32, 16, 8, 4, 2, 1)
 """Channels of the MLP that stay together: blocks of quantized inputs and panels of kernels, where it is wide enough."""
@@ -72,6 +77,8 @@ class Share:
     """For each of these whether it is the first copy in all ranks: where values are added up, only that one counts."""
     mlp: range
     """Channels of the MLP."""
+    expert: range
+    """Channels of each expert; empty where there are none."""
     vocabulary: range
     """Token ids."""
 
@@ -80,6 +87,8 @@ class Share:
         match axis:
             case "mlp":
                 return (self.mlp,)
+            case "expert":
+                return (self.expert,)
             case "vocabulary":
                 return (self.vocabulary,)
             case "heads":
@@ -99,6 +108,12 @@ class Membership:
     """What this rank has of it."""
     vocabulary: tuple[int, ...]
     """Tokens of each rank's part of the vocabulary."""
+
+    @property
+    def counted(self) -> list[float]:
+        """1 for each of this rank's query heads, then key/value heads; 0 if another rank has the head that counts."""
+        share = self.share
+        return [float(share.adds_heads)] * len(share.heads) + [float(owned) for owned in share.owned]
 
     @classmethod
     def of(cls, group: RankGroup, config: ModelConfig) -> "Membership":
@@ -129,11 +144,13 @@ def shares(config: ModelConfig, num_ranks: int) -> list[Share]:
     Raises:
         InvalidArgumentError: More ranks than channels of the MLP or tokens, or more than twice as many as heads.
     """
-    limits = {
+    limits: dict[str, int] = {
         "attention heads": 2 * config.num_attention_heads,
         "channels of the MLP": config.intermediate_size,
         "tokens of the vocabulary": config.vocab_size,
     }
+    if config.sparse_layers:
+        limits["channels of an expert"] = config.moe_intermediate_size
     for name, limit in limits.items():
         if not 1 <= num_ranks <= limit:
             raise InvalidArgumentError(
@@ -144,6 +161,9 @@ def shares(config: ModelConfig, num_ranks: int) -> list[Share]:
     kv_heads = [_read_by(part, config.num_attention_heads // config.num_key_value_heads) for part in heads]
     mlp = _cut_mlp(config, heads, kv_heads)
     unit = VOCABULARY_UNIT if config.vocab_size >= 4 * VOCABULARY_UNIT * num_ranks else 1
+    experts = [range(0)] * num_ranks
+    if config.sparse_layers:
+        experts = _cut(config.moe_intermediate_size, [1.0] * num_ranks, _unit(config.moe_intermediate_size, num_ranks))
     vocabulary = _cut(config.vocab_size, [1.0] * num_ranks, unit)
     seen: set[int] = set()
     found = []
@@ -157,6 +177,7 @@ def shares(config: ModelConfig, num_ranks: int) -> list[Share]:
             num_attention_heads=len(heads[rank]),
             num_key_value_heads=len(kv_heads[rank]),
             intermediate_size=len(mlp[rank]),
+            moe_intermediate_size=len(experts[rank]),
             vocab_size=len(vocabulary[rank]),
         )
         found.append(
@@ -169,6 +190,7 @@ def shares(config: ModelConfig, num_ranks: int) -> list[Share]:
                 kv_heads=kv_heads[rank],
                 owned=tuple(owned),
                 mlp=mlp[rank],
+                expert=experts[rank],
                 vocabulary=vocabulary[rank],
             )
         )
@@ -196,11 +218,16 @@ def _read_by(heads: range, group: int) -> tuple[int, ...]:
 def _cut_mlp(config: ModelConfig, heads: Sequence[range], kv_heads: Sequence[tuple[int, ...]]) -> list[range]:
     """Channels of the MLP for each rank: those with less of attention get more."""
     channels, num_ranks = config.intermediate_size, len(heads)
-    unit = next(unit for unit in MLP_UNITS if channels % unit == 0 and (channels // unit >= 2 * num_ranks or unit == 1))
+    unit = _unit(channels, num_ranks)
     # A layer's weights over the width: 2 head_dim for each head of either kind, and 3 for each channel of the MLP.
     attention = [2 * config.head_dim * (len(own) + len(kv)) for own, kv in zip(heads, kv_heads, strict=True)]
     each = (sum(attention) + 3 * channels) / num_ranks
     return _cut(channels, [max(each - part, 3.0 * unit) for part in attention], unit)
+
+
+def _unit(channels: int, num_ranks: int) -> int:
+    """Channels of an MLP that stay together."""
+    return next(unit for unit in MLP_UNITS if channels % unit == 0 and (channels // unit >= 2 * num_ranks or unit == 1))
 
 
 def _cut(count: int, weights: Sequence[float], unit: int) -> list[range]:

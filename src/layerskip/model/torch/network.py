@@ -4,7 +4,7 @@ Shapes: B rows, Q query tokens a row, D width, H query heads, H_kv key/value hea
 V vocabulary, L layers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Generic
@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from layerskip.model.cache import KVCache
 from layerskip.model.config.model_config import ModelConfig
+from layerskip.model.parallel.share import Membership
 from layerskip.model.positions import Placement, ValueSource
 from layerskip.model.rope import rotate
 from layerskip.model.torch.attention import attend
@@ -79,7 +80,7 @@ class TorchNetwork:
         layers: Sequence[LayerWeights[Linear]],
         final_norm: Tensor,
         head: Linear,
-        total: Callable[[Tensor], Tensor] | None = None,
+        member: Membership | None = None,
     ) -> None:
         """Put loaded weights together.
 
@@ -88,13 +89,15 @@ class TorchNetwork:
             layers: L layers, then those of the exit adapters.
             final_norm: [D].
             head: D -> V.
-            total: Adds up what several processes have computed with their parts of attention and MLP (`RankGroup.sum`).
+            member: The processes that share the network, if several do.
         """
         self.config = config
         self.layers = list(layers)
         self.final_norm = final_norm
         self.head = head
-        self._total = total
+        self._member = member
+        self._total = None if member is None else member.group.sum
+        self._counted = None if member is None else torch.tensor(member.counted, device=final_norm.device)
         self._on_cpu = final_norm.device.type == "cpu"
         self._epsilon = torch.tensor(config.rms_norm_eps, device=final_norm.device)
 
@@ -161,8 +164,7 @@ class TorchNetwork:
         qkv = weights.qkv(x).view(*x.shape[:2], heads + 2 * kv_heads, config.head_dim)
         query_key, value = qkv[:, :, : heads + kv_heads], qkv[:, :, heads + kv_heads :]
         if weights.q_norm is not None and weights.k_norm is not None:
-            query = self._head_norm(query_key[:, :, :heads], weights.q_norm)
-            query_key = torch.cat((query, self._head_norm(query_key[:, :, heads:], weights.k_norm)), 2)
+            query_key = self._norm_heads(query_key, weights.q_norm, weights.k_norm)
         if config.rotates(index):
             query_key = rotate(query_key, span.cos, span.sin)
         cache.write(index, positions.slots, query_key[:, :, heads:], value)
@@ -170,8 +172,10 @@ class TorchNetwork:
 
     def _mlp(self, weights: LayerWeights[Linear], x: Tensor) -> Tensor:
         if weights.experts is not None:
-            return run_experts(weights.experts, x, self._gated, norm_weights=self.config.norm_topk_prob)
-        return self._gated(*weights.gated[0], x)
+            out = run_experts(weights.experts, x, self._gated, norm_weights=self.config.norm_topk_prob)
+        else:
+            out = self._gated(*weights.gated[0], x)
+        return out if self._total is None else self._total(out)
 
     def _gated(self, gate_up: Linear, down: Linear, x: Tensor) -> Tensor:
         gate, up = gate_up(x).chunk(2, -1)
@@ -187,9 +191,26 @@ class TorchNetwork:
     def _normed(self, x: Tensor, norm: Tensor | None) -> Tensor:
         return x if norm is None else self._norm(x, norm)
 
-    def _head_norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """[B, Q, H, D_head], normalized head by head, or all heads of a token together."""
-        return self._norm(x.flatten(2), weight).view_as(x) if self.config.joint_qk_norm else self._norm(x, weight)
+    def _norm_heads(self, x: Tensor, query_weight: Tensor, key_weight: Tensor) -> Tensor:
+        """Queries and keys [B, Q, H + H_kv, D_head], normalized head by head, or all heads of a token together."""
+        heads = self.config.num_attention_heads
+        parts = (x[:, :, :heads], query_weight), (x[:, :, heads:], key_weight)
+        if not self.config.joint_qk_norm:
+            return torch.cat([self._norm(part, weight) for part, weight in parts], 2)
+        if self._member is None:
+            return torch.cat([self._norm(part.flatten(2), weight).view_as(part) for part, weight in parts], 2)
+        return self._norm_heads_of_all(x, torch.cat((query_weight, key_weight)), self._member)
+
+    def _norm_heads_of_all(self, x: Tensor, weight: Tensor, member: Membership) -> Tensor:
+        """The same where other processes have some of the heads: the squares of all are added up first."""
+        assert self._counted is not None
+        heads, all_heads = self.config.num_attention_heads, member.config.num_attention_heads
+        squares = x.float().square().sum(-1) * self._counted
+        sums = torch.stack((squares[..., :heads].sum(-1), squares[..., heads:].sum(-1)), -1)
+        channels = torch.tensor([all_heads, member.config.num_key_value_heads], device=x.device) * x.shape[-1]
+        scale = (member.group.sum(sums) / channels + self.config.rms_norm_eps).rsqrt()
+        by_head = scale.repeat_interleave(torch.tensor([heads, x.shape[2] - heads], device=x.device), -1)
+        return (x.float() * by_head.unsqueeze(-1) * weight.view(x.shape[2:])).to(x.dtype)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMS norm over the last dimension, computed in float32. Source: arXiv:1910.07467."""

@@ -23,8 +23,10 @@ ARCHITECTURES = {
     "olmo2": "olmo2",
     "granite": "granite",
     "smollm3": "smollm3",
+    "mixtral": "llama",
+    "qwen3_moe": "qwen3moe",
 }
-IN_PAIRS = ("llama", "mistral", "granite", "smollm3")
+IN_PAIRS = ("llama", "mistral", "mixtral", "granite", "smollm3")
 """Families whose files have the two channels of a rotary pair side by side."""
 PARTS = {
     "input_layernorm": "attn_norm",
@@ -40,6 +42,11 @@ PARTS = {
     "mlp.up_proj": "ffn_up",
     "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "block_sparse_moe.gate": "ffn_gate_inp",
+    "gate_exps": "ffn_gate_exps",
+    "up_exps": "ffn_up_exps",
+    "down_exps": "ffn_down_exps",
 }
 GEMMA_PARTS = {
     **PARTS,
@@ -79,13 +86,28 @@ def convert(
     add_rope(writer, config)
     for key, value in (metadata or {}).items():
         add_value(writer, key, value)
-    for name, tensor in load_file(folder / "model.safetensors").items():
+    for name, tensor in stack_experts(load_file(folder / "model.safetensors")).items():
         add_tensor(writer, config, name, tensor, type_, types or {})
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+EXPERT_PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
+
+
+def stack_experts(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors, with those of a layer's experts put one upon the other, in the order of their numbers."""
+    plain = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    stacks: dict[str, dict[int, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name not in plain:
+            layer, expert = name.split(".")[2], name.split(".experts.")[1]
+            number, part, _ = expert.split(".")
+            stacks.setdefault(f"model.layers.{layer}.{EXPERT_PARTS[part]}_exps.weight", {})[int(number)] = tensor
+    return plain | {name: torch.stack([parts[i] for i in range(len(parts))]) for name, parts in stacks.items()}
 
 
 def add_value(writer: GGUFWriter, key: str, value: Any) -> None:
@@ -115,11 +137,16 @@ def add_config(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
     window = config.get("sliding_window")
-    if config["model_type"] == "phi3" or (window and config["model_type"] in ("mistral", "gemma3_text")):
+    if config["model_type"] == "phi3" or (window and config["model_type"] in ("mistral", "mixtral", "gemma3_text")):
         writer.add_sliding_window(window or 0)
     if config["model_type"] == "gemma3_text":
         kinds = config["layer_types"]
         writer.add_sliding_window_pattern(kinds.index("full_attention") + 1)
+    if "num_experts_per_tok" in config:
+        writer.add_expert_count(config["num_local_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        if "moe_intermediate_size" in config:
+            writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     if config["model_type"] == "granite":
         head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         for add, name, usual in (

@@ -74,18 +74,24 @@ def test_the_engine_agrees_with_the_trainer(start: dict[str, Path], trained: Pat
         agreed, tokens = map(sum, zip(*adapter["by_confidence"], strict=True))
         assert adapter["agreement"] == pytest.approx(agreed / tokens, abs=1e-4)
         assert adapter["vocabulary_size"] == 120
+    check_engine(start["model"], trained, start["texts"] / "0.txt", [1, 3])
+
+
+def check_engine(folder: Path, trained: Path, text_file: Path, exits: list[int]) -> None:
+    """Logits at exits are those of the trainer's modules; with native kernels nearly, since adapters are in int8."""
+    content = json.loads((trained / DESCRIPTION_FILE).read_text())
     options: dict[str, Any] = {"dtype": "float32", "device": "cpu", "exit_adapters": trained}
-    lms = {kernels: layerskip.load(str(start["model"]), kernels=kernels, **options) for kernels in ("torch", "auto")}
-    text = lms["auto"].encode([(start["texts"] / "0.txt").read_text()])[0][:100]
+    lms = {kernels: layerskip.load(str(folder), kernels=kernels, **options) for kernels in ("torch", "auto")}
+    text = lms["auto"].encode([text_file.read_text()])[0][:100]
     weights = load_file(trained / WEIGHTS_FILE)
-    tokens = weights["exit_1.token_ids"].long()
-    base, layers = AutoModelForCausalLM.from_pretrained(start["model"]), content["adapters"][0]["value_layers"]
+    tokens = weights[f"exit_{exits[0]}.token_ids"].long()
+    base, layers = AutoModelForCausalLM.from_pretrained(folder), content["adapters"][0]["value_layers"]
     assert len(layers) > 1
     assert layers[-1] == base.config.num_hidden_layers - 1
-    model = AdaptedModel(base, [1, 3], tokens=tokens.tolist(), value_layers=layers)
+    model = AdaptedModel(base, exits, tokens=tokens.tolist(), value_layers=layers)
     found = model.eval().frozen.run(torch.tensor([text]), None)
     values = model._earlier_values(found, None)
-    for exit_layer in (1, 3):
+    for exit_layer in exits:
         adapter, prefix = model.adapters[f"exit_{exit_layer}"], f"exit_{exit_layer}."
         own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         del own["token_ids"]
@@ -95,7 +101,7 @@ def test_the_engine_agrees_with_the_trainer(start: dict[str, Path], trained: Pat
         others = torch.ones(300, dtype=torch.bool).index_fill(0, tokens, False)
         logits = {kernels: lm.logits(text, exit_layer=exit_layer) for kernels, lm in lms.items()}
         torch.testing.assert_close(logits["torch"][:, tokens], expected, rtol=1e-3, atol=1e-3)
-        for ours in logits.values():  # native kernels keep adapters in int8
+        for ours in logits.values():
             assert (ours[:, tokens].argmax(-1) == expected.argmax(-1)).float().mean() > 0.9
             assert ours[:, others].eq(-torch.inf).all()
 
@@ -186,6 +192,20 @@ def test_every_family_and_loss(start: dict[str, Path], tmp_path: Path, family: s
         str(tmp_path / "model"), dtype="float32", device="cpu", kernels="torch", exit_adapters=tmp_path / "run"
     )
     assert len(lm.generate([[5, 7, 9]], exit_layer=2, max_new_tokens=5)[0].token_ids) == 5
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "olmo2", "granite", "smollm3"])
+def test_the_engine_agrees_with_the_trainer_in_other_families(
+    start: dict[str, Path], tmp_path: Path, family: str
+) -> None:
+    write_tiny(tmp_path / "model", family, vocab_size=300)
+    for file in start["model"].glob("tokenizer*"):
+        (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    given = ["--model", tmp_path / "model", "--data", start["texts"], "--exit-adapters", 2, "--adapter-vocabulary", 120]
+    train(tmp_path / "run", *given, "--max-steps", 6, "--learning-rate", "3e-2")
+    weights = load_file(tmp_path / "run" / WEIGHTS_FILE)
+    assert weights["exit_2.value_proj.weight"].abs().mean() > 1e-2
+    check_engine(tmp_path / "model", tmp_path / "run", start["texts"] / "0.txt", [2])
 
 
 def test_models_with_experts_are_refused(start: dict[str, Path], tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 Shapes: B rows, Q tokens, D width.
 """
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import layerskip
@@ -59,6 +61,27 @@ def test_compiled_results_are_the_same_in_any_block(folders: dict[str, Path], fa
     assert torch.equal(run(lm, [TEXT], 7), whole)
     beside = run(lm, [TEXT[::-1], TEXT, [1] * len(TEXT)], 35)
     assert torch.equal(beside[1:2], whole)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "native"])
+def test_experts_that_no_token_chooses_are_not_touched(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, kernels: str
+) -> None:
+    """The router's rows are r, 0.1 r, -r and -0.1 r: the second and the fourth expert are never the best."""
+    folder = tiny_checkpoint("mixtral", num_experts_per_tok=1)
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("gate.weight"):
+            tensor.copy_(tensor[:1] * torch.tensor([1.0, 0.1, -1.0, -0.1]).unsqueeze(1))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    for name, tensor in tensors.items():
+        if ".experts.1." in name or ".experts.3." in name:
+            tensor.fill_(torch.nan)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    whole, damaged = load(folder, kernels), load(tmp_path, kernels)
+    assert torch.equal(whole.logits(TEXT), damaged.logits(TEXT))
+    assert texts(damaged, exit_layer=2, num_speculations=3) == texts(whole, generation_strategy="autoregressive")
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])

@@ -120,6 +120,8 @@ FAMILIES = {
     "gemma3_text": {},
     "phi3": {},
     "qwen2": {"tie_word_embeddings": True},
+    "mixtral": {},
+    "qwen3_moe": {"decoder_sparse_step": 1, "moe_intermediate_size": 32, "norm_topk_prob": True},
 }
 Kept = tuple[LanguageModel, LanguageModel]
 
@@ -143,7 +145,9 @@ def test_a_network_with_the_numbers_of_the_file(kept: Kept) -> None:
     network = ours.decoder._network
     assert isinstance(network, NativeNetwork)
     storages = {
-        linear.storage for layer in network.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)
+        linear.storage
+        for layer in network.layers
+        for linear in (layer.qkv, layer.o, *(linear for pair in layer.gated for linear in pair))
     }
     assert {*storages, network.head.storage} <= {"q8_0", "q4_0", "q4_1"}
 

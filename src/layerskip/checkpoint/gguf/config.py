@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from layerskip.checkpoint.gguf.container import Container
+from layerskip.checkpoint.gguf.keys import ModelKeys
 from layerskip.checkpoint.gguf.tensors import check_type, read_tensor
 from layerskip.checkpoint.gguf.tokenizer import end_of_text_ids
 from layerskip.errors import CheckpointError, UnsupportedModelError
@@ -19,13 +20,17 @@ LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max
 """Parameters of every Llama 3.1, 3.2 and 3.3; a file contains only the resulting factors on frequencies."""
 GEMMA3_GLOBAL_EVERY = 6
 """Layers from one full-attention layer of Gemma 3 to the next; files don't say so."""
+GATING_BY_SOFTMAX = 1
+"""Value of `expert_gating_func`."""
 SMOLLM3_UNROTATED_EVERY = 4
 """Layers from one without rotary embedding of SmolLM3 to the next; files don't say so."""
-BIASED = ("llama", "mistral", "qwen3", "granite", "smollm3")
+BIASED = ("llama", "mistral", "qwen3", "qwen3_moe", "granite", "smollm3")
 """Families whose config.json says whether attention has biases."""
 GEMMA3_27B_LAYERS = 62
 """Layers of Gemma 3 27B, which scales attention by width over heads, while smaller ones use channels of a head; files
 don't say so."""
+UNKNOWN_EXPERTS = ("expert_shared_count", "expert_group_count", "expert_weights_scale")
+"""Keys of mixtures of experts of other kinds."""
 FACTORS = ("logit_scale", "embedding_scale", "residual_scale", "attention.scale")
 """Keys that multiply something, in the architectures that have them."""
 
@@ -40,66 +45,7 @@ class Architecture:
     """Function for the family's own keys of config.json, given the keys that all families share."""
     hidden_act: str = "silu"
     own_keys: frozenset[str] = frozenset()
-    """Keys of `FACTORS` that `extra` reads."""
-
-
-class ModelKeys:
-    """A container's keys, each with a check of its type."""
-
-    def __init__(self, container: Container) -> None:
-        self.container = container
-        self.architecture = str(self._get("general.architecture", str, "a text"))
-
-    def count(self, key: str, default: int | None = None) -> int:
-        """Read a positive whole number of this architecture, such as `block_count`.
-
-        Raises:
-            CheckpointError: It is missing and there is no default, or isn't one.
-        """
-        name = f"{self.architecture}.{key}"
-        value = self.container.metadata.get(name, default)
-        if isinstance(value, np.ndarray) and len(value) and np.all(value == value[0]):  # a value per layer, all equal
-            value = value[0].item()
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self._wrong(name, "a positive whole number", value)
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """Read a positive number of this architecture, such as `rope.freq_base`.
-
-        Raises:
-            CheckpointError: It is missing and there is no default, or isn't one.
-        """
-        name = f"{self.architecture}.{key}"
-        value = self.container.metadata.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise self._wrong(name, "a positive number", value)
-        single = np.float32(value)  # 1e-5 is stored as 9.99999974e-06: restore the original number
-        return float(str(single)) if single == value else float(value)
-
-    def text(self, key: str, default: str) -> str:
-        """Read a text of this architecture, such as `rope.scaling.type`."""
-        return str(self._get(f"{self.architecture}.{key}", str, "a text", default))
-
-    def has(self, key: str) -> bool:
-        """Whether the architecture has this key with a value other than 0 (which means absent in some files)."""
-        value = self.container.metadata.get(f"{self.architecture}.{key}")
-        return value is not None and not (isinstance(value, int | float) and value == 0)
-
-    def token_id(self, key: str) -> int | None:
-        """A token id of the tokenizer, such as `eos_token_id`; None if the file has none."""
-        value = self._get(f"tokenizer.ggml.{key}", int, "a token id", -1)
-        return None if value in (-1, 2**32 - 1) else int(value)
-
-    def _get(self, name: str, kind: type, wanted: str, default: Any = None) -> Any:
-        value = self.container.metadata.get(name, default)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise self._wrong(name, wanted, value)
-        return value
-
-    def _wrong(self, name: str, wanted: str, value: Any) -> CheckpointError:
-        given = "it is missing" if value is None else f"got {str(value)[:80]!r}"
-        return CheckpointError(f"{self.container.path}: the key {name!r} must be {wanted}; {given}")
+    """Keys that `extra` reads, and that are refused elsewhere."""
 
 
 def read_raw_config(container: Container) -> dict[str, Any]:
@@ -116,7 +62,7 @@ def read_raw_config(container: Container) -> dict[str, Any]:
             f"{container.path} holds a model of architecture {metadata.architecture[:80]!r}, which is not supported; "
             f"supported: {', '.join(sorted(ARCHITECTURES))}"
         )
-    for key in ("expert_count", "attn_logit_softcapping", "attention.clamp_kqv", *FACTORS):
+    for key in ("expert_count", "attn_logit_softcapping", "attention.clamp_kqv", *FACTORS, *UNKNOWN_EXPERTS):
         if key not in known.own_keys and metadata.has(key):
             raise UnsupportedModelError(
                 f"{container.path} sets {metadata.architecture}.{key}, which is not supported for "
@@ -269,13 +215,35 @@ def _frequency_divisors(divisors: list[float], theta: float, rotated: int, conte
 
 
 def _llama(metadata: ModelKeys, config: dict[str, Any]) -> dict[str, Any]:
-    """Llama, and Mistral, which converters store as Llama."""
-    if not metadata.has("attention.sliding_window"):
-        return {}
+    """Llama, and Mistral and Mixtral, which converters store as Llama."""
+    window = "attention.sliding_window"
+    slides = {"sliding_window": metadata.count(window)} if metadata.has(window) else {}
+    if metadata.has("expert_count"):
+        return {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], **slides, **_experts(metadata)}
+    return {"model_type": "mistral", "architectures": ["MistralForCausalLM"], **slides} if slides else {}
+
+
+def _experts(metadata: ModelKeys) -> dict[str, Any]:
+    """How many experts there are, and how many a token goes through."""
+    name = f"{metadata.architecture}.expert_gating_func"
+    gating = metadata.container.metadata.get(name, GATING_BY_SOFTMAX)
+    if gating not in (0, GATING_BY_SOFTMAX):
+        raise UnsupportedModelError(
+            f"{metadata.container.path} has experts that are chosen by another function than softmax ({name} is "
+            f"{gating}), which is not supported"
+        )
     return {
-        "model_type": "mistral",
-        "architectures": ["MistralForCausalLM"],
-        "sliding_window": metadata.count("attention.sliding_window"),
+        "num_local_experts": metadata.count("expert_count"),
+        "num_experts_per_tok": metadata.count("expert_used_count"),
+    }
+
+
+def _qwen3_moe(metadata: ModelKeys, config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **_experts(metadata),
+        "moe_intermediate_size": metadata.count("expert_feed_forward_length"),
+        "norm_topk_prob": metadata.container.metadata.get("qwen3moe.expert_weights_norm", True),
+        "use_sliding_window": False,
     }
 
 
@@ -369,9 +337,17 @@ def _smollm3(metadata: ModelKeys, config: dict[str, Any]) -> dict[str, Any]:
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture(model_type="llama", class_name="LlamaForCausalLM", extra=_llama),
+    "llama": Architecture(
+        model_type="llama", class_name="LlamaForCausalLM", extra=_llama, own_keys=frozenset({"expert_count"})
+    ),
     "qwen2": Architecture(model_type="qwen2", class_name="Qwen2ForCausalLM", extra=_qwen2),
     "qwen3": Architecture(model_type="qwen3", class_name="Qwen3ForCausalLM", extra=_qwen2),
+    "qwen3moe": Architecture(
+        model_type="qwen3_moe",
+        class_name="Qwen3MoeForCausalLM",
+        extra=_qwen3_moe,
+        own_keys=frozenset({"expert_count"}),
+    ),
     "gemma3": Architecture(
         model_type="gemma3_text", class_name="Gemma3ForCausalLM", hidden_act="gelu_pytorch_tanh", extra=_gemma3
     ),

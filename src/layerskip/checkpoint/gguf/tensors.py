@@ -5,7 +5,7 @@ Shapes: O output width, I input width.
 
 import mmap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -17,6 +17,7 @@ from layerskip.checkpoint.gguf.container import Container, TensorEntry
 from layerskip.checkpoint.loading.tensors import Part
 from layerskip.errors import WeightsError
 from layerskip.model.blocks import BLOCK, BLOCK_BYTES, BlockFormat, BlockWeight
+from layerskip.model.config.families import FAMILIES, parse_config
 
 TYPES = tuple(
     GGMLQuantizationType[name]
@@ -88,13 +89,49 @@ class Conventions:
 def conventions(raw_config: Mapping[str, Any]) -> Conventions:
     """The conventions of the family of a config.json."""
     model_type = raw_config["model_type"]
-    others = _OTHER_NAMES.get(model_type, {})
+    others = dict(_OTHER_NAMES.get(model_type, {}))
+    experts = FAMILIES[model_type].experts
+    if experts is not None:
+        others[experts.router] = "ffn_gate_inp"
     pairs = None
-    if model_type in ("llama", "mistral", "granite", "smollm3"):
+    if model_type in ("llama", "mistral", "mixtral", "granite", "smollm3"):
         pairs = {"attn_q": raw_config["num_attention_heads"], "attn_k": raw_config["num_key_value_heads"]}
     return Conventions(
         names={**_LAYER_NAMES, **others}, norm_offset=1.0 if model_type == "gemma3_text" else 0.0, pairs=pairs
     )
+
+
+def expert_names(raw_config: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The file's name of a part of all experts of a layer -> Hugging Face's name of that part of each of them."""
+    names = FAMILIES[raw_config["model_type"]].experts
+    if names is None:
+        return {}
+    config = parse_config(raw_config)
+    parts = {"ffn_gate_exps": names.gate_up[0], "ffn_up_exps": names.gate_up[1], "ffn_down_exps": names.down[0]}
+    return {
+        f"blk.{layer}.{theirs}.weight": [
+            f"model.layers.{layer}.{ours.format(expert)}.weight" for expert in range(config.num_experts)
+        ]
+        for layer in sorted(config.sparse_layers)
+        for theirs, ours in parts.items()
+    }
+
+
+def split_experts(entry: TensorEntry, count: int) -> list[TensorEntry]:
+    """The matrices of `count` experts, which lie one after the other in a tensor.
+
+    Raises:
+        WeightsError: The tensor has another shape.
+    """
+    if len(entry.shape) != 3 or entry.shape[0] != count:
+        raise WeightsError(
+            f"{entry.path}: tensor {entry.name!r} has shape {entry.shape}; it should be matrices of {count} experts"
+        )
+    size = entry.num_bytes // count
+    return [
+        replace(entry, shape=entry.shape[1:], offset=entry.offset + expert * size, num_bytes=size)
+        for expert in range(count)
+    ]
 
 
 class GGUFTensors:
@@ -113,8 +150,14 @@ class GGUFTensors:
         self._conventions = conventions(raw_config)
         self._entries: dict[str, TensorEntry] = {}
         names = _hugging_face_names(self._conventions.names, raw_config["num_hidden_layers"])
+        experts = expert_names(raw_config)
         for theirs, entry in container.tensors.items():
             if theirs in ROPE_TENSORS:
+                continue
+            if theirs in experts:
+                check_type(entry)
+                single = split_experts(entry, len(experts[theirs]))
+                self._entries.update(zip(experts[theirs], single, strict=True))
                 continue
             if theirs not in names:
                 raise WeightsError(

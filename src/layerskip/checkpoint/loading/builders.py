@@ -207,14 +207,15 @@ class NativeBuilder:
         """The weight in panels, those of gate and up in turn."""
         if ours == "gate_up" and bias is not None:
             bias = interleave(bias)
+        compute = "float32" if ours == "router" else self.compute
         if not isinstance(weight, Tensor):
             blocks = _halves(weight) if ours == "gate_up" else [stacked(weight)]
-            return NativeLinear(*blocks, bias=bias, compute=self.compute, memory=self.memory)
+            return NativeLinear(*blocks, bias=bias, compute=compute, memory=self.memory)
         if ours == "down" and weight.shape[1] % PANEL:  # as many inputs as gate and up have outputs
             weight = F.pad(weight, (0, -weight.shape[1] % PANEL))
         storage = None if ours == "router" else native_storage(self.quantize, weight.shape[1])
         tensors = weight.chunk(2) if ours == "gate_up" else [weight]
-        return NativeLinear(*tensors, bias=bias, storage=storage, compute=self.compute, memory=self.memory)
+        return NativeLinear(*tensors, bias=bias, storage=storage, compute=compute, memory=self.memory)
 
     def decoder(
         self, shared: SharedWeights, layers: Sequence[LayerWeights[NativeLinear]], head: NativeLinear, **options: Any

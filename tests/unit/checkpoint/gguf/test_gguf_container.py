@@ -12,7 +12,10 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from gguf_files import convert
 
 from layerskip.checkpoint.checkpoint import open_checkpoint
-from layerskip.checkpoint.gguf.container import Container, read_container
+from layerskip.checkpoint.gguf.config import ARCHITECTURES
+from layerskip.checkpoint.gguf.container import Container, TensorEntry, read_container
+from layerskip.checkpoint.gguf.tensors import split_experts
+from layerskip.checkpoint.loading.tensors import check_names
 from layerskip.errors import CheckpointError, LayerSkipError, UnsupportedModelError, WeightsError
 
 Tiny = Callable[..., Path]
@@ -134,15 +137,21 @@ def test_tensors_that_the_model_does_not_use(refused: Callable[..., str], conten
 
 def test_another_architecture(refused: Callable[..., str], content: bytes) -> None:
     said = refused(replaced(content, struct.pack("<Q", 5) + b"llama", struct.pack("<Q", 5) + b"mamba"))
-    assert (
-        "'mamba', which is not supported; supported: gemma3, granite, llama, olmo2, phi3, qwen2, qwen3, smollm3" in said
+    assert f"'mamba', which is not supported; supported: {', '.join(sorted(ARCHITECTURES))}" in said
+
+
+def test_experts_that_the_tensors_do_not_have(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    dense = {"llama.expert_count": 8, "llama.expert_used_count": 2}
+    file = convert(tiny_checkpoint(), tmp_path / "model.gguf", metadata=dense)
+    with pytest.raises(WeightsError, match=r"'blk\.0\.ffn_down\.weight', which a 'mixtral' model|lacks"):
+        check_names(open_checkpoint(str(file)).config, open_checkpoint(str(file)).weights.names())
+    name = "blk.0.ffn_up_exps.weight"
+    entry = TensorEntry(
+        path=file, name=name, type=GGMLQuantizationType.F32, shape=(3, 4, 2), offset=0, num_bytes=3 * 4 * 2 * 4
     )
-
-
-def test_a_mixture_of_experts(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
-    file = convert(tiny_checkpoint(), tmp_path / "model.gguf", metadata={"llama.expert_count": 8})
-    with pytest.raises(UnsupportedModelError, match=r"sets llama\.expert_count"):
-        _ = open_checkpoint(str(file)).config
+    assert [part.offset for part in split_experts(entry, 3)] == [0, 32, 64]
+    with pytest.raises(WeightsError, match="it should be matrices of 8 experts"):
+        split_experts(entry, 8)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +162,9 @@ def test_a_mixture_of_experts(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
         ("smollm3", "smollm3.logit_scale", 8.0, r"sets smollm3\.logit_scale"),
         ("olmo2", "olmo2.attention.sliding_window", 4096, "is an OLMo 3"),
         ("granite", "granite.rope.scaling.finetuned", False, "has no rotary embedding"),
+        ("qwen2", "qwen2.expert_count", 8, r"sets qwen2\.expert_count"),
+        ("mixtral", "llama.expert_shared_count", 1, r"sets llama\.expert_shared_count"),
+        ("mixtral", "llama.expert_gating_func", 2, "another function than softmax"),
     ],
 )
 def test_features_of_other_architectures(

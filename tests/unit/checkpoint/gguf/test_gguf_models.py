@@ -67,6 +67,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "logits_scaling": 1.0,
         },
     ),
+    "mixtral": ("mixtral", {}),
+    "mixtral with a window": ("mixtral", {"sliding_window": 5, "num_local_experts": 5}),
+    "qwen3moe": ("qwen3_moe", {"decoder_sparse_step": 1, "norm_topk_prob": True, "attention_bias": True}),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 4, "num_hidden_layers": 5}),
     "phi3, longrope": (
         "phi3",

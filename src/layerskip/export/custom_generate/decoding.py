@@ -77,8 +77,8 @@ class Decoder:
 
     def _round(self) -> None:
         rows, cache, past = self.rows, self.cache, self.cache.past
-        longest = self.settings.max_length - min(n for n, is_open in zip(rows.lengths, rows.is_open) if is_open)
-        limit = min(self.settings.num_speculations, longest - 1)
+        shortest = min(n for n, is_open in zip(rows.lengths, rows.is_open, strict=True) if is_open)
+        limit = min(self.settings.num_speculations, self.settings.max_length - shortest - 1)
         self.chooser.begin_round(limit + 1, self.vocab_size)
         states, tokens = self._draft(limit)
         size = len(tokens)
@@ -112,16 +112,14 @@ class Decoder:
             tokens.append(token.unsqueeze(1))
             rows.write(place, tokens[-1])
         cache.past = past + limit
-        states.append(
-            self.ranges.run_early(tokens[-1], cache, rows.positions(cache.past, 1), rows.mask(cache.past, 1))
-        )
+        states.append(self.ranges.run_early(tokens[-1], cache, rows.positions(cache.past, 1), rows.mask(cache.past, 1)))
         return states, tokens
 
     def _is_unsure(self, scores: Tensor, tokens: Tensor) -> bool:
         """Whether the draft's probability is below the threshold in all rows that are still generating."""
         if self.settings.confidence is None:
             return False
-        probs = scores.softmax(dim=-1).gather(1, tokens.unsqueeze(1)).view(-1).tolist()
+        probs: list[float] = scores.softmax(dim=-1).gather(1, tokens.unsqueeze(1)).view(-1).tolist()
         open_probs = [p for p, is_open in zip(probs, self.rows.is_open, strict=True) if is_open]
         return max(open_probs) < self.settings.confidence
 

@@ -210,7 +210,9 @@ def _refuse_settings(config: Any, processors: Any, criteria: Any, batch: int, st
     if batch == 1:
         return
     if streamer is not None or config.output_scores or config.output_logits:
-        raise ValueError(f"streamer, output_scores and output_logits are for one prompt, not for {batch}; leave them out")
+        raise ValueError(
+            f"streamer, output_scores and output_logits are for one prompt, not for {batch}; leave them out"
+        )
     if any(type(item).__name__ == "PrefixConstrainedLogitsProcessor" for item in processors):
         raise ValueError(f"prefix_allowed_tokens_fn is for one prompt, not for {batch}; call generate for each")
     if len(criteria) > 1 and config._pad_token_tensor is None:
@@ -222,7 +224,9 @@ def _refuse_model_options(options: dict[str, Any]) -> None:
     made_here = {"position_ids", "use_cache", "cache", "past_key_values", "cache_position", "logits_to_keep"}
     unknown = sorted(name for name, value in options.items() if name not in made_here and value is not None)
     if unknown:
-        raise ValueError(f"self-speculative decoding takes token ids and their mask only; leave out {', '.join(unknown)}")
+        raise ValueError(
+            f"self-speculative decoding takes token ids and their mask only; leave out {', '.join(unknown)}"
+        )
 
 
 def _refuse_scaling(config: Any, prompt: int, max_length: int) -> None:
@@ -234,9 +238,7 @@ def _refuse_scaling(config: Any, prompt: int, max_length: int) -> None:
             f"beyond {config.max_position_embeddings} tokens, this model's rotary embeddings change with each token; "
             f"use a max_length of at most {config.max_position_embeddings} instead of {max_length}"
         )
-    original = rope.get("original_max_position_embeddings") or getattr(
-        config, "original_max_position_embeddings", None
-    )
+    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
     if kind == "longrope" and original and prompt <= original < max_length:
         raise ValueError(
             f"this model reads all tokens again with other rotary embeddings where a text reaches {original} tokens; "

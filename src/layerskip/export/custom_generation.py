@@ -1,7 +1,7 @@
 """A folder with which transformers decodes self-speculatively, where this package is not installed.
 
-transformers runs `custom_generate/generate.py` of a folder: `model.generate(custom_generate=FOLDER)`, or every `generate`
-of a model that was loaded from it. The modules are in `custom_generate/` beside this one.
+transformers runs `custom_generate/generate.py` of a folder in `model.generate(custom_generate=FOLDER)`, and in every
+`generate` of a model that was loaded from it. The modules are in `custom_generate/` beside this one.
 """
 
 import os
@@ -182,7 +182,7 @@ def _snippet(folder: Path, exit_layer: int | None, num_speculations: int, *, has
             f"folder = {path!r}\n"
             "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
             "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n"
-            'inputs = tokenizer("def add(a, b):", return_tensors="pt", return_token_type_ids=False)\n'
+            'inputs = tokenizer("def add(a, b):", return_tensors="pt")\n'
             f"output = model.generate(**inputs, max_new_tokens=64, {options})\n"
             "print(tokenizer.decode(output[0]))"
         )

@@ -110,7 +110,8 @@ class _Exit:
     @property
     def states(self) -> Tensor:
         """The hidden states in what the layer returned, which is a tuple in some families."""
-        return self.output[0] if isinstance(self.output, tuple) else self.output
+        states: Tensor = self.output[0] if isinstance(self.output, tuple) else self.output
+        return states
 
     @states.setter
     def states(self, states: Tensor) -> None:

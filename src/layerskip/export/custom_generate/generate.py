@@ -78,9 +78,8 @@ def generate(
     Raises:
         ValueError: An argument has a value that can't be used, or the model can't be run in parts.
     """
-    options = {name: value for name, value in options.items() if value is not None and value is not False}
     for name, reason in UNSUPPORTED.items():
-        if name in options:
+        if options.pop(name, None) not in (None, False):
             raise ValueError(f"{name} can't be used with self-speculative decoding: {reason}; leave it out")
     speculation = _check(model, exit_layer, num_speculations, confidence, seed)
     options.pop("assistant_early_exit", None)  # transformers' own way of drafting with early layers
@@ -108,6 +107,8 @@ def _check(
     model: Any, exit_layer: int | None, num_speculations: int | None, confidence: float | None, seed: int | None
 ) -> dict[str, Any]:
     """Check our own arguments, and fill in the defaults."""
+    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise ValueError("gradient checkpointing keeps no cache in training mode; call model.eval() first")
     if exit_layer is None:
         layers = model.config.get_text_config(decoder=True).num_hidden_layers
         exit_layer = EXIT_LAYER or max(1, layers // 3)
@@ -185,7 +186,6 @@ def _decode(
         stop=StopCheck(stopping_criteria, rows),
         cache=SharedCache(min(rows.ids.shape[1], input_ids.shape[1] + INITIAL_CAPACITY)),
         settings=settings,
-        vocab_size=model.get_output_embeddings().weight.shape[0],
         streamer=streamer,
     )
     decoder.run()

@@ -206,6 +206,28 @@ def test_early_exit_of_transformers_is_ignored_and_the_models_settings_stay(agre
         agreeing.generation_config.assistant_early_exit = None
 
 
+def test_arguments_outrank_the_models_settings(agreeing: Any, prompt: Prompts) -> None:
+    expected = plain(agreeing, prompt())
+    end = int(expected[0, 15])
+    agreeing.generation_config.update(do_sample=True, temperature=5.0, eos_token_id=end)
+    try:
+        assert torch.equal(ours(agreeing, prompt(), do_sample=False, eos_token_id=None), expected)
+        assert ours(agreeing, prompt(), do_sample=False).shape[1] <= 16
+    finally:
+        agreeing.generation_config.update(do_sample=False, temperature=1.0, eos_token_id=None)
+
+
+def test_training_with_gradient_checkpointing_is_refused(agreeing: Any, prompt: Prompts) -> None:
+    agreeing.model.gradient_checkpointing = True
+    agreeing.train()
+    try:
+        with pytest.raises(ValueError, match=r"call model.eval\(\) first"):
+            ours(agreeing, prompt())
+    finally:
+        agreeing.eval()
+        agreeing.model.gradient_checkpointing = False
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

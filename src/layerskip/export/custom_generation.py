@@ -16,7 +16,7 @@ from layerskip.errors import InvalidArgumentError
 
 MODULES = "custom_generate"
 """The folder that transformers looks for; also the package here that is copied into it."""
-REQUIREMENTS = "torch>=2.9\ntransformers>=5.17\n"
+REQUIREMENTS = "torch\ntransformers>=4.57\n"
 README = """---
 library_name: transformers
 tags:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -102,6 +103,14 @@ def test_modules_import_torch_transformers_and_each_other_only(tmp_path: Path) -
             else:
                 continue
             assert tops <= {"torch", "transformers", *sys.stdlib_module_names}, path
+
+
+def test_the_entry_imports_every_module(tmp_path: Path) -> None:
+    """transformers 4 copies what the entry imports, and nothing that those modules import."""
+    folder = write_custom_generation(tmp_path / "code").folder / "custom_generate"
+    entry = (folder / "generate.py").read_text("utf-8")
+    others = {path.stem for path in folder.glob("*.py")} - {"generate"}
+    assert set(re.findall(r"^from \.(\w+) import", entry, re.MULTILINE)) == others
 
 
 def defaults(folder: Path) -> dict[str, Any]:

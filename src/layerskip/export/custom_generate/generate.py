@@ -4,6 +4,8 @@
 
 The text is the one that `model.generate` gives without drafts. Written by `layerskip export transformers`.
 
+Every module is imported here: transformers 4 copies those that this file names, and no others.
+
 Shapes: B rows, Q prompt tokens.
 """
 
@@ -20,6 +22,7 @@ from .choice import Chooser
 from .decoding import Decoder, Settings
 from .defaults import EXIT_LAYER, NUM_SPECULATIONS
 from .layer_ranges import LayerRanges
+from .noise import draw_seed
 from .rows import Rows
 from .shared_cache import SharedCache
 from .stopping import StopCheck
@@ -178,7 +181,7 @@ def _decode(
     )
     rows = Rows(input_ids, _paddings(attention_mask, batch), settings.max_length + num_speculations + 1)
     if generation_config.do_sample and seed is None:
-        seed = int(torch.randint(2**62, ()).item())
+        seed = draw_seed()
     decoder = Decoder(
         ranges=ranges,
         rows=rows,

@@ -164,7 +164,9 @@ def _find_layers(model: Any) -> tuple[nn.Module, str]:
             f"{kind} has layers that use the keys and values of others ({config.num_kv_shared_layers} of them), which "
             "can't be run in parts; generate without custom_generate"
         )
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    if decoder is model:  # transformers 4 has no better answer for some families
+        decoder = model.base_model
     names = [
         name
         for name, child in getattr(decoder, "_modules", {}).items()

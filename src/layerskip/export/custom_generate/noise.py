@@ -13,6 +13,11 @@ from torch import Tensor
 _MASK64, _MASK32 = 2**64 - 1, 2**32 - 1
 
 
+def draw_seed() -> int:
+    """A seed from torch's random numbers, so that `torch.manual_seed` repeats a text."""
+    return int(torch.randint(2**62, ()).item())
+
+
 def make_key(seed: int, position: int) -> int:
     """64-bit key of the noise at one place.
 

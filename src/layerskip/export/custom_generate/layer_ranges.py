@@ -165,19 +165,20 @@ def _find_layers(model: Any) -> tuple[nn.Module, str]:
             "can't be run in parts; generate without custom_generate"
         )
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    if decoder is model:  # transformers 4 has no better answer for some families
-        decoder = model.base_model
-    names = [
-        name
-        for name, child in getattr(decoder, "_modules", {}).items()
-        if isinstance(child, nn.ModuleList) and len(child) == config.num_hidden_layers
-    ]
-    if len(names) != 1:
-        raise ValueError(
-            f"the layers of {kind} weren't found: {type(decoder).__name__} has {len(names)} lists of "
-            f"{config.num_hidden_layers} modules instead of one; generate without custom_generate"
-        )
-    return decoder, names[0]
+    for module in decoder.modules():  # from the outside in: experts may be lists of the same length
+        names = [name for name, child in module._modules.items() if _is_list_of(config.num_hidden_layers, child)]
+        if len(names) == 1:
+            return module, names[0]
+        if names:
+            break
+    raise ValueError(
+        f"the layers of {kind} weren't found: no part of {type(decoder).__name__} has one list of "
+        f"{config.num_hidden_layers} modules; generate without custom_generate"
+    )
+
+
+def _is_list_of(length: int, module: nn.Module | None) -> bool:
+    return isinstance(module, nn.ModuleList) and len(module) == length
 
 
 def _path_to(decoder: nn.Module, model: nn.Module) -> list[str]:

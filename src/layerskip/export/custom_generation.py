@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from layerskip.checkpoint.checkpoint import Checkpoint
+from layerskip.checkpoint.tuned import read_tuned
 from layerskip.errors import InvalidArgumentError
 
 MODULES = "custom_generate"
@@ -115,17 +116,25 @@ def _defaults(
         if value is not None and value < 1:
             raise InvalidArgumentError(f"{name} is {value}; use a whole number from 1")
     if checkpoint is not None:
-        num_layers = checkpoint.config.num_layers
+        num_layers = _num_layers(checkpoint)
         if exit_layer is not None and exit_layer >= num_layers:
             raise InvalidArgumentError(
                 f"exit layer {exit_layer} is not an exit of {checkpoint.name}, which has {num_layers} layers; use 1 to "
                 f"{num_layers - 1}"
             )
-        tuned = checkpoint.tuned
+        tuned = read_tuned(checkpoint.files.tuned_file, num_layers)
         if exit_layer is None and tuned is not None:
             exit_layer, num_speculations = tuned.exit_layer, num_speculations or tuned.num_speculations
         exit_layer = exit_layer or _trained_exit(checkpoint, num_layers)
     return exit_layer, num_speculations or 4
+
+
+def _num_layers(checkpoint: Checkpoint) -> int:
+    """The model's layers, also of families that only transformers can run."""
+    config = checkpoint.raw_config
+    text_config = config.get("text_config")
+    num_layers = (text_config if isinstance(text_config, dict) else config).get("num_hidden_layers")
+    return num_layers if isinstance(num_layers, int) else checkpoint.config.num_layers
 
 
 def _trained_exit(checkpoint: Checkpoint, num_layers: int) -> int | None:

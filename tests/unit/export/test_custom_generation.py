@@ -13,7 +13,7 @@ import pytest
 
 from layerskip.checkpoint.checkpoint import open_checkpoint
 from layerskip.checkpoint.tuned import TunedSettings, write_tuned
-from layerskip.errors import InvalidArgumentError
+from layerskip.errors import InvalidArgumentError, UnsupportedModelError
 from layerskip.export.custom_generation import write_custom_generation
 
 TinyCheckpoint = Callable[..., Path]
@@ -160,6 +160,15 @@ def test_the_snippet_runs(model: Path, tmp_path: Path, monkeypatch: pytest.Monke
     names: dict[str, Any] = {}
     exec(written.snippet, names)
     assert names["output"].shape[1] > 10
+
+
+def test_families_that_only_transformers_runs_are_exported_too(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(tiny_checkpoint("cohere")))
+    with pytest.raises(UnsupportedModelError):
+        _ = checkpoint.config
+    assert write_custom_generation(tmp_path / "out", checkpoint, exit_layer=3).has_model
+    with pytest.raises(InvalidArgumentError, match="which has 4 layers"):
+        write_custom_generation(tmp_path / "new", checkpoint, exit_layer=4)
 
 
 def test_a_folder_in_use_and_wrong_settings_are_refused(tmp_path: Path) -> None:

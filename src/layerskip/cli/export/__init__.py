@@ -1,0 +1,1 @@
+"""Commands that write a model, or what belongs to it, for other programs."""

@@ -1,0 +1,1 @@
+"""What other programs need to speculate with a model's own layers."""

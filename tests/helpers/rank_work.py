@@ -76,9 +76,9 @@ def sizes(models: dict[str, str]) -> dict[str, int]:
     return found
 
 
-def count_traffic(model: str, steps: int, **options: Any) -> dict[str, Any]:
+def count_traffic(model: str, steps: int, replicate_layers: int = 0, **options: Any) -> dict[str, Any]:
     """What a rank gives to the others while it generates `steps` tokens after the first one, and the layers entered."""
-    lm = load(model)
+    lm = load(model, replicate_layers=replicate_layers)
     decoder = lm.decoder
     assert isinstance(decoder, ParallelDecoder)
     stream = lm.stream([PROMPTS[1]], max_new_tokens=steps + 1, **options)

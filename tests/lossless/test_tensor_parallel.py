@@ -77,11 +77,19 @@ def test_drafts_that_were_accepted_and_rejected_are_among_them(models: dict[str,
 
 
 @pytest.mark.parametrize("num_ranks", RANKS)
-@pytest.mark.parametrize("options", [{}, {"quantize_draft": "int8"}, {"draft_vocabulary": 20}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"quantize_draft": "int8"}, {"draft_vocabulary": 20, "replicate_layers": 2}], ids=str
+)
 def test_drafts_by_adapters_and_other_weights(
     models: dict[str, str], tmp_path: Path, num_ranks: int, options: dict[str, Any]
 ) -> None:
-    adapters = write_tiny_adapters(tmp_path / "adapters", Path(models["agreeing"]), [2, 3], tokens=range(3, 40, 2))
+    adapters = write_tiny_adapters(
+        tmp_path / "adapters",
+        Path(models["agreeing"]),
+        [2, 3],
+        tokens=range(3, 40, 2),
+        reads_values="replicate_layers" not in options,
+    )
     (tmp_path / "ranks").mkdir()
     texts = run_ranks(
         tmp_path / "ranks",

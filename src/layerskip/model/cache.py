@@ -103,9 +103,17 @@ class KVCache:
         self._lengths[self._first + row] = length
 
     def write(self, layer: int, slots: Slots, keys: Tensor, values: Tensor) -> None:
-        """Store a layer's keys and values [B, Q, H_kv, D_head] of a block; `slots` is an index into [B, T + 1]."""
-        self.keys[layer][slots] = keys
-        self.values[layer][slots] = values
+        """Store a layer's keys and values of a block.
+
+        Args:
+            layer: Its number.
+            slots: Index into [B, T + 1].
+            keys: [B, Q, H_kv, D_head], or fewer heads: the others stay as they are.
+            values: As the keys.
+        """
+        heads = keys.shape[2]
+        self.keys[layer][..., :heads, :][slots] = keys
+        self.values[layer][..., :heads, :][slots] = values
 
     def read(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """A layer's keys and values in slots start..stop-1 of every row: each [B, T, H_kv, D_head], not copied."""

@@ -99,7 +99,7 @@ class Decoder:
             own: Sizes of the weights and the cache, where this process has a part of the network only.
         """
         self.config = config
-        self._own = own or config
+        self._own = self._cache_config = own or config
         self.dtype = dtype
         self.device = device
         self.max_context = max_context
@@ -210,7 +210,7 @@ class Decoder:
 
     def new_cache(self, num_rows: int, capacity: int) -> KVCache:
         """A cache of `num_rows` rows of at least `capacity` tokens for this network."""
-        return KVCache(self._own, num_rows=num_rows, capacity=capacity, dtype=self.dtype, device=self.device)
+        return KVCache(self._cache_config, num_rows=num_rows, capacity=capacity, dtype=self.dtype, device=self.device)
 
     def place(self, cache: KVCache, first: Sequence[int], num_queries: int) -> Positions:
         """Positions for Q consecutive tokens in each row, row b starting at `first[b]`."""

@@ -43,6 +43,13 @@ class AttentionSpan:
     sin: Tensor
     """[B or 1, Q, 1, R]."""
 
+    def mask_for(self, groups: int) -> Tensor | None:
+        """The mask for layers whose G differs: [B or 1, 1, G * Q, T]."""
+        queries = self.cos.shape[1]
+        if self.mask is None or self.mask.shape[2] == groups * queries:
+            return self.mask
+        return self.mask[:, :, :queries].repeat(1, 1, groups, 1)
+
 
 class Placement(Protocol):
     """Interface of a block's positions for layers in torch: `Positions`, or `DevicePositions` in `graphs/static.py`."""

@@ -57,6 +57,11 @@ class NetworkBuilder(Protocol[AnyLinear]):
         ...
 
     @property
+    def member(self) -> Membership | None:
+        """The ranks that share the network; None: this process has all of it."""
+        ...
+
+    @property
     def keeps_blocks(self) -> bool:
         """Whether `linear` takes weights in the blocks of a file, and keeps them so."""
         ...

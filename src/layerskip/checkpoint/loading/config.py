@@ -45,6 +45,9 @@ class LoadingConfig:
     """A folder with exit adapters, trained for this very model; auto: those that lie with the model; None: none."""
     tensor_parallel: int = 1
     """Processes that share the network, each with a part of every layer: all ranks of torch's process group."""
+    replicate_layers: int = 0
+    """With tensor_parallel: first layers that every process has whole, so that drafts at exits up to there need fewer
+    exchanges; torch kernels only. They take more memory, and so do the keys and values of all layers."""
     compile: Compile = "auto"
     """Whole greedy rounds: auto: CUDA graphs on CUDA; max: torch.compile as well, also on a CPU; off: neither.
     torch.compile takes minutes for each shape, and on a CPU native kernels are faster than what it makes."""
@@ -60,6 +63,11 @@ class LoadingConfig:
             if not isinstance(value, str) and not (value is None and name.startswith("quantize")):
                 raise InvalidArgumentError(f"{name} must be a text, got {value!r}")
         object.__setattr__(self, "tensor_parallel", whole_number("tensor_parallel", self.tensor_parallel, least=1))
+        object.__setattr__(self, "replicate_layers", whole_number("replicate_layers", self.replicate_layers, least=0))
+        if self.replicate_layers and self.tensor_parallel == 1:
+            raise InvalidArgumentError(
+                f"replicate_layers {self.replicate_layers} is for tensor_parallel; give that as well, or leave it out"
+            )
         for name in ("max_context", "draft_vocabulary"):
             value = getattr(self, name)
             if value is not None:  # numpy's numbers too

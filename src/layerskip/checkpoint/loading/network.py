@@ -264,6 +264,12 @@ class _Loader(Generic[AnyLinear]):
 
     def _numbered_layer(self, index: int) -> LayerWeights[AnyLinear]:
         """All weights of one of the L layers."""
+        member = self._builder.member
+        if member is not None and index < member.num_whole:
+            return _Loader(member.config, self._source, self._builder)._cut_or_whole(index)
+        return self._cut_or_whole(index)
+
+    def _cut_or_whole(self, index: int) -> LayerWeights[AnyLinear]:
         return self._layer(f"model.layers.{index}", sparse=index in self._config.sparse_layers)
 
     def _layer(self, prefix: str, *, sparse: bool = False) -> LayerWeights[AnyLinear]:

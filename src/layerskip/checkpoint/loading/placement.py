@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from layerskip.checkpoint.loading.adapters import AdapterSet
 from layerskip.errors import InvalidArgumentError
 from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.graphs.compiled import RoundMode, why_not_compile
@@ -41,7 +42,14 @@ def choose_dtype(dtype: str, device: torch.device, raw_config: dict[str, Any]) -
     return DTYPES[dtype]
 
 
-def choose_kernels(kernels: str, configs: Sequence[ModelConfig], device: torch.device, dtype: torch.dtype) -> bool:
+def choose_kernels(
+    kernels: str,
+    configs: Sequence[ModelConfig],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    replicates: bool = False,
+) -> bool:
     """Whether compiled kernels run the network: `native` insists on them, `auto` takes them where they can.
 
     Args:
@@ -49,6 +57,7 @@ def choose_kernels(kernels: str, configs: Sequence[ModelConfig], device: torch.d
         configs: The network, or the part of it that each process has.
         device: Where it runs.
         dtype: Of hidden states.
+        replicates: Whether some layers are whole in every process, and others aren't.
 
     Raises:
         InvalidArgumentError: An unknown value, or `native` where that isn't possible.
@@ -57,9 +66,31 @@ def choose_kernels(kernels: str, configs: Sequence[ModelConfig], device: torch.d
         raise InvalidArgumentError(f"kernels {kernels!r} are not known; use auto, native or torch")
     obstacles = (why_not_native(config, device, dtype) for config in configs)
     obstacle = next((found for found in obstacles if found is not None), None)
+    if replicates:
+        obstacle = "all of its layers must have the same sizes, and replicate_layers makes some of them larger"
     if kernels == "native" and obstacle is not None:
         raise InvalidArgumentError(f"kernels 'native' can't run this model: {obstacle}; use auto or torch")
     return kernels != "torch" and obstacle is None
+
+
+def check_replication(num_layers: int, config: ModelConfig, adapters: AdapterSet | None) -> None:
+    """Raise `InvalidArgumentError` unless the first layers can be whole in every rank.
+
+    Args:
+        num_layers: The layers that are asked for.
+        config: The whole network.
+        adapters: Its exit adapters; they read the values that each rank has of later layers.
+    """
+    if num_layers > config.num_layers:
+        raise InvalidArgumentError(
+            f"replicate_layers must be at most {config.num_layers}, the layers of this model, got {num_layers}"
+        )
+    read = [layer for adapter in (adapters.adapters if adapters else ()) for layer in adapter.value_layers]
+    if num_layers and read and min(read) < num_layers:
+        raise InvalidArgumentError(
+            f"replicate_layers must be at most {min(read)}, since an exit adapter reads values of layer {min(read)}, "
+            f"got {num_layers}"
+        )
 
 
 def check_compute(compute: str, *, native: bool) -> None:

@@ -10,6 +10,7 @@ from layerskip.checkpoint.loading.adapters import AdapterSet
 from layerskip.checkpoint.loading.config import LoadingConfig
 from layerskip.checkpoint.loading.placement import (
     check_compute,
+    check_replication,
     choose_context,
     choose_device,
     choose_dtype,
@@ -67,6 +68,8 @@ class LoadingPlan:
     """Exit adapters, which were trained for this checkpoint."""
     group: RankGroup | None = None
     """The ranks that share the network; None: this process has all of it."""
+    replicate_layers: int = 0
+    """First layers that every rank has whole."""
     member: Membership | None = None
     """The same with the share of this rank, in a plan that `share.take_share` has made."""
 
@@ -137,7 +140,7 @@ def plan_loading(checkpoint: LoadableCheckpoint, config: LoadingConfig) -> Loadi
     dtype = choose_dtype(config.dtype, device, checkpoint.raw_config)
     context = choose_context(network_config, config.max_context)
     rounds = choose_rounds(config.compile, config.kernels, network_config, device, parallel=group is not None)
-    native = choose_kernels(config.kernels, parts, device, dtype)
+    native = choose_kernels(config.kernels, parts, device, dtype, replicates=config.replicate_layers > 0)
     native = native and rounds is None
     for name, value in (("quantize", config.quantize), ("quantize_draft", config.quantize_draft)):
         if value is not None:
@@ -154,7 +157,9 @@ def plan_loading(checkpoint: LoadableCheckpoint, config: LoadingConfig) -> Loadi
         draft=_draft_weights(checkpoint, config),
         adapters=checkpoint.find_exit_adapters(config.exit_adapters),
         group=group,
+        replicate_layers=config.replicate_layers,
     )
+    check_replication(config.replicate_layers, network_config, plan.adapters)
     _check_memory(checkpoint, plan)
     return plan
 

@@ -19,7 +19,7 @@ from layerskip.model.config.families import FAMILIES
 from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.parallel.share import CUTS, INPUTS, OUTPUTS, Axis, Membership, Share
 
-_LAYER = re.compile(r"(?:model\.layers\.\d+|exit_\d+\.layer)\.(?P<tensor>.+)\.(?P<kind>weight|bias)")
+_LAYER = re.compile(r"(?:model\.layers\.(?P<layer>\d+)|exit_\d+\.layer)\.(?P<tensor>.+)\.(?P<kind>weight|bias)")
 _EXPERT = re.compile(r"\.\d+\.")
 _TOKENS = re.compile(r"exit_\d+\.token_ids")
 _VALUES = re.compile(r"exit_\d+\.value_proj\.weight")
@@ -28,15 +28,16 @@ _VALUES = re.compile(r"exit_\d+\.value_proj\.weight")
 class ShareSource:
     """The tensors of one rank (`tensors.TensorSource`), under the names of the whole checkpoint's."""
 
-    def __init__(self, source: TensorSource, config: ModelConfig, share: Share) -> None:
+    def __init__(self, source: TensorSource, member: Membership) -> None:
         """Take a checkpoint's tensors, or those of its exit adapters.
 
         Args:
             source: All tensors.
-            config: Sizes and switches of the whole network.
-            share: What this rank has.
+            member: What this rank has of the network.
         """
-        self._source, self._config, self._share = source, config, share
+        self._source, self._config, self._share = source, member.config, member.share
+        self._num_whole = member.num_whole
+        config = member.config
         self._places = {
             tensor: (ours, place, len(theirs))
             for ours, theirs in _stored(config).items()
@@ -95,7 +96,7 @@ class ShareSource:
             return OUTPUTS, self._segments("table", 0, 1)
         match = _LAYER.fullmatch(name)
         ours, place, count = self._place(match["tensor"]) if match else ("", 0, 1)
-        if match is None or ours not in CUTS:
+        if match is None or ours not in CUTS or int(match["layer"] or self._num_whole) < self._num_whole:
             return None
         if match["kind"] == "bias" and CUTS[ours].dim == INPUTS:  # added once, to the sum of the ranks' products
             return OUTPUTS, [range(self._config.hidden_size)] if self._share.rank == 0 else []
@@ -134,7 +135,7 @@ class ShareSource:
         """Whether a weight is that of heads which another rank adds."""
         match = _LAYER.fullmatch(name)
         ours = match is not None and self._place(match["tensor"])[0]
-        return ours == "o" and not self._share.adds_heads
+        return ours == "o" and self._cut(name) is not None and not self._share.adds_heads
 
     def _bias(self, name: str) -> Tensor:
         return torch.zeros(self._config.hidden_size, dtype=self._source.get(name, Part.rows(0, 1)).dtype)
@@ -152,20 +153,20 @@ def take_share(
 ) -> tuple[ModelConfig, TensorSource, LoadingPlan]:
     """What a rank of the plan's group loads, as if its share were a model of its own; raises as `shares`."""
     assert plan.group is not None
-    member = Membership.of(plan.group, config)
+    member = Membership.of(plan.group, config, plan.replicate_layers)
     share, draft, adapters = member.share, plan.draft, plan.adapters
     if draft is not None and draft.tokens is not None:
         draft = replace(draft, tokens=tuple(own_tokens(share, draft.tokens).tolist()))
     if adapters is not None:
-        adapters = share_adapters(adapters, config, share)
+        adapters = share_adapters(adapters, member)
     plan = replace(plan, member=member, draft=draft, adapters=adapters)
-    return share.config, ShareSource(source, config, share), plan
+    return share.config, ShareSource(source, member), plan
 
 
-def share_adapters(adapters: AdapterSet, config: ModelConfig, share: Share) -> AdapterSet:
+def share_adapters(adapters: AdapterSet, member: Membership) -> AdapterSet:
     """Exit adapters of which this rank has its share; each drafts among the tokens of the rank's vocabulary."""
     assert adapters.weights is not None
-    source = ShareSource(adapters.weights, config, share)
+    source = ShareSource(adapters.weights, member)
     own = tuple(
         adapter
         if adapter.vocabulary_size is None

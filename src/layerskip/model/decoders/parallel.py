@@ -33,6 +33,7 @@ class ParallelDecoder(Decoder):
             **options: As for `Decoder`; the weights are those of the share.
         """
         super().__init__(membership.config, own=membership.share.config, **options)
+        self._cache_config = membership.cache_config
         self.group = membership.group
         self.stopwatch = _SharedStopwatch(self.device, self.group)
         self._is_native = isinstance(options["network"], NativeNetwork)

@@ -108,6 +108,18 @@ class Membership:
     """What this rank has of it."""
     vocabulary: tuple[int, ...]
     """Tokens of each rank's part of the vocabulary."""
+    num_whole: int = 0
+    """First layers that every rank has whole."""
+
+    def config_of(self, layer: int) -> ModelConfig:
+        """Sizes of a layer in this rank."""
+        return self.config if layer < self.num_whole else self.share.config
+
+    @property
+    def cache_config(self) -> ModelConfig:
+        """Sizes of a cache with room for the keys and values of every layer."""
+        heads = max(config.num_key_value_heads for config in (self.config_of(0), self.share.config))
+        return replace(self.share.config, num_key_value_heads=heads)
 
     @property
     def counted(self) -> list[float]:
@@ -116,11 +128,11 @@ class Membership:
         return [float(share.adds_heads)] * len(share.heads) + [float(owned) for owned in share.owned]
 
     @classmethod
-    def of(cls, group: RankGroup, config: ModelConfig) -> "Membership":
-        """Cut a network for a group of ranks; raises as `shares`."""
+    def of(cls, group: RankGroup, config: ModelConfig, num_whole: int = 0) -> "Membership":
+        """Cut a network for a group of ranks, but for its first layers; raises as `shares`."""
         every = shares(config, group.size)
         sizes = tuple(len(share.vocabulary) for share in every)
-        return cls(group=group, config=config, share=every[group.rank], vocabulary=sizes)
+        return cls(group=group, config=config, share=every[group.rank], vocabulary=sizes, num_whole=num_whole)
 
 
 def runs(numbers: Sequence[int]) -> list[range]:

@@ -11,7 +11,7 @@ from layerskip.model.cache import KVCache
 from layerskip.model.positions import AttentionSpan
 
 
-def attend(query: Tensor, cache: KVCache, layer: int, span: AttentionSpan, scale: float) -> Tensor:
+def attend(query: Tensor, cache: KVCache, layer: int, span: AttentionSpan, scale: float, kv_heads: int) -> Tensor:
     """Attention of a block of queries over a layer's live slots.
 
     Heads that share keys become part of the query dimension, so keys and values are never repeated.
@@ -22,15 +22,16 @@ def attend(query: Tensor, cache: KVCache, layer: int, span: AttentionSpan, scale
         layer: Index of the layer.
         span: Slots that the block's queries attend to.
         scale: Factor on query-key products.
+        kv_heads: H_kv; the cache may have room for more.
 
     Returns:
         [B, Q, H * D_head].
     """
     rows, num_queries, heads, channels = query.shape
-    keys, values = (part.transpose(1, 2) for part in cache.read(layer, span.first_slot, span.last_slot))
-    kv_heads = keys.shape[1]
+    live = cache.read(layer, span.first_slot, span.last_slot)
+    keys, values = (part[:, :, :kv_heads].transpose(1, 2) for part in live)
     folded = query.view(rows, num_queries, kv_heads, heads // kv_heads, channels).permute(0, 2, 3, 1, 4)
     folded = folded.reshape(rows, kv_heads, -1, channels)  # [B, H_kv, G * Q, D_head]
-    out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=span.mask, scale=scale)
+    out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=span.mask_for(heads // kv_heads), scale=scale)
     out = out.view(rows, kv_heads, heads // kv_heads, num_queries, channels).permute(0, 3, 1, 2, 4)
     return out.reshape(rows, num_queries, heads * channels)

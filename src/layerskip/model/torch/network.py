@@ -96,7 +96,6 @@ class TorchNetwork:
         self.final_norm = final_norm
         self.head = head
         self._member = member
-        self._total = None if member is None else member.group.sum
         self._counted = None if member is None else torch.tensor(member.counted, device=final_norm.device)
         self._on_cpu = final_norm.device.type == "cpu"
         self._epsilon = torch.tensor(config.rms_norm_eps, device=final_norm.device)
@@ -119,7 +118,12 @@ class TorchNetwork:
         with self._attention_kernels():
             if fusion is None:
                 return self._run_layer(layer, hidden, positions, cache)
-            fused = fuse(fusion, *positions.sources(cache, source), cache, self._total)
+            fused = fuse(
+                fusion,
+                *positions.sources(cache, source),
+                cache,
+                None if self._member is None else self._member.group.sum,
+            )
             return self._run_layer(layer, hidden, positions, cache, fused)
 
     def write_keys(self, layer: int, hidden: Tensor, positions: Placement, cache: KVCache) -> None:
@@ -144,38 +148,48 @@ class TorchNetwork:
         hidden = self._add(hidden, self._normed(out, weights.post_attention_norm))
         if fused is not None:
             hidden = self._add(hidden, fused)
-        out = self._mlp(weights, self._normed(hidden, weights.mlp_norm))
+        out = self._mlp(index, self._normed(hidden, weights.mlp_norm))
         return self._add(hidden, self._normed(out, weights.post_mlp_norm))
 
     def _add(self, hidden: Tensor, out: Tensor) -> Tensor:
         return torch.add(hidden, out, alpha=self.config.residual_multiplier)
 
     def _attention(self, index: int, x: Tensor, positions: Placement, cache: KVCache) -> Tensor:
-        span = positions.span(self.config.attention_of(index))
-        out = attend(self._project(index, x, positions, cache), cache, index, span, self.config.attention_scale)
-        out = self.layers[index].o(out)
-        return out if self._total is None else self._total(out)
+        config = self._config_of(index)
+        span = positions.span(config.attention_of(index))
+        query = self._project(index, x, positions, cache)
+        out = attend(query, cache, index, span, config.attention_scale, config.num_key_value_heads)
+        return self._summed(index, self.layers[index].o(out))
+
+    def _config_of(self, index: int) -> ModelConfig:
+        """Sizes of a layer: processes that share a network have some layers whole and parts of the others."""
+        return self.config if self._member is None else self._member.config_of(index)
+
+    def _summed(self, index: int, out: Tensor) -> Tensor:
+        """A layer's output, which is a partial sum where several processes have parts of the layer."""
+        return out if self._member is None or index < self._member.num_whole else self._member.group.sum(out)
 
     def _project(self, index: int, x: Tensor, positions: Placement, cache: KVCache) -> Tensor:
         """Queries [B, Q, H, D_head]; keys and values go into the cache."""
-        config, weights = self.config, self.layers[index]
+        config, weights = self._config_of(index), self.layers[index]
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         span = positions.span(config.attention_of(index))
         qkv = weights.qkv(x).view(*x.shape[:2], heads + 2 * kv_heads, config.head_dim)
         query_key, value = qkv[:, :, : heads + kv_heads], qkv[:, :, heads + kv_heads :]
         if weights.q_norm is not None and weights.k_norm is not None:
-            query_key = self._norm_heads(query_key, weights.q_norm, weights.k_norm)
+            query_key = self._norm_heads(index, query_key, weights.q_norm, weights.k_norm)
         if config.rotates(index):
             query_key = rotate(query_key, span.cos, span.sin)
         cache.write(index, positions.slots, query_key[:, :, heads:], value)
         return query_key[:, :, :heads]
 
-    def _mlp(self, weights: LayerWeights[Linear], x: Tensor) -> Tensor:
+    def _mlp(self, index: int, x: Tensor) -> Tensor:
+        weights = self.layers[index]
         if weights.experts is not None:
             out = run_experts(weights.experts, x, self._gated, norm_weights=self.config.norm_topk_prob)
         else:
             out = self._gated(*weights.gated[0], x)
-        return out if self._total is None else self._total(out)
+        return self._summed(index, out)
 
     def _gated(self, gate_up: Linear, down: Linear, x: Tensor) -> Tensor:
         gate, up = gate_up(x).chunk(2, -1)
@@ -191,13 +205,14 @@ class TorchNetwork:
     def _normed(self, x: Tensor, norm: Tensor | None) -> Tensor:
         return x if norm is None else self._norm(x, norm)
 
-    def _norm_heads(self, x: Tensor, query_weight: Tensor, key_weight: Tensor) -> Tensor:
+    def _norm_heads(self, index: int, x: Tensor, query_weight: Tensor, key_weight: Tensor) -> Tensor:
         """Queries and keys [B, Q, H + H_kv, D_head], normalized head by head, or all heads of a token together."""
-        heads = self.config.num_attention_heads
+        config = self._config_of(index)
+        heads = config.num_attention_heads
         parts = (x[:, :, :heads], query_weight), (x[:, :, heads:], key_weight)
-        if not self.config.joint_qk_norm:
+        if not config.joint_qk_norm:
             return torch.cat([self._norm(part, weight) for part, weight in parts], 2)
-        if self._member is None:
+        if self._member is None or index < self._member.num_whole:
             return torch.cat([self._norm(part.flatten(2), weight).view_as(part) for part, weight in parts], 2)
         return self._norm_heads_of_all(x, torch.cat((query_weight, key_weight)), self._member)
 

@@ -40,15 +40,16 @@ def test_a_step_takes_two_reductions_a_layer_one_for_the_embedding_and_a_constan
         assert counted["other_bytes"] == STEPS * 2 * 8  # a score and a token
 
 
-def test_a_round_takes_two_reductions_for_each_layer_that_it_enters(model: str, tmp_path: Path) -> None:
-    options = {"exit_layer": EXIT, "num_speculations": DRAFTS}
+@pytest.mark.parametrize("num_whole", [0, EXIT], ids=["cut", "whole first layers"])
+def test_a_round_takes_two_reductions_for_each_layer_that_it_enters(model: str, tmp_path: Path, num_whole: int) -> None:
+    options = {"exit_layer": EXIT, "num_speculations": DRAFTS, "replicate_layers": num_whole}
     counted, other = run_ranks(tmp_path, 2, "rank_work:count_traffic", model=model, steps=3 * STEPS, **options)
     assert counted == other
     calls = counted["calls"]
     assert {(start, stop) for start, stop, *_ in calls} >= {(0, EXIT), (EXIT, LAYERS)}
     sums, rows = 0, 0
     for start, stop, num_rows, num_queries in calls:
-        reductions = 2 * (stop - start) + (start == 0)  # and one for the embedding
+        reductions = 2 * (stop - max(start, num_whole)) + (start == 0)  # and one for the embedding
         sums += reductions
         rows += reductions * num_rows * num_queries
     assert counted["sums"] == sums
@@ -69,6 +70,11 @@ def test_each_rank_has_its_share_of_the_weights(tmp_path: Path, num_ranks: int, 
     whole = lm.decoder.weight_bytes(0, LAYERS) + 2048 * 128 * 4
     for found in run_ranks(tmp_path / "ranks", num_ranks, "rank_work:sizes", models={"llama": str(tmp_path / "model")}):
         assert found["llama"] <= most * whole
+
+
+def test_layers_that_are_replicated_belong_to_tensor_parallelism(model: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="replicate_layers 2 is for tensor_parallel"):
+        layerskip.load(model, replicate_layers=2)
 
 
 def test_tensor_parallel_needs_a_process_group(model: str) -> None:

@@ -22,7 +22,7 @@ LAYERS = [
     {"decoding"},
     {"language_model"},
     {"workers"},
-    {"batch", "evaluation", "training", "serving"},
+    {"batch", "evaluation", "training", "serving", "export"},
     {"cli", "__main__", ""},
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}

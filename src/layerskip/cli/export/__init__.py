@@ -1,0 +1,1 @@
+"""`layerskip export`: one module for each subcommand, and `main`, which finds it."""

@@ -1,22 +1,20 @@
 """The first layers of a model as a checkpoint of their own: a draft model for engines that take one."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from layerskip.checkpoint.checkpoint import DEMO_NAME, Checkpoint
 from layerskip.checkpoint.hub import TOKENIZER_PATTERNS
 from layerskip.checkpoint.loading.placement import DTYPES
-from layerskip.checkpoint.loading.tensors import EMBEDDING, Part, check_names, parameter_count, tensor_shapes
+from layerskip.checkpoint.loading.tensors import EMBEDDING, Part, parameter_count, tensor_shapes
 from layerskip.checkpoint.names import MODELS
 from layerskip.checks import whole_number
 from layerskip.errors import TokenizerError
 from layerskip.export.commands import EngineCommand, engine_commands
+from layerskip.export.first_layers import adapter_notes, first_layers
 from layerskip.export.places import link_or_copy, new_folder
 from layerskip.export.weights import bytes_to_write, plan_files, write_files
-from layerskip.model.config.families import parse_config
 from layerskip.model.config.model_config import ModelConfig
 
 NUM_SPECULATIONS = 4
@@ -72,15 +70,12 @@ def export_draft(
     whole = checkpoint.network_config
     exit_layer = whole.check_exit_layer(exit_layer)
     drafts = _num_speculations(checkpoint, exit_layer, num_speculations)
-    check_names(whole, checkpoint.weights.names())
     asked = None if dtype == "auto" else DTYPES[dtype]
-    raw = cut_config(checkpoint.raw_config, exit_layer)
-    raw["tie_word_embeddings"] = whole.tie_word_embeddings
+    raw, config = first_layers(checkpoint, exit_layer)
     stored = asked or checkpoint.weights.get(EMBEDDING, Part.rows(0, 1)).dtype
     raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = str(stored).removeprefix("torch.")
-    config = replace(parse_config(raw), tie_word_embeddings=whole.tie_word_embeddings)
     files = plan_files(checkpoint.weights, tensor_shapes(config), asked)
-    notes = [*_adapter_notes(checkpoint, exit_layer)]
+    notes = adapter_notes(checkpoint, exit_layer)
     with new_folder(output, bytes_to_write(files) + SMALL_FILES) as folder:
         linked = write_files(checkpoint.weights, files, folder, asked)
         try:
@@ -108,19 +103,6 @@ def export_draft(
         (folder / "README.md").write_text(_readme(result), encoding="utf-8")
         (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     return result
-
-
-def cut_config(raw: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
-    """A config.json of the first layers.
-
-    The training record and the names of Python files go: the draft model was not trained by itself, and those files
-    aren't copied.
-    """
-    cut = {key: value for key, value in raw.items() if key not in ("layerskip", "auto_map")}
-    cut["num_hidden_layers"] = num_layers
-    if isinstance(cut.get("layer_types"), list):
-        cut["layer_types"] = cut["layer_types"][:num_layers]
-    return cut
 
 
 def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> int:
@@ -183,21 +165,6 @@ def _base_notes(checkpoint: Checkpoint, config: ModelConfig) -> list[str]:
     return [
         f"{checkpoint.name} is a GGUF file; for engines that can't read it, layerskip export draft --exit-layer "
         f"{config.num_layers} writes the whole model in Hugging Face's format: put its folder in the place of MODEL"
-    ]
-
-
-def _adapter_notes(checkpoint: Checkpoint, exit_layer: int) -> list[str]:
-    """What is lost of the model's exit adapters: all, since no ordinary layer is like them."""
-    adapters = checkpoint.find_exit_adapters()
-    exits = [] if adapters is None else sorted(adapter.exit_layer for adapter in adapters.adapters)
-    if not exits:
-        return []
-    described = f"exit{'s' if len(exits) > 1 else ''} {', '.join(map(str, exits))}"
-    worse = " its drafts are accepted less often than with its adapter;" if exit_layer in exits else ""
-    return [
-        f"the model has exit adapters at {described}, and a draft model can't have them: an adapter begins with a "
-        "projection of the state, and may read values of later layers, and no model family has such a layer; this is "
-        f"the bare exit {exit_layer}:{worse} layerskip itself drafts with adapters"
     ]
 
 

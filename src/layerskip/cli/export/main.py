@@ -12,6 +12,7 @@ from layerskip.errors import InvalidArgumentError
 
 SUBCOMMANDS = {
     "draft": "the first layers as a checkpoint: a draft model for other engines",
+    "gguf": "a GGUF file for llama.cpp: the model, or its first layers",
 }
 
 

@@ -65,7 +65,8 @@ class LlamaCpp:
             raise RuntimeError(f"llama.cpp can't load {file}")
         parameters = llama_cpp.llama_context_default_params()
         parameters.n_ctx, parameters.n_threads, parameters.n_threads_batch = context, threads, threads
-        parameters.type_k = parameters.type_v = llama_cpp.GGML_TYPE_F32  # float16 by default, which rounds
+        parameters.type_k = parameters.type_v = llama_cpp.GGML_TYPE_F32  # by default float16, and so is fused attention
+        parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._context = llama_cpp.llama_init_from_model(self._model, parameters)
         self._tokenizer = llama_cpp.llama_model_get_vocab(self._model)
         self._vocabulary = llama_cpp.llama_vocab_n_tokens(self._tokenizer)

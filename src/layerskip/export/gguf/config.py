@@ -58,10 +58,10 @@ def _missing(config: ModelConfig, architecture: str) -> dict[str, bool]:
         "biases of attention": (config.qkv_bias or config.o_bias) and not (is_llama or architecture == "qwen2"),
         "biases of the MLP": config.mlp_bias and not is_llama,
         "sliding windows": SLIDING in config.layer_types and architecture in ("qwen2", "qwen3"),
-        "such a factor on attention": not math.isclose(config.attention_scale, scale, rel_tol=1e-6),
+        "such factor on attention": not math.isclose(config.attention_scale, scale, rel_tol=1e-6),
         "heads that are rotated in part": rotated != config.head_dim and architecture != "phi3",
         "scaled rotary embedding in sliding layers": is_gemma and config.ropes[SLIDING].rope_type != "default",
-        "such a pattern of sliding layers": is_gemma and sliding_period(config) is None,
+        "such pattern of sliding layers": is_gemma and sliding_period(config) is None,
     }
 
 
@@ -116,6 +116,8 @@ def rope_tensors(writer: GGUFWriter, config: ModelConfig) -> dict[str, np.ndarra
     rope = config.ropes[FULL if FULL in config.layer_types or config.model_type == "gemma3_text" else SLIDING]
     writer.add_rope_freq_base(rope.rope_theta)
     writer.add_rope_dimension_count(rope.rotary_dim)
+    if writer.arch == "phi3":
+        writer.add_rope_scaling_orig_ctx_len(rope.original_max_position_embeddings)
     scaling = rope.scaling
     match rope.rope_type:
         case "default":
@@ -196,7 +198,6 @@ def _add_yarn(writer: GGUFWriter, rope: RopeConfig) -> None:
 def _add_longrope(writer: GGUFWriter, config: ModelConfig, rope: RopeConfig) -> dict[str, np.ndarray]:
     """Phi 3's factors for short and long contexts, and its factor on attention."""
     _, attention_factor = inverse_frequencies(rope, config.max_position_embeddings)
-    writer.add_rope_scaling_orig_ctx_len(rope.original_max_position_embeddings)
     writer.add_rope_scaling_attn_factors(attention_factor)
     return {
         f"rope_factors_{kind}.weight": np.array(rope.scaling[f"{kind}_factor"], dtype=np.float32)

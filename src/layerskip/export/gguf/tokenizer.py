@@ -15,7 +15,7 @@ from layerskip.checkpoint.gguf.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, b
 from layerskip.checkpoint.gguf.vocabulary import BYTE_LEVEL, PREFIX, SENTENCE_PIECE, TokenType
 from layerskip.errors import TokenizerError
 from layerskip.model.config.model_config import ModelConfig
-from layerskip.text.tokenizer import Tokenizer
+from layerskip.text.tokenizer import TextTokenizer, Tokenizer
 
 NO_TOKENIZER = "no_vocab"
 """Kind of tokenizer of a file without one: llama.cpp takes token ids then, and no text."""
@@ -77,7 +77,9 @@ def _without_tokenizer(config: ModelConfig) -> tuple[dict[str, Any], list[str]]:
 
 def _content(tokenizer: Tokenizer) -> dict[str, Any]:
     """The tokenizer as a tokenizer.json."""
-    backend = getattr(tokenizer, "backend", None) or getattr(tokenizer, "backend_tokenizer", None)
+    backend = (
+        tokenizer.backend if isinstance(tokenizer, TextTokenizer) else getattr(tokenizer, "backend_tokenizer", None)
+    )
     if backend is None:
         raise TokenizerError(
             f"the tokenizer is a {type(tokenizer).__name__}, written in Python; only those with a tokenizer.json can "

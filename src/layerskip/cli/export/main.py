@@ -13,6 +13,8 @@ from layerskip.errors import InvalidArgumentError
 SUBCOMMANDS = {
     "draft": "the first layers as a checkpoint: a draft model for other engines",
     "gguf": "a GGUF file for llama.cpp: the model, or its first layers",
+    "merge": "a model and its exit adapters in one folder",
+    "split": "a model's exit adapters in a folder of their own",
 }
 
 

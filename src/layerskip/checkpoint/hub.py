@@ -21,6 +21,8 @@ PATTERNS = [
     "model.safetensors",
     "model.safetensors.index.json",
     "model-*-of-*.safetensors",
+    "exit_adapters.json",
+    "exit_adapters.safetensors",
     *TOKENIZER_PATTERNS,
 ]
 

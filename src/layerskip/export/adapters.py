@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from layerskip.checkpoint.checkpoint import Checkpoint
-from layerskip.checkpoint.exit_adapters import read_adapters, write_adapters
+from layerskip.checkpoint.exit_adapters import DESCRIPTION_FILE, WEIGHTS_FILE, read_adapters, write_adapters
 from layerskip.checkpoint.gguf.file import GGUFFile
 from layerskip.checkpoint.hub import PATTERNS
 from layerskip.checkpoint.loading.adapters import AdapterSet, check_base, check_ends, tensor_name
@@ -142,7 +142,7 @@ def _link_base(checkpoint: Checkpoint, folder: Path) -> tuple[int, Path]:
         return linked, GGUFFile(folder / files.path.name).adapters_folder
     assert source is not None, "a checkpoint is a GGUF file or a folder"
     names = {path.name for pattern in (*PATTERNS, *OTHER_FILES) for path in source.glob(pattern) if path.is_file()}
-    names.discard(files.tuned_file.name)
+    names -= {files.tuned_file.name, DESCRIPTION_FILE, WEIGHTS_FILE}  # adapters are written anew: never into a link
     return sum(link_or_copy(source / name, folder / name) for name in sorted(names)), folder
 
 

@@ -63,8 +63,9 @@ def test_adapters_of_different_exits_come_from_different_folders(model: Path, tm
     first = write_tiny_adapters(tmp_path / "first", model, [1])
     second = write_tiny_adapters(tmp_path / "second", model, [3], tokens=range(50), reads_values=False)
     write_tiny_adapters(model, model, [2])  # one that lies with the model already
-    merged = tmp_path / "merged"
+    merged, before = tmp_path / "merged", (model / WEIGHTS_FILE).read_bytes()
     assert merge_adapters(open_checkpoint(str(model)), [second, first], merged).exits == (1, 2, 3)
+    assert (model / WEIGHTS_FILE).read_bytes() == before
     lm = load(merged)
     assert lm.decoder.adapted_exits == (1, 2, 3)
     for exit_layer, folder in ((1, first), (3, second)):

@@ -15,6 +15,7 @@ SUBCOMMANDS = {
     "gguf": "a GGUF file for llama.cpp: the model, or its first layers",
     "merge": "a model and its exit adapters in one folder",
     "split": "a model's exit adapters in a folder of their own",
+    "push": "upload to the Hugging Face hub, with a model card of what was measured",
 }
 
 

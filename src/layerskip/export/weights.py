@@ -9,6 +9,7 @@ import torch
 
 from layerskip.checkpoint.loading.tensors import Part, TensorSource
 from layerskip.checkpoint.safetensors import INDEX_FILE, WEIGHTS_FILE, SafetensorsFiles
+from layerskip.errors import InvalidArgumentError
 from layerskip.export.places import link_or_copy
 
 MAX_FILE = 4 << 30
@@ -65,6 +66,8 @@ def write_files(weights: TensorSource, files: Sequence[WeightFile], folder: Path
             linked += link_or_copy(file.source, folder / name)
         else:
             tensors = {key: weights.get(key) for key in file.tensors}
+            if dtype == torch.float16:
+                check_float16(tensors)
             converted = {key: tensor.to(dtype or tensor.dtype).contiguous() for key, tensor in tensors.items()}
             save_file(converted, folder / name, metadata={"format": "pt"})
         places |= dict.fromkeys(file.tensors, name)
@@ -73,6 +76,18 @@ def write_files(weights: TensorSource, files: Sequence[WeightFile], folder: Path
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return linked
+
+
+def check_float16(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise `InvalidArgumentError` if a tensor has a number that would become infinite in float16."""
+    most = torch.finfo(torch.float16).max
+    for name, tensor in tensors.items():
+        largest = float(tensor.abs().max())
+        if largest > most:
+            raise InvalidArgumentError(
+                f"tensor {name!r} has a number of {largest:.3g}, and float16 has none beyond {most:.0f}; take bfloat16 "
+                "or float32"
+            )
 
 
 def bytes_to_write(files: Sequence[WeightFile]) -> int:

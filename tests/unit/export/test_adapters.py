@@ -1,6 +1,5 @@
 """Exit adapters and their model go into one folder, and out again."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -120,17 +119,3 @@ def test_smollm2_with_the_adapters_of_this_package(tmp_path: Path) -> None:
     adapters = open_checkpoint(str(tmp_path / "merged")).find_exit_adapters()
     assert adapters is not None
     assert adapters.base.name == "HuggingFaceTB/SmolLM2-135M-Instruct"
-
-
-def test_the_command_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from layerskip.cli.main import main
-
-    first, second = (str(write_tiny_adapters(tmp_path / str(e), model, [e])) for e in (1, 2))
-    merged, out = str(tmp_path / "merged"), str(tmp_path / "out")
-    argv = ["export", "merge", "--model", str(model), "--exit-adapters", first, second, "--output", merged]
-    assert main([*argv, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["exits"] == [1, 2]
-    assert main(["export", "split", "--model", merged, "--exits", "2", "--output", out]) == 0
-    assert "exit adapters at 2" in capsys.readouterr().out
-    assert main(argv) == 2
-    assert "isn't empty" in capsys.readouterr().err

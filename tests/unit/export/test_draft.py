@@ -11,13 +11,14 @@ import torch
 from adapters import write_tiny_adapters
 from gguf import GGMLQuantizationType
 from gguf_files import convert
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import layerskip
 from layerskip.checkpoint import names
 from layerskip.checkpoint.checkpoint import open_checkpoint
 from layerskip.errors import InvalidArgumentError, WeightsError
 from layerskip.export.draft import export_draft
+from layerskip.export.gguf.write import export_gguf
 
 Tiny = Callable[..., Path]
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3")
@@ -100,6 +101,18 @@ def test_another_type(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
 
 
+def test_numbers_beyond_float16_are_refused(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    folder = tiny_checkpoint()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = -70000.0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InvalidArgumentError, match=r"layers\.1\.mlp\.up_proj.*number of 7e\+04.*take bfloat16"):
+        export(folder, 2, tmp_path / "draft", dtype="float16")
+    with pytest.raises(InvalidArgumentError, match="take bfloat16"):
+        export_gguf(open_checkpoint(str(folder)), tmp_path / "model.gguf", type_name="f16")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_head_that_config_json_calls_tied_stays(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     folder = tiny_checkpoint(tie_word_embeddings=False)
     config = json.loads((folder / "config.json").read_text())
@@ -158,20 +171,6 @@ def test_a_damaged_model_leaves_nothing(tiny_checkpoint: Tiny, tmp_path: Path) -
     with pytest.raises(WeightsError):
         export(folder, 2, tmp_path / "draft")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_command_line(tiny_checkpoint: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from layerskip.cli.main import main
-
-    folder = str(tiny_checkpoint(tokenizer=True))
-    argv = ["export", "draft", "--model", folder, "--exit-layer", "2", "--output"]
-    assert main([*argv, str(tmp_path / "a")]) == 0
-    assert "vllm serve" in capsys.readouterr().out
-    assert main([*argv, str(tmp_path / "b"), "--json"]) == 0
-    content = json.loads(capsys.readouterr().out)
-    assert (content["exit_layer"], content["num_layers"]) == (2, 4)
-    assert main([*argv, str(tmp_path / "a")]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from gguf.quants import quant_shape_to_byte_shape, quantize
 
 from layerskip.checkpoint.gguf.tensors import conventions, file_names, order_of_pairs
 from layerskip.checkpoint.loading.tensors import EMBEDDING, HEAD, TensorSource, read_tensor, tensor_shapes
+from layerskip.export.weights import check_float16
 from layerskip.model.config.model_config import ModelConfig
 
 TYPES = {name: GGMLQuantizationType[name.upper()] for name in ("f32", "f16", "bf16", "q8_0", "q4_0")}
@@ -80,6 +81,8 @@ def tensor_bytes(source: TensorSource, planned: Sequence[PlannedTensor]) -> Iter
     """The bytes of the planned tensors, one tensor in memory at a time."""
     for tensor in planned:
         numbers = read_tensor(source, tensor.source, tensor.shape).float()
+        if tensor.type == GGMLQuantizationType.F16:
+            check_float16({tensor.source: numbers})
         if tensor.heads is not None and tensor.shape[0] % (2 * tensor.heads) == 0:
             numbers = numbers[order_of_pairs(tensor.shape[0], tensor.heads).argsort()]
         if tensor.offset:

@@ -14,11 +14,14 @@ from layerskip.checkpoint.gguf.pretokenizers import name_pre_tokenizer
 from layerskip.checkpoint.gguf.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, build_text_tokenizer
 from layerskip.checkpoint.gguf.vocabulary import BYTE_LEVEL, PREFIX, SENTENCE_PIECE, TokenType
 from layerskip.errors import TokenizerError
+from layerskip.export.gguf.config import ARCHITECTURE_OF
 from layerskip.model.config.model_config import ModelConfig
 from layerskip.text.tokenizer import TextTokenizer, Tokenizer
 
 NO_TOKENIZER = "no_vocab"
 """Kind of tokenizer of a file without one: llama.cpp takes token ids then, and no text."""
+ARCHITECTURE = "general.architecture"
+"""Key on which a tokenizer's rules for spaces depend."""
 END_OF_MESSAGE = "<|eom_id|>"
 PROBES = (
     "Hello world",
@@ -65,7 +68,7 @@ def tokenizer_keys(checkpoint: Checkpoint, config: ModelConfig) -> tuple[dict[st
         **_special_tokens(tokenizer, checkpoint.eos_token_ids),
         **_chat_template(tokenizer),
     }
-    return keys, _differences(keys, tokenizer)
+    return keys, _differences({**keys, ARCHITECTURE: ARCHITECTURE_OF[config.model_type]}, tokenizer)
 
 
 def _without_tokenizer(config: ModelConfig) -> tuple[dict[str, Any], list[str]]:

@@ -19,21 +19,24 @@ def make_card(folder: Path, repo: str, measured: Measured) -> str:
         repo: `owner/name`.
         measured: What is known of the model.
     """
-    from huggingface_hub import ModelCard
+    from huggingface_hub import CardData, ModelCard, ModelCardData
 
     readme = folder / "README.md"
-    text, metadata = readme.read_text(encoding="utf-8").strip() if readme.is_file() else "", dict[str, Any]()
+    text = readme.read_text(encoding="utf-8").strip() if readme.is_file() else ""
+    metadata: CardData = ModelCardData()
     if text.startswith("---\n"):
         own = ModelCard(text, ignore_metadata_errors=True)
-        text, metadata = own.text.strip(), vars(own.data)
+        text, metadata = own.text.strip(), own.data
     metadata["tags"] = list(dict.fromkeys([*(metadata.get("tags") or []), *TAGS]))
+    defaults = {}
     if (folder / "config.json").is_file():
-        metadata.setdefault("library_name", "transformers")
-        metadata.setdefault("pipeline_tag", "text-generation")
+        defaults = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if measured.adapter_base is not None and measured.adapter_base.count("/") == 1:
-        metadata.setdefault("base_model", measured.adapter_base)
+        defaults["base_model"] = measured.adapter_base
+    for key, value in defaults.items():
+        metadata[key] = metadata.get(key) or value
     sections = [text or _introduction(folder, repo, measured), _use(folder, repo, measured), *_sections(measured)]
-    return f"---\n{_yaml(metadata)}---\n" + "\n\n".join(section for section in sections if section) + "\n"
+    return f"---\n{metadata.to_yaml()}\n---\n" + "\n\n".join(section for section in sections if section) + "\n"
 
 
 def _sections(measured: Measured) -> list[str]:
@@ -131,9 +134,3 @@ def _shown(value: Any) -> str:
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _yaml(metadata: Mapping[str, Any]) -> str:
-    from huggingface_hub.repocard_data import CardData
-
-    return f"{CardData(**metadata).to_yaml()}\n"

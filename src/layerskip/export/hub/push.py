@@ -67,9 +67,8 @@ def plan_push(folder: Path, repo: str, results: Sequence[Path] = (), *, private:
     files = sorted(
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
-        if path.is_file() and any(fnmatch(path.relative_to(folder).as_posix(), pattern) for pattern in UPLOADED)
+        if path.is_file() and _is_uploaded(path.relative_to(folder).as_posix())
     )
-    files = [name for name in files if name.count("/") <= 1 and not name.startswith((".", "checkpoint-"))]
     measured: Measured = sum((read_results(path) for path in results), read_folder(folder))
     card = make_card(folder, repo, measured)
     return Push(
@@ -122,6 +121,10 @@ def check_token() -> None:
             "uploading needs a token of the Hugging Face hub: run `hf auth login`, or set HF_TOKEN to a token that may "
             "write (https://huggingface.co/settings/tokens)"
         )
+
+
+def _is_uploaded(name: str) -> bool:
+    return any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in UPLOADED)
 
 
 def _check_repo(repo: str) -> None:

@@ -260,18 +260,6 @@ def test_a_file_that_exists_stays(tiny_checkpoint: Tiny, tmp_path: Path) -> None
     assert (tmp_path / "model.gguf").read_text() == "mine"
 
 
-def test_the_command_line(tiny_checkpoint: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from layerskip.cli.main import main
-
-    argv = ["export", "gguf", "--model", str(tiny_checkpoint(tokenizer=True)), "--output"]
-    assert main([*argv, str(tmp_path / "a.gguf")]) == 0
-    assert "all 4 layers, llama" in capsys.readouterr().out
-    assert main([*argv, str(tmp_path / "b.gguf"), "--exit-layer", "3", "--type", "q8_0", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["exit_layer"] == 3
-    assert main([*argv, str(tmp_path / "c.gguf"), "--exit-layer", "7"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-
-
 @pytest.mark.skipif(find_spec("llama_cpp") is None, reason="needs llama-cpp-python")
 @pytest.mark.parametrize("case", [case for case in FAMILIES if case not in IGNORED_WINDOW])
 def test_llama_cpp_gets_the_same_logits(case: str, tiny_checkpoint: Tiny, tmp_path: Path) -> None:

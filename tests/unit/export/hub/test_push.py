@@ -133,12 +133,20 @@ def test_the_folder_s_own_page_and_metadata_stay(model: Path) -> None:
     (model / "README.md").write_text("---\nlicense: apache-2.0\ntags:\n- code\n---\n# My model\nText.\n")
     card = plan_push(model, "owner/new").card
     assert "license: apache-2.0" in card
+    assert "null" not in card
     assert "- code\n- layerskip" in card
     assert "# My model\nText.\n\n## Use" in card
 
 
 def test_what_lies_beside_a_model_is_not_uploaded(model: Path) -> None:
-    for name in ("log.jsonl", "training.json.bak", ".lock", "checkpoint-10/model.safetensors", "notes.txt"):
+    for name in (
+        "log.jsonl",
+        "training.json.bak",
+        ".lock",
+        "checkpoint-10/model.safetensors",
+        "notes.txt",
+        "sub/a.gguf",
+    ):
         (model / name).parent.mkdir(exist_ok=True)
         (model / name).write_text("{}")
     files = plan_push(model, "owner/new").files

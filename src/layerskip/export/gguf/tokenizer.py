@@ -25,7 +25,7 @@ ARCHITECTURE = "general.architecture"
 END_OF_MESSAGE = "<|eom_id|>"
 PROBES = (
     "Hello world",
-    " leading and  double   spaces\tand tabs\n\n  new lines \r\n",
+    "two  and three   spaces\tand tabs\n\n  new lines \r\n",
     "I've it's THEY'LL don't",
     "1234567 3.14159 0x1F 12:34",
     "def add(a, b):\n    return a + b  # (c) [d] {e}\n",
@@ -34,6 +34,8 @@ PROBES = (
     "CamelCase snake_case kebab-case path/to/file.py https://example.org/?q=1&r=2",
 )
 """Texts whose tokens must be the same."""
+LEADING_SPACES = (" a", "  two words")
+"""Texts before which llama.cpp puts one more space where a tokenizer adds spaces, and transformers doesn't."""
 
 
 def tokenizer_keys(checkpoint: Checkpoint, config: ModelConfig) -> tuple[dict[str, Any], list[str]]:
@@ -65,7 +67,7 @@ def tokenizer_keys(checkpoint: Checkpoint, config: ModelConfig) -> tuple[dict[st
         f"{PREFIX}model": kind,
         **_vocabulary(content, config.vocab_size, kind),
         **(_byte_level(content) if kind == BYTE_LEVEL else _sentence_piece(content, config.vocab_size)),
-        **_special_tokens(tokenizer, checkpoint.eos_token_ids),
+        **_special_tokens(tokenizer, checkpoint.eos_token_ids, config.vocab_size),
         **_chat_template(tokenizer),
     }
     return keys, _differences({**keys, ARCHITECTURE: ARCHITECTURE_OF[config.model_type]}, tokenizer)
@@ -149,7 +151,7 @@ def _sentence_piece(content: Mapping[str, Any], vocab_size: int) -> dict[str, An
     vocab = {**model["vocab"], **{token["content"]: token["id"] for token in content["added_tokens"]}}
     scores = [-float(len(ranks) + token_id) for token_id in range(vocab_size)]
     for token, token_id in vocab.items():
-        if token in ranks:
+        if token in ranks and token_id < vocab_size:
             scores[token_id] = -float(ranks[token])
     steps = _steps(content["normalizer"], "normalizers") + _steps(content["pre_tokenizer"], "pretokenizers")
     prefixes = [
@@ -166,12 +168,12 @@ def _vocabulary(content: Mapping[str, Any], vocab_size: int, kind: str) -> dict[
     """Tokens and their types, with a name for each row of the embedding that has no token."""
     added = {token["id"]: token for token in content["added_tokens"]}
     by_id = {token_id: token for token, token_id in content["model"]["vocab"].items()}
-    by_id |= {token_id: token["content"] for token_id, token in added.items()}
-    if max(by_id) >= vocab_size:
+    last = max(by_id.keys() - added.keys(), default=0)  # added tokens may have no row, as an image's in Gemma 3
+    if last >= vocab_size:
         raise TokenizerError(
-            f"the tokenizer has the id {max(by_id)}, and the model's embedding {vocab_size} rows; they don't belong "
-            "together"
+            f"the tokenizer has the id {last}, and the model's embedding {vocab_size} rows; they don't belong together"
         )
+    by_id |= {token_id: token["content"] for token_id, token in added.items()}
     unknown = content["model"].get("unk_token") if kind == SENTENCE_PIECE else None
     tokens, types = [], []
     for token_id in range(vocab_size):
@@ -190,21 +192,22 @@ def _vocabulary(content: Mapping[str, Any], vocab_size: int, kind: str) -> dict[
     return {f"{PREFIX}tokens": tokens, f"{PREFIX}token_type": [int(kind) for kind in types]}
 
 
-def _special_tokens(tokenizer: Tokenizer, ends: Sequence[int]) -> dict[str, Any]:
+def _special_tokens(tokenizer: Tokenizer, ends: Sequence[int], vocab_size: int) -> dict[str, Any]:
     """Ids of special tokens, and which are put around a text.
 
     Args:
         tokenizer: The original.
         ends: Ids that end a text by generation_config.json or config.json. A file names three at most: `eos`, the
             tokenizer's own, `eot` and `eom`.
+        vocab_size: V; tokens beyond are left out.
     """
     keys: dict[str, Any] = {}
     ids = {}
     for name, gguf_name in SPECIAL_TOKENS.items():
         token = tokenizer.special_tokens_map.get(name)
-        if token is not None:
-            ids[name] = tokenizer.convert_tokens_to_ids([token])[0]
-            keys[f"{PREFIX}{gguf_name}_token_id"] = ids[name]
+        token_id = None if token is None else tokenizer.convert_tokens_to_ids([token])[0]
+        if token_id is not None and token_id < vocab_size:
+            ids[name] = keys[f"{PREFIX}{gguf_name}_token_id"] = token_id
     others = [token_id for token_id in ends if token_id != ids.get("eos_token")]
     if "eos_token" not in ids and others:
         keys[f"{PREFIX}eos_token_id"] = others.pop(0)
@@ -231,7 +234,8 @@ def _differences(keys: Mapping[str, Any], original: Tokenizer) -> list[str]:
     """Compare the tokenizer that the keys describe with the original.
 
     Returns:
-        A note if they differ around special tokens, where llama.cpp has rules of its own.
+        Notes if they differ at spaces that begin a text or are beside special tokens, where llama.cpp has rules of its
+        own.
 
     Raises:
         TokenizerError: They differ elsewhere.
@@ -244,14 +248,16 @@ def _differences(keys: Mapping[str, Any], original: Tokenizer) -> list[str]:
                 f"the tokenizer can't be written into a GGUF file: llama.cpp would read {text!r} as the tokens "
                 f"{ours[:12]}, and the model's own tokenizer reads {theirs[:12]}"
             )
-    special = [token.content for token in original.added_tokens_decoder.values()][:8]
+    notes = []
+    if any(written.encode(text) != original.encode(text) for text in LEADING_SPACES):
+        notes.append("llama.cpp reads a text that begins with a space otherwise than the model's own tokenizer")
+    known = len(keys[f"{PREFIX}tokens"])
+    special = [token.content for token_id, token in original.added_tokens_decoder.items() if token_id < known][:8]
     around = [f"a {token} b" for token in special] + [f"{token}\na" for token in special]
     differing = [text for text in around if written.encode(text) != original.encode(text)]
-    if not differing:
-        return []
-    return [
-        f"spaces around special tokens are read otherwise than by the model's own tokenizer, as in {differing[0]!r}"
-    ]
+    if differing:
+        notes.append(f"llama.cpp reads spaces around special tokens otherwise, as in {differing[0]!r}")
+    return notes
 
 
 def _steps(part: Mapping[str, Any] | None, name: str) -> list[Mapping[str, Any]]:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_folders import make_hub_folder
+from gguf import GGUFWriter
+from gguf_files import add_value
 from same_tokenizers import TEXTS, hub_tokenizer
 
 from layerskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -30,6 +31,8 @@ NAMES = {
     "phi-4-mini-instruct": "gpt-4o",
 }
 """Published tokenizers of byte-level BPE, and what llama.cpp calls their ways to cut text."""
+SENTENCE_PIECE = ("gemma-3-270m-it", "llama-2-7b-chat", "mistral-7b-instruct-v0.3")
+"""Published tokenizers of SentencePiece's kind; Gemma's has a token beyond the embedding."""
 
 
 def edit_tokenizer(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
@@ -58,6 +61,20 @@ def test_published_tokenizers_give_the_same_tokens(name: str, tmp_path: Path) ->
         assert ours.special_tokens_map.get(special) == theirs.special_tokens_map.get(special)
     assert ours.chat_template == theirs.chat_template
     assert set(original.eos_token_ids) <= set(end_of_text_ids(keys))
+
+
+@pytest.mark.parametrize("name", SENTENCE_PIECE)
+def test_published_sentence_piece_tokenizers(name: str, tmp_path: Path) -> None:
+    """But for spaces before a text, of which llama.cpp puts one more where the tokenizer puts any."""
+    original = Checkpoint.in_folder(hub_tokenizer(name, tmp_path))
+    keys, notes = tokenizer_keys(original, original.config)
+    assert keys[f"{KEY}model"] == "llama"
+    assert len(keys[f"{KEY}tokens"]) == original.config.vocab_size
+    ours, theirs = build_text_tokenizer(keys), original.text_tokenizer
+    other = {text for text in (*TEXTS, *PROBES) if ours.encode(text) != theirs.encode(text)}
+    assert all(text.startswith((" ", "▁")) for text in other)
+    assert bool(other) == any("begins with a space" in note for note in notes)
+    assert keys[f"{KEY}add_space_prefix"] == bool(other)
 
 
 def test_the_demo_s_tokenizer(tmp_path: Path) -> None:
@@ -158,19 +175,30 @@ def test_without_a_tokenizer_the_ids_of_ends_stay(tiny_checkpoint: Tiny, tmp_pat
 
 
 @pytest.mark.skipif(find_spec("llama_cpp") is None, reason="needs llama-cpp-python")
-@pytest.mark.parametrize("name", ["demo", "sentence piece", *NAMES])
+@pytest.mark.parametrize("name", ["demo", "sentence piece", *NAMES, *SENTENCE_PIECE])
 def test_llama_cpp_reads_the_same_tokens(name: str, tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     from llama_cpp import Llama
 
-    source = name
-    if name == "sentence piece":
-        source = str(write_sentence_piece(tiny_checkpoint, prefix=True))
-    elif name != "demo":
-        make_hub_folder(name, tmp_path / "model")
-        source = str(tmp_path / "model")
-    export_and_open(source, tmp_path / "model.gguf")
-    tokenizer = open_checkpoint(source).text_tokenizer
-    theirs = Llama(str(tmp_path / "model.gguf"), vocab_only=True, verbose=False)
-    texts = [text for text in PROBES if text.isascii()]  # where llama.cpp doesn't know marks and doesn't compose them
+    if name == "demo":
+        original = open_checkpoint(name)
+    elif name == "sentence piece":
+        original = Checkpoint.in_folder(write_sentence_piece(tiny_checkpoint, prefix=True))
+    else:
+        original = Checkpoint.in_folder(hub_tokenizer(name, tmp_path / "model"))
+    keys, _ = tokenizer_keys(original, original.config)
+    theirs = Llama(str(write_vocabulary(keys, tmp_path / "vocabulary.gguf")), vocab_only=True, verbose=False)
+    texts = [text for text in PROBES if text.isascii()]  # llama.cpp knows no marks beyond, and doesn't compose them
     for text in texts:
-        assert theirs.tokenize(text.encode(), add_bos=True, special=True) == tokenizer.encode(text), text
+        tokens = theirs.tokenize(text.encode(), add_bos=True, special=True)
+        assert tokens == original.text_tokenizer.encode(text), text
+
+
+def write_vocabulary(keys: dict[str, Any], file: Path) -> Path:
+    """A file with a vocabulary and nothing else."""
+    writer = GGUFWriter(file, "llama")
+    for key, value in keys.items():
+        add_value(writer, key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return file

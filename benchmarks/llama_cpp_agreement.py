@@ -24,6 +24,7 @@ import llama_cpp
 import numpy as np
 import torch
 import tyro
+from llama_cpp_model import LlamaCpp
 from models import ModelName
 from record import environment, write_record
 from rich.console import Console
@@ -53,59 +54,6 @@ class Arguments:
     threads: int = 2
     json: bool = False
     """Print the record, and nothing else."""
-
-
-class LlamaCpp:
-    """Greedy decoding through llama.cpp's C interface."""
-
-    def __init__(self, file: Path, context: int, threads: int) -> None:
-        llama_cpp.llama_log_set(_silence, ctypes.c_void_p(0))
-        self._model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
-        if not self._model:
-            raise RuntimeError(f"llama.cpp can't load {file}")
-        parameters = llama_cpp.llama_context_default_params()
-        parameters.n_ctx, parameters.n_threads, parameters.n_threads_batch = context, threads, threads
-        parameters.type_k = parameters.type_v = llama_cpp.GGML_TYPE_F32  # by default float16, and so is fused attention
-        parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self._context = llama_cpp.llama_init_from_model(self._model, parameters)
-        self._tokenizer = llama_cpp.llama_model_get_vocab(self._model)
-        self._vocabulary = llama_cpp.llama_vocab_n_tokens(self._tokenizer)
-
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a text, special ones included."""
-        content, room = text.encode(), len(text.encode()) + 8
-        tokens = (llama_cpp.llama_token * room)()
-        count = llama_cpp.llama_tokenize(self._tokenizer, content, len(content), tokens, room, True, True)
-        return list(tokens[:count])
-
-    def is_end(self, token: int) -> bool:
-        """Whether a token ends a text."""
-        return bool(llama_cpp.llama_vocab_is_eog(self._tokenizer, token))
-
-    def write(self, prompt: list[int], max_new_tokens: int) -> list[int]:
-        """The greedy continuation; it goes on after the end of a text."""
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
-        written = [self._next(prompt)]
-        while len(written) < max_new_tokens:
-            written.append(self._next(written[-1:]))
-        return written
-
-    def _next(self, tokens: list[int]) -> int:
-        array = (llama_cpp.llama_token * len(tokens))(*tokens)
-        if llama_cpp.llama_decode(self._context, llama_cpp.llama_batch_get_one(array, len(tokens))) != 0:
-            raise RuntimeError("llama_decode failed")
-        logits = llama_cpp.llama_get_logits_ith(self._context, -1)
-        return int(np.ctypeslib.as_array(logits, (self._vocabulary,)).argmax())
-
-    def close(self) -> None:
-        """Free the memory."""
-        llama_cpp.llama_free(self._context)
-        llama_cpp.llama_model_free(self._model)
-
-
-@llama_cpp.llama_log_callback
-def _silence(level: int, text: bytes, data: object) -> None:
-    """Drop llama.cpp's messages, which name every tensor that it loads."""
 
 
 def main(arguments: Arguments) -> None:
@@ -143,7 +91,7 @@ def compare_texts(
 ) -> dict[str, Any]:
     """Export in float32, and compare tokens of texts and greedy continuations."""
     exported = export_gguf(lm.checkpoint, file, exit_layer=exit_layer, type_name="f32")
-    theirs = LlamaCpp(file, 2048, arguments.threads)
+    theirs = LlamaCpp(file, 2048, arguments.threads, exact=True)
     texts = [text for group in json.loads((HERE / "tokenizer_texts.json").read_text()).values() for text in group]
     prompts = [json.loads(line)["prompt"] for line in (HERE / "prompts.jsonl").read_text("utf-8").splitlines()]
     prompts = [prompt.rstrip() for prompt in prompts]
@@ -160,7 +108,7 @@ def compare_texts(
         ours = lm.generate(
             [tokens], max_new_tokens=arguments.max_new_tokens, do_sample=False, ignore_eos=True, **options
         )[0].token_ids
-        written = theirs.write(tokens, arguments.max_new_tokens)
+        written, _ = theirs.write(tokens, arguments.max_new_tokens)
         if ours == written:
             same += 1
             continue

@@ -14,7 +14,7 @@ from layerskip.checkpoint.hub import PATTERNS
 from layerskip.checkpoint.loading.adapters import AdapterSet, check_base, check_ends, tensor_name
 from layerskip.checkpoint.names import MODELS
 from layerskip.errors import InvalidArgumentError
-from layerskip.export.places import link_or_copy, new_folder
+from layerskip.export.places import is_elsewhere, link_or_copy, new_folder
 
 OTHER_FILES = ("tekken.json", "LICENSE*", "NOTICE*")
 """Files that go with a checkpoint besides those that are loaded."""
@@ -68,8 +68,12 @@ def merge_adapters(checkpoint: Checkpoint, folders: Sequence[Path], output: Path
     notes = []
     if checkpoint.files.tuned_file.is_file():
         notes.append("the setting that a sweep found best is left out: it was measured without these adapters")
-    with new_folder(output, _bytes(tensors) + SMALL_FILES) as folder:
-        linked, place = _link_base(checkpoint, folder)
+    sources = _base_files(checkpoint)
+    copied = sum(path.stat().st_size for path in sources if is_elsewhere(path, output))
+    with new_folder(output, copied + _bytes(tensors) + SMALL_FILES) as folder:
+        linked = sum(link_or_copy(path, folder / path.name) for path in sources)
+        files = checkpoint.files
+        place = GGUFFile(folder / files.path.name).adapters_folder if isinstance(files, GGUFFile) else folder
         place.mkdir(exist_ok=True)
         write_adapters(place, merged, tensors)
         return _result(merged, output, folder, linked, notes)
@@ -132,18 +136,16 @@ def _together(sets: Sequence[AdapterSet], base: str | None) -> tuple[AdapterSet,
     return AdapterSet(base=named, adapters=tuple(described), training=training), tensors
 
 
-def _link_base(checkpoint: Checkpoint, folder: Path) -> tuple[int, Path]:
-    """Link a model's files into a folder; returns the number of links, and where its adapters belong."""
+def _base_files(checkpoint: Checkpoint) -> list[Path]:
+    """A model's files: all that are loaded, and its licence."""
     files = checkpoint.files
     source = checkpoint.hugging_face_folder
     if isinstance(files, GGUFFile):
-        parts = sorted({entry.path for entry in files.container.tensors.values()} | {files.path})
-        linked = sum(link_or_copy(path, folder / path.name) for path in parts)
-        return linked, GGUFFile(folder / files.path.name).adapters_folder
+        return sorted({entry.path for entry in files.container.tensors.values()} | {files.path})
     assert source is not None, "a checkpoint is a GGUF file or a folder"
     names = {path.name for pattern in (*PATTERNS, *OTHER_FILES) for path in source.glob(pattern) if path.is_file()}
     names -= {files.tuned_file.name, DESCRIPTION_FILE, WEIGHTS_FILE}  # adapters are written anew: never into a link
-    return sum(link_or_copy(source / name, folder / name) for name in sorted(names)), folder
+    return [source / name for name in sorted(names)]
 
 
 def _bytes(tensors: dict[str, Tensor]) -> int:

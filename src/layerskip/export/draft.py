@@ -10,12 +10,11 @@ from layerskip.checkpoint.loading.placement import DTYPES
 from layerskip.checkpoint.loading.tensors import EMBEDDING, Part, parameter_count, tensor_shapes
 from layerskip.checkpoint.names import MODELS
 from layerskip.checks import whole_number
-from layerskip.errors import TokenizerError
+from layerskip.errors import InvalidArgumentError, TokenizerError
 from layerskip.export.commands import EngineCommand, engine_commands
 from layerskip.export.first_layers import adapter_notes, first_layers
 from layerskip.export.places import link_or_copy, new_folder
 from layerskip.export.weights import bytes_to_write, plan_files, write_files
-from layerskip.model.config.model_config import ModelConfig
 
 NUM_SPECULATIONS = 4
 """Drafts in the commands where no sweep has found a number."""
@@ -39,7 +38,7 @@ class DraftExport:
     """L, the model's."""
     num_parameters: int
     num_bytes: int
-    """Bytes of all its files, linked ones included."""
+    """Bytes of all its files but README.md, linked ones included."""
     num_linked: int
     """Files that are links to the model's own."""
     notes: tuple[str, ...]
@@ -67,42 +66,49 @@ def export_draft(
         InvalidArgumentError: There is no such exit, or `output` isn't empty or can't be written.
         CheckpointError: The model's files are damaged, or the disk is full.
     """
-    whole = checkpoint.network_config
-    exit_layer = whole.check_exit_layer(exit_layer)
-    drafts = _num_speculations(checkpoint, exit_layer, num_speculations)
+    if dtype not in ("auto", *DTYPES):
+        raise InvalidArgumentError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
     asked = None if dtype == "auto" else DTYPES[dtype]
+    drafts = _num_speculations(checkpoint, exit_layer, num_speculations)
     raw, config = first_layers(checkpoint, exit_layer)
     stored = asked or checkpoint.weights.get(EMBEDDING, Part.rows(0, 1)).dtype
     raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = str(stored).removeprefix("torch.")
     files = plan_files(checkpoint.weights, tensor_shapes(config), asked)
-    notes = adapter_notes(checkpoint, exit_layer)
-    with new_folder(output, bytes_to_write(files) + SMALL_FILES) as folder:
+    notes = [*adapter_notes(checkpoint, exit_layer), *_base_notes(checkpoint)]
+    commands = engine_commands(
+        model=_model_for_engines(checkpoint),
+        source=checkpoint.name,
+        draft=str(output),
+        exit_layer=exit_layer,
+        num_speculations=drafts,
+    )
+    with new_folder(output, bytes_to_write(files, output) + SMALL_FILES) as folder:
         linked = write_files(checkpoint.weights, files, folder, asked)
-        try:
-            linked += write_tokenizer(checkpoint, folder)
-        except TokenizerError as error:
-            notes.append(f"the model has no tokenizer that can be written ({error}); engines need one: add it")
-        linked += _write_generation_config(checkpoint, folder)
+        linked += _write_small_files(checkpoint, folder, notes)
+        (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
         result = DraftExport(
             output=str(output),
             model=checkpoint.name,
             exit_layer=exit_layer,
-            num_layers=whole.num_layers,
+            num_layers=checkpoint.config.num_layers,
             num_parameters=parameter_count(config),
             num_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
             num_linked=linked,
-            notes=(*notes, *_base_notes(checkpoint, whole)),
-            commands=engine_commands(
-                model=_model_for_engines(checkpoint),
-                source=checkpoint.name,
-                draft=str(output),
-                exit_layer=exit_layer,
-                num_speculations=drafts,
-            ),
+            notes=tuple(notes),
+            commands=commands,
         )
         (folder / "README.md").write_text(_readme(result), encoding="utf-8")
-        (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     return result
+
+
+def _write_small_files(checkpoint: Checkpoint, folder: Path, notes: list[str]) -> int:
+    """Write tokenizer and settings of generation, and note a tokenizer that is missing; returns the number of links."""
+    linked = int(_write_generation_config(checkpoint, folder))
+    try:
+        linked += write_tokenizer(checkpoint, folder)
+    except TokenizerError as error:
+        notes.append(f"the model has no tokenizer that can be written ({error}); engines need one: add it")
+    return linked
 
 
 def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> int:
@@ -159,12 +165,13 @@ def _model_for_engines(checkpoint: Checkpoint) -> str:
     return str(checkpoint.hugging_face_folder) if checkpoint.name == DEMO_NAME else checkpoint.name
 
 
-def _base_notes(checkpoint: Checkpoint, config: ModelConfig) -> list[str]:
+def _base_notes(checkpoint: Checkpoint) -> list[str]:
     if checkpoint.hugging_face_folder is not None or checkpoint.name in MODELS:
         return []
     return [
         f"{checkpoint.name} is a GGUF file; for engines that can't read it, layerskip export draft --exit-layer "
-        f"{config.num_layers} writes the whole model in Hugging Face's format: put its folder in the place of MODEL"
+        f"{checkpoint.config.num_layers} writes the whole model in Hugging Face's format: put its folder in the place "
+        "of MODEL"
     ]
 
 

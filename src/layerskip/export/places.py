@@ -73,6 +73,13 @@ def link_or_copy(source: Path, target: Path) -> bool:
     return True
 
 
+def is_elsewhere(source: Path, output: Path) -> bool:
+    """Whether a file would have to be copied, because `output` is on another file system."""
+    output = _resolve(output)
+    there = next(folder for folder in (output, *output.parents) if folder.exists())
+    return source.resolve().stat().st_dev != there.stat().st_dev
+
+
 def _resolve(output: Path) -> Path:
     try:
         return output.expanduser().resolve()

@@ -10,7 +10,7 @@ import torch
 from layerskip.checkpoint.loading.tensors import Part, TensorSource
 from layerskip.checkpoint.safetensors import INDEX_FILE, WEIGHTS_FILE, SafetensorsFiles
 from layerskip.errors import InvalidArgumentError
-from layerskip.export.places import link_or_copy
+from layerskip.export.places import is_elsewhere, link_or_copy
 
 MAX_FILE = 4 << 30
 """Bytes of a written file, at most, unless a tensor is larger: its tensors are in memory together."""
@@ -90,9 +90,10 @@ def check_float16(tensors: Mapping[str, torch.Tensor]) -> None:
             )
 
 
-def bytes_to_write(files: Sequence[WeightFile]) -> int:
-    """Bytes of the planned files that aren't links."""
-    return sum(sum(file.tensors.values()) for file in files if file.source is None)
+def bytes_to_write(files: Sequence[WeightFile], output: Path) -> int:
+    """Bytes of the planned files that can't be links in `output`."""
+    written = [file for file in files if file.source is None or is_elsewhere(file.source, output)]
+    return sum(sum(file.tensors.values()) for file in written)
 
 
 def _dtype(weights: TensorSource, name: str, dtype: torch.dtype | None) -> torch.dtype:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from layerskip.errors import CheckpointError, InvalidArgumentError
-from layerskip.export.places import link_or_copy, new_file, new_folder
+from layerskip.export.places import is_elsewhere, link_or_copy, new_file, new_folder
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -91,6 +91,12 @@ def test_a_disk_that_is_too_small_is_found_before_any_work(tmp_path: Path, monke
     with refused, new_folder(tmp_path / "new", 20_000_000):
         pytest.fail("the work began")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_must_be_copied_is_known_before(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert not is_elsewhere(tmp_path / "file", tmp_path / "new" / "deep")
+    assert is_elsewhere(tmp_path / "file", Path("/proc/new"))
 
 
 def test_files_are_linked_or_else_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

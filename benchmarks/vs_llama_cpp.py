@@ -5,48 +5,33 @@
     python benchmarks/vs_llama_cpp.py --model 240m --num-speculations 4
     python benchmarks/vs_llama_cpp.py --model smollm2 --exit-layer 2 --num-speculations 2 --compute int8
 
-llama.cpp runs a GGUF file as it is; another checkpoint (a Llama) is written as a float32 GGUF file first. It gets
-tokens one by one through its C interface. Tokens of the prompt are not counted. With the same weights, both engines
+llama.cpp runs a GGUF file as it is; another checkpoint is exported as a float32 GGUF file first. It gets tokens one by
+one through its C interface. Tokens of the prompt are not counted. With the same weights, both engines
 generate the same text, up to near-ties.
 """
 
-import ctypes
 import json
 import statistics
 import tempfile
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import llama_cpp
-import numpy as np
 import torch
 import tyro
 from arguments import DraftingArguments
-from gguf import GGUFWriter
+from llama_cpp_model import LlamaCpp
 from models import gguf_file, load_prompts, prepare
 from record import environment, write_record
 from rich.console import Console
 from rich.table import Table
 
 import layerskip
-from layerskip.checkpoint.loading.tensors import EMBEDDING, FINAL_NORM, HEAD, TensorSource
 from layerskip.checkpoint.transformers_model import load_transformers_model
-from layerskip.model.config.model_config import ModelConfig
+from layerskip.export.gguf.write import export_gguf
 
 LLAMA, OURS, SPECULATIVE, ADAPTIVE = "llama.cpp", "autoregressive", "self-speculative", "adaptive"
-NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,42 +40,9 @@ class Arguments(DraftingArguments):
 
     bfloat16_weights: bool = False
     """Round our weights to bfloat16, which the native kernels keep. Without this option both engines have the same
-    numbers: a GGUF file as it is; other models, which must be Llamas, in float32."""
+    numbers: a GGUF file as it is, other models in float32."""
     compute: Literal["float32", "int8"] = "float32"
     """Whether our products take their inputs in 8 bits, as llama.cpp's do with quantized files."""
-
-
-class LlamaCpp:
-    """Greedy decoding through llama.cpp's C interface."""
-
-    def __init__(self, file: Path, context: int, threads: int) -> None:
-        llama_cpp.llama_log_set(_silence, ctypes.c_void_p(0))
-        self._model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
-        parameters = llama_cpp.llama_context_default_params()
-        parameters.n_ctx, parameters.n_threads, parameters.n_threads_batch = context, threads, threads
-        self._context = llama_cpp.llama_init_from_model(self._model, parameters)
-        self._vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
-
-    def write(self, prompt: list[int], max_new_tokens: int) -> tuple[list[int], float]:
-        """Generate; returns the new tokens, and the seconds of all but the first."""
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
-        written = [self._next(prompt)]
-        start = time.perf_counter()
-        while len(written) < max_new_tokens:
-            written.append(self._next(written[-1:]))
-        return written, time.perf_counter() - start
-
-    def _next(self, tokens: list[int]) -> int:
-        array = (llama_cpp.llama_token * len(tokens))(*tokens)
-        if llama_cpp.llama_decode(self._context, llama_cpp.llama_batch_get_one(array, len(tokens))) != 0:
-            raise RuntimeError("llama_decode failed")
-        logits = llama_cpp.llama_get_logits_ith(self._context, -1)
-        return int(np.ctypeslib.as_array(logits, (self._vocabulary,)).argmax())
-
-
-@llama_cpp.llama_log_callback
-def _silence(level: int, text: bytes, data: object) -> None:
-    """Drop llama.cpp's messages, which name every tensor that it loads."""
 
 
 def main(arguments: Arguments) -> None:
@@ -99,7 +51,9 @@ def main(arguments: Arguments) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model = prepare(arguments.model, Path(scratch), exit_layer=arguments.exit_layer, agreement=arguments.agreement)
         lm = layerskip.load(model, dtype="float32", device="cpu", compute=arguments.compute)
-        file = gguf_file(model) or write_gguf(lm.config, lm.checkpoint.weights, Path(scratch) / "model.gguf")
+        file = gguf_file(model) or Path(scratch) / "model.gguf"
+        if not file.exists():
+            export_gguf(lm.checkpoint, file, type_name="f32")
         prompts = load_prompts(lm, arguments.prompts, arguments.num_prompts)
         context = max(map(len, prompts)) + arguments.max_new_tokens + 8
         theirs = LlamaCpp(file, context, arguments.threads)
@@ -169,46 +123,6 @@ def report(arguments: Arguments, speeds: dict[str, list[float]], same: dict[str,
     }
     path = write_record(f"vs_llama_cpp-{Path(arguments.model).name}", content)
     console.print(f"{environment()['cpu']}, {arguments.threads} threads; record: {path}")
-
-
-def write_gguf(config: ModelConfig, source: TensorSource, file: Path) -> Path:
-    """Write a Llama's weights in float32, without its tokenizer, and return the file."""
-    writer = GGUFWriter(file, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(next(iter(config.ropes.values())).rope_theta)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
-    writer.add_file_type(0)
-    writer.add_tensor("token_embd.weight", _float32(source.get(EMBEDDING)))
-    writer.add_tensor("output_norm.weight", _float32(source.get(FINAL_NORM)))
-    if not config.tie_word_embeddings:
-        writer.add_tensor("output.weight", _float32(source.get(HEAD)))
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    for layer in range(config.num_layers):
-        for theirs, ours in NAMES.items():
-            weight = _float32(source.get(f"model.layers.{layer}.{theirs}.weight"))
-            if ours in heads:  # llama.cpp rotates neighbouring channels, transformers the halves of a head
-                halves = weight.reshape(heads[ours], 2, -1, weight.shape[1])
-                weight = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)
-            writer.add_tensor(f"blk.{layer}.{ours}.weight", weight)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
-
-
-def _float32(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.float().numpy()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A small hub on this machine, and a user of it whose calls run in processes of their own."""
 
+import base64
 import hashlib
 import json
 import os
@@ -29,6 +30,8 @@ class Repository:
     """With `gated`: not even the description is given."""
     broken: int = 0
     """Status of every answer, or -1 to hang up without one, where not 0."""
+    private: bool = False
+    """As it was asked for when somebody made the repository."""
 
 
 @dataclass
@@ -40,6 +43,10 @@ class Hub:
     """By name; those of data sets begin with `datasets/`."""
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     """Method, path, Authorization header."""
+    large: dict[str, bytes] = field(default_factory=dict)
+    """Contents of large files that were uploaded, by SHA-256."""
+    owners: dict[str, str] = field(default_factory=dict)
+    """Who may write where: owner by token."""
 
     def files_sent(self) -> set[str]:
         """Names of the files whose contents were sent."""
@@ -48,7 +55,7 @@ class Hub:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """The part of the hub's HTTP interface that `snapshot_download` and `load_dataset` use."""
+    """The part of the hub's HTTP interface that `snapshot_download`, `load_dataset` and `create_commit` use."""
 
     protocol_version = "HTTP/1.1"
     server: "Server"
@@ -82,6 +89,77 @@ class Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def do_POST(self) -> None:
+        hub, path = self.server.hub, self.path.split("?")[0]
+        hub.requests.append((self.command, path, self.headers.get("Authorization")))
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if path == "/api/validate-yaml":
+            return self.send_json({"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            return self.make_repository(json.loads(body))
+        commit = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", path)
+        batch = re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path)
+        name = (commit or batch)[1] if commit or batch else ""
+        repository = hub.repositories.get(name)
+        if repository is None:
+            return self.refuse(404, "RepoNotFound")
+        if repository.broken:
+            return self.refuse(repository.broken, "")
+        if not self.may_write(name.partition("/")[0]):
+            return self.refuse(403, "Forbidden")
+        if batch:
+            objects = [
+                {**each, "actions": {"upload": {"href": f"{hub.url}/large/{each['oid']}"}}}
+                for each in json.loads(body)["objects"]
+            ]
+            return self.send_json({"transfer": "basic", "objects": objects})
+        if commit and commit[2] == "preupload":
+            return self.send_json({"files": [upload_mode(file) for file in json.loads(body)["files"]]})
+        return self.commit_files(name, repository, [json.loads(line) for line in body.splitlines()])
+
+    def do_PUT(self) -> None:
+        hub = self.server.hub
+        hub.requests.append((self.command, self.path, self.headers.get("Authorization")))
+        content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        assert hashlib.sha256(content).hexdigest() == self.path.removeprefix("/large/")
+        hub.large[self.path.removeprefix("/large/")] = content
+        self.send_json({})
+
+    def may_write(self, owner: str) -> bool:
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        return self.server.hub.owners.get(token) == owner
+
+    def make_repository(self, asked: dict[str, Any]) -> None:
+        hub, name = self.server.hub, f"{asked['organization']}/{asked['name']}"
+        if not self.may_write(asked["organization"]):
+            return self.refuse(403, "Forbidden")
+        if name in hub.repositories:
+            return self.send_json({"url": f"{hub.url}/{name}"}, status=409)
+        private = asked.get("visibility") == "private" or asked.get("private") is True
+        hub.repositories[name] = Repository({"0" * 40: {}}, {"main": "0" * 40}, private=private)
+        return self.send_json({"url": f"{hub.url}/{name}"})
+
+    def commit_files(self, name: str, repository: Repository, lines: list[dict[str, Any]]) -> None:
+        """One commit: small files are in the request, large ones were uploaded before."""
+        files = dict(repository.commits[repository.revisions["main"]])
+        for line in lines:
+            if line["key"] == "file":
+                files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            elif line["key"] == "lfsFile":
+                files[line["value"]["path"]] = self.server.hub.large[line["value"]["oid"]]
+        commit = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
+        repository.commits[commit], repository.revisions["main"] = files, commit
+        url = f"{self.server.hub.url}/{name}/commit/{commit}"
+        self.send_json({"success": True, "commitUrl": url, "commitOid": commit})
+
+    def send_json(self, content: Any, *, status: int = 200) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
     def describe(self, api: re.Match[str], commit: str, files: dict[str, bytes]) -> Any:
         if api[2] == "tree":
             return list_folder(files, (api[4] or "").strip("/"), recursive="recursive=True" in self.path)
@@ -107,6 +185,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args: object) -> None:
         """Nothing on the terminal."""
+
+
+def upload_mode(file: dict[str, Any]) -> dict[str, Any]:
+    """How a file is to be uploaded: weights as large files, whatever their size."""
+    large = file["path"].endswith((".safetensors", ".gguf"))
+    return {"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
 
 
 def list_folder(files: dict[str, bytes], folder: str, *, recursive: bool) -> list[dict[str, Any]]:

@@ -4,6 +4,15 @@ from pathlib import Path
 
 from layerskip.errors import CheckpointError, CheckpointNotFoundError, GatedRepositoryError
 
+TOKENIZER_PATTERNS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+)
+"""Files of a tokenizer, its chat template included."""
 # Exactly what is loaded: repositories often carry the same weights a second time in another format.
 PATTERNS = [
     "config.json",
@@ -12,12 +21,9 @@ PATTERNS = [
     "model.safetensors",
     "model.safetensors.index.json",
     "model-*-of-*.safetensors",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template*",
+    "exit_adapters.json",
+    "exit_adapters.safetensors",
+    *TOKENIZER_PATTERNS,
 ]
 
 

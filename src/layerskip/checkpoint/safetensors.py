@@ -51,6 +51,13 @@ class SafetensorsFiles:
         """Names of all tensors."""
         return frozenset(self._file_of)
 
+    def by_file(self) -> dict[Path, list[str]]:
+        """Names of the tensors in each file, files in the order of their names."""
+        names: dict[Path, list[str]] = {path: [] for path in sorted(set(self._file_of.values()))}
+        for name, path in self._file_of.items():
+            names[path].append(name)
+        return names
+
     def get(self, name: str, part: Part | None = None) -> Tensor:
         """A tensor, or only some of its rows or columns, in a mapping of its own.
 

@@ -1,6 +1,7 @@
 """The command line's entry: finds the command, runs it, and turns every failure into one line and an exit code.
 
-A command is one line in `COMMANDS` and a module of its name in `layerskip.cli` or `layerskip.cli.measuring`, which has
+A command is one line in `COMMANDS` and a module of its name in `layerskip.cli` or `layerskip.cli.measuring`, or for
+subcommands a folder with a module `main`, which has
 
     def run(argv: Sequence[str]) -> int:
         arguments = parse(NameArguments, "NAME", argv)     # layerskip.cli.flags.arguments; answers --help by itself
@@ -30,6 +31,7 @@ COMMANDS = {
     "report": "turn finished runs into pages, and compare them",
     "train": "train a model whose early layers can predict",
     "inspect": "show what a checkpoint is and which exits it offers",
+    "export": "write a draft model and other forms for other engines",
     "demo": "see the embedded model draft and verify",
 }
 MEASURING = ("verify", "benchmark", "sweep", "eval", "report", "inspect")
@@ -38,6 +40,8 @@ MEASURING = ("verify", "benchmark", "sweep", "eval", "report", "inspect")
 
 def module_of(command: str) -> str:
     """Name of the module that runs a command."""
+    if command == "export":  # a folder of subcommands
+        return "layerskip.cli.export.main"
     return f"layerskip.cli.{'measuring.' if command in MEASURING else ''}{command}"
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from layerskip import __version__
+from layerskip.cli.export import main as export
 from layerskip.cli.flags.arguments import DecodingArguments
 from layerskip.cli.main import COMMANDS, module_of
 from layerskip.decoding.config import GenerationConfig
@@ -21,15 +22,17 @@ SNAPSHOTS = Path(__file__).parent / "snapshots"
 TYRO_VERSION = "1.0.17"
 """Which tyro wrote the snapshots; others may lay the same help out differently, and then its flags are compared."""
 HEAVY = {"torch", "transformers", "huggingface_hub", "numpy"}
+ALL = [*COMMANDS, *(f"export {name}" for name in export.SUBCOMMANDS)]
+"""Commands and subcommands."""
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
+@pytest.mark.parametrize("command", ["", *ALL])
 def test_help_is_as_recorded(command: str, cli: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     outcome = cli(*command.split(), "--help")
     assert (outcome.code, outcome.err) == (0, "")
     text = "\n".join(line.rstrip() for line in outcome.out.splitlines()) + "\n"
-    file = SNAPSHOTS / f"{command or 'layerskip'}.txt"
+    file = SNAPSHOTS / f"{command.replace(' ', '-') or 'layerskip'}.txt"
     if os.environ.get("UPDATE_SNAPSHOTS"):
         file.write_text(text, "utf-8")
     recorded = file.read_text("utf-8")
@@ -43,13 +46,13 @@ def flags(text: str) -> list[str]:
     return sorted(set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", text)))
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", ALL)
 def test_every_help_has_an_example(command: str, cli: Callable) -> None:
-    assert f"layerskip {command} " in cli(command, "--help").out.partition("Example")[2]
+    assert f"layerskip {command} " in cli(*command.split(), "--help").out.partition("Example")[2]
 
 
 def test_no_help_loads_torch() -> None:
-    calls = [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)]
+    calls = [["--help"], ["--version"], *([*command.split(), "--help"] for command in ALL)]
     code = f"""
 import sys
 from layerskip.cli.main import main
@@ -81,6 +84,20 @@ def test_overview_and_version(cli: Callable) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_follow_the_convention(command: str) -> None:
     assert callable(import_module(module_of(command)).run)
+
+
+@pytest.mark.parametrize("subcommand", export.SUBCOMMANDS)
+def test_subcommands_follow_the_convention(subcommand: str) -> None:
+    assert callable(import_module(export.module_of(subcommand)).run)
+
+
+@pytest.mark.parametrize("wrong", ["drafts", "--model"])
+def test_an_unknown_subcommand_is_named(wrong: str, cli: Callable) -> None:
+    outcome = cli("export", wrong)
+    assert outcome.code == 2
+    assert repr(wrong) in outcome.err
+    assert "draft" in outcome.err
+    assert outcome.err.count("\n") == 1
 
 
 def test_decoding_flags_are_the_fields_of_the_config() -> None:

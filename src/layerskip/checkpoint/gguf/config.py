@@ -99,6 +99,8 @@ def read_raw_config(container: Container) -> dict[str, Any]:
     }
     if "blk.0.attn_q.bias" in container.tensors and known.model_type in BIASED:
         config["attention_bias"] = True
+    if "blk.0.ffn_up.bias" in container.tensors and known.model_type == "llama":
+        config["mlp_bias"] = True
     config["rope_parameters"] = _rope(metadata, head_dim, config["max_position_embeddings"])
     return config | known.extra(metadata, config)
 

@@ -6,6 +6,7 @@ what its engine for regular expressions can't express: in `tekken` and `gpt-4o` 
 ASCII. It doesn't normalise either, as Qwen's tokenizers do. `benchmarks/gguf_tokenizers.py` counts what that comes to.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from layerskip.errors import TokenizerError
@@ -153,3 +154,25 @@ def find_pre_tokenizer(name: str | None) -> PreTokenizer:
             f"known are {', '.join(PRE_TOKENIZERS)}; use the model's Hugging Face folder instead"
         )
     return PRE_TOKENIZERS[name]
+
+
+def name_pre_tokenizer(splits: Sequence[str | None], *, whole_words: bool, composes: bool) -> str:
+    """The name for a way to cut text; the inverse of `find_pre_tokenizer`.
+
+    Args:
+        splits: Regular expressions, one after the other; None: GPT-2's.
+        whole_words: As in `PreTokenizer`.
+        composes: As there.
+
+    Raises:
+        TokenizerError: No name stands for it.
+    """
+    wanted = tuple(_GPT2 if split is None else split for split in splits)
+    for entry in _PRE_TOKENIZERS:
+        if (entry.splits, entry.whole_words, entry.composes) == (wanted, whole_words, composes):
+            return entry.names[0]
+    raise TokenizerError(
+        f"the tokenizer splits text by {' and then '.join(wanted) or 'nothing'}"
+        f"{', takes whole words' if whole_words else ''}{', composes characters' if composes else ''}; llama.cpp has "
+        f"no name for that among {', '.join(entry.names[0] for entry in _PRE_TOKENIZERS)}"
+    )

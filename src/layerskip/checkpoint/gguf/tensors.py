@@ -149,7 +149,7 @@ class GGUFTensors:
         """
         self._conventions = conventions(raw_config)
         self._entries: dict[str, TensorEntry] = {}
-        names = _hugging_face_names(self._conventions.names, raw_config["num_hidden_layers"])
+        names = {theirs: ours for ours, theirs in file_names(raw_config).items()}
         experts = expert_names(raw_config)
         for theirs, entry in container.tensors.items():
             if theirs in ROPE_TENSORS:
@@ -217,18 +217,21 @@ class GGUFTensors:
         """Rows in Hugging Face's order, where the file has another one."""
         heads = (self._conventions.pairs or {}).get(entry.name.split(".")[-2])
         rows = entry.shape[0]
-        if heads is None or rows % (2 * heads):
-            return None
-        return torch.arange(rows).view(heads, -1, 2).transpose(1, 2).flatten()
+        return None if heads is None or rows % (2 * heads) else order_of_pairs(rows, heads)
 
 
-def _hugging_face_names(parts: Mapping[str, str], num_layers: int) -> dict[str, str]:
-    """The file's name of every tensor -> Hugging Face's name."""
-    names = {theirs: ours for ours, theirs in _TOP_NAMES.items()}
-    for layer in range(num_layers):
+def order_of_pairs(rows: int, heads: int) -> Tensor:
+    """[rows] for each row in Hugging Face's order, its place in the file, which has the channels of a pair in a row."""
+    return torch.arange(rows).view(heads, -1, 2).transpose(1, 2).flatten()
+
+
+def file_names(raw_config: Mapping[str, Any]) -> dict[str, str]:
+    """Hugging Face's name of every tensor that a model may have -> the file's name."""
+    names, parts = dict(_TOP_NAMES), conventions(raw_config).names
+    for layer in range(raw_config["num_hidden_layers"]):
         for ours, theirs in parts.items():
             for kind in ("weight", "bias"):
-                names[f"blk.{layer}.{theirs}.{kind}"] = f"model.layers.{layer}.{ours}.{kind}"
+                names[f"model.layers.{layer}.{ours}.{kind}"] = f"blk.{layer}.{theirs}.{kind}"
     return names
 
 

@@ -1,1 +1,1 @@
-"""Commands that write a model, or what belongs to it, for other programs."""
+"""`layerskip export`: one module for each subcommand, and `main`, which finds it."""

@@ -210,6 +210,9 @@ def _wrap(text: str) -> str:
 def condense(report: str) -> str:
     """The message in one of tyro's framed error reports."""
     lines = [line.strip("│| \t") for line in report.splitlines()]
+    if any(line.startswith("Missing from ") for line in lines):
+        missing = [line for line in lines if line.startswith("--")]
+        return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
     rules = [place for place, line in enumerate(lines) if re.match("[╭╰─+-]{2}", line)] + [len(lines)]
     message = " ".join(lines[rules[0] + 1 : rules[1]]) if len(rules) > 2 else " ".join(lines)
     message = re.sub(r"^Error parsing (?!--)\S+: ", "", message)

@@ -23,17 +23,19 @@ RULES: dict[str, dict[str, Any]] = {
 }
 
 
-TOKENS = 12
-FEW = ("greedy", "temperature", "filters")
+TOKENS = 10
+FEW = ("greedy", "filters")
 """Rules for models that are tried in a few ways only."""
 
 
 def settings(num_layers: int, *, all_exits: bool) -> dict[str, dict[str, Any]]:
     """Ways to decode whose texts equal plain decoding's."""
     shapes = [(exit_layer, count) for exit_layer in range(1, num_layers + 1) for count in (1, 4)]
+    if not all_exits:
+        return {"exit 1, 4 drafts": {"exit_layer": 1, "num_speculations": 4}, "adaptive": {}}
     drafting = {
         f"exit {exit_layer}, {count} drafts": {"exit_layer": exit_layer, "num_speculations": count}
-        for exit_layer, count in (shapes if all_exits else [(1, 4), (num_layers, 2)])
+        for exit_layer, count in shapes
     }
     return {**drafting, "adaptive": {}, "text": {"generation_strategy": "ngram"}}
 

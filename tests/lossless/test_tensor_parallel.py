@@ -18,7 +18,8 @@ from layerskip.model.config.families import FAMILIES
 from layerskip.model.native.library import load_library
 
 TOLERANCE = LOGIT_TOLERANCE[torch.float32]
-RANKS = (2, 4)
+OF_EACH_KIND = ("llama", "gemma3_text", "phi3", "olmo2", "qwen3_moe", "agreeing")
+"""Separate and fused weights, norms everywhere, norms over all heads, experts."""
 
 
 @pytest.fixture(scope="module")
@@ -32,17 +33,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: str(folder / name) for name in (*FAMILIES, "agreeing")}
 
 
-@pytest.fixture(scope="module", params=[(2, "native"), (4, "torch")], ids=str)
-def texts(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Any:
-    """What each rank has written."""
-    num_ranks, kernels = request.param
-    if kernels == "native" and load_library() is None:
-        pytest.skip("the compiled kernels weren't built")
-    folder = tmp_path_factory.mktemp("ranks")
-    work = "rank_work:write_texts"
-    return run_ranks(folder, num_ranks, work, models=models, all_exits=["agreeing"], kernels=kernels)
-
-
 def judge(lm: LanguageModel, rules: str, expected: list[list[int]], actual: list[list[int]]) -> None:
     """Texts are equal, or differ first where both tokens are about as good."""
     config = make_config(None, {"max_new_tokens": TOKENS, **RULES[rules]})
@@ -51,22 +41,27 @@ def judge(lm: LanguageModel, rules: str, expected: list[list[int]], actual: list
         assert divergence is None or divergence.near_tie, (rules, divergence)
 
 
-def test_all_ranks_write_the_same(texts: list[Any]) -> None:
-    assert all(other == texts[0] for other in texts[1:])
-
-
-@pytest.mark.parametrize("name", [*FAMILIES, "agreeing"])
+@pytest.mark.parametrize(("num_ranks", "kernels"), [(2, "native"), (2, "torch"), (4, "torch")])
 def test_every_way_to_decode_writes_the_text_of_one_process(
-    texts: list[Any], models: dict[str, str], name: str
+    models: dict[str, str], tmp_path: Path, num_ranks: int, kernels: str
 ) -> None:
-    lm = layerskip.load(models[name], device="cpu", dtype="float32")
-    for rules, by_way in texts[0][name].items():
-        results = lm.generate(PROMPTS, max_new_tokens=TOKENS, **RULES[rules], **PLAIN)
-        alone = [result.token_ids for result in results]
-        for written in by_way.values():
-            assert len(written[0]) == TOKENS
-            judge(lm, rules, alone, written)
-            judge(lm, rules, by_way["plain"], written)
+    """One test for all models, since starting processes takes longer than most of what they do."""
+    if kernels == "native" and load_library() is None:
+        pytest.skip("the compiled kernels weren't built")
+    tried = models if kernels == "native" else {name: models[name] for name in OF_EACH_KIND}
+    thorough = ["agreeing"] if num_ranks == 2 else []
+    work = "rank_work:write_texts"
+    texts = run_ranks(tmp_path, num_ranks, work, models=tried, all_exits=thorough, kernels=kernels)
+    assert all(other == texts[0] for other in texts[1:])
+    for name, by_rules in texts[0].items():
+        lm = layerskip.load(models[name], device="cpu", dtype="float32")
+        for rules, by_way in by_rules.items():
+            results = lm.generate(PROMPTS, max_new_tokens=TOKENS, **RULES[rules], **PLAIN)
+            alone = [result.token_ids for result in results]
+            for written in by_way.values():
+                assert len(written[0]) == TOKENS
+                judge(lm, rules, alone, written)
+                judge(lm, rules, by_way["plain"], written)
 
 
 def test_drafts_that_were_accepted_and_rejected_are_among_them(models: dict[str, str], tmp_path: Path) -> None:
@@ -76,9 +71,10 @@ def test_drafts_that_were_accepted_and_rejected_are_among_them(models: dict[str,
     assert 0 < result.stats.accepted < result.stats.drafted
 
 
-@pytest.mark.parametrize("num_ranks", RANKS)
 @pytest.mark.parametrize(
-    "options", [{}, {"quantize_draft": "int8"}, {"draft_vocabulary": 20, "replicate_layers": 2}], ids=str
+    ("num_ranks", "options"),
+    [(4, {}), (2, {"quantize_draft": "int8"}), (2, {"draft_vocabulary": 20, "replicate_layers": 2})],
+    ids=str,
 )
 def test_drafts_by_adapters_and_other_weights(
     models: dict[str, str], tmp_path: Path, num_ranks: int, options: dict[str, Any]

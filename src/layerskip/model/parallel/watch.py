@@ -102,6 +102,9 @@ class Watch:
                 continue
             if not verdict.has_died and self._done.wait(OWN_SECONDS):
                 return  # this rank fails by itself, for the same reason
+            if verdict.has_died:  # so that others don't take this rank's end for the first
+                with suppress(Exception):
+                    self._store.set(_key("lost", self._rank), verdict.message)
             self._verdict = verdict
             self._found.set()
             self._end(verdict)
@@ -123,6 +126,9 @@ class Watch:
             for rank in self._others
         ):  # another machine can't see whether a process lives
             self._store.set(_key("beat", self._rank), str(beats))
+        known_by_others = [rank for rank in self._others if has(_key("lost", rank))]
+        if known_by_others:
+            return Verdict(rank=None, message=get(_key("lost", known_by_others[0])).decode(), has_died=True)
         now = time.monotonic()
         for rank in self._others:
             name = f"rank {rank} of {self._size}"

@@ -17,6 +17,11 @@ BLOCK_BYTES: dict[BlockFormat, int] = {"q8_0": 34, "q4_0": 18, "q4_1": 20}
 """Bytes of a block: a float16 scale (and for q4_1 a float16 minimum), then the numbers."""
 
 
+def block_bytes(format_: BlockFormat, outputs: int, inputs: int) -> int:
+    """Bytes of a weight [O, I] in blocks."""
+    return outputs * (inputs // BLOCK) * BLOCK_BYTES[format_]
+
+
 @dataclass(frozen=True, eq=False)
 class BlockWeight:
     """A weight [O, I] in the blocks of a file.

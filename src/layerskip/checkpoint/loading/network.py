@@ -19,7 +19,9 @@ from layerskip.checkpoint.loading.tensors import (
     HEAD,
     TensorSource,
     check_shape,
+    fill,
     has_bias,
+    read_table,
     read_tensor,
     stored_shapes,
 )
@@ -28,7 +30,7 @@ from layerskip.model.blocks import BlockWeight
 from layerskip.model.config.families import FAMILIES
 from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.decoder import Decoder, LayerCalls
-from layerskip.model.native.memory import map_private
+from layerskip.model.native.memory import map_private, return_freed_memory
 from layerskip.model.positions import DISTANCES
 from layerskip.model.rope import RopeTable
 from layerskip.model.torch.fusion import Fusion
@@ -57,6 +59,13 @@ def load_decoder(config: ModelConfig, source: TensorSource, plan: LoadingPlan) -
     if plan.adapters is not None:
         exits = sorted(adapter.exit_layer for adapter in plan.adapters.adapters)
         config = replace(config, adapted_exits=tuple(exits))
+    try:
+        return _load(config, source, plan)
+    finally:
+        return_freed_memory()
+
+
+def _load(config: ModelConfig, source: TensorSource, plan: LoadingPlan) -> Decoder:
     if plan.network == "native":
         decoder = _Loader(config, source, NativeBuilder.of(plan)).load(plan)
         if plan.compute != "float32" and decoder.compute != plan.compute:
@@ -230,14 +239,16 @@ class _Loader(Generic[AnyLinear]):
         blocks = self._blocks([self._head_name], [shape])
         if blocks is not None:
             table = self._blocks([EMBEDDING], [shape])
-            return read_tensor(source, EMBEDDING, shape) if table is None else table[0], builder.linear("head", blocks)
+            return read_table(source, shape, builder.dtype) if table is None else table[0], builder.linear(
+                "head", blocks
+            )
         copied = builder.copies(shape[1])
         if tied and not copied:
             embedding = self._stack([EMBEDDING], [shape])
             return embedding, builder.linear("head", embedding)
         head = builder.linear("head", self._stack([self._head_name], [shape]))
         if copied and builder.device.type == "cpu":  # mapped anew, without the pages that the head was copied from
-            return read_tensor(source, EMBEDDING, shape), head
+            return read_table(source, shape, builder.dtype), head
         return self._stack([EMBEDDING], [shape]), head
 
     def _draft_head(self, tokens: Tensor | None) -> AnyLinear:
@@ -309,13 +320,13 @@ class _Loader(Generic[AnyLinear]):
     def _stack(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> Tensor:
         """Tensors of the checkpoint one below the other, each copied straight into its place."""
         if len(names) == 1 and self._builder.copies(shapes[0][1]):
-            tensor = read_tensor(self._source, names[0], shapes[0])
-            if tensor.dtype == self._builder.dtype:  # packed from the file itself
-                return tensor
+            stored = self._source.stored(names[0])
+            if stored.mapped and stored.dtype == self._builder.dtype:  # packed from the file itself
+                return read_tensor(self._source, names[0], shapes[0])
         rows = [shape[0] for shape in shapes]
         stack = self._empty(sum(rows), shapes[0][1])
         for name, shape, place in zip(names, shapes, torch.split(stack, rows), strict=True):
-            place.copy_(read_tensor(self._source, name, shape))
+            fill(place, self._source, name, shape)
         return stack
 
     def _empty(self, outputs: int, inputs: int) -> Tensor:

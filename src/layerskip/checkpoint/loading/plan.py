@@ -8,6 +8,8 @@ import torch
 
 from layerskip.checkpoint.loading.adapters import AdapterSet
 from layerskip.checkpoint.loading.config import LoadingConfig
+from layerskip.checkpoint.loading.memory.plan import loading_memory
+from layerskip.checkpoint.loading.memory.weights import weights_of
 from layerskip.checkpoint.loading.placement import (
     check_compute,
     choose_context,
@@ -17,13 +19,12 @@ from layerskip.checkpoint.loading.placement import (
     choose_rounds,
 )
 from layerskip.checkpoint.loading.quantization import check_quantization
-from layerskip.checkpoint.loading.tensors import TensorSource, check_names, parameter_count, weight_bytes
+from layerskip.checkpoint.loading.tensors import TensorSource, check_names
 from layerskip.checkpoint.loading.vocabulary import frequent_tokens
 from layerskip.errors import InvalidArgumentError, OutOfMemoryError
 from layerskip.machine import free_memory
 from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.graphs.compiled import RoundMode
-from layerskip.model.rope import rope_bytes
 from layerskip.text.tokenizer import Tokenizer
 
 NetworkKind = Literal["torch", "native"]
@@ -109,7 +110,7 @@ class LoadableCheckpoint(Protocol):
 
 
 def plan_loading(checkpoint: LoadableCheckpoint, config: LoadingConfig) -> LoadingPlan:
-    """Decide how a checkpoint is loaded on this machine.
+    """Decide how a checkpoint is loaded on this machine, and check that it fits.
 
     Args:
         checkpoint: What to load.
@@ -121,6 +122,13 @@ def plan_loading(checkpoint: LoadableCheckpoint, config: LoadingConfig) -> Loadi
         OutOfMemoryError: The weights don't fit.
         CheckpointError: The tensors aren't those of the configuration, or a file can't be read.
     """
+    plan = choose_plan(checkpoint, config)
+    _check_memory(checkpoint, plan)
+    return plan
+
+
+def choose_plan(checkpoint: LoadableCheckpoint, config: LoadingConfig) -> LoadingPlan:
+    """Decide how a checkpoint is loaded, however much memory there is; raises as `plan_loading`."""
     network_config = checkpoint.network_config
     check_names(network_config, checkpoint.weights.names())
     device = choose_device(config.device)
@@ -132,7 +140,7 @@ def plan_loading(checkpoint: LoadableCheckpoint, config: LoadingConfig) -> Loadi
         if value is not None:
             check_quantization(name, value, native=native, device=device, dtype=dtype)
     check_compute(config.compute, native=native)
-    plan = LoadingPlan(
+    return LoadingPlan(
         device=device,
         dtype=dtype,
         context=context,
@@ -143,8 +151,6 @@ def plan_loading(checkpoint: LoadableCheckpoint, config: LoadingConfig) -> Loadi
         draft=_draft_weights(checkpoint, config),
         adapters=checkpoint.find_exit_adapters(config.exit_adapters),
     )
-    _check_memory(checkpoint, plan)
-    return plan
 
 
 def _draft_weights(checkpoint: LoadableCheckpoint, config: LoadingConfig) -> DraftWeights | None:
@@ -175,15 +181,12 @@ def _draft_tokens(checkpoint: LoadableCheckpoint, count: int, text: str | Path |
 
 
 def _check_memory(checkpoint: LoadableCheckpoint, plan: LoadingPlan) -> None:
-    """Raise `OutOfMemoryError` unless weights and rotary tables fit into what is free."""
-    config = checkpoint.network_config
-    if plan.quantize is None:
-        needed = weight_bytes(config, checkpoint.weights, plan.dtype, keeps_blocks=plan.keeps_blocks)
-    else:
-        needed = parameter_count(config)  # a byte each
-    needed += sum(rope_bytes(rope, plan.context, plan.dtype) for rope in config.ropes.values())
+    """Raise `OutOfMemoryError` unless loading fits into what is free."""
     free = free_memory(plan.device)
-    if free is not None and needed > free:
+    if free is None:
+        return
+    needed = loading_memory(weights_of(checkpoint.network_config, checkpoint.weights, plan)).peak
+    if needed > free:
         raise OutOfMemoryError(
             f"{checkpoint.name} needs {needed / 2**30:.2f} GiB in {plan.dtype} and {free / 2**30:.2f} GiB are free on "
             f"{plan.device}; use a 16-bit dtype, a smaller model or another device"

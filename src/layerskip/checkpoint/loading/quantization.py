@@ -76,6 +76,24 @@ def quantize_linear(weight: Tensor, bias: Tensor | None, quantize: str) -> Dense
     return DenseLinear(layer.weight.detach(), bias, num_bytes=weight.numel() * bits // 8)
 
 
+def quantized_bytes(quantize: str, outputs: int, inputs: int, dtype: torch.dtype) -> int:
+    """Bytes of a weight that `quantize_linear` makes.
+
+    Args:
+        quantize: A key of `QUANTIZATIONS`.
+        outputs: O.
+        inputs: I.
+        dtype: Of the network.
+    """
+    match quantize:
+        case "int8":  # scales, and zeros of a byte
+            return outputs * (inputs + dtype.itemsize + 1)
+        case "int4":  # scale and zero of each group
+            return outputs * (inputs // 2 + inputs // GROUP * 2 * dtype.itemsize)
+        case _:
+            return outputs * (inputs + 4)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence warnings: torchao names its parts that this machine can't load, and none of them is needed here."""

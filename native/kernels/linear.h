@@ -54,6 +54,9 @@ void unpack_block(const uint8_t* block, int32_t format, float* to);
 // Bytes of a block.
 int64_t block_bytes(int32_t format);
 
+// Bytes of an output of a weight for `pack_blocks`: whole blocks, or for int8 a float scale and the numbers.
+int64_t blocks_row_bytes(int32_t format, int64_t inputs);
+
 // Whether float16 holds all of these numbers exactly.
 bool fits_float16(const float* numbers, int64_t count);
 

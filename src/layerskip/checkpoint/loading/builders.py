@@ -195,10 +195,12 @@ class NativeBuilder:
             bias = interleave(bias)
         if not isinstance(weight, Tensor):
             blocks = _halves(weight) if ours == "gate_up" else [stacked(weight)]
+            if ours == "down":
+                blocks = [blocks[0].padded(PANEL)]
             return NativeLinear(*blocks, bias=bias, compute=self.compute, memory=self.memory)
+        storage = native_storage(self.quantize, weight.shape[1])
         if ours == "down" and weight.shape[1] % PANEL:  # as many inputs as gate and up have outputs
             weight = F.pad(weight, (0, -weight.shape[1] % PANEL))
-        storage = native_storage(self.quantize, weight.shape[1])
         tensors = weight.chunk(2) if ours == "gate_up" else [weight]
         return NativeLinear(*tensors, bias=bias, storage=storage, compute=self.compute, memory=self.memory)
 

@@ -26,7 +26,7 @@ from layerskip.checkpoint.loading.tensors import (
     stored_shapes,
 )
 from layerskip.errors import InvalidArgumentError
-from layerskip.model.blocks import BlockWeight
+from layerskip.model.blocks import WIDENED, BlockWeight
 from layerskip.model.config.families import FAMILIES
 from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.decoder import Decoder, LayerCalls
@@ -270,6 +270,7 @@ class _Loader(Generic[AnyLinear]):
 
     def _layer(self, prefix: str) -> LayerWeights[AnyLinear]:
         """All weights of a layer, whose tensors' names begin with `prefix`."""
+        return_freed_memory()  # of the layer before; else the heap grows with every weight that is computed
         stored = FAMILIES[self._config.model_type].weights
         names = {ours: [f"{prefix}.{name}" for name in theirs] for ours, theirs in stored.items()}
         shapes = {ours: stored_shapes(self._config, ours, len(theirs)) for ours, theirs in stored.items()}
@@ -308,7 +309,7 @@ class _Loader(Generic[AnyLinear]):
     def _blocks(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> tuple[BlockWeight, ...] | None:
         """A weight's tensors in blocks of one format; None where no format has them all, or blocks aren't kept."""
         formats = {self._source.block_format(name) for name in names}
-        if not self._builder.keeps_blocks or None in formats or (len(formats) > 1 and "q4_1" in formats):
+        if not self._builder.keeps_blocks or None in formats or (len(formats) > 1 and not formats <= WIDENED):
             return None
         weights = []
         for name, shape in zip(names, shapes, strict=True):

@@ -24,7 +24,7 @@ from layerskip.checkpoint.loading.tensors import (
     has_bias,
     stored_shapes,
 )
-from layerskip.model.blocks import BlockFormat, block_bytes
+from layerskip.model.blocks import WIDENED, BlockFormat, block_bytes
 from layerskip.model.config.families import FAMILIES
 from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.native.library import PANEL
@@ -289,7 +289,7 @@ class _Weights:
             passing = self._passing(stored, dtype, copy) if self._copies(inputs) else self._reading(stored)
             return WeightBytes(part=part, format=_name(dtype), kept=copy, passing=passing)
         kept = quantized_bytes(self._quantize, outputs, inputs, dtype)
-        work = 2 * copy  # scaled, then rounded numbers
+        work = copy  # scaled numbers
         return WeightBytes(
             part=part, format=self._quantize, kept=kept, passing=self._passing(stored, dtype, kept, work)
         )
@@ -310,7 +310,7 @@ class _Weights:
             return None
         if len(formats) == 1:
             return next(iter(formats))
-        return None if "q4_1" in formats else "q8_0"
+        return "q8_0" if formats <= WIDENED else None
 
     def _reading(self, stored: Sequence[StoredTensor]) -> int:
         """Bytes of the file's pages, or of what is computed from them, while tensors are copied one after the other."""

@@ -44,7 +44,8 @@ int64_t packed_bytes(int32_t inputs, int32_t outputs, int32_t format);
 // Scales are written in formats that have some.
 void pack(const float* weight, int64_t inputs, int count, int32_t format, void* panels, void* scales, int64_t panel);
 
-// Lay out one panel from weight [count, I / 32] blocks of a GGUF file (q8_0, q4_0 or q4_1).
+// Lay out one panel from weight [count, I / 32] blocks (q8_0, q4_0 or q4_1 of GGUF files, or int4), or from rows of
+// int8.
 void pack_blocks(const uint8_t* weight, int64_t inputs, int count, int32_t format, void* panels, void* scales,
                  int64_t panel);
 

@@ -185,7 +185,7 @@ void pack_blocks(const uint8_t* weight, int64_t inputs, int count, int32_t forma
     const int64_t groups = inputs / kGroup, bytes = block_bytes(format);
     const int halves = format == kQ4_1 ? 2 : 1;  // scale, and minimum
     const uint8_t sign = format == kInt4 ? 8 : 0;  // blocks have numbers + 8, panels two's complement
-    const std::vector<uint8_t> zeros(bytes);  // a scale of zero, whatever the numbers
+    const std::vector<uint8_t> zeros(bytes);
     for (int64_t group = 0; group < groups; ++group) {
         const int64_t at = panel * groups + group;
         uint16_t* to = static_cast<uint16_t*>(scales) + at * halves * kPanel;
@@ -194,7 +194,7 @@ void pack_blocks(const uint8_t* weight, int64_t inputs, int count, int32_t forma
             const int64_t place = format == kInt4 ? bfloat16_place(j) : j;
             for (int half = 0; half < halves; ++half) std::memcpy(to + half * kPanel + place, block + 2 * half, 2);
             uint8_t numbers[kGroup];
-            for (int i = 0; i < kGroup; ++i) numbers[i] = number_of(block + 2 * halves, i, format) ^ sign;
+            for (int i = 0; i < kGroup; ++i) numbers[i] = number_of(block + 2 * halves, i, format) ^ (j < count ? sign : 0);
             if (format != kQ8_0) {
                 place_nibbles(numbers, j, static_cast<Nibbles::Unit*>(panels) + at * kGroup / Nibbles::kInputs);
                 continue;

@@ -111,7 +111,12 @@ def describe(kind: str, bits: int, group_size: int | None, *, symmetric: bool, *
         return {"quant_method": "compressed-tensors", "format": kind, "config_groups": groups, "ignore": ["lm_head"]}
     if kind == "torchao":
         type_ = "Int8WeightOnlyConfig" if group_size is None and symmetric else "IntxWeightOnlyConfig"
-        return {"quant_method": kind, "quant_type": {"default": {"_type": type_, "_data": {}, "_version": 1}}}
+        mapping = "SYMMETRIC" if symmetric else "ASYMMETRIC"
+        data = {
+            "weight_dtype": {"_type": "torch.dtype", "_data": f"int{bits}"},
+            "mapping_type": {"_type": "MappingType", "_data": mapping},
+        }
+        return {"quant_method": kind, "quant_type": {"default": {"_type": type_, "_data": data, "_version": 2}}}
     size = -1 if group_size is None else group_size
     return {"quant_method": kind, "bits": bits, "group_size": size, "sym": symmetric, "desc_act": False, **changes}
 

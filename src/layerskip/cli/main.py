@@ -29,6 +29,7 @@ COMMANDS = {
     "report": "turn finished runs into pages, and compare them",
     "train": "train a model whose early layers can predict",
     "inspect": "show what a checkpoint is and which exits it offers",
+    "quantize": "save a checkpoint in fewer bits, and show what that changes",
     "demo": "see the embedded model draft and verify",
 }
 MEASURING = ("verify", "benchmark", "sweep", "eval", "report", "inspect")

@@ -91,7 +91,7 @@ class BlockWeight:
 
 def int8_rows(numbers: Tensor, scales: Tensor) -> BlockWeight:
     """Signed bytes [O, I] and a scale for each row [O] as `int8`."""
-    scale_bytes = scales.float().reshape(-1, 1).contiguous().view(torch.uint8)
+    scale_bytes = scales.float().flatten().view(torch.uint8).view(-1, ROW_SCALE_BYTES)
     return BlockWeight("int8", torch.cat([scale_bytes, numbers.view(torch.uint8)], 1))
 
 
@@ -109,7 +109,7 @@ def in_blocks(format_: BlockFormat, numbers: Tensor, scales: Tensor) -> BlockWei
     else:
         shifted = (blocks + 8).view(torch.uint8)
         content = shifted[..., : BLOCK // 2] | shifted[..., BLOCK // 2 :] << 4
-    scale_bytes = scales.contiguous().view(torch.uint8).reshape(*scales.shape, 2)
+    scale_bytes = scales.flatten().view(torch.uint8).view(*scales.shape, 2)
     return BlockWeight(format_, torch.cat([scale_bytes, content], -1).flatten(1))
 
 

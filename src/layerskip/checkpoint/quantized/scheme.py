@@ -165,7 +165,20 @@ def _torchao(given: Mapping[str, Any]) -> Layout:
     default = type_.get("default") if isinstance(type_, Mapping) and set(type_) == {"default"} else None
     if not isinstance(default, Mapping) or default.get("_type") not in TORCHAO_TYPES:
         raise _refused("quant_type", default.get("_type") if isinstance(default, Mapping) else type_)
-    return Layout(kind="torchao", bits=8, group_size=None, symmetric=default["_type"] == "Int8WeightOnlyConfig")
+    if default["_type"] == "Int8WeightOnlyConfig":
+        return Layout(kind="torchao", bits=8, group_size=None, symmetric=True)
+    width, mapping = (_torchao_name(default, key) for key in ("weight_dtype", "mapping_type"))
+    if re.fullmatch("int[1-8]", width) is None:
+        raise _refused("weight_dtype", width)
+    bits = 4 if int(width[3:]) <= 4 else 8
+    return Layout(kind="torchao", bits=bits, group_size=None, symmetric=mapping == "SYMMETRIC")
+
+
+def _torchao_name(given: Mapping[str, Any], key: str) -> str:
+    """Name of a type or a value that torchao has written as an object."""
+    data = given.get("_data")
+    value = data.get(key) if isinstance(data, Mapping) else None
+    return str(value.get("_data")) if isinstance(value, Mapping) else str(value)
 
 
 def _bits(given: Mapping[str, Any], key: str) -> int:

@@ -57,6 +57,10 @@ def test_a_module_without_a_target_is_named() -> None:
         (describe("gptq", 4, 0, symmetric=True), "group_size 0"),
         (describe("awq", 4, 128, symmetric=False, version="gemv"), "version 'gemv'"),
         ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4WeightOnlyConfig"}}}, "Int4WeightOnly"),
+        (
+            {"quant_method": "torchao", "quant_type": {"default": {"_type": "IntxWeightOnlyConfig"}}},
+            "weight_dtype 'None'",
+        ),
         ({"quant_method": "torchao", "quant_type": "int4_weight_only"}, "quant_type 'int4_weight_only'"),
     ],
 )

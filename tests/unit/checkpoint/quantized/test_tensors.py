@@ -40,7 +40,8 @@ KINDS: list[tuple[str, dict[str, Any], str | None]] = [
     ("awq", {"bits": 4, "group_size": 64, "symmetric": False}, "int8"),  # one group
     ("torchao", {"bits": 8, "group_size": None, "dtype": BF16}, "int8"),
     ("torchao", {"bits": 8, "group_size": None, "dtype": BF16, "symmetric": False}, None),
-    ("torchao", {"bits": 4, "group_size": 32, "dtype": BF16}, None),
+    ("torchao", {"bits": 4, "group_size": 32, "dtype": BF16}, "int4"),
+    ("torchao", {"bits": 4, "group_size": 32, "dtype": F16, "symmetric": False}, "q8_0"),
 ]
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 NAME = "model.layers.1.mlp.gate_proj.weight"

@@ -26,6 +26,7 @@ from layerskip.model.native.network import NativeNetwork
 from layerskip.model.rope import RopeTable
 from layerskip.model.torch.linear import AnyLinear, DenseLinear, Linear, make_linear, packs
 from layerskip.model.torch.network import LayerWeights, TorchNetwork
+from layerskip.model.torch.offload import HostLinear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +157,23 @@ class TorchBuilder:
     def for_drafts(self, quantize: str | None) -> "TorchBuilder":
         """The same with these bits."""
         return replace(self, quantize=quantize, rounds=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostBuilder(TorchBuilder):
+    """Makes layers that stay in the CPU's memory."""
+
+    target: torch.device
+    """Where they are copied to as they run."""
+
+    def copies(self, inputs: int) -> bool:
+        """Weights are kept as they are given."""
+        return False
+
+    def linear(self, ours: str, weight: Tensor | Sequence[BlockWeight], bias: Tensor | None = None) -> Linear:
+        """The weight, for a product on the device."""
+        assert isinstance(weight, Tensor), "this builder doesn't keep blocks"
+        return HostLinear(weight, bias, self.target)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,6 +43,9 @@ class LoadingConfig:
     """A text file in which tokens are counted to find the most frequent; the tokenizer's order if not given."""
     exit_adapters: str | Path | None = "auto"
     """A folder with exit adapters, trained for this very model; auto: those that lie with the model; None: none."""
+    device_memory: str | None = None
+    """Memory of the device to use at most, such as 20GiB: layers beyond it stay in the CPU's memory and are copied to
+    the device as they run. For models that don't fit; with torch's kernels only."""
     compile: Compile = "auto"
     """Whole greedy rounds: auto: CUDA graphs on CUDA; max: torch.compile as well, also on a CPU; off: neither.
     torch.compile takes minutes for each shape, and on a CPU native kernels are faster than what it makes."""
@@ -57,6 +60,8 @@ class LoadingConfig:
             value = getattr(self, name)
             if not isinstance(value, str) and not (value is None and name.startswith("quantize")):
                 raise InvalidArgumentError(f"{name} must be a text, got {value!r}")
+        if self.device_memory is not None and not isinstance(self.device_memory, str):
+            raise InvalidArgumentError(f"device_memory must be a text such as '20GiB', got {self.device_memory!r}")
         for name in ("max_context", "draft_vocabulary"):
             value = getattr(self, name)
             if value is not None:  # numpy's numbers too

@@ -3,6 +3,7 @@
 Shapes: O output width, I input width, D width, V vocabulary, N tokens among which drafts are chosen.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Generic
@@ -11,7 +12,13 @@ import torch
 from torch import Tensor
 
 from layerskip.checkpoint.loading.adapters import AdapterDescription, AdapterSet, read_token_ids, tensor_name
-from layerskip.checkpoint.loading.builders import NativeBuilder, NetworkBuilder, SharedWeights, TorchBuilder
+from layerskip.checkpoint.loading.builders import (
+    HostBuilder,
+    NativeBuilder,
+    NetworkBuilder,
+    SharedWeights,
+    TorchBuilder,
+)
 from layerskip.checkpoint.loading.plan import DraftWeights, LoadingPlan
 from layerskip.checkpoint.loading.tensors import (
     EMBEDDING,
@@ -34,9 +41,11 @@ from layerskip.model.native.memory import map_private, return_freed_memory
 from layerskip.model.positions import DISTANCES
 from layerskip.model.rope import RopeTable
 from layerskip.model.torch.fusion import Fusion
-from layerskip.model.torch.linear import AnyLinear
+from layerskip.model.torch.linear import AnyLinear, Linear
 from layerskip.model.torch.network import LayerWeights
+from layerskip.model.torch.offload import OffloadedLayers
 
+logger = logging.getLogger(__name__)
 MATRICES = ("qkv", "o", "gate_up", "down")
 NORMS = ("attention_norm", "q_norm", "k_norm", "post_attention_norm", "mlp_norm", "post_mlp_norm")
 
@@ -74,6 +83,8 @@ def _load(config: ModelConfig, source: TensorSource, plan: LoadingPlan) -> Decod
                 "give quantize int8 or int4 too, or a GGUF file in Q8_0, Q4_0 or Q4_1"
             )
         return decoder
+    if plan.resident_layers is not None:
+        return _OffloadingLoader(config, source, TorchBuilder.of(plan)).load(plan)
     return _Loader(config, source, TorchBuilder.of(plan)).load(plan)
 
 
@@ -102,8 +113,7 @@ class _Loader(Generic[AnyLinear]):
         config = self._config
         embedding, head = self._tables()
         adapters = [] if plan.adapters is None else self._read_adapters(plan.adapters, plan)
-        layers = [self._layer(f"model.layers.{index}") for index in range(config.num_layers)]
-        layers += [adapter.layer for adapter in adapters]
+        layers = self._layers(plan, [adapter.layer for adapter in adapters])
         shared = SharedWeights(
             config=config,
             embedding=embedding,
@@ -121,6 +131,10 @@ class _Loader(Generic[AnyLinear]):
         for adapter in adapters:
             self._set_adapter(decoder, shared, layers, drafting, head, plan, adapter)
         return decoder
+
+    def _layers(self, plan: LoadingPlan, others: list[LayerWeights[AnyLinear]]) -> Sequence[LayerWeights[AnyLinear]]:
+        """All layers, and others (of exit adapters) behind them."""
+        return [*(self._layer(f"model.layers.{index}") for index in range(self._config.num_layers)), *others]
 
     def _read_adapters(self, adapters: AdapterSet, plan: LoadingPlan) -> list[_Adapter[AnyLinear]]:
         """The weights of all exit adapters, in the bits of drafts."""
@@ -342,3 +356,27 @@ class _Loader(Generic[AnyLinear]):
             return torch.empty(outputs, inputs, dtype=dtype, device=device)
         memory = map_private(outputs * inputs * dtype.itemsize)
         return torch.frombuffer(memory, dtype=dtype).view(outputs, inputs)
+
+
+class _OffloadingLoader(_Loader[Linear]):
+    """Leaves the last layers in the CPU's memory."""
+
+    def _layers(self, plan: LoadingPlan, others: list[LayerWeights[Linear]]) -> Sequence[LayerWeights[Linear]]:
+        first, last = plan.resident_layers, self._config.num_layers
+        assert first is not None
+        builder = HostBuilder(device=torch.device("cpu"), dtype=plan.dtype, target=plan.device)
+        host = _Loader[Linear](self._config, self._source, builder)
+        layers = [
+            (self if index < first else host)._layer(f"model.layers.{index}")
+            for index in range(self._config.num_layers)
+        ]
+        offloaded = OffloadedLayers([*layers, *others], first, last, plan.device)
+        logger.warning(
+            "device_memory: %d of %d layers stay in the CPU's memory; %.2f GB are copied for each pass through them, "
+            "which takes about %.3f s",
+            last - first,
+            last,
+            offloaded.num_bytes / 1e9,
+            offloaded.seconds(),
+        )
+        return offloaded

@@ -1,6 +1,6 @@
 """The options of loading, held against a checkpoint and this machine: what will be built, decided and checked once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -8,7 +8,7 @@ import torch
 
 from layerskip.checkpoint.loading.adapters import AdapterSet
 from layerskip.checkpoint.loading.config import LoadingConfig
-from layerskip.checkpoint.loading.memory.plan import loading_memory
+from layerskip.checkpoint.loading.memory.plan import device_bytes, largest, loading_memory, run_bytes
 from layerskip.checkpoint.loading.memory.weights import weights_of
 from layerskip.checkpoint.loading.placement import (
     check_compute,
@@ -21,6 +21,7 @@ from layerskip.checkpoint.loading.placement import (
 from layerskip.checkpoint.loading.quantization import check_quantization
 from layerskip.checkpoint.loading.tensors import TensorSource, check_names
 from layerskip.checkpoint.loading.vocabulary import frequent_tokens
+from layerskip.checks import memory_size
 from layerskip.errors import InvalidArgumentError, OutOfMemoryError
 from layerskip.machine import free_memory
 from layerskip.model.config.model_config import ModelConfig
@@ -64,6 +65,9 @@ class LoadingPlan:
     """Other weights to draft with; None: the same."""
     adapters: AdapterSet | None = None
     """Exit adapters, which were trained for this checkpoint."""
+
+    resident_layers: int | None = None
+    """Layers that are on the device; the others stay in the CPU's memory. None: all."""
 
     @property
     def keeps_blocks(self) -> bool:
@@ -134,13 +138,16 @@ def choose_plan(checkpoint: LoadableCheckpoint, config: LoadingConfig) -> Loadin
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device, checkpoint.raw_config)
     context = choose_context(network_config, config.max_context)
-    rounds = choose_rounds(config.compile, config.kernels, device)
-    native = choose_kernels(config.kernels, network_config, device, dtype) and rounds is None
+    limit = None if config.device_memory is None else memory_size("device_memory", config.device_memory)
+    if limit is not None:
+        _check_offloading(config)
+    rounds = choose_rounds(config.compile, config.kernels, device) if limit is None else None
+    native = choose_kernels(config.kernels, network_config, device, dtype) and rounds is None and limit is None
     for name, value in (("quantize", config.quantize), ("quantize_draft", config.quantize_draft)):
         if value is not None:
             check_quantization(name, value, native=native, device=device, dtype=dtype)
     check_compute(config.compute, native=native)
-    return LoadingPlan(
+    plan = LoadingPlan(
         device=device,
         dtype=dtype,
         context=context,
@@ -151,6 +158,39 @@ def choose_plan(checkpoint: LoadableCheckpoint, config: LoadingConfig) -> Loadin
         draft=_draft_weights(checkpoint, config),
         adapters=checkpoint.find_exit_adapters(config.exit_adapters),
     )
+    return plan if limit is None else _within(checkpoint, plan, limit)
+
+
+def _check_offloading(config: LoadingConfig) -> None:
+    """Raise `InvalidArgumentError` if options don't go together with layers in the CPU's memory."""
+    wrong = {"kernels": "native", "compile": "max"}
+    for name in ("kernels", "compile", "quantize", "quantize_draft"):
+        value = getattr(config, name)
+        if value is not None and value == wrong.get(name, value):
+            raise InvalidArgumentError(
+                f"device_memory keeps layers in the CPU's memory as torch has them, and {name} {value!r} needs them in "
+                "another form; leave one of them out"
+            )
+
+
+def _within(checkpoint: LoadableCheckpoint, plan: LoadingPlan, limit: int) -> LoadingPlan:
+    """The plan with as many layers on the device as fit, beside a cache for one sequence of the whole context."""
+    config = checkpoint.network_config
+    running = run_bytes(config, plan)
+
+    def needed(layers: int) -> int:
+        resident = layers if layers < config.num_layers else None
+        return device_bytes(weights_of(config, checkpoint.weights, replace(plan, resident_layers=resident))) + running
+
+    if needed(config.num_layers) <= limit:
+        return plan
+    if needed(0) > limit:
+        raise OutOfMemoryError(
+            f"device_memory {limit / 2**30:.2f} GiB is too little for {checkpoint.name}: without any layer, embedding, "
+            f"head, buffers for two layers and a cache of {plan.context} tokens need {needed(0) / 2**30:.2f} GiB; give "
+            "more, or a smaller max_context"
+        )
+    return replace(plan, resident_layers=largest(lambda layers: needed(layers) <= limit, config.num_layers - 1))
 
 
 def _draft_weights(checkpoint: LoadableCheckpoint, config: LoadingConfig) -> DraftWeights | None:

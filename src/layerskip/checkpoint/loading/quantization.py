@@ -13,6 +13,7 @@ from torch import Tensor
 
 from layerskip.errors import InvalidArgumentError
 from layerskip.model.native.library import GROUP
+from layerskip.model.native.memory import return_freed_memory
 from layerskip.model.torch.linear import DenseLinear
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def quantize_linear(weight: Tensor, bias: Tensor | None, quantize: str) -> Dense
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     quantize_(nn.Sequential(layer), _torchao_config(quantize))
+    return_freed_memory()  # of what torchao computes on the way, several times the weight
     bits = 4 if quantize == "int4" else 8
     return DenseLinear(layer.weight.detach(), bias, num_bytes=weight.numel() * bits // 8)
 

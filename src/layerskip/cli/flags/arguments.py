@@ -55,6 +55,7 @@ class ModelArguments(LoadingConfig, NamedModel):
     """Which model, and how to load it."""
 
     device: Annotated[str, arg(metavar="DEVICE")] = "auto"
+    device_memory: Annotated[str | None, arg(metavar="SIZE")] = None
     draft_vocabulary: Annotated[int | None, arg(metavar="N")] = None
     draft_text: Annotated[Path | None, arg(metavar="FILE")] = None
     exit_adapters: Annotated[str | Path | None, arg(metavar="DIR")] = "auto"

@@ -72,7 +72,7 @@ class TorchNetwork:
             head: D -> V.
         """
         self.config = config
-        self.layers = list(layers)
+        self.layers = layers
         self.final_norm = final_norm
         self.head = head
         self._on_cpu = final_norm.device.type == "cpu"

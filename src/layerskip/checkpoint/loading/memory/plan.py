@@ -7,8 +7,8 @@ compares it with what processes were measured to need.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from layerskip.checkpoint.loading.memory.running import cache_bytes, working_bytes
-from layerskip.checkpoint.loading.memory.weights import PlannedNetwork, WeightBytes, weights_of
+from layerskip.checkpoint.loading.memory.running import CHUNK, cache_bytes, working_bytes
+from layerskip.checkpoint.loading.memory.weights import HOST_PART, PlannedNetwork, WeightBytes, weights_of
 from layerskip.checkpoint.loading.tensors import TensorSource
 from layerskip.model.config.model_config import ModelConfig
 
@@ -131,10 +131,23 @@ def plan_memory(
         working=working(batch_size, context),
         needed=needed(batch_size, context),
         free=free,
-        largest_batch=None if free is None else _most(lambda rows: needed(rows, context) <= free),
-        longest_context=None if free is None else _most(lambda tokens: needed(1, tokens) <= free, context),
+        largest_batch=None if free is None else largest(lambda rows: needed(rows, context) <= free),
+        longest_context=None if free is None else largest(lambda tokens: needed(1, tokens) <= free, context),
         ranks=tuple(plan_rank(config, source, plan, ranks) for ranks in RANKS if divides(config, ranks)),
     )
+
+
+def device_bytes(weights: Sequence[WeightBytes]) -> int:
+    """Bytes of weights on the device, where some layers stay in the CPU's memory."""
+    return sum(weight.kept for weight in weights if weight.part != HOST_PART)
+
+
+def run_bytes(config: ModelConfig, plan: PlannedNetwork) -> int:
+    """Bytes of the cache for one sequence of the whole context, and of reading it."""
+    config, context = with_adapters(config, plan), plan.context
+    chunk, native = min(CHUNK, context), plan.network == "native"
+    work = working_bytes(config, plan.dtype, native=native, rows=1, chunk=chunk, tokens=context)
+    return cache_bytes(config, plan.dtype, 1, context) + work
 
 
 def with_adapters(config: ModelConfig, plan: PlannedNetwork) -> ModelConfig:
@@ -187,7 +200,7 @@ def grouped(weights: Sequence[WeightBytes]) -> tuple[WeightBytes, ...]:
     return tuple(groups.values())
 
 
-def _most(fits: Callable[[int], bool], limit: int = 2**20) -> int:
+def largest(fits: Callable[[int], bool], limit: int = 2**20) -> int:
     """The largest number up to a limit that fits; 0 if not even 1 does."""
     low, high = 0, limit
     while low < high:

@@ -13,6 +13,8 @@ NATIVE_BLOCK = 64
 NATIVE_PARTIALS = 2**21
 """Numbers of partial attention (`kPartialFloats` of native/kernels/attention.h)."""
 FLOAT_BYTES = 4
+CHUNK = 1024
+"""Tokens of a prompt that are read at once (`PREFILL_CHUNK` of decoding/rounds/plain.py)."""
 
 
 def cache_bytes(config: ModelConfig, dtype: torch.dtype, rows: int, tokens: int) -> int:

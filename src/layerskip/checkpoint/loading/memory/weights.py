@@ -34,6 +34,8 @@ from layerskip.model.rope import rope_bytes
 from layerskip.model.torch.linear import packs
 
 FLOAT_BYTES = 4
+HOST_PART = "layers in the CPU's memory"
+"""Part of the weights that is not on the device; only counted where the device is the CPU."""
 
 
 class PlannedWeights(Protocol):
@@ -89,6 +91,11 @@ class PlannedNetwork(Protocol):
         ...
 
     @property
+    def resident_layers(self) -> int | None:
+        """Layers on the device; the others stay in the CPU's memory."""
+        ...
+
+    @property
     def adapters(self) -> AdapterSet | None:
         """Exit adapters."""
         ...
@@ -122,8 +129,10 @@ def weights_of(config: ModelConfig, source: TensorSource, plan: PlannedNetwork) 
     items = [*own.tables()]
     if plan.adapters is not None:
         items += _adapters(config, plan, plan.adapters)
-    for index in range(config.num_layers):
+    for index in range(config.num_layers if plan.resident_layers is None else plan.resident_layers):
         items += own.layer(f"model.layers.{index}", "layers")
+    if plan.resident_layers is not None:
+        items += _offloaded(own, config, plan, plan.resident_layers)
     items.append(WeightBytes(part="norms", format="float32", kept=config.hidden_size * FLOAT_BYTES))
     items += _ropes(config, plan)
     if plan.draft is not None:
@@ -133,6 +142,16 @@ def weights_of(config: ModelConfig, source: TensorSource, plan: PlannedNetwork) 
             bits = _Weights(config, source, plan, _adapter_bits(plan))
             items.append(bits.head("exit adapters", adapter.vocabulary_size))
     return items
+
+
+def _offloaded(own: "_Weights", config: ModelConfig, plan: PlannedNetwork, first: int) -> Iterator[WeightBytes]:
+    """Layers in the CPU's memory, from layer `first` on, and two buffers on the device."""
+    layer = [item for item in own.layer(f"model.layers.{first}", "layers") if item.part == "layers"]
+    size = sum(item.kept for item in layer)
+    on_host = (config.num_layers - first) * size
+    form = _name(plan.dtype)
+    yield WeightBytes(part="layer buffers", format=form, kept=2 * size)
+    yield WeightBytes(part=HOST_PART, format=form, kept=on_host if plan.device.type == "cpu" else 0)
 
 
 def _drafts(
@@ -274,13 +293,13 @@ class _Weights:
             stored: The checkpoint's tensors.
             dtype: Of the numbers.
             kept: Bytes of the copy.
-            work: Bytes that making it takes besides.
+            work: Bytes of what it is made through, which is gone when the copy is there.
         """
         reading = self._reading(stored)
         if len(stored) == 1 and stored[0].mapped and stored[0].dtype == dtype:  # made from the file itself
-            return reading + work
+            return reading + max(work - kept, 0)
         numbers = sum(prod(tensor.shape) for tensor in stored) * dtype.itemsize
-        return numbers + max(reading - kept, work)
+        return numbers + max(reading - kept, work - kept, 0)
 
     def _torch_linear(self, part: str, outputs: int, inputs: int, stored: Sequence[StoredTensor]) -> WeightBytes:
         dtype = self._plan.dtype

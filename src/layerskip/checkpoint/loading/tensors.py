@@ -16,8 +16,8 @@ from layerskip.model.config.families import FAMILIES
 from layerskip.model.config.model_config import ModelConfig
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-SLICE_BYTES = 2**22
-"""Bytes of float32 that are computed from a file's blocks at a time; it takes about four times as much for a moment."""
+SLICE_BYTES = 2**21
+"""Bytes of float32 that are computed from a file's blocks at a time; it takes several times as much for a moment."""
 
 
 @dataclass(frozen=True)

@@ -351,7 +351,7 @@ def _bytes_in_file(tensor: StoredTensor) -> int:
 
 def _computing(tensor: StoredTensor) -> int:
     """Bytes that turning a file's blocks into numbers takes, a slice at a time."""
-    return min(tensor.num_bytes + 3 * _bytes_in_file(tensor), 4 * SLICE_BYTES)
+    return min(tensor.num_bytes + 3 * _bytes_in_file(tensor), 6 * SLICE_BYTES)
 
 
 def _exact_storage(stored: Sequence[StoredTensor]) -> str:

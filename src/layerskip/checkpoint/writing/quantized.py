@@ -157,6 +157,7 @@ def _write_weights(checkpoint: Checkpoint, quantize: str, folder: Path, report: 
     def flush() -> None:
         path = folder / f"{len(files)}.safetensors"
         save_file(pending, path, metadata={"format": "pt"})
+        path.chmod(0o666 & ~_umask())  # the library lets nobody else read it
         files.append((path, list(pending)))
         pending.clear()
 

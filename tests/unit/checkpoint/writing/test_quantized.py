@@ -96,6 +96,7 @@ def test_other_files_and_exit_adapters_are_kept(
     assert lm.decoder.adapted_exits == ((1,) if exit_adapters else ())
     assert lm.generate("def f(", max_new_tokens=4)[0].text
     assert oct(output.stat().st_mode & 0o777) == oct(0o777 & ~writing._umask())
+    assert oct((output / "model.safetensors").stat().st_mode & 0o777) == oct(0o666 & ~writing._umask())
 
 
 def test_large_models_are_written_in_parts(

@@ -308,7 +308,7 @@ class _Weights:
             passing = self._passing(stored, dtype, copy) if self._copies(inputs) else self._reading(stored)
             return WeightBytes(part=part, format=_name(dtype), kept=copy, passing=passing)
         kept = quantized_bytes(self._quantize, outputs, inputs, dtype)
-        work = copy  # scaled numbers
+        work = 2 * copy  # scaled numbers, then rounded ones
         return WeightBytes(
             part=part, format=self._quantize, kept=kept, passing=self._passing(stored, dtype, kept, work)
         )
@@ -350,8 +350,8 @@ def _bytes_in_file(tensor: StoredTensor) -> int:
 
 
 def _computing(tensor: StoredTensor) -> int:
-    """Bytes that turning a file's blocks into numbers takes, a slice at a time."""
-    return min(tensor.num_bytes + 3 * _bytes_in_file(tensor), 6 * SLICE_BYTES)
+    """Bytes that turning a file's blocks into numbers takes, a slice at a time, with what the heap keeps meanwhile."""
+    return min(tensor.num_bytes + 3 * _bytes_in_file(tensor), 8 * SLICE_BYTES)
 
 
 def _exact_storage(stored: Sequence[StoredTensor]) -> str:

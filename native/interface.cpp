@@ -81,7 +81,7 @@ void layerskip_pack(const PackCall* call) {
 
 void layerskip_pack_blocks(const PackCall* call) {
     const uint8_t* weight = static_cast<const uint8_t*>(call->weight);
-    const int64_t output_bytes = call->inputs / kGroup * block_bytes(call->format);
+    const int64_t output_bytes = blocks_row_bytes(call->format, call->inputs);
     pack_panels(*call, [&](int panel, int64_t output, int count) {
         pack_blocks(weight + output * output_bytes, call->inputs, count, call->format, call->panels, call->scales,
                     panel);
@@ -115,7 +115,7 @@ void layerskip_gumbel(const uint64_t* keys, int64_t positions, int64_t token, in
                     [&](int64_t position) { gumbel(keys[position], token, count, out + position * count); });
 }
 
-int32_t layerskip_interface() { return 13; }
+int32_t layerskip_interface() { return 14; }
 
 const char* layerskip_target() { return target(); }
 

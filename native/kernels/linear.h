@@ -44,7 +44,8 @@ int64_t packed_bytes(int32_t inputs, int32_t outputs, int32_t format);
 // Scales are written in formats that have some.
 void pack(const float* weight, int64_t inputs, int count, int32_t format, void* panels, void* scales, int64_t panel);
 
-// Lay out one panel from weight [count, I / 32] blocks of a GGUF file (q8_0, q4_0 or q4_1).
+// Lay out one panel from weight [count, I / 32] blocks (q8_0, q4_0 or q4_1 of GGUF files, or int4), or from rows of
+// int8.
 void pack_blocks(const uint8_t* weight, int64_t inputs, int count, int32_t format, void* panels, void* scales,
                  int64_t panel);
 
@@ -53,6 +54,9 @@ void unpack_block(const uint8_t* block, int32_t format, float* to);
 
 // Bytes of a block.
 int64_t block_bytes(int32_t format);
+
+// Bytes of an output of a weight for `pack_blocks`: whole blocks, or for int8 a float scale and the numbers.
+int64_t blocks_row_bytes(int32_t format, int64_t inputs);
 
 // Whether float16 holds all of these numbers exactly.
 bool fits_float16(const float* numbers, int64_t count);

@@ -152,24 +152,49 @@ bool fits_bfloat16(const float* numbers, int64_t count) {
 int64_t block_bytes(int32_t format) {
     switch (format) {
         case kQ8_0: return 34;
-        case kQ4_0: return 18;
+        case kQ4_0:
+        case kInt4: return 18;
         default: return 20;
     }
 }
 
+int64_t blocks_row_bytes(int32_t format, int64_t inputs) {
+    return format == kInt8 ? sizeof(float) + inputs : inputs / kGroup * block_bytes(format);
+}
+
+namespace {
+
+// Rows of a scale and int8 numbers.
+void pack_rows(const uint8_t* weight, int64_t inputs, int count, void* panels, void* scales, int64_t panel) {
+    auto* units = static_cast<Int8::Unit*>(panels) + panel * panel_units<Int8>(inputs);
+    std::memset(units, 0, panel_units<Int8>(inputs) * sizeof *units);
+    float* to = static_cast<float*>(scales) + panel * kPanel;
+    std::fill(to, to + kPanel, 0.0f);
+    for (int64_t j = 0; j < count; ++j) {
+        const uint8_t* row = weight + j * blocks_row_bytes(kInt8, inputs);
+        std::memcpy(to + j, row, sizeof(float));
+        for (int64_t i = 0; i < inputs; ++i) place_byte(static_cast<int8_t>(row[sizeof(float) + i]), i, j, units);
+    }
+}
+
+}  // namespace
+
 void pack_blocks(const uint8_t* weight, int64_t inputs, int count, int32_t format, void* panels, void* scales,
                  int64_t panel) {
+    if (format == kInt8) return pack_rows(weight, inputs, count, panels, scales, panel);
     const int64_t groups = inputs / kGroup, bytes = block_bytes(format);
     const int halves = format == kQ4_1 ? 2 : 1;  // scale, and minimum
+    const uint8_t sign = format == kInt4 ? 8 : 0;  // blocks have numbers + 8, panels two's complement
     const std::vector<uint8_t> zeros(bytes);
     for (int64_t group = 0; group < groups; ++group) {
         const int64_t at = panel * groups + group;
         uint16_t* to = static_cast<uint16_t*>(scales) + at * halves * kPanel;
         for (int j = 0; j < kPanel; ++j) {
             const uint8_t* block = j < count ? weight + (j * groups + group) * bytes : zeros.data();
-            for (int half = 0; half < halves; ++half) std::memcpy(to + half * kPanel + j, block + 2 * half, 2);
+            const int64_t place = format == kInt4 ? bfloat16_place(j) : j;
+            for (int half = 0; half < halves; ++half) std::memcpy(to + half * kPanel + place, block + 2 * half, 2);
             uint8_t numbers[kGroup];
-            for (int i = 0; i < kGroup; ++i) numbers[i] = number_of(block + 2 * halves, i, format);
+            for (int i = 0; i < kGroup; ++i) numbers[i] = number_of(block + 2 * halves, i, format) ^ (j < count ? sign : 0);
             if (format != kQ8_0) {
                 place_nibbles(numbers, j, static_cast<Nibbles::Unit*>(panels) + at * kGroup / Nibbles::kInputs);
                 continue;

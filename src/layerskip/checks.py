@@ -1,6 +1,7 @@
 """Checks of arguments that a user gives; numbers may be Python's or numpy's."""
 
 import math
+import re
 from collections.abc import Callable
 from numbers import Real
 from operator import index
@@ -63,3 +64,19 @@ def check_text(text: str, name: str) -> None:
             "no tokenizer takes; correct the text where it comes from (in JSON, \\ud83d needs its other half beside "
             "it), or replace such halves: text.encode(errors='replace').decode()"
         ) from error
+
+
+def memory_size(name: str, value: str) -> int:
+    """Bytes of a size such as 20GiB, 20GB, 512 MiB or 1000000.
+
+    Raises:
+        InvalidArgumentError: It is no such size, or none at all.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", value, re.IGNORECASE)
+    if match is None or (match[3] and not match[2]):
+        raise InvalidArgumentError(f"{name} must be a size such as 20GiB or 512MiB, got {value!r}")
+    power = " KMGT".index(match[2].upper() or " ")
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    if size < 1:
+        raise InvalidArgumentError(f"{name} must be more than nothing, got {value!r}")
+    return size

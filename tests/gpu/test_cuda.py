@@ -1,10 +1,12 @@
 """The same guarantees on a CUDA device. Skipped where there is none."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from offloading import size_for
 
 import layerskip
 from layerskip.decoding.config import GenerationConfig
@@ -20,6 +22,7 @@ from layerskip.model.config.families import FAMILIES
 from layerskip.model.decoders.graphs import GraphDecoder
 from layerskip.model.drafts import DraftRequest
 from layerskip.model.noise import Purpose, gumbel, make_key, uniforms
+from layerskip.model.torch.offload import OffloadedLayers
 
 pytestmark = pytest.mark.gpu
 
@@ -270,3 +273,16 @@ def test_requests_join_and_leave_beside_captured_rounds(tiny_checkpoint: Any, lo
     for number, row in enumerate(rows):
         (expected,) = lm.generate([PROMPTS[number % 3]], seed=number, **options, **ways[number % 3])
         assert row.output == expected.token_ids
+
+
+def test_layers_in_the_cpus_memory_give_the_same_text(tiny_checkpoint: Callable[..., Path], device: str) -> None:
+    folder = tiny_checkpoint(hidden_size=64, intermediate_size=96, num_hidden_layers=8)
+    whole, part = (
+        layerskip.load(str(folder), device=device, kernels="torch", dtype="float32", compile="off", **options)
+        for options in ({}, {"device_memory": size_for(folder, 3, device)})
+    )
+    assert isinstance(part.decoder._network.layers, OffloadedLayers)
+    prompt = [list(range(3, 60))]
+    for way in ({}, {"exit_layer": 2, "num_speculations": 3}):
+        texts = [lm.generate(prompt, max_new_tokens=48, **way)[0].token_ids for lm in (whole, part)]
+        assert texts[0] == texts[1]

@@ -5,7 +5,7 @@ from typing import Any, Never
 import torch
 from torch import Tensor
 
-from layerskip.checkpoint.loading.tensors import Part, tensor_shapes
+from layerskip.checkpoint.loading.tensors import Part, StoredTensor, tensor_shapes
 from layerskip.model.config.families import parse_config
 from layerskip.model.config.model_config import ModelConfig
 
@@ -32,6 +32,10 @@ class Tensors:
 
     def names(self) -> frozenset[str]:
         return frozenset(self.tensors)
+
+    def stored(self, name: str) -> StoredTensor:
+        tensor = self.tensors[name]
+        return StoredTensor(shape=tuple(tensor.shape), dtype=tensor.dtype, num_bytes=tensor.nbytes, mapped=True)
 
     def get(self, name: str, part: Part | None = None) -> Tensor:
         self.read.append(name)

@@ -120,8 +120,8 @@ def test_unsupported_configs(folder: Path) -> None:
     refusal(UnsupportedModelError, folder, "'mamba'", ", ".join(sorted(FAMILIES)))
     edit_json(folder / "config.json", model_type="llama", attention_chunk_size=64)
     refusal(UnsupportedModelError, folder, "'attention_chunk_size' = 64")
-    edit_json(folder / "config.json", attention_chunk_size=None, quantization_config={"quant_method": "awq"})
-    refusal(UnsupportedModelError, folder, "quantized (awq)")
+    edit_json(folder / "config.json", attention_chunk_size=None, quantization_config={"quant_method": "bitsandbytes"})
+    refusal(UnsupportedModelError, folder, "quantized (bitsandbytes)")
 
 
 def test_config_without_a_size(folder: Path) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
+from gguf_files import convert
 from safetensors.torch import save_file
 
 from layerskip.checkpoint.checkpoint import Checkpoint
@@ -65,6 +67,8 @@ def write_checkpoint(folder: Path, *, tied: bool, width: int, num_files: int, dt
         "num_attention_heads": 16,
         "num_key_value_heads": 4,
         "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "tie_word_embeddings": tied,
     }
     folder.mkdir()
@@ -79,6 +83,75 @@ def write_checkpoint(folder: Path, *, tied: bool, width: int, num_files: int, dt
         weight_map = {name: file for file, names in files.items() for name in names}
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return Checkpoint.in_folder(folder, "").num_parameters * 4 / 2**20
+
+
+# argv: a small checkpoint; the large one; options of loading as JSON. Prints MB planned and measured: kept, and peak.
+COMPARE = """
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from layerskip.checkpoint.checkpoint import open_checkpoint
+from layerskip.checkpoint.loading.config import LoadingConfig
+from layerskip.checkpoint.loading.memory.plan import loading_memory
+from layerskip.checkpoint.loading.memory.weights import weights_of
+from layerskip.checkpoint.loading.plan import choose_plan
+from layerskip.model.native.memory import return_freed_memory
+
+torch.set_num_threads(1)
+how = LoadingConfig(device="cpu", dtype="float32", max_context=16, **json.loads(sys.argv[3]))
+
+
+def megabytes(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
+
+
+kept = open_checkpoint(sys.argv[1]).load_decoder(how)
+checkpoint = open_checkpoint(sys.argv[2])
+plan = choose_plan(checkpoint, how)
+planned = loading_memory(weights_of(checkpoint.network_config, checkpoint.weights, plan))
+return_freed_memory()
+baseline = megabytes("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+decoder = checkpoint.load_decoder(how)
+measured = megabytes("VmRSS") - baseline, megabytes("VmHWM") - baseline
+print(json.dumps([planned.kept / 2**20, planned.peak / 2**20, *measured]))
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
+@pytest.mark.skipif(load_library() is None, reason="not built")
+@pytest.mark.parametrize(
+    ("type_", "options"),
+    [
+        (None, {}),
+        (None, {"quantize": "int8"}),
+        (None, {"kernels": "torch"}),
+        ("Q8_0", {}),
+        ("Q8_0", {"quantize": "int4"}),
+        ("Q4_0", {"kernels": "torch"}),
+    ],
+)
+def test_memory_is_what_was_planned(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path], type_: str | None, options: dict[str, str]
+) -> None:
+    write_checkpoint(tmp_path / "large", tied=False, width=WIDE // 2, num_files=1, dtype=torch.bfloat16)
+    model = tmp_path / "large"
+    if type_ is not None:
+        model = convert(tmp_path / "large", tmp_path / "large.gguf", type_=GGMLQuantizationType[type_])
+    environment = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", COMPARE, str(tiny_checkpoint()), str(model), json.dumps(options)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    shutil.rmtree(tmp_path / "large")
+    (tmp_path / "large.gguf").unlink(missing_ok=True)
+    assert result.returncode == 0, result.stderr
+    planned, planned_peak, kept, peak = json.loads(result.stdout)
+    allowance = 4  # MB of large pages that are used in part, and of small objects
+    assert planned * 0.95 - allowance <= kept <= planned * 1.05 + allowance
+    assert planned_peak * 0.95 - allowance <= peak <= planned_peak * 1.05 + allowance
 
 
 @pytest.mark.parametrize(

@@ -188,26 +188,31 @@ class Checkpoint:
             InvalidArgumentError: They were trained for another model.
             CheckpointError: The folder has none, or they can't be read.
         """
-        if where is None:
+        adapters = self.named_exit_adapters(where)
+        if adapters is None:
             return None
-        if where != "auto":
-            adapters = read_adapters(Path(where).expanduser())
-        elif has_adapters(self.files.adapters_folder):
-            adapters = read_adapters(self.files.adapters_folder)
-        else:
-            return self._embedded_adapters()
+        if adapters.folder == self._embedded_folder:  # for a named model, if the file is the one they were made for
+            fits = adapters.base == describe_base(adapters.base.name, self.network_config, self.weights)
+            return adapters if fits else None
         check_base(adapters, self.name, self.network_config, self.weights)
         check_ends(adapters, self.config.vocab_size, self.eos_token_ids)
         return adapters
 
-    def _embedded_adapters(self) -> AdapterSet | None:
-        """What comes with this package for a named model, if the file is the one that it was made for."""
-        folder = ASSETS / self.name
-        if self.name not in MODELS or not has_adapters(folder):
+    def named_exit_adapters(self, where: str | Path | None = "auto") -> AdapterSet | None:
+        """The same without a look at the weights: the adapters may have been trained for another model."""
+        if where is None:
             return None
-        adapters = read_adapters(folder)
-        fits = adapters.base == describe_base(adapters.base.name, self.network_config, self.weights)
-        return adapters if fits else None
+        if where != "auto":
+            return read_adapters(Path(where).expanduser())
+        if has_adapters(self.files.adapters_folder):
+            return read_adapters(self.files.adapters_folder)
+        embedded = self._embedded_folder
+        return read_adapters(embedded) if embedded is not None and has_adapters(embedded) else None
+
+    @property
+    def _embedded_folder(self) -> Path | None:
+        """The folder in this package with what comes for a named model."""
+        return ASSETS / self.name if self.name in MODELS else None
 
     def load_decoder(self, config: LoadingConfig | None = None) -> Decoder:
         """Load the network.

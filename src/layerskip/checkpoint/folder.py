@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from layerskip.checkpoint.contents import Contents
 from layerskip.checkpoint.json_file import read_json
+from layerskip.checkpoint.quantized.scheme import read_scheme
+from layerskip.checkpoint.quantized.tensors import QuantizedTensors
 from layerskip.checkpoint.safetensors import SafetensorsFiles, find_weight_files, instead
 from layerskip.errors import CheckpointError, TokenizerError, brief
 from layerskip.text.tokenizer import TextTokenizer, Tokenizer
@@ -47,9 +49,17 @@ class HuggingFaceFolder:
         return read_json(path) if path.is_file() else {}
 
     @cached_property
-    def weights(self) -> SafetensorsFiles:
-        """The tensors."""
-        return SafetensorsFiles(find_weight_files(self.folder))
+    def weights(self) -> SafetensorsFiles | QuantizedTensors:
+        """The tensors.
+
+        Raises:
+            UnsupportedModelError: They are quantized in a way that isn't read.
+            WeightsError: There are none, or a file is damaged.
+        """
+        given = self.raw_config.get("quantization_config") if (self.folder / "config.json").is_file() else None
+        scheme = None if given is None else read_scheme(given)
+        files = SafetensorsFiles(find_weight_files(self.folder))
+        return files if scheme is None else QuantizedTensors(files, scheme)
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":

@@ -18,7 +18,7 @@ def load_transformers_model(
 ) -> Any:
     """A causal language model of transformers, on the CPU.
 
-    A checkpoint in another format than Hugging Face's is loaded from its tensors, quantized ones dequantized.
+    A quantized checkpoint, or one in another format than Hugging Face's, is loaded from its tensors, dequantized.
 
     Args:
         checkpoint: What to load.
@@ -33,13 +33,14 @@ def load_transformers_model(
     from transformers import GenerationConfig
 
     source = checkpoint.weights  # its errors name what is missing; transformers would start with random weights
-    folder = checkpoint.hugging_face_folder
+    raw_config = dict(checkpoint.raw_config)
+    folder = checkpoint.hugging_face_folder if raw_config.pop("quantization_config", None) is None else None
     tensors = {} if folder is not None else {name: source.get(name).to(dtype) for name in source.names()}
     settings = generation_config or GenerationConfig()  # type: ignore[no-untyped-call]
     try:
         if folder is not None:
             return _from_folder(folder, dtype, settings)
-        return _from_tensors(checkpoint.raw_config, tensors, dtype, settings)
+        return _from_tensors(raw_config, tensors, dtype, settings)
     except Exception as error:  # transformers raises nearly anything here
         raise UnsupportedModelError(
             f"transformers can't load {checkpoint.name} as a causal language model: {brief(error)}"

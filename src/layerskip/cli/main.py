@@ -31,6 +31,7 @@ COMMANDS = {
     "report": "turn finished runs into pages, and compare them",
     "train": "train a model whose early layers can predict",
     "inspect": "show what a checkpoint is and which exits it offers",
+    "quantize": "save a checkpoint in fewer bits, and show what that changes",
     "export": "write a draft model and other forms for other engines",
     "demo": "see the embedded model draft and verify",
 }

@@ -13,7 +13,15 @@ from torch import Tensor
 
 import layerskip
 from layerskip.language_model import LanguageModel
-from layerskip.model.blocks import BLOCK_BYTES, BlockFormat, BlockWeight, stacked
+from layerskip.model.blocks import (
+    BLOCK_BYTES,
+    BlockFormat,
+    BlockWeight,
+    block_bytes,
+    in_blocks,
+    int8_rows,
+    stacked,
+)
 from layerskip.model.native.library import load_library
 from layerskip.model.native.linear import NativeLinear
 from layerskip.model.native.network import NativeNetwork
@@ -216,3 +224,44 @@ def test_memory_is_counted_in_the_file_s_bytes(
     layerskip.load(str(path), device="cpu")
     with pytest.raises(layerskip.LayerSkipError, match="needs"):
         layerskip.load(str(path), device="cpu", kernels="torch")
+
+
+@pytest.mark.parametrize("outputs", [1, 33])
+def test_rows_of_int8_are_numbers_times_a_scale(outputs: int) -> None:
+    numbers = torch.randint(-128, 128, (outputs, 40), dtype=torch.int8)
+    scales = torch.rand(1, outputs).t()  # as GPTQ's scales lie in memory
+    weight = int8_rows(numbers, scales)
+    assert weight.shape == (outputs, 40)
+    assert weight.data.nbytes == block_bytes("int8", outputs, 40)
+    assert torch.equal(weight.dequantize(), numbers.float() * scales)
+    padded = weight.padded(16)
+    assert padded.shape == (outputs, 48)
+    assert torch.equal(padded.dequantize()[:, :40], weight.dequantize())
+    assert not padded.dequantize()[:, 40:].any()
+
+
+@pytest.mark.parametrize(("format_", "limit"), [("int4", 8), ("q4_0", 8), ("q8_0", 128)])
+def test_numbers_and_scales_become_blocks(format_: BlockFormat, limit: int) -> None:
+    numbers = torch.randint(-limit, limit, (5, 64), dtype=torch.int8)
+    scales = torch.rand(2, 5).to(torch.bfloat16 if format_ == "int4" else torch.float16).t()
+    weight = in_blocks(format_, numbers, scales)
+    assert weight.data.nbytes == block_bytes(format_, 5, 64)
+    assert torch.equal(weight.dequantize(), numbers.float() * scales.float().repeat_interleave(32, 1))
+    assert weight.padded(16) is weight
+
+
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+def test_kernels_multiply_blocks_as_they_multiply_what_they_quantize(storage: str) -> None:
+    weight = torch.randn(40, 64)
+    if storage == "int8":
+        scales = weight.abs().amax(1) / 127
+        blocks = int8_rows((weight / scales[:, None]).round().to(torch.int8), scales)
+    else:
+        steps = (weight.view(40, 2, 32).abs().amax(-1) / 7).bfloat16()
+        numbers = (weight.view(40, 2, 32) / steps.float().unsqueeze(-1)).round().clamp(-8, 7)
+        blocks = in_blocks("int4", numbers.to(torch.int8).flatten(1), steps)
+    x = torch.randn(3, 64)
+    kept = NativeLinear(blocks)
+    assert kept.storage == storage
+    assert torch.equal(kept(x), NativeLinear(weight, storage=storage)(x))
+    torch.testing.assert_close(kept(x), x @ blocks.dequantize().t(), rtol=1e-4, atol=1e-4)

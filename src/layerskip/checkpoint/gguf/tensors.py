@@ -14,7 +14,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
 from layerskip.checkpoint.gguf.container import Container, TensorEntry
-from layerskip.checkpoint.loading.tensors import Part
+from layerskip.checkpoint.loading.tensors import Part, StoredTensor
 from layerskip.errors import WeightsError
 from layerskip.model.blocks import BLOCK, BLOCK_BYTES, BlockFormat, BlockWeight
 from layerskip.model.config.families import FAMILIES, parse_config
@@ -170,6 +170,19 @@ class GGUFTensors:
     def names(self) -> frozenset[str]:
         """Names of all tensors."""
         return frozenset(self._entries)
+
+    def stored(self, name: str) -> StoredTensor:
+        """What the header says of a tensor."""
+        entry = self._entries[name]
+        shifted = bool(self._conventions.norm_offset) and entry.name.endswith("norm.weight")
+        in_order = self._order(entry) is None
+        return StoredTensor(
+            shape=entry.shape,
+            dtype=torch.float32 if shifted else _PLAIN.get(entry.type, torch.float32),
+            num_bytes=entry.num_bytes,
+            mapped=entry.type in _PLAIN and in_order and not shifted,
+            blocks_mapped=block_format(entry) is not None and entry.type in _KEPT and in_order,
+        )
 
     def get(self, name: str, part: Part | None = None) -> Tensor:
         """A tensor, or only some of its rows or columns: as in the file if it is plain, else dequantized to float32."""

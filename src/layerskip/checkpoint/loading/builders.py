@@ -28,6 +28,7 @@ from layerskip.model.parallel.share import Membership
 from layerskip.model.rope import RopeTable
 from layerskip.model.torch.linear import AnyLinear, DenseLinear, Linear, make_linear, packs
 from layerskip.model.torch.network import LayerWeights, TorchNetwork
+from layerskip.model.torch.offload import HostLinear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +175,23 @@ class TorchBuilder:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HostBuilder(TorchBuilder):
+    """Makes layers that stay in the CPU's memory."""
+
+    target: torch.device
+    """Where they are copied to as they run."""
+
+    def copies(self, inputs: int) -> bool:
+        """Weights are kept as they are given."""
+        return False
+
+    def linear(self, ours: str, weight: Tensor | Sequence[BlockWeight], bias: Tensor | None = None) -> Linear:
+        """The weight, for a product on the device."""
+        assert isinstance(weight, Tensor), "this builder doesn't keep blocks"
+        return HostLinear(weight, bias, self.target)
+
+
+@dataclass(frozen=True, kw_only=True)
 class NativeBuilder:
     """Builds networks of compiled kernels, whose weights lie in panels."""
 
@@ -215,10 +233,12 @@ class NativeBuilder:
         compute = "float32" if ours == "router" else self.compute
         if not isinstance(weight, Tensor):
             blocks = _halves(weight) if ours == "gate_up" else [stacked(weight)]
+            if ours == "down":
+                blocks = [blocks[0].padded(PANEL)]
             return NativeLinear(*blocks, bias=bias, compute=compute, memory=self.memory)
+        storage = None if ours == "router" else native_storage(self.quantize, weight.shape[1])
         if ours == "down" and weight.shape[1] % PANEL:  # as many inputs as gate and up have outputs
             weight = F.pad(weight, (0, -weight.shape[1] % PANEL))
-        storage = None if ours == "router" else native_storage(self.quantize, weight.shape[1])
         tensors = weight.chunk(2) if ours == "gate_up" else [weight]
         return NativeLinear(*tensors, bias=bias, storage=storage, compute=compute, memory=self.memory)
 

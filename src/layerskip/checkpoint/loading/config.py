@@ -48,6 +48,9 @@ class LoadingConfig:
     replicate_layers: int = 0
     """With tensor_parallel: first layers that every process has whole, so that drafts at exits up to there need fewer
     exchanges; torch kernels only. They take more memory, and so do the keys and values of all layers."""
+    device_memory: str | None = None
+    """Memory of the device to use at most, such as 20GiB: layers beyond it stay in the CPU's memory and are copied to
+    the device as they run. For models that don't fit; with torch's kernels only."""
     compile: Compile = "auto"
     """Whole greedy rounds: auto: CUDA graphs on CUDA; max: torch.compile as well, also on a CPU; off: neither.
     torch.compile takes minutes for each shape, and on a CPU native kernels are faster than what it makes."""
@@ -68,6 +71,8 @@ class LoadingConfig:
             raise InvalidArgumentError(
                 f"replicate_layers {self.replicate_layers} is for tensor_parallel; give that as well, or leave it out"
             )
+        if self.device_memory is not None and not isinstance(self.device_memory, str):
+            raise InvalidArgumentError(f"device_memory must be a text such as '20GiB', got {self.device_memory!r}")
         for name in ("max_context", "draft_vocabulary"):
             value = getattr(self, name)
             if value is not None:  # numpy's numbers too

@@ -6,12 +6,12 @@ two or three tensors of each expert.
 Shapes: E experts, D width, J width of an expert.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Never
 
 from torch import Tensor
 
-from layerskip.checkpoint.loading.tensors import Part, TensorSource, expert_weights, stored_weights
+from layerskip.checkpoint.loading.tensors import Part, StoredTensor, TensorSource, expert_weights, stored_weights
 from layerskip.errors import WeightsError
 from layerskip.model.config.model_config import ModelConfig
 
@@ -61,6 +61,16 @@ class UnfusedExperts:
     def names(self) -> frozenset[str]:
         """Names of all tensors."""
         return frozenset(self._places)
+
+    def stored(self, name: str) -> StoredTensor:
+        """What the header says; an expert's part lies in one piece of the fused tensor."""
+        place = self._places[name]
+        stored = self._source.stored(place.name)
+        if place.expert is None or len(stored.shape) != 3:
+            return stored
+        experts, rows, columns = stored.shape
+        parts = 1 if place.half is None else 2
+        return replace(stored, shape=(rows // parts, columns), num_bytes=stored.num_bytes // (experts * parts))
 
     def get(self, name: str, part: Part | None = None) -> Tensor:
         """A tensor, or only some of its rows or columns; of a fused one, a view of the mapped file."""

@@ -3,6 +3,7 @@
 Shapes: O output width, I input width, D width, V vocabulary, N tokens among which drafts are chosen.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Generic
@@ -11,7 +12,13 @@ import torch
 from torch import Tensor
 
 from layerskip.checkpoint.loading.adapters import AdapterDescription, AdapterSet, read_token_ids, tensor_name
-from layerskip.checkpoint.loading.builders import NativeBuilder, NetworkBuilder, SharedWeights, TorchBuilder
+from layerskip.checkpoint.loading.builders import (
+    HostBuilder,
+    NativeBuilder,
+    NetworkBuilder,
+    SharedWeights,
+    TorchBuilder,
+)
 from layerskip.checkpoint.loading.plan import DraftWeights, LoadingPlan
 from layerskip.checkpoint.loading.share import take_share
 from layerskip.checkpoint.loading.tensors import (
@@ -21,23 +28,27 @@ from layerskip.checkpoint.loading.tensors import (
     TensorSource,
     check_shape,
     expert_weights,
+    fill,
     has_bias,
+    read_table,
     read_tensor,
     stored_shapes,
     stored_weights,
 )
 from layerskip.errors import InvalidArgumentError
-from layerskip.model.blocks import BlockWeight
+from layerskip.model.blocks import WIDENED, BlockWeight
 from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.decoder import Decoder, LayerCalls
-from layerskip.model.native.memory import map_private
+from layerskip.model.native.memory import map_private, return_freed_memory
 from layerskip.model.positions import DISTANCES
 from layerskip.model.rope import RopeTable
 from layerskip.model.torch.experts import Expert, Experts
 from layerskip.model.torch.fusion import Fusion
-from layerskip.model.torch.linear import AnyLinear
+from layerskip.model.torch.linear import AnyLinear, Linear
 from layerskip.model.torch.network import LayerWeights
+from layerskip.model.torch.offload import OffloadedLayers
 
+logger = logging.getLogger(__name__)
 MATRICES = ("qkv", "o", "gate_up", "down", "router")
 NORMS = ("attention_norm", "q_norm", "k_norm", "post_attention_norm", "mlp_norm", "post_mlp_norm")
 
@@ -60,6 +71,13 @@ def load_decoder(config: ModelConfig, source: TensorSource, plan: LoadingPlan) -
     if plan.adapters is not None:
         exits = sorted(adapter.exit_layer for adapter in plan.adapters.adapters)
         config = replace(config, adapted_exits=tuple(exits))
+    try:
+        return _load(config, source, plan)
+    finally:
+        return_freed_memory()
+
+
+def _load(config: ModelConfig, source: TensorSource, plan: LoadingPlan) -> Decoder:
     if plan.group is not None:
         config, source, plan = take_share(config, source, plan)
     if plan.network == "native":
@@ -70,6 +88,8 @@ def load_decoder(config: ModelConfig, source: TensorSource, plan: LoadingPlan) -
                 "give quantize int8 or int4 too, or a GGUF file in Q8_0, Q4_0 or Q4_1"
             )
         return decoder
+    if plan.resident_layers is not None:
+        return _OffloadingLoader(config, source, TorchBuilder.of(plan)).load(plan)
     return _Loader(config, source, TorchBuilder.of(plan)).load(plan)
 
 
@@ -98,8 +118,7 @@ class _Loader(Generic[AnyLinear]):
         config = self._config
         embedding, head = self._tables()
         adapters = [] if plan.adapters is None else self._read_adapters(plan.adapters, plan)
-        layers = [self._numbered_layer(index) for index in range(config.num_layers)]
-        layers += [adapter.layer for adapter in adapters]
+        layers = self._layers(plan, [adapter.layer for adapter in adapters])
         shared = SharedWeights(
             config=config,
             embedding=embedding,
@@ -117,6 +136,10 @@ class _Loader(Generic[AnyLinear]):
         for adapter in adapters:
             self._set_adapter(decoder, shared, layers, drafting, head, plan, adapter)
         return decoder
+
+    def _layers(self, plan: LoadingPlan, others: list[LayerWeights[AnyLinear]]) -> Sequence[LayerWeights[AnyLinear]]:
+        """All layers, and others (of exit adapters) behind them."""
+        return [*map(self._numbered_layer, range(self._config.num_layers)), *others]
 
     def _read_adapters(self, adapters: AdapterSet, plan: LoadingPlan) -> list[_Adapter[AnyLinear]]:
         """The weights of all exit adapters, in the bits of drafts."""
@@ -235,14 +258,16 @@ class _Loader(Generic[AnyLinear]):
         blocks = self._blocks([self._head_name], [shape])
         if blocks is not None:
             table = self._blocks([EMBEDDING], [shape])
-            return read_tensor(source, EMBEDDING, shape) if table is None else table[0], builder.linear("head", blocks)
+            return read_table(source, shape, builder.dtype) if table is None else table[0], builder.linear(
+                "head", blocks
+            )
         copied = builder.copies(shape[1])
         if tied and not copied:
             embedding = self._stack([EMBEDDING], [shape])
             return embedding, builder.linear("head", embedding)
         head = builder.linear("head", self._stack([self._head_name], [shape]))
         if copied and builder.device.type == "cpu":  # mapped anew, without the pages that the head was copied from
-            return read_tensor(source, EMBEDDING, shape), head
+            return read_table(source, shape, builder.dtype), head
         return self._stack([EMBEDDING], [shape]), head
 
     def _draft_head(self, tokens: Tensor | None) -> AnyLinear:
@@ -274,6 +299,7 @@ class _Loader(Generic[AnyLinear]):
 
     def _layer(self, prefix: str, *, sparse: bool = False) -> LayerWeights[AnyLinear]:
         """All weights of a layer, whose tensors' names begin with `prefix`; `sparse`: with experts."""
+        return_freed_memory()  # of the layer before; else the heap grows with every weight that is computed
         stored = stored_weights(self._config, sparse=sparse)
         names = {ours: [f"{prefix}.{name}" for name in theirs] for ours, theirs in stored.items()}
         shapes = {ours: stored_shapes(self._config, ours, len(theirs)) for ours, theirs in stored.items()}
@@ -334,7 +360,7 @@ class _Loader(Generic[AnyLinear]):
     def _blocks(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> tuple[BlockWeight, ...] | None:
         """A weight's tensors in blocks of one format; None where no format has them all, or blocks aren't kept."""
         formats = {self._source.block_format(name) for name in names}
-        if not self._builder.keeps_blocks or None in formats or (len(formats) > 1 and "q4_1" in formats):
+        if not self._builder.keeps_blocks or None in formats or (len(formats) > 1 and not formats <= WIDENED):
             return None
         weights = []
         for name, shape in zip(names, shapes, strict=True):
@@ -346,13 +372,13 @@ class _Loader(Generic[AnyLinear]):
     def _stack(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> Tensor:
         """Tensors of the checkpoint one below the other, each copied straight into its place."""
         if len(names) == 1 and self._builder.copies(shapes[0][1]):
-            tensor = read_tensor(self._source, names[0], shapes[0])
-            if tensor.dtype == self._builder.dtype:  # packed from the file itself
-                return tensor
+            stored = self._source.stored(names[0])
+            if stored.mapped and stored.dtype == self._builder.dtype:  # packed from the file itself
+                return read_tensor(self._source, names[0], shapes[0])
         rows = [shape[0] for shape in shapes]
         stack = self._empty(sum(rows), shapes[0][1])
         for name, shape, place in zip(names, shapes, torch.split(stack, rows), strict=True):
-            place.copy_(read_tensor(self._source, name, shape))
+            fill(place, self._source, name, shape)
         return stack
 
     def _empty(self, outputs: int, inputs: int) -> Tensor:
@@ -367,3 +393,24 @@ class _Loader(Generic[AnyLinear]):
             return torch.empty(outputs, inputs, dtype=dtype, device=device)
         memory = map_private(outputs * inputs * dtype.itemsize)
         return torch.frombuffer(memory, dtype=dtype).view(outputs, inputs)
+
+
+class _OffloadingLoader(_Loader[Linear]):
+    """Leaves the last layers in the CPU's memory."""
+
+    def _layers(self, plan: LoadingPlan, others: list[LayerWeights[Linear]]) -> Sequence[LayerWeights[Linear]]:
+        first, last = plan.resident_layers, self._config.num_layers
+        assert first is not None
+        builder = HostBuilder(device=torch.device("cpu"), dtype=plan.dtype, target=plan.device)
+        host = _Loader[Linear](self._config, self._source, builder)
+        layers = [(self if index < first else host)._numbered_layer(index) for index in range(self._config.num_layers)]
+        offloaded = OffloadedLayers([*layers, *others], first, last, plan.device)
+        logger.warning(
+            "device_memory: %d of %d layers stay in the CPU's memory; %.2f GB are copied for each pass through them, "
+            "which takes about %.3f s",
+            last - first,
+            last,
+            offloaded.num_bytes / 1e9,
+            offloaded.seconds(),
+        )
+        return offloaded

@@ -1,6 +1,6 @@
 """The options of loading, held against a checkpoint and this machine: what will be built, decided and checked once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -8,6 +8,8 @@ import torch
 
 from layerskip.checkpoint.loading.adapters import AdapterSet
 from layerskip.checkpoint.loading.config import LoadingConfig
+from layerskip.checkpoint.loading.memory.plan import device_bytes, largest, loading_memory, run_bytes
+from layerskip.checkpoint.loading.memory.weights import weights_of
 from layerskip.checkpoint.loading.placement import (
     check_compute,
     check_replication,
@@ -18,15 +20,15 @@ from layerskip.checkpoint.loading.placement import (
     choose_rounds,
 )
 from layerskip.checkpoint.loading.quantization import check_quantization
-from layerskip.checkpoint.loading.tensors import TensorSource, check_names, parameter_count, weight_bytes
+from layerskip.checkpoint.loading.tensors import TensorSource, check_names
 from layerskip.checkpoint.loading.vocabulary import frequent_tokens
+from layerskip.checks import memory_size
 from layerskip.errors import InvalidArgumentError, OutOfMemoryError
 from layerskip.machine import free_memory
 from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.graphs.compiled import RoundMode
 from layerskip.model.parallel.group import RankGroup
 from layerskip.model.parallel.share import Membership, shares
-from layerskip.model.rope import rope_bytes
 from layerskip.text.tokenizer import Tokenizer
 
 NetworkKind = Literal["torch", "native"]
@@ -73,6 +75,9 @@ class LoadingPlan:
     member: Membership | None = None
     """The same with the share of this rank, in a plan that `share.take_share` has made."""
 
+    resident_layers: int | None = None
+    """Layers that are on the device; the others stay in the CPU's memory. None: all."""
+
     @property
     def keeps_blocks(self) -> bool:
         """Whether weights stay in the blocks that a GGUF file has them in."""
@@ -118,7 +123,7 @@ class LoadableCheckpoint(Protocol):
 
 
 def plan_loading(checkpoint: LoadableCheckpoint, config: LoadingConfig) -> LoadingPlan:
-    """Decide how a checkpoint is loaded on this machine.
+    """Decide how a checkpoint is loaded on this machine, and check that it fits.
 
     Args:
         checkpoint: What to load.
@@ -130,6 +135,13 @@ def plan_loading(checkpoint: LoadableCheckpoint, config: LoadingConfig) -> Loadi
         OutOfMemoryError: The weights don't fit.
         CheckpointError: The tensors aren't those of the configuration, or a file can't be read.
     """
+    plan = choose_plan(checkpoint, config)
+    _check_memory(checkpoint, plan)
+    return plan
+
+
+def choose_plan(checkpoint: LoadableCheckpoint, config: LoadingConfig) -> LoadingPlan:
+    """Decide how a checkpoint is loaded, however much memory there is; raises as `plan_loading`."""
     network_config = checkpoint.network_config
     parts, group = [network_config], None
     if config.tensor_parallel > 1:
@@ -139,8 +151,13 @@ def plan_loading(checkpoint: LoadableCheckpoint, config: LoadingConfig) -> Loadi
     device = choose_device(config.device, None if group is None else group.local_rank)
     dtype = choose_dtype(config.dtype, device, checkpoint.raw_config)
     context = choose_context(network_config, config.max_context)
+    limit = None if config.device_memory is None else memory_size("device_memory", config.device_memory)
+    if limit is not None:
+        _check_offloading(config)
     rounds = choose_rounds(config.compile, config.kernels, network_config, device, parallel=group is not None)
     native = choose_kernels(config.kernels, parts, device, dtype, replicates=config.replicate_layers > 0)
+    if limit is not None:
+        rounds, native = None, False
     native = native and rounds is None
     for name, value in (("quantize", config.quantize), ("quantize_draft", config.quantize_draft)):
         if value is not None:
@@ -160,8 +177,41 @@ def plan_loading(checkpoint: LoadableCheckpoint, config: LoadingConfig) -> Loadi
         replicate_layers=config.replicate_layers,
     )
     check_replication(config.replicate_layers, network_config, plan.adapters)
-    _check_memory(checkpoint, plan)
-    return plan
+    return plan if limit is None else _within(checkpoint, plan, limit)
+
+
+def _check_offloading(config: LoadingConfig) -> None:
+    """Raise `InvalidArgumentError` if options don't go together with layers in the CPU's memory."""
+    if config.tensor_parallel > 1:
+        raise InvalidArgumentError("device_memory and tensor_parallel can't be combined; choose one")
+    wrong = {"kernels": "native", "compile": "max"}
+    for name in ("kernels", "compile", "quantize", "quantize_draft"):
+        value = getattr(config, name)
+        if value is not None and value == wrong.get(name, value):
+            raise InvalidArgumentError(
+                f"device_memory keeps layers in the CPU's memory as torch has them, and {name} {value!r} needs them in "
+                "another form; leave one of them out"
+            )
+
+
+def _within(checkpoint: LoadableCheckpoint, plan: LoadingPlan, limit: int) -> LoadingPlan:
+    """The plan with as many layers on the device as fit, beside a cache for one sequence of the whole context."""
+    config = checkpoint.network_config
+    running = run_bytes(config, plan)
+
+    def needed(layers: int) -> int:
+        resident = layers if layers < config.num_layers else None
+        return device_bytes(weights_of(config, checkpoint.weights, replace(plan, resident_layers=resident))) + running
+
+    if needed(config.num_layers) <= limit:
+        return plan
+    if needed(0) > limit:
+        raise OutOfMemoryError(
+            f"device_memory {limit / 2**30:.2f} GiB is too little for {checkpoint.name}: without any layer, embedding, "
+            f"head, buffers for two layers and a cache of {plan.context} tokens need {needed(0) / 2**30:.2f} GiB; give "
+            "more, or a smaller max_context"
+        )
+    return replace(plan, resident_layers=largest(lambda layers: needed(layers) <= limit, config.num_layers - 1))
 
 
 def _draft_weights(checkpoint: LoadableCheckpoint, config: LoadingConfig) -> DraftWeights | None:
@@ -192,15 +242,15 @@ def _draft_tokens(checkpoint: LoadableCheckpoint, count: int, text: str | Path |
 
 
 def _check_memory(checkpoint: LoadableCheckpoint, plan: LoadingPlan) -> None:
-    """Raise `OutOfMemoryError` unless weights and rotary tables fit into what is free."""
-    config = checkpoint.network_config
-    if plan.quantize is None:
-        needed = weight_bytes(config, checkpoint.weights, plan.dtype, keeps_blocks=plan.keeps_blocks)
-    else:
-        needed = parameter_count(config)  # a byte each
-    needed += sum(rope_bytes(rope, plan.context, plan.dtype) for rope in config.ropes.values())
+    """Raise `OutOfMemoryError` unless loading fits into what is free."""
     free = free_memory(plan.device)
-    if free is not None and needed > free:
+    if free is None:
+        return
+    config = checkpoint.network_config
+    if plan.group is not None:
+        config = shares(config, plan.group.size)[plan.group.rank].config
+    needed = loading_memory(weights_of(config, checkpoint.weights, plan)).peak
+    if needed > free:
         raise OutOfMemoryError(
             f"{checkpoint.name} needs {needed / 2**30:.2f} GiB in {plan.dtype} and {free / 2**30:.2f} GiB are free on "
             f"{plan.device}; use a 16-bit dtype, a smaller model or another device"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from layerskip.errors import InvalidArgumentError
 from layerskip.model.native.library import GROUP
+from layerskip.model.native.memory import return_freed_memory
 from layerskip.model.torch.linear import DenseLinear
 
 if TYPE_CHECKING:
@@ -72,8 +73,27 @@ def quantize_linear(weight: Tensor, bias: Tensor | None, quantize: str) -> Dense
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     quantize_(nn.Sequential(layer), _torchao_config(quantize))
+    return_freed_memory()  # of what torchao computes on the way, several times the weight
     bits = 4 if quantize == "int4" else 8
     return DenseLinear(layer.weight.detach(), bias, num_bytes=weight.numel() * bits // 8)
+
+
+def quantized_bytes(quantize: str, outputs: int, inputs: int, dtype: torch.dtype) -> int:
+    """Bytes of a weight that `quantize_linear` makes.
+
+    Args:
+        quantize: A key of `QUANTIZATIONS`.
+        outputs: O.
+        inputs: I.
+        dtype: Of the network.
+    """
+    match quantize:
+        case "int8":  # scales, and zeros of a byte
+            return outputs * (inputs + dtype.itemsize + 1)
+        case "int4":  # scale and zero of each group
+            return outputs * (inputs // 2 + inputs // GROUP * 2 * dtype.itemsize)
+        case _:
+            return outputs * (inputs + 4)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from layerskip.checkpoint.loading.adapters import AdapterSet, tensor_name
 from layerskip.checkpoint.loading.plan import LoadingPlan
-from layerskip.checkpoint.loading.tensors import EMBEDDING, HEAD, Part, TensorSource
+from layerskip.checkpoint.loading.tensors import EMBEDDING, HEAD, Part, StoredTensor, TensorSource, check_shape
 from layerskip.model.blocks import BLOCK, BlockFormat, BlockWeight
 from layerskip.model.config.families import FAMILIES
 from layerskip.model.config.model_config import ModelConfig
@@ -48,6 +48,16 @@ class ShareSource:
         """As the source."""
         return self._source.names()
 
+    def stored(self, name: str) -> StoredTensor:
+        """What the source says of the whole tensor, in the shape of this rank's part."""
+        stored, cut = self._source.stored(name), self._cut(name)
+        if cut is None:
+            return stored
+        dim, ranges = cut
+        count = sum(map(len, ranges)) if ranges else self._config.hidden_size
+        shape = (*stored.shape[:dim], count, *stored.shape[dim + 1 :])
+        return replace(stored, shape=shape, num_bytes=stored.num_bytes * count // stored.shape[dim])
+
     def get(self, name: str, part: Part | None = None) -> Tensor:
         """This rank's rows or columns of a tensor; `part` counts within them."""
         cut = self._cut(name)
@@ -58,6 +68,7 @@ class ShareSource:
         elif cut is None:
             return self._source.get(name, part)
         else:
+            self._check(name)
             dim, ranges = cut
             tensors = [self._source.get(name, Part(dim, rows.start, rows.stop)) for rows in ranges]
             tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim) if tensors else self._bias(name)
@@ -83,9 +94,22 @@ class ShareSource:
         if cut is None:
             return self._source.blocks(name, part)
         assert part is None, part
+        self._check(name)
         dim, ranges = cut
         found = [self._source.blocks(name, Part(dim, rows.start, rows.stop)) for rows in ranges]
         return found[0] if len(found) == 1 else BlockWeight(found[0].format, torch.cat([w.data for w in found], dim))
+
+    def _check(self, name: str) -> None:
+        """Raise `WeightsError` unless the whole tensor is of the size of which this rank knows its part."""
+        match = _LAYER.fullmatch(name)
+        ours, place, count = self._place(match["tensor"]) if match else ("table", 0, 1)
+        cut, shape = CUTS[ours], self._source.stored(name).shape
+        axes = cut.segments if count == 1 else cut.segments[place : place + 1]
+        whole = sum(map(self._size, axes))
+        if match is not None and match["kind"] == "bias":
+            check_shape(name, shape, (whole if cut.dim == OUTPUTS else self._config.hidden_size,))
+        elif shape[cut.dim : cut.dim + 1] != (whole,):
+            check_shape(name, shape, (*shape[: cut.dim], whole, *shape[cut.dim + 1 :]))
 
     def _cut(self, name: str) -> tuple[Literal[0, 1], list[range]] | None:
         """The dimension along which a tensor is cut and what this rank has of it; None: the whole tensor.

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from layerskip.errors import WeightsError
-from layerskip.model.blocks import BLOCK, BLOCK_BYTES, BlockFormat, BlockWeight
+from layerskip.model.blocks import BlockFormat, BlockWeight
 from layerskip.model.config.families import FAMILIES
 from layerskip.model.config.model_config import ModelConfig
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+SLICE_BYTES = 2**21
+"""Bytes of float32 that are computed from a file's blocks at a time; it takes several times as much for a moment."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,30 @@ class Part:
         return (*shape[: self.dim], self.stop - self.start, *shape[self.dim + 1 :])
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """What a file's header says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    """Of the numbers that `get` returns."""
+    num_bytes: int
+    """Bytes in the file."""
+    mapped: bool
+    """Whether `get` returns the file's own pages, not what is computed from them."""
+    blocks_mapped: bool = False
+    """Whether `blocks` does."""
+
+
 class TensorSource(Protocol):
     """Tensors by name, on the CPU, in the dtype of the file."""
 
     def names(self) -> frozenset[str]:
         """Names of all tensors."""
+        ...
+
+    def stored(self, name: str) -> StoredTensor:
+        """What is known of a tensor without reading it."""
         ...
 
     def get(self, name: str, part: Part | None = None) -> Tensor:
@@ -159,23 +180,6 @@ def parameter_count(config: ModelConfig) -> int:
     return sum(torch.Size(shape).numel() for shape in tensor_shapes(config).values())
 
 
-def weight_bytes(config: ModelConfig, source: TensorSource, dtype: torch.dtype, *, keeps_blocks: bool) -> int:
-    """Bytes of the network's weights in memory.
-
-    Args:
-        config: Sizes and switches.
-        source: The checkpoint's tensors, which have passed `check_names`.
-        dtype: Of weights that aren't kept in blocks.
-        keeps_blocks: Whether weights stay in the blocks of the file.
-    """
-    total = 0
-    for name, shape in tensor_shapes(config).items():
-        kept = source.block_format(name) if keeps_blocks else None
-        count = torch.Size(shape).numel()
-        total += count * dtype.itemsize if kept is None else count // BLOCK * BLOCK_BYTES[kept]
-    return total
-
-
 def with_own_head(config: ModelConfig, source: TensorSource) -> ModelConfig:
     """The configuration that the tensors are of: a head that differs from the embedding isn't tied to it.
 
@@ -231,3 +235,39 @@ def read_tensor(source: TensorSource, name: str, shape: tuple[int, ...]) -> Tens
     if not tensor.is_floating_point():
         raise WeightsError(f"tensor {name!r} has dtype {tensor.dtype}; weights must be floating point")
     return tensor
+
+
+def read_table(source: TensorSource, shape: tuple[int, int], dtype: torch.dtype) -> Tensor | BlockWeight:
+    """The embedding table, of which rows are looked up: mapped where the file has numbers or blocks that can be.
+
+    Args:
+        source: The checkpoint's tensors.
+        shape: (V, D).
+        dtype: Of a table that has to be computed.
+    """
+    stored = source.stored(EMBEDDING)
+    if stored.mapped:
+        return read_tensor(source, EMBEDDING, shape)
+    if stored.blocks_mapped:
+        weight = source.blocks(EMBEDDING)
+        check_shape(EMBEDDING, weight.shape, shape)
+        return weight
+    table = torch.empty(shape, dtype=dtype)
+    fill(table, source, EMBEDDING, shape)
+    return table
+
+
+def fill(place: Tensor, source: TensorSource, name: str, shape: tuple[int, ...]) -> None:
+    """Copy a matrix [O, I] into its place; what is computed from a file's blocks is never there as a whole.
+
+    Raises:
+        WeightsError: As `read_tensor`.
+    """
+    stored = source.stored(name)
+    if stored.mapped or stored.shape != shape or len(shape) != 2:
+        place.copy_(read_tensor(source, name, shape))
+        return
+    rows = max(1, SLICE_BYTES // (4 * shape[1]))
+    for start in range(0, shape[0], rows):
+        stop = min(start + rows, shape[0])
+        place[start:stop].copy_(source.get(name, Part.rows(start, stop)))

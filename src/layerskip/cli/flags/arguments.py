@@ -58,6 +58,7 @@ class ModelArguments(LoadingConfig, NamedModel):
     device: Annotated[str, arg(metavar="DEVICE")] = "auto"
     tensor_parallel: Annotated[int, arg(metavar="N")] = 1
     """Processes that share the network, each with a part of every layer; torchrun's if that has started them."""
+    device_memory: Annotated[str | None, arg(metavar="SIZE")] = None
     draft_vocabulary: Annotated[int | None, arg(metavar="N")] = None
     draft_text: Annotated[Path | None, arg(metavar="FILE")] = None
     exit_adapters: Annotated[str | Path | None, arg(metavar="DIR")] = "auto"

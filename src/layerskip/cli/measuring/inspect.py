@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import arg
 
 from layerskip.cli.exit_code import ExitCode
-from layerskip.cli.flags.arguments import File, ModelArguments, OutputArguments, Text, parse
+from layerskip.cli.flags.arguments import File, ModelArguments, OutputArguments, Switch, Text, parse
 from layerskip.cli.terminal.progress import show_progress
 from layerskip.cli.terminal.terminal import load_model, make_console
 from layerskip.errors import InvalidArgumentError
@@ -27,6 +27,8 @@ BAR_WIDTH = 24
 class InspectArguments:
     """Show a checkpoint's shape, and the loss of each exit and its agreement with the last layer on a text.
 
+    With --memory: what the model needs of memory, and what fits; its weights aren't read.
+
     Example: layerskip inspect --model demo --text article.txt
     """
 
@@ -41,12 +43,24 @@ class InspectArguments:
     """Most lines of the .jsonl file to use."""
     max_tokens: int | None = None
     """Read no more than this many tokens in all; a few thousand give a good picture."""
+    memory: Switch = False
+    """Show what weights, cache and prompts need of memory, and what fits, without loading the model."""
+    batch_size: int = 1
+    """Sequences at a time, for --memory."""
     output: OutputArguments = default(default_factory=OutputArguments)
 
 
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
     arguments = parse(InspectArguments, "inspect", argv)
+    if arguments.memory:
+        from layerskip.cli.measuring.memory import show_memory
+
+        check_alone(arguments)
+        show_memory(arguments.model, arguments.output, arguments.batch_size)
+        return ExitCode.DONE
+    if arguments.batch_size != 1:
+        raise InvalidArgumentError("--batch-size is for --memory; texts are read one at a time")
     texts = read_texts(arguments)
     lm = load_model(arguments.model, arguments.output)
 
@@ -60,6 +74,13 @@ def run(argv: Sequence[str]) -> int:
     else:
         print_report(arguments, lm, report)
     return ExitCode.DONE
+
+
+def check_alone(arguments: InspectArguments) -> None:
+    """Raise `InvalidArgumentError` if --memory comes with options of reading a text."""
+    for name in ("text", "field", "prompt", "limit", "max_tokens"):
+        if getattr(arguments, name) is not None:
+            raise InvalidArgumentError(f"--memory reads no text; give it or --{name.replace('_', '-')}, not both")
 
 
 def read_texts(arguments: InspectArguments) -> list[str]:

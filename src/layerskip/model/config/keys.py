@@ -56,6 +56,10 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
 SHARED_KEYS = frozenset("sliding_window layer_types attention_chunk_size is_causal kv_sharing_modes".split())
 
 
+QUANTIZATION_METHODS = ("compressed-tensors", "gptq", "awq", "torchao")
+"""Values of `quant_method` in a config.json whose weights can be read."""
+
+
 def check_keys(raw: Mapping[str, Any], understood: frozenset[str], model_type: str) -> None:
     """Refuse any key that isn't known to be harmless, because ignoring it could silently change the model.
 
@@ -67,15 +71,10 @@ def check_keys(raw: Mapping[str, Any], understood: frozenset[str], model_type: s
     Raises:
         UnsupportedModelError: Naming the key, its value and what to do.
     """
-    if raw.get("quantization_config") is not None:
-        given = raw["quantization_config"]
-        method = given.get("quant_method", "unknown method") if isinstance(given, Mapping) else given
-        raise UnsupportedModelError(
-            f"this checkpoint is quantized ({method}); load the original checkpoint in float32, bfloat16 or float16"
-        )
+    check_quantization_method(raw.get("quantization_config"))
     others = []
     for key, value in raw.items():
-        if key in INERT_KEYS or key in understood or value is None:
+        if key in INERT_KEYS or key in understood or value is None or key == "quantization_config":
             continue
         if key not in NEUTRAL_VALUES:
             others.append(key)
@@ -93,6 +92,21 @@ def check_keys(raw: Mapping[str, Any], understood: frozenset[str], model_type: s
             f"config.json: key {key!r} = {shown(raw[key])} is not understood for model_type {model_type!r} and may "
             "change the computation; if it does not, remove it from config.json, otherwise this model is not supported "
             "yet"
+        )
+
+
+def check_quantization_method(given: Any) -> None:
+    """Raise `UnsupportedModelError` if config.json has a `quantization_config` of a program whose weights aren't read.
+
+    What the others' says in detail is read where the weights are (`checkpoint.quantized.scheme`).
+    """
+    if given is None:
+        return
+    method = given.get("quant_method", "unknown method") if isinstance(given, Mapping) else given
+    if method not in QUANTIZATION_METHODS:
+        raise UnsupportedModelError(
+            f"this checkpoint is quantized ({method}), and only {', '.join(QUANTIZATION_METHODS)} are read; load the "
+            "original checkpoint in float32, bfloat16 or float16"
         )
 
 

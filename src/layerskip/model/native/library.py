@@ -15,7 +15,7 @@ from typing import Any
 from layerskip.errors import InvalidArgumentError
 from layerskip.model.drafts import CONFIDENCE_CLASSES
 
-INTERFACE = 13
+INTERFACE = 14
 """Version of what the functions do; `layerskip_interface` must return it."""
 NAMES = ("_native_avx512vnni.so", "_native_avx512.so", "_native.so")
 LIBRARIES = tuple(Path(__file__).parents[2] / name for name in NAMES)

@@ -47,8 +47,8 @@ class NativeLinear:
         assert library is not None
         memory = memory or WeightMemory()
         outputs, inputs = weights[0].shape
-        panels, step = -(-outputs // PANEL), len(weights)
-        self.outputs, padded = outputs * step, panels * PANEL * step
+        step = len(weights)
+        self.outputs, padded = outputs * step, padded_outputs(outputs, step)
         pack, data = library.layerskip_pack, [_numbers(weight) for weight in weights]
         if isinstance(weights[0], BlockWeight):
             pack, self.storage = library.layerskip_pack_blocks, str(weights[0].format)
@@ -83,6 +83,27 @@ class NativeLinear:
         out = torch.empty(len(rows), self.view.outputs)
         self._multiply(ctypes.byref(self.view), rows.data_ptr(), len(rows), out.data_ptr(), kernel_threads())
         return out[:, : self.outputs].reshape(*x.shape[:-1], self.outputs)
+
+
+def padded_outputs(outputs: int, step: int = 1) -> int:
+    """Outputs of `step` weights of this many outputs, in whole panels."""
+    return -(-outputs // PANEL) * PANEL * step
+
+
+def packed_bytes(outputs: int, inputs: int, storage: str, *, step: int = 1) -> int:
+    """Bytes that a `NativeLinear` takes, without a bias.
+
+    Args:
+        outputs: O, of each weight.
+        inputs: I.
+        storage: A key of `FORMATS`.
+        step: Number of weights whose panels alternate.
+    """
+    library = load_library()
+    assert library is not None
+    padded = padded_outputs(outputs, step)
+    panels: int = library.layerskip_packed_bytes(inputs, padded, FORMATS[storage])
+    return panels + _scale_bytes(inputs, padded, storage)
 
 
 def _numbers(weight: Tensor | BlockWeight) -> Tensor:

@@ -92,7 +92,7 @@ class TorchNetwork:
             member: The processes that share the network, if several do.
         """
         self.config = config
-        self.layers = list(layers)
+        self.layers = layers
         self.final_norm = final_norm
         self.head = head
         self._member = member

@@ -66,7 +66,7 @@ def test_rounds_with_experts_are_not_compiled(
     checkpoint = Checkpoint.in_folder(tiny_checkpoint("mixtral"))
     with pytest.raises(InvalidArgumentError, match="which of the model's experts run depends on the tokens; use auto"):
         plan(checkpoint, compile="max")
-    monkeypatch.setattr(plan_module, "choose_device", lambda device: CUDA)
+    monkeypatch.setattr(plan_module, "choose_device", lambda device, local_rank: CUDA)
     monkeypatch.setattr(plan_module, "free_memory", lambda device: None)
     assert plan(checkpoint, device="auto").rounds is None
 

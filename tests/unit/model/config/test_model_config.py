@@ -138,13 +138,13 @@ def test_biases_where_a_family_has_them() -> None:
     assert "attention_bias = True" in refusal(UnsupportedModelError, "phi3", attention_bias=True)
 
 
-@pytest.mark.parametrize("given", [{"quant_method": "gptq", "bits": 4}, {}, "fp8"])
+@pytest.mark.parametrize("given", [{"quant_method": "bitsandbytes", "bits": 4}, {}, "fp8"])
 def test_quantized_checkpoints_are_refused(given: Any) -> None:
     message = refusal(UnsupportedModelError, quantization_config=given)
     assert "quantized" in message
     assert "original checkpoint" in message
     if given:
-        assert ("gptq" if isinstance(given, dict) else "fp8") in message
+        assert ("bitsandbytes" if isinstance(given, dict) else "fp8") in message
 
 
 @pytest.mark.parametrize("key", [key for key in SIZES if key != "num_key_value_heads"])

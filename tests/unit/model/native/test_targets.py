@@ -12,7 +12,7 @@ from torch import Tensor
 
 import layerskip
 from layerskip.errors import InvalidArgumentError
-from layerskip.model.blocks import BLOCK_BYTES, BlockWeight
+from layerskip.model.blocks import BlockWeight
 from layerskip.model.native import sampling
 from layerskip.model.native.library import FORMATS, LIBRARIES, load_library
 from layerskip.model.native.linear import INT8_STORAGES, NativeLinear
@@ -58,7 +58,7 @@ def same(results: list[Tensor]) -> bool:
 
 def make(storage: str, outputs: int, inputs: int, compute: str) -> NativeLinear:
     weight, bias = random(outputs, inputs), random(outputs, seed=1)
-    if storage in BLOCK_BYTES:
+    if storage in ("q8_0", "q4_0", "q4_1"):
         data = quantize(weight.numpy(), GGMLQuantizationType[storage.upper()])
         return NativeLinear(BlockWeight(storage, torch.from_numpy(data)), bias=bias, compute=compute)  # type: ignore[arg-type]
     weight = weight.half().float() if storage == "float16" else weight

@@ -1,0 +1,1 @@
+"""What a model needs of a device's memory, known before it is loaded."""

@@ -1,0 +1,1 @@
+"""Checkpoints whose weights are whole numbers with scales: the published layouts, read and written."""

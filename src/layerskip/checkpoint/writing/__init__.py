@@ -1,0 +1,1 @@
+"""Checkpoints that are made of others."""

@@ -40,6 +40,23 @@ def settings(num_layers: int, *, all_exits: bool) -> dict[str, dict[str, Any]]:
     return {**drafting, "adaptive": {}, "text": {"generation_strategy": "ngram"}}
 
 
+REJECTION: dict[str, dict[str, Any]] = {
+    "token by token": {"exit_layer": 2, "num_speculations": 3, "block_verification": False},
+    "in blocks": {"exit_layer": 3, "num_speculations": 4, "block_verification": True},
+    "drafts from the text": {"generation_strategy": "ngram", "num_speculations": 3},
+}
+"""Ways to decode by rejection sampling, each with a text of its own."""
+
+
+def write_by_rejection(lm: LanguageModel) -> dict[str, list[list[int]]]:
+    """Token ids after all prompts, by way."""
+    options: dict[str, Any] = {"acceptance": "rejection", "temperature": 0.9, "top_k": 30, "seed": 7}
+    return {
+        way: [list(result.token_ids) for result in lm.generate(PROMPTS, max_new_tokens=TOKENS, **options, **drafting)]
+        for way, drafting in REJECTION.items()
+    }
+
+
 def load(model: str, **options: Any) -> LanguageModel:
     """A model that all ranks of this process's group share."""
     ranks = dist.get_world_size()
@@ -63,6 +80,8 @@ def write_texts(models: dict[str, str], all_exits: list[str], **options: Any) ->
             for way, drafting in {"plain": PLAIN, **settings(lm.config.num_layers, all_exits=thorough)}.items():
                 results = lm.generate(PROMPTS, max_new_tokens=TOKENS, **sampling, **drafting)
                 found.setdefault(name, {}).setdefault(rules, {})[way] = [result.token_ids for result in results]
+        if thorough:
+            found[name]["rejection"] = write_by_rejection(lm)
     return found
 
 

@@ -86,7 +86,9 @@ def test_tokens_are_distributed_as_the_targets(small: LanguageModel, options: di
 
 
 def test_a_biased_rule_is_noticed(small: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    def always(drafts: Tensor, draft_probs: Tensor, target_probs: Tensor, uniforms: Tensor, num: Tensor) -> Any:
+    def always(
+        drafts: Tensor, draft_probs: Tensor, target_probs: Tensor, uniforms: Tensor, num: Tensor, *_: Any
+    ) -> Any:
         return num, target_probs[torch.arange(len(num)), num]
 
     monkeypatch.setattr(verifying, "accept_block", always)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from adapters import write_tiny_adapters
-from rank_work import PLAIN, PROMPTS, RULES, TOKENS
+from rank_work import PLAIN, PROMPTS, RULES, TOKENS, write_by_rejection
 from ranks import run_ranks
 from tiny import write_agreeing, write_tiny
 
@@ -55,6 +55,8 @@ def test_every_way_to_decode_writes_the_text_of_one_process(
     assert all(other == texts[0] for other in texts[1:])
     for name, by_rules in texts[0].items():
         lm = layerskip.load(models[name], device="cpu", dtype="float32")
+        if name in thorough:
+            assert by_rules.pop("rejection") == write_by_rejection(lm)
         for rules, by_way in by_rules.items():
             results = lm.generate(PROMPTS, max_new_tokens=TOKENS, **RULES[rules], **PLAIN)
             alone = [result.token_ids for result in results]

@@ -117,7 +117,7 @@ class Batch:
     @cached_property
     def sampler(self) -> Sampler:
         """The rows' distributions, and draws from them."""
-        return Sampler([row.request.config for row in self.rows], self.seeds)
+        return Sampler([row.request.config for row in self.rows], self.seeds, self.decoder.vocabulary)
 
     @cached_property
     def step_request(self) -> DraftRequest:
@@ -129,7 +129,8 @@ class Batch:
         if len(places) == self.num_rows:
             return self.sampler
         requests = [self.rows[place].request for place in places]
-        return Sampler([request.config for request in requests], [request.seed for request in requests])
+        seeds = [request.seed for request in requests]
+        return Sampler([request.config for request in requests], seeds, self.decoder.vocabulary)
 
     @property
     def by_distribution(self) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from layerskip.decoding.config import GenerationConfig
 from layerskip.model.draw import Draw
 from layerskip.model.noise import Purpose
-from layerskip.model.sampling import choose_among, filter_scores
+from layerskip.model.sampling import Vocabulary, WholeVocabulary, choose_among
 
 Contexts = Sequence[Sequence[Sequence[int]]]
 """[B][Q] token ids that precede each position."""
@@ -22,18 +22,26 @@ Contexts = Sequence[Sequence[Sequence[int]]]
 class Sampler:
     """The distributions that the rows of a block ask for, and draws from them."""
 
-    def __init__(self, configs: Sequence[GenerationConfig], seeds: Sequence[int]) -> None:
+    def __init__(
+        self, configs: Sequence[GenerationConfig], seeds: Sequence[int], vocabulary: Vocabulary | None = None
+    ) -> None:
         """Put rules together.
 
         Args:
             configs: Rules of each row.
             seeds: Seed of each row.
+            vocabulary: The tokens that scores are of; all, as many as there are scores, if not given.
         """
+        self._vocabulary = vocabulary
         self._configs, self.seeds = configs, tuple(seeds)
         self.draw = make_draw(configs, seeds)
         """How a network draws the rows' tokens; None where every row takes the most likely one."""
         self.needs_context = any(map(looks_back, configs))
         """Whether scores depend on the tokens before a position, beyond what the logits know."""
+
+    def vocabulary_of(self, scores: Tensor) -> Vocabulary:
+        """The tokens that scores [..., V] are of."""
+        return self._vocabulary or WholeVocabulary(scores.shape[-1])
 
     def scores(self, logits: Tensor, contexts: Contexts | None = None) -> Tensor:
         """Apply penalties and filters.
@@ -45,13 +53,14 @@ class Sampler:
         Returns:
             [B, Q, V], unnormalized log-probabilities; -inf for tokens that are filtered out.
         """
+        vocabulary = self.vocabulary_of(logits)
         if self.needs_context:
             assert contexts is not None
-            logits = logits.clone()
+            logits, part = logits.clone(), vocabulary.tokens
             for row, row_contexts, config in zip(logits, contexts, self._configs, strict=True):
                 for scores, context in zip(row, row_contexts, strict=True):
-                    penalize(scores, context, config.repetition_penalty, config.no_repeat_ngram_size)
-        return logits if self.draw is None else filter_scores(self.draw, logits)
+                    penalize(scores, context, config.repetition_penalty, config.no_repeat_ngram_size, part.start)
+        return vocabulary.filter(self.draw, logits)
 
     def choose(
         self,
@@ -71,7 +80,7 @@ class Sampler:
         Returns:
             [B, Q] token ids; `NO_TOKEN` where no score is a finite number.
         """
-        return choose_among(scores, self.draw, first, purpose, counters)
+        return choose_among(scores, self.draw, first, purpose, counters, self._vocabulary)
 
 
 def looks_back(config: GenerationConfig) -> bool:
@@ -92,7 +101,9 @@ def make_draw(configs: Sequence[GenerationConfig], seeds: Sequence[int]) -> Draw
     )
 
 
-def penalize(scores: Tensor, context: Sequence[int], repetition_penalty: float, no_repeat_ngram_size: int) -> None:
+def penalize(
+    scores: Tensor, context: Sequence[int], repetition_penalty: float, no_repeat_ngram_size: int, first: int = 0
+) -> None:
     """Apply what depends on the tokens before a position, to the last bit as transformers' logits processors do it.
 
     Args:
@@ -100,13 +111,20 @@ def penalize(scores: Tensor, context: Sequence[int], repetition_penalty: float, 
         context: T token ids before it.
         repetition_penalty: Divides the positive scores of tokens that occurred and multiplies the negative ones.
         no_repeat_ngram_size: Length of runs of tokens of which none may occur twice; 0 is off.
+        first: The token that the first score is of, where there are those of a part of the vocabulary.
     """
+
+    def here(tokens: Tensor) -> Tensor:
+        """Places of those tokens that have a score."""
+        places = tokens - first
+        return places[(places >= 0) & (places < len(scores))].to(scores.device)
+
     tokens = torch.tensor(context, dtype=torch.long)
     if repetition_penalty != 1.0:
-        seen = tokens.to(scores.device)
+        seen = here(tokens)
         score = scores[seen]
         scores[seen] = torch.where(score < 0, score * repetition_penalty, score / repetition_penalty)
     if 0 < no_repeat_ngram_size <= len(tokens):
         runs = tokens.unfold(0, no_repeat_ngram_size, 1)
         same_beginning = (runs[:, :-1] == tokens[len(tokens) + 1 - no_repeat_ngram_size :]).all(-1)
-        scores[runs[same_beginning, -1].to(scores.device)] = -torch.inf
+        scores[here(runs[same_beginning, -1])] = -torch.inf

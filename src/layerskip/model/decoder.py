@@ -35,7 +35,7 @@ from layerskip.model.finite import check_finite
 from layerskip.model.network import Network
 from layerskip.model.positions import Positions, ValueSource
 from layerskip.model.rope import RopeTable
-from layerskip.model.sampling import choose_among, filter_scores
+from layerskip.model.sampling import Vocabulary, WholeVocabulary, choose_among
 from layerskip.model.stopwatch import Stopwatch
 
 
@@ -125,6 +125,11 @@ class Decoder:
     def num_ranks(self) -> int:
         """Processes that share the network."""
         return 1
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The tokens that `own_logits` are of."""
+        return WholeVocabulary(self.config.vocab_size)
 
     def common(self, number: int) -> int:
         """The same number, from 0 to 2^63 - 1, in all processes that share the network."""
@@ -297,6 +302,10 @@ class Decoder:
             return logits
         everything = logits.new_full((*logits.shape[:-1], self._own.vocab_size), -torch.inf)
         return everything.index_copy_(-1, self._token_ids, logits)
+
+    def own_logits(self, hidden: Tensor, exit_layer: int | None = None) -> Tensor:
+        """As `unembed`, of the tokens that this process has: [B, Q, W], those of `vocabulary`."""
+        return self.unembed(hidden, exit_layer)
 
     def checked_logits(self, hidden: Tensor, exit_layer: int | None = None) -> Tensor:
         """As `unembed`; waits for the device.
@@ -477,9 +486,7 @@ class Decoder:
         Returns:
             [B, Q] token ids, `NO_TOKEN` where no logit is a finite number; and [B, Q] probabilities, or None.
         """
-        logits = self.unembed(hidden, exit_layer)
-        scores = logits if draw is None else filter_scores(draw, logits)
+        vocabulary = self.vocabulary
+        scores = vocabulary.filter(draw, self.unembed(hidden, exit_layer))
         tokens = choose_among(scores, draw, first)
-        if not confident:
-            return tokens, None
-        return tokens, scores.softmax(-1).gather(-1, tokens.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return tokens, vocabulary.at(vocabulary.softmax(scores), tokens) if confident else None

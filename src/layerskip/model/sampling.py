@@ -6,6 +6,7 @@ Shapes: B rows, Q positions a row, V vocabulary, N positions.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +15,67 @@ from layerskip.model.draw import Draw
 from layerskip.model.finite import best_tokens
 from layerskip.model.native import sampling as native_sampling
 from layerskip.model.noise import Purpose, gumbel, make_key
+
+
+class Vocabulary(Protocol):
+    """The tokens that scores are of, and what needs the scores of all tokens.
+
+    Several processes that share a network have a part of the tokens each (`decoders.vocabulary_part`); all of them get
+    the same results.
+    """
+
+    @property
+    def tokens(self) -> range:
+        """W token ids, those of the last dimension of scores here."""
+        ...
+
+    def filter(self, draw: Draw | None, logits: Tensor) -> Tensor:
+        """As `filter_scores`; without rules, the logits themselves: [B, Q, W]."""
+        ...
+
+    def best(self, scores: Tensor) -> Tensor:
+        """[..., W] -> [...], the token with the highest score; `NO_TOKEN` where there is none that is a number."""
+        ...
+
+    def softmax(self, scores: Tensor) -> Tensor:
+        """[..., W] -> [..., W], probabilities that sum to 1 over the whole vocabulary."""
+        ...
+
+    def sum(self, values: Tensor) -> Tensor:
+        """[..., W] -> [...], over the whole vocabulary."""
+        ...
+
+    def at(self, values: Tensor, tokens: Tensor) -> Tensor:
+        """Values of tokens [...] among [..., W]."""
+        ...
+
+
+class WholeVocabulary:
+    """All tokens (`Vocabulary`)."""
+
+    def __init__(self, size: int) -> None:
+        """Take V."""
+        self.tokens = range(size)
+
+    def filter(self, draw: Draw | None, logits: Tensor) -> Tensor:
+        """As `filter_scores`."""
+        return logits if draw is None else filter_scores(draw, logits)
+
+    def best(self, scores: Tensor) -> Tensor:
+        """As `best_tokens`."""
+        return best_tokens(scores)
+
+    def softmax(self, scores: Tensor) -> Tensor:
+        """Over the last dimension."""
+        return scores.softmax(-1)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Over the last dimension."""
+        return values.sum(-1)
+
+    def at(self, values: Tensor, tokens: Tensor) -> Tensor:
+        """Values of tokens."""
+        return values.gather(-1, tokens.clamp(min=0).unsqueeze(-1)).squeeze(-1)
 
 
 def filter_scores(draw: Draw, logits: Tensor) -> Tensor:
@@ -78,6 +140,7 @@ def choose_among(
     first: Sequence[int],
     purpose: Purpose = Purpose.TARGET,
     counters: Sequence[int] | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> Tensor:
     """`choose_tokens` from scores [B, Q, V] that have been filtered.
 
@@ -87,10 +150,13 @@ def choose_among(
         first: Position of each row's first token to choose; the others follow.
         purpose: Which noise to draw with.
         counters: Tells repeated draws at the same position apart; 0 if not given.
+        vocabulary: The tokens that scores are of; all if not given.
     """
+    vocabulary = vocabulary or WholeVocabulary(scores.shape[-1])
     if draw is None or not any(draw.temperatures):
-        return best_tokens(scores)
-    return best_tokens(add_noise(scores, noise_for(draw, scores, first, purpose, counters), draw))
+        return vocabulary.best(scores)
+    noise = noise_for(draw, scores, first, purpose, counters, start=vocabulary.tokens.start)
+    return vocabulary.best(add_noise(scores, noise, draw))
 
 
 def noise_for(

@@ -8,7 +8,6 @@ Shapes: B rows, K drafts a row, D width, V vocabulary.
 from collections.abc import Collection, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from layerskip.decoding.batch import Batch
@@ -38,7 +37,7 @@ def draft_from_layers(
     hidden: list[Tensor] = []
     while len(tokens) <= num_drafts and not (stop is not None and len(tokens) > 1 and stop.ends(choices.confidences)):
         hidden.append(states.run(token, len(hidden)))
-        token = choices.next(decoder.unembed(states.read()), confident=stop is not None)
+        token = choices.next(decoder.own_logits(states.read()), confident=stop is not None)
         tokens.append(token)
     if shares:
         hidden.append(states.run(token, len(hidden)))
@@ -111,10 +110,11 @@ class _Choices:
         first = [len(row.tokens) + self._offset for row in batch.rows]
         token = sampler.choose(scores, first, self._purpose, self._counters)
         self._offset += 1
+        vocabulary = batch.decoder.vocabulary
         if batch.by_distribution:
-            self.probs.append(scores.softmax(-1).squeeze(1))
+            self.probs.append(vocabulary.softmax(scores).squeeze(1))
         if confident:
-            chosen = scores.softmax(-1).gather(-1, token.clamp(min=0).unsqueeze(-1)).flatten()
+            chosen = vocabulary.at(vocabulary.softmax(scores), token).flatten()
             for row, confidence in zip(self.confidences, chosen.tolist(), strict=True):
                 row.append(confidence)
         if sampler.needs_context:
@@ -137,5 +137,6 @@ def draft_from_text(batch: Batch, matches: Sequence[Match | None], num_speculati
     tokens = torch.tensor(padded, device=batch.decoder.device).view(len(continued), longest).long()
     probs: list[Tensor] = []
     if batch.by_distribution:  # each draft is certain
-        probs = [F.one_hot(column, batch.decoder.config.vocab_size).float() for column in tokens.unbind(1)]
+        part = torch.arange(len(vocabulary := batch.decoder.vocabulary.tokens), device=tokens.device)
+        probs = [(column.unsqueeze(-1) - vocabulary.start == part).float() for column in tokens.unbind(1)]
     return Drafts(tokens=tokens, probs=probs), [len(drafts) for drafts in continued]

@@ -45,7 +45,7 @@ def read_chunk(batch: Batch, chunk: int = PREFILL_CHUNK) -> dict[int, int]:
     rows = [batch.rows[row] for row in done]
     first = [len(row.tokens) for row in rows]
     if sampler.needs_context:
-        scores = sampler.scores(decoder.unembed(last, batch.depth), [[row.tokens] for row in rows])
+        scores = sampler.scores(decoder.own_logits(last, batch.depth), [[row.tokens] for row in rows])
         chosen = sampler.choose(scores, first)
     else:
         chosen, _ = decoder.pick(last, sampler.draw, first, exit_layer=batch.depth)
@@ -61,7 +61,7 @@ def step(batch: Batch) -> RoundResult:
         positions = decoder.place(cache, cache.lengths, 1)
         hidden = decoder.run_layers(decoder.embed(pending), positions, cache, 0, batch.depth)
         hidden = decoder.adapt(hidden, positions, cache, batch.depth, ValueSource.NONE)
-        scores = sampler.scores(decoder.unembed(hidden, batch.depth), batch.contexts())
+        scores = sampler.scores(decoder.own_logits(hidden, batch.depth), batch.contexts())
         chosen = sampler.choose(scores, [len(row.tokens) for row in batch.rows]).tolist()
     else:
         chosen = decoder.round(batch.last_tokens, cache, batch.step_request, batch.depth).targets

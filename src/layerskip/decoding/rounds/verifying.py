@@ -20,7 +20,6 @@ from layerskip.decoding.rounds.acceptance import accept_block, accept_matching, 
 from layerskip.decoding.rounds.drafting import draft_from_layers, draft_from_text
 from layerskip.decoding.sampler import Sampler
 from layerskip.model.drafts import DraftRequest, Drafts
-from layerskip.model.finite import best_tokens
 from layerskip.model.noise import Purpose, make_key, uniforms
 from layerskip.model.sampling import add_noise, noise_for
 
@@ -78,10 +77,10 @@ def _through_logits(batch: Batch, plan: Plan) -> RoundResult:
     hidden = decoder.embed(inputs) if drafts.hidden is None else inputs
     first, last = drafts.exit_layer, decoder.num_layers
     hidden, states = decoder.run_exits(hidden, positions, cache, first, last, plan.probe)
-    judge = _Judge(batch, drafts, num_drafts, decoder.unembed(hidden))
+    judge = _Judge(batch, drafts, num_drafts, decoder.own_logits(hidden))
     result = judge.result()  # the round's only device synchronisation, unless exits are probed
     agreement = {
-        exit_layer: judge.agreement(decoder.unembed(state, exit_layer), result.num_accepted)
+        exit_layer: judge.agreement(decoder.own_logits(state, exit_layer), result.num_accepted)
         for exit_layer, state in {**drafts.exit_states, **states}.items()
     }
     end = watch.mark()
@@ -114,6 +113,7 @@ class _Judge:
         self._batch, self._drafts, self._num_drafts = batch, drafts, num_drafts
         self._contexts = batch.contexts(drafts.tokens.tolist()) if batch.sampler.needs_context else None
         self._first = [len(row.tokens) for row in batch.rows]
+        self._vocabulary = batch.decoder.vocabulary
         self._scores = batch.sampler.scores(logits, self._contexts)
         self._noise: Tensor | None = None
         self._targets = None if batch.by_distribution else self._choose(self._scores)
@@ -129,7 +129,7 @@ class _Judge:
             batch.sampler,
             drafts.tokens,
             torch.stack(drafts.probs, 1) if drafts.probs else self._scores[:, :0],
-            self._scores.softmax(-1),
+            self._vocabulary.softmax(self._scores),
             num_drafts=torch.tensor(self._num_drafts, device=self._scores.device),
             seeds=batch.seeds,
             first=self._first,
@@ -149,7 +149,8 @@ class _Judge:
         """
         scores = self._batch.sampler.scores(logits, self._contexts)
         if self._targets is None:
-            agrees = torch.minimum(scores.softmax(-1), self._scores.softmax(-1)).sum(-1)
+            softmax = self._vocabulary.softmax
+            agrees = self._vocabulary.sum(torch.minimum(softmax(scores), softmax(self._scores)))
         else:
             agrees = self._choose(scores) == self._targets
         counted = [row[: number + 1] for row, number in zip(agrees.tolist(), num_accepted, strict=True)]
@@ -159,10 +160,11 @@ class _Judge:
         """The target's choice, or an exit's: both with the same noise, which is drawn once."""
         sampler = self._batch.sampler
         if sampler.draw is None:
-            return best_tokens(scores)
+            return self._vocabulary.best(scores)
         if self._noise is None:
-            self._noise = noise_for(sampler.draw, scores, self._first)
-        return best_tokens(add_noise(scores, self._noise, sampler.draw))
+            start = self._vocabulary.tokens.start
+            self._noise = noise_for(sampler.draw, scores, self._first, start=start)
+        return self._vocabulary.best(add_noise(scores, self._noise, sampler.draw))
 
 
 def draw_accepted(
@@ -201,6 +203,8 @@ def draw_accepted(
         accepted, probs = num_drafts, target_probs[:, 0]
     else:
         accept = accept_block if block else accept_rejection
-        accepted, probs = accept(drafts, draft_probs, target_probs, uniforms(keys, drafts.device), num_drafts)
+        random = uniforms(keys, drafts.device)
+        vocabulary = sampler.vocabulary_of(target_probs)
+        accepted, probs = accept(drafts, draft_probs, target_probs, random, num_drafts, vocabulary)
     token = sampler.choose(probs.log().unsqueeze(1), first, Purpose.RESIDUAL, counters)
     return torch.cat((drafts, accepted.unsqueeze(1), token), 1)

@@ -19,6 +19,7 @@ from layerskip.model.native.network import NativeNetwork
 from layerskip.model.native.threads import torch_at_rest
 from layerskip.model.parallel.group import RankGroup
 from layerskip.model.parallel.share import Membership
+from layerskip.model.sampling import Vocabulary
 from layerskip.model.stopwatch import Stopwatch
 
 
@@ -37,7 +38,7 @@ class ParallelDecoder(Decoder):
         self.group = membership.group
         self.stopwatch = _SharedStopwatch(self.device, self.group)
         self._is_native = isinstance(options["network"], NativeNetwork)
-        self._vocabulary = VocabularyPart(self.group, membership.share.vocabulary)
+        self._part = VocabularyPart(self.group, membership.share.vocabulary)
         self._sizes = membership.vocabulary
 
     @property
@@ -65,7 +66,7 @@ class ParallelDecoder(Decoder):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """As `Decoder.embed`: the rank that has a token gives its state, the others nothing."""
-        part = self._vocabulary.tokens
+        part = self._part.tokens
         places = tokens.clamp(min=0) - part.start
         inside = (places >= 0) & (places < len(part))
         hidden = super().embed(places.clamp(0, len(part) - 1))
@@ -75,7 +76,18 @@ class ParallelDecoder(Decoder):
         """As `Decoder.unembed`, with the logits of all ranks."""
         if exit_layer in self._adapters:
             return self._adapters[exit_layer].unembed(hidden)
-        return self._vocabulary.whole(super().unembed(hidden), self._sizes)
+        return self._part.whole(super().unembed(hidden), self._sizes)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """As `Decoder.vocabulary`: this rank's part."""
+        return self._part
+
+    def own_logits(self, hidden: Tensor, exit_layer: int | None = None) -> Tensor:
+        """As `Decoder.own_logits`."""
+        if exit_layer in self._adapters:
+            return self._adapters[exit_layer].own_logits(hidden)
+        return super().unembed(hidden)
 
     def checked_logits(self, hidden: Tensor, exit_layer: int | None = None) -> Tensor:
         """As `Decoder.checked_logits`."""
@@ -96,7 +108,7 @@ class ParallelDecoder(Decoder):
         """As `Decoder.pick`, from the scores of each rank's part of the vocabulary."""
         if exit_layer in self._adapters:
             return self._adapters[exit_layer].pick(hidden, draw, first, confident=confident)
-        part = self._vocabulary
+        part = self._part
         scores = part.filter(draw, super().unembed(hidden))
         return part.choose(scores, draw, first, confident=confident)
 

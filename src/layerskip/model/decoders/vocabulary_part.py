@@ -23,7 +23,7 @@ CANDIDATES = 64
 
 
 class VocabularyPart:
-    """One rank's part of the vocabulary."""
+    """One rank's part of the vocabulary (`sampling.Vocabulary`)."""
 
     def __init__(self, group: RankGroup, tokens: range) -> None:
         """Take the part.
@@ -45,6 +45,26 @@ class VocabularyPart:
         """As `sampling.filter_scores`, by what the whole vocabulary's scores say."""
         return logits if draw is None else filter_by_rules(draw, logits, self._filter)
 
+    def best(self, scores: Tensor) -> Tensor:
+        """[..., W] -> [...], the token with the highest score of all."""
+        return self._best_of(*scores.max(-1))[0]
+
+    def softmax(self, scores: Tensor) -> Tensor:
+        """[..., W] -> [..., W], this rank's part of the probabilities."""
+        total = self.group.gather(scores.double().logsumexp(-1)).logsumexp(0)
+        return (scores.double() - total.unsqueeze(-1)).exp().to(scores.dtype)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """[..., W] -> [...], over all ranks' parts."""
+        return self.group.gather(values.sum(-1)).sum(0)
+
+    def at(self, values: Tensor, tokens: Tensor) -> Tensor:
+        """Values of tokens [...], of which some rank has each."""
+        places = tokens - self.tokens.start
+        inside = (places >= 0) & (places < len(self.tokens))
+        own = values.gather(-1, places.clamp(0, len(self.tokens) - 1).unsqueeze(-1)).squeeze(-1)
+        return self.group.gather(own.masked_fill(~inside, 0.0)).sum(0)
+
     def choose(
         self, scores: Tensor, draw: Draw | None, first: Sequence[int], *, confident: bool
     ) -> tuple[Tensor, Tensor | None]:
@@ -63,19 +83,29 @@ class VocabularyPart:
         if draw is not None and any(draw.temperatures):
             noise = noise_for(draw, scores, first, Purpose.TARGET, None, start=self.tokens.start)
             noisy = add_noise(scores, noise, draw)
-        best, places = noisy.max(-1)
-        facts = [best.double(), (places + self.tokens.start).double()]
-        if confident:
-            facts += [scores.gather(-1, places.unsqueeze(-1)).squeeze(-1).double(), scores.double().logsumexp(-1)]
-        every = self.group.gather(torch.stack(facts))  # [N, 2 or 4, B, Q]
-        highest, rank = every[:, 0].max(0)
-        index = rank.unsqueeze(0)
-        tokens = every[:, 1].gather(0, index).squeeze(0).long()
-        tokens = torch.where(highest.isfinite(), tokens, NO_TOKEN)
         if not confident:
-            return tokens, None
-        chosen = every[:, 2].gather(0, index).squeeze(0)
-        return tokens, (chosen - every[:, 3].logsumexp(0)).exp().float()
+            return self.best(noisy), None
+        best, places = noisy.max(-1)
+        score = scores.gather(-1, places.unsqueeze(-1)).squeeze(-1)
+        tokens, every, chosen = self._best_of(best, places, score, scores.logsumexp(-1))
+        return tokens, (chosen[0] - every[1].logsumexp(0)).exp().float()
+
+    def _best_of(self, best: Tensor, places: Tensor, *facts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The best token of all, and what the ranks say beside it.
+
+        Args:
+            best: [...], the highest score of this rank's tokens.
+            places: [...], that token's place among them.
+            *facts: F numbers [...] of this rank.
+
+        Returns:
+            Token ids [...]; the ranks' facts [F, N, ...]; and those of the rank that has the best token, [F, ...].
+        """
+        own = [best, places + self.tokens.start, *facts]
+        every = self.group.gather(torch.stack([number.double() for number in own])).transpose(0, 1)
+        highest, rank = every[0].max(0)
+        chosen = every.gather(1, rank.expand(len(own), 1, *rank.shape)).squeeze(1)
+        return torch.where(highest.isfinite(), chosen[1].long(), NO_TOKEN), every[2:], chosen[2:]
 
     def _filter(self, logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
         """[positions, W] by one set of rules; returns a new tensor."""

@@ -60,6 +60,26 @@ def test_a_round_takes_two_reductions_for_each_layer_that_it_enters(model: str, 
     assert counted["other_bytes"] <= 2 * 8 * (choices + counted["rounds"] * (DRAFTS + 1))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"acceptance": "rejection", "temperature": 0.9, "exit_layer": 2, "num_speculations": 3},
+        {"generation_strategy": "autoregressive", "temperature": 0.9, "repetition_penalty": 1.2},
+        {"generation_strategy": "autoregressive", "do_sample": True, "top_k": 50, "min_p": 0.01},
+    ],
+    ids=["rejection", "penalty", "filters"],
+)
+def test_no_logits_are_gathered_to_choose_tokens(tmp_path: Path, options: dict[str, Any]) -> None:
+    vocabulary = 8192
+    (tmp_path / "model").mkdir()
+    (tmp_path / "ranks").mkdir()
+    write_tiny(tmp_path / "model", vocab_size=vocabulary)
+    for counted in run_ranks(
+        tmp_path / "ranks", 2, "rank_work:count_traffic", model=str(tmp_path / "model"), steps=STEPS, seed=1, **options
+    ):
+        assert 0 < counted["other_bytes"] < STEPS * vocabulary * NUMBER / 4
+
+
 @pytest.mark.parametrize(("num_ranks", "most"), [(2, 0.55), (4, 0.3)])
 def test_each_rank_has_its_share_of_the_weights(tmp_path: Path, num_ranks: int, most: float) -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 8, "vocab_size": 2048}

@@ -8,14 +8,23 @@ import numpy as np
 from gguf import GGUFWriter
 from gguf.constants import RopeScalingType
 
-from layerskip.checkpoint.gguf.config import ARCHITECTURES, GEMMA3_27B_LAYERS, GEMMA3_GLOBAL_EVERY
+from layerskip.checkpoint.gguf.config import (
+    ARCHITECTURES,
+    GEMMA3_27B_LAYERS,
+    GEMMA3_GLOBAL_EVERY,
+    SMOLLM3_UNROTATED_EVERY,
+)
 from layerskip.errors import UnsupportedModelError
+from layerskip.model.config.families import FAMILIES
 from layerskip.model.config.model_config import FULL, SLIDING, ModelConfig
 from layerskip.model.config.rope import RopeConfig
 from layerskip.model.rope import inverse_frequencies
 
-ARCHITECTURE_OF = {known.model_type: name for name, known in ARCHITECTURES.items()} | {"mistral": "llama"}
-"""`general.architecture` by model_type; a Mistral is a Llama to llama.cpp."""
+ARCHITECTURE_OF = {
+    **{known.model_type: name for name, known in ARCHITECTURES.items() if FAMILIES[known.model_type].experts is None},
+    "mistral": "llama",
+}
+"""`general.architecture` by model_type, of families without experts; a Mistral is a Llama to llama.cpp."""
 SAMPLERS = {
     "temperature": "temp",
     "top_k": "top_k",
@@ -52,13 +61,17 @@ def _missing(config: ModelConfig, architecture: str) -> dict[str, bool]:
     is_gemma, is_llama = architecture == "gemma3", architecture == "llama"
     width = config.hidden_size // config.num_attention_heads if config.num_layers == GEMMA3_27B_LAYERS else None
     scale = 1 / math.sqrt(width or config.head_dim) if is_gemma else 1 / math.sqrt(config.head_dim)
+    every = SMOLLM3_UNROTATED_EVERY if architecture == "smollm3" else config.num_layers + 1
+    unrotated = frozenset(range(every - 1, config.num_layers, every))
     rotated = config.ropes[FULL].rotary_dim
     return {
         f"activation {config.hidden_act!r}": config.hidden_act != ARCHITECTURES[architecture].hidden_act,
         "biases of attention": (config.qkv_bias or config.o_bias) and not (is_llama or architecture == "qwen2"),
         "biases of the MLP": config.mlp_bias and not is_llama,
-        "sliding windows": SLIDING in config.layer_types and architecture in ("qwen2", "qwen3"),
-        "such factor on attention": not math.isclose(config.attention_scale, scale, rel_tol=1e-6),
+        "sliding windows": SLIDING in config.layer_types and architecture not in ("llama", "gemma3", "phi3"),
+        "such layers without rotary embedding": unrotated != config.unrotated_layers,
+        "such factor on attention": architecture != "granite"
+        and not math.isclose(config.attention_scale, scale, rel_tol=1e-6),
         "heads that are rotated in part": rotated != config.head_dim and architecture != "phi3",
         "scaled rotary embedding in sliding layers": is_gemma and config.ropes[SLIDING].rope_type != "default",
         "such pattern of sliding layers": is_gemma and sliding_period(config) is None,
@@ -90,6 +103,11 @@ def add_config(writer: GGUFWriter, config: ModelConfig) -> None:
         if SLIDING in kinds:
             writer.add_sliding_window_pattern(period)
             writer.add_float32(f"{writer.arch}.rope.freq_base_swa", config.ropes[SLIDING].rope_theta)
+    if config.model_type == "granite":
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_attention_scale(config.attention_scale)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(1.0 / config.logits_multiplier)
     if config.final_logit_softcapping is not None:
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
 

@@ -56,6 +56,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "qwen3": ("qwen3", {}),
+    "olmo2": ("olmo2", {}),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.25,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 8.0,
+        },
+    ),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 1, 1, 0]}),
     "gemma3": ("gemma3_text", {}),
     "gemma3, scaled": (
         "gemma3_text",
@@ -217,6 +228,8 @@ def test_what_llama_cpp_ignores_is_said(tiny_checkpoint: Tiny, tmp_path: Path) -
         ("llama", {"hidden_act": "gelu"}, "no activation 'gelu'"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "no sliding windows"),
         ("qwen3", {"attention_bias": True}, "no biases of attention"),
+        ("smollm3", {"no_rope_layers": [0, 1, 1, 1]}, "no such layers without rotary embedding"),
+        ("qwen3_moe", {}, "no architecture for model_type 'qwen3_moe'"),
         ("gemma3_text", {"query_pre_attn_scalar": 5}, "no such factor on attention"),
         ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "rotated in part"),
         (
@@ -241,7 +254,7 @@ def test_what_llama_cpp_lacks_is_refused(
 
 def test_a_family_that_llama_cpp_lacks_is_refused_by_name(tiny_checkpoint: Tiny) -> None:
     config = replace(open_checkpoint(str(tiny_checkpoint())).config, model_type="newmodel")
-    with pytest.raises(UnsupportedModelError, match=r"model_type 'newmodel'.*gemma3_text, llama, mistral"):
+    with pytest.raises(UnsupportedModelError, match=r"model_type 'newmodel'.*gemma3_text, granite, llama"):
         architecture_of(config)
 
 

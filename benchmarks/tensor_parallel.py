@@ -140,7 +140,12 @@ def be_a_rank(arguments: Arguments, folder: str, rank: int, num_ranks: int, whol
             figures["num_tokens"][key] = sum(len(result.token_ids) for result in results)
             after = (group.sums.num_bytes, group.others.num_bytes) if group else (0, 0)
             figures["sum_bytes"][key], figures["other_bytes"][key] = (b - a for a, b in zip(before, after, strict=True))
-    figures["weight_bytes"] = lm.decoder.weight_bytes(0, lm.decoder.num_layers)
+    network = lm.decoder._network
+    linears = {id(network.head): network.head}  # a matrix that several layers have counts once
+    for layer in network.layers[: lm.decoder.num_layers]:
+        for linear in (layer.qkv, layer.o, *(part for pair in layer.gated for part in pair)):  # type: ignore[attr-defined]
+            linears[id(linear)] = linear
+    figures["weight_bytes"] = sum(linear.num_bytes for linear in linears.values())
     if group is not None:
         group.watch.stop()
         dist.destroy_process_group()

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 import layerskip
 from layerskip.language_model import LanguageModel
+from layerskip.model.decoder import Decoder
 from layerskip.model.decoders.parallel import ParallelDecoder
 
 PROMPTS = [[7], [3, 1, 4, 1, 5, 9, 2, 6], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25]]
@@ -85,12 +86,22 @@ def write_texts(models: dict[str, str], all_exits: list[str], **options: Any) ->
     return found
 
 
+def distinct_bytes(decoder: Decoder) -> int:
+    """Bytes of layers and head; a matrix that several layers have counts once."""
+    network = decoder._network
+    linears = {id(network.head): network.head}
+    for layer in network.layers:
+        for linear in (layer.qkv, layer.o, *(part for pair in layer.gated for part in pair)):  # type: ignore[attr-defined]
+            linears[id(linear)] = linear
+    return sum(linear.num_bytes for linear in linears.values())
+
+
 def sizes(models: dict[str, str]) -> dict[str, int]:
     """Bytes of weights in this rank, by model; in the file's dtype or float32, embedding and head counted once."""
     found = {}
     for name, model in models.items():
         decoder = load(model).decoder
-        total = decoder.weight_bytes(0, decoder.num_layers)
+        total = distinct_bytes(decoder)
         if not decoder.config.tie_word_embeddings:
             total += decoder._embedding.numel() * 4  # type: ignore[union-attr]
         found[name] = total

@@ -112,6 +112,8 @@ class _Loader(Generic[AnyLinear]):
         self._config = config
         self._source = source
         self._builder = builder
+        self._idle: dict[str, AnyLinear] = {}
+        """Matrices of heads that another rank has: one for all layers, since their results aren't used."""
 
     def load(self, plan: LoadingPlan) -> Decoder:
         """The network, and the one that drafts for it if the plan has one."""
@@ -303,7 +305,7 @@ class _Loader(Generic[AnyLinear]):
         stored = stored_weights(self._config, sparse=sparse)
         names = {ours: [f"{prefix}.{name}" for name in theirs] for ours, theirs in stored.items()}
         shapes = {ours: stored_shapes(self._config, ours, len(theirs)) for ours, theirs in stored.items()}
-        linears = {ours: self._linear(ours, names[ours], shapes[ours]) for ours in MATRICES if ours in stored}
+        linears = {ours: self._matrix(ours, names[ours], shapes[ours]) for ours in MATRICES if ours in stored}
         norms = {ours: self._norm(f"{names[ours][0]}.weight", shapes[ours][0]) for ours in NORMS if ours in stored}
         return LayerWeights(
             attention_norm=norms.get("attention_norm"),
@@ -335,6 +337,16 @@ class _Loader(Generic[AnyLinear]):
             ),
             per_token=self._config.num_experts_per_tok,
         )
+
+    def _matrix(self, ours: str, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> AnyLinear:
+        """One of a layer's matrices."""
+        member = self._builder.member
+        idle = member is not None and self._config is not member.config and not member.share.adds_heads
+        if not idle or ours not in ("qkv", "o"):
+            return self._linear(ours, names, shapes)
+        if ours not in self._idle:
+            self._idle[ours] = self._linear(ours, names, shapes)
+        return self._idle[ours]
 
     def _linear(self, ours: str, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> AnyLinear:
         """One of a layer's matrices, which a checkpoint may have in several tensors."""

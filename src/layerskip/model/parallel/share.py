@@ -6,7 +6,8 @@ Source: arXiv:1909.08053, section 3.
 
 Heads don't have to divide evenly. Ranks get whole groups of query heads that share keys, or where there are fewer
 groups than ranks, consecutive query heads and copies of the key/value heads that they read. Ranks beyond the number of
-query heads compute one too, which isn't added. The MLP is cut so that all ranks have about as many weights.
+query heads have one too, with the same weights in all layers, whose output isn't added. The MLP is cut so that all
+ranks have about as many weights.
 """
 
 from collections.abc import Mapping, Sequence
@@ -232,14 +233,17 @@ def _cut_mlp(config: ModelConfig, heads: Sequence[range], kv_heads: Sequence[tup
     channels, num_ranks = config.intermediate_size, len(heads)
     unit = _unit(channels, num_ranks)
     # A layer's weights over the width: 2 head_dim for each head of either kind, and 3 for each channel of the MLP.
-    attention = [2 * config.head_dim * (len(own) + len(kv)) for own, kv in zip(heads, kv_heads, strict=True)]
+    attention = [
+        2 * config.head_dim * (len(own) + len(kv)) if rank < config.num_attention_heads else 0  # one for all layers
+        for rank, (own, kv) in enumerate(zip(heads, kv_heads, strict=True))
+    ]
     each = (sum(attention) + 3 * channels) / num_ranks
     return _cut(channels, [max(each - part, 3.0 * unit) for part in attention], unit)
 
 
 def _unit(channels: int, num_ranks: int) -> int:
     """Channels of an MLP that stay together."""
-    return next(unit for unit in MLP_UNITS if channels % unit == 0 and (channels // unit >= 2 * num_ranks or unit == 1))
+    return next(unit for unit in MLP_UNITS if channels % unit == 0 and (channels // unit >= 8 * num_ranks or unit == 1))
 
 
 def _cut(count: int, weights: Sequence[float], unit: int) -> list[range]:

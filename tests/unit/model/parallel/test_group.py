@@ -92,6 +92,13 @@ def test_each_rank_has_its_share_of_the_weights(tmp_path: Path, num_ranks: int, 
         assert found["llama"] <= most * whole
 
 
+def test_the_embedded_model_is_cut_into_four_though_it_has_three_heads(tmp_path: Path) -> None:
+    decoder = layerskip.load("demo").decoder
+    whole = decoder.weight_bytes(0, decoder.num_layers)
+    for found in run_ranks(tmp_path, 4, "rank_work:sizes", models={"demo": "demo"}):
+        assert found["demo"] <= 0.3 * whole
+
+
 def test_layers_that_are_replicated_belong_to_tensor_parallelism(model: str) -> None:
     with pytest.raises(InvalidArgumentError, match="replicate_layers 2 is for tensor_parallel"):
         layerskip.load(model, replicate_layers=2)

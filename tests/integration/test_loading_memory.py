@@ -151,7 +151,8 @@ def test_memory_is_what_was_planned(
     planned, planned_peak, kept, peak = json.loads(result.stdout)
     allowance = 4  # MB of large pages that are used in part, and of small objects
     assert planned * 0.95 - allowance <= kept <= planned * 1.05 + allowance
-    assert planned_peak * 0.95 - allowance <= peak <= planned_peak * 1.05 + allowance
+    # A peak lasts for a moment, and the system counts pages of a file that it may drop at any time: it can be lower.
+    assert planned_peak * 0.85 - allowance <= peak <= planned_peak * 1.05 + allowance
 
 
 @pytest.mark.parametrize(

@@ -144,15 +144,21 @@ def test_memory_is_what_was_planned(
         model = convert(tmp_path / "large", tmp_path / "large.gguf", type_=GGMLQuantizationType[type_])
     environment = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", COMPARE, str(tiny_checkpoint()), str(model), json.dumps(options)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    allowance = 4  # MB of large pages that are used in part, and of small objects
+    # A peak lasts for a moment, and pages of a file that the system drops meanwhile aren't in it: a low one is measured
+    # again. None may be higher.
+    for _ in range(3):
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        assert result.returncode == 0, result.stderr
+        planned, planned_peak, kept, peak = json.loads(result.stdout)
+        assert planned * 0.95 - allowance <= kept <= planned * 1.05 + allowance
+        assert peak <= planned_peak * 1.05 + allowance
+        if peak >= planned_peak * 0.95 - allowance:
+            break
+    else:
+        pytest.fail(f"the peak was {peak} MB, and {planned_peak} were planned")
     shutil.rmtree(tmp_path / "large")
     (tmp_path / "large.gguf").unlink(missing_ok=True)
-    assert result.returncode == 0, result.stderr
-    planned, planned_peak, kept, peak = json.loads(result.stdout)
-    allowance = 4  # MB of large pages that are used in part, and of small objects
-    assert planned * 0.95 - allowance <= kept <= planned * 1.05 + allowance
-    # A peak lasts for a moment, and the system counts pages of a file that it may drop at any time: it can be lower.
-    assert planned_peak * 0.85 - allowance <= peak <= planned_peak * 1.05 + allowance
 
 
 @pytest.mark.parametrize(

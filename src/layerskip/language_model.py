@@ -182,7 +182,7 @@ class LanguageModel:
         """
         slots = whole_number("slots", slots, least=1)
         capacity = min(SESSION_TOKENS, self.decoder.max_context)
-        return Session(self._engine(slots, capacity, keeps_prefixes=True))
+        return Session(self.new_engine(max_rows=slots, capacity=capacity, keeps_prefixes=True))
 
     def score(
         self,
@@ -346,7 +346,7 @@ class LanguageModel:
         tokenizer = self._tokenizer_or_none(requests)
         capacity = max(len(request.tokens) + request.max_new_tokens for request in requests)
         if session is None:
-            engine = self._engine(len(requests), capacity)
+            engine = self.new_engine(max_rows=len(requests), capacity=capacity)
         else:
             engine = session.engine
             for row in engine.rows:  # of a stream that was left before its end
@@ -376,10 +376,20 @@ class LanguageModel:
             OutOfMemoryError: The cache doesn't fit.
         """
         capacity = max(len(request.tokens) + request.max_new_tokens for request in requests)
-        engine = self._engine(min(max_rows, len(requests)), capacity, keeps_prefixes=True)
+        engine = self.new_engine(max_rows=min(max_rows, len(requests)), capacity=capacity, keeps_prefixes=True)
         return generate_each(engine, requests, self._tokenizer_or_none(requests))
 
-    def _engine(self, max_rows: int, capacity: int, *, keeps_prefixes: bool = False) -> Engine:
+    def new_engine(self, *, max_rows: int, capacity: int, keeps_prefixes: bool = False) -> Engine:
+        """An engine of this network, with what is known of it.
+
+        Args:
+            max_rows: Rows that may run at once.
+            capacity: Tokens that a row can hold: its prompt and what is generated.
+            keeps_prefixes: Keep the keys and values of rows that have ended, for requests that begin alike.
+
+        Raises:
+            OutOfMemoryError: The cache doesn't fit.
+        """
         return Engine(
             self.decoder,
             max_rows=max_rows,

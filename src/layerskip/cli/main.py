@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": "write after a prompt, and show what speculation does",
     "chat": "talk with a model that has a chat template",
     "verify": "prove that self-speculative decoding changes nothing",
+    "serve": "serve a model by OpenAI's API",
     "batch": "write after every prompt of a file",
     "benchmark": "compare strategies on a data set: speed and quality",
     "bench-serve": "put load on a server, and measure throughput and latency",

@@ -28,6 +28,8 @@ class Event:
     """The drafts that were verified."""
     drafter: DrafterName | None = None
     """What drafted them."""
+    exit_layer: int = 0
+    """The exit at which layers drafted; 0 where none did."""
 
 
 def make_policy(config: GenerationConfig, decoder: Decoder, experience: Experience) -> Policy | None:
@@ -234,7 +236,7 @@ class Engine:
         """One round of a batch, as its policy plans it."""
         decoder, policy, started = self.decoder, batch.policy, time.perf_counter()
         calls, provisional = decoder.calls.count, decoder.provisional_rounds
-        drafter: DrafterName | None = None
+        drafter, exit_layer = None, 0
         if policy is None:
             result = step(batch)
         else:
@@ -247,12 +249,12 @@ class Engine:
                     result.seconds = decoder.stopwatch.since(started)
                 result.settled = decoder.provisional_rounds == provisional
                 policy.observe(plan, result)
-            drafter = plan.drafter(decoder.config.adapted_exits)
+            drafter, exit_layer = plan.drafter(decoder.config.adapted_exits), plan.exit_layer
             if plan.source != "none" or plan.probe:
                 for row in batch.rows:
                     row.recorder.seconds_drafting += result.seconds_drafting
                     row.recorder.seconds_verifying += result.seconds_verifying
-        return self._extend(batch, result, decoder.calls.count - calls, drafter)
+        return self._extend(batch, result, decoder.calls.count - calls, drafter, exit_layer)
 
     def _rest(self, batch: Batch, plan: Plan) -> RoundResult:
         """The next of several steps without drafts that were planned at once."""
@@ -265,7 +267,9 @@ class Engine:
             batch.end_rest()
         return result
 
-    def _extend(self, batch: Batch, result: RoundResult, calls: int, drafter: DrafterName | None = None) -> list[Event]:
+    def _extend(
+        self, batch: Batch, result: RoundResult, calls: int, drafter: DrafterName | None, exit_layer: int
+    ) -> list[Event]:
         """Extend the rows by a round's tokens, and let those go that have ended."""
         events = []
         for place, row in enumerate(batch.rows):
@@ -276,7 +280,16 @@ class Engine:
             row.recorder.layer_calls += calls
             row.recorder.record_tokens()
             row.recorder.record_round(len(drafts), num_accepted, drafter)
-            events.append(Event(row=row, tokens=kept, num_accepted=num_accepted, drafts=drafts, drafter=drafter))
+            events.append(
+                Event(
+                    row=row,
+                    tokens=kept,
+                    num_accepted=num_accepted,
+                    drafts=drafts,
+                    drafter=drafter,
+                    exit_layer=exit_layer if drafts else 0,
+                )
+            )
             length = batch.cache.lengths[place]
             if length >= len(row.tokens):  # the row was cut short: what lies beyond its end is forgotten
                 batch.cache.rollback(place, len(row.tokens) - 1)

@@ -55,9 +55,14 @@ def serve(answer: Answer, *, models: Script, folder: Path | None = None) -> Iter
         folder: Files that are served at /, with the server's policy.
     """
     lock = threading.Lock()
+    connections: list[socket.socket] = []
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+
+        def setup(self) -> None:
+            super().setup()
+            connections.append(self.connection)
 
         def log_message(self, format: str, *args: object) -> None:
             pass
@@ -95,7 +100,8 @@ def serve(answer: Answer, *, models: Script, folder: Path | None = None) -> Iter
                     text = chunk if isinstance(chunk, str) else f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
                     data = text.encode()
                     self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
-                if script.cut:  # a reset
+                if script.cut:  # a reset, once what was sent has been read
+                    time.sleep(0.2)
                     linger = struct.pack("ii", 1, 0)
                     self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
                     self.close_connection = True
@@ -128,3 +134,6 @@ def serve(answer: Answer, *, models: Script, folder: Path | None = None) -> Iter
         server.shutdown()
         server.server_close()
         thread.join()
+        for connection in connections:  # those that are kept open would still be answered
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)

@@ -1,10 +1,10 @@
 """The page at `/` that shows what self-speculation does: static files, without a build step.
 
-    playground.js              controls, turns, comparisons
-    playground-stream.js       requests and streams
-    playground-answer.js       text in coloured pieces
-    playground-figures.js      layers, acceptance by position
-    playground-settings.js     fields of a request, links
+playground.js              controls, turns, comparisons
+playground-stream.js       requests and streams
+playground-answer.js       text in coloured pieces
+playground-figures.js      layers, acceptance by position
+playground-settings.js     fields of a request, links
 """
 
 from collections.abc import Mapping

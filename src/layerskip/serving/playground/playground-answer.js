@@ -134,13 +134,23 @@ export class Answer {
   /** Tokens a second from the first piece on; null while there is only one. */
   get speed() {
     const later = this.tokens - this.firstTokens;
-    const seconds = (this.lastAt - this.firstAt) / 1000;
+    const seconds = this.writingSeconds;
     return later > 0 && seconds > 0 ? later / seconds : null;
+  }
+
+  /**
+   * Seconds from the first piece to the end: the server's, once it has told them, because a page that draws reads its
+   * stream late.
+   */
+  get writingSeconds() {
+    const { seconds, time_to_first_token_seconds: first } = this.metrics ?? {};
+    return seconds > first ? seconds - first : (this.lastAt - this.firstAt) / 1000;
   }
 
   /** Seconds to the first piece, or null. */
   get first() {
-    return this.firstAt === null ? null : (this.firstAt - this.sent) / 1000;
+    const told = this.metrics?.time_to_first_token_seconds;
+    return told ?? (this.firstAt === null ? null : (this.firstAt - this.sent) / 1000);
   }
 }
 

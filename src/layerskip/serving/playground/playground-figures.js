@@ -4,8 +4,10 @@ import { element } from "./playground-answer.js";
 
 const LABELLED = 24; // layers that all have their number beside them
 
-export const significant = (value) =>
-  value === null || !Number.isFinite(value) ? "–" : value >= 99.5 ? Math.round(value).toLocaleString("en") : value.toPrecision(3);
+export function significant(value) {
+  if (value === null || !Number.isFinite(value)) return "–";
+  return value >= 99.5 ? Math.round(value).toLocaleString("en") : value.toPrecision(3);
+}
 export const percent = (value) => (Number.isFinite(value) ? `${(100 * value).toFixed(1)}%` : "–");
 export function seconds(value) {
   if (value === null || !Number.isFinite(value)) return "–";
@@ -33,7 +35,7 @@ export class Layers {
       return row;
     });
     this.place.classList.toggle("many", step > 1);
-    this.place.style.setProperty("--row", `${Math.max(5, Math.min(16, Math.floor(400 / number)))}px`);
+    this.place.style.setProperty("--row", `${Math.max(5, Math.min(14, Math.floor(400 / number)))}px`);
     this.place.replaceChildren(...this.rows);
     this.adapterMark.hidden = !adapted.length;
     this.reset();
@@ -44,6 +46,15 @@ export class Layers {
     this.exit = 0;
     this.lit = null;
     this.draw(0);
+  }
+
+  /** What was counted, to be shown again later. */
+  get state() {
+    return [this.passes, this.exit];
+  }
+
+  set state([passes, exit]) {
+    [this.passes, this.exit] = [passes, exit];
   }
 
   /** Counts the passes of a round. `depth`: layers that run at all. */
@@ -58,6 +69,7 @@ export class Layers {
 
   /** Lights what ran since the last frame, and draws passes for each token. */
   draw(tokens) {
+    if (!this.rows.length) return;
     const each = this.passes.map((passes) => (tokens ? passes / tokens : 0));
     const most = Math.max(1, ...each);
     this.rows.forEach((row, index) => {
@@ -70,10 +82,9 @@ export class Layers {
       row.lastChild.textContent = tokens ? each[index].toFixed(2) : "";
     });
     this.lit = null;
-    const words = tokens
-      ? `${this.rows.length} layers; passes for a token: ${this.exit ? `layers 1 to ${this.exit}: ${each[0].toFixed(2)}, the others: ` : ""}${each.at(-1).toFixed(2)}`
-      : `${this.rows.length} layers`;
-    this.place.setAttribute("aria-label", words);
+    const early = this.exit ? `${each[0].toFixed(2)} in layers 1 to ${this.exit}, and in the others ` : "";
+    const passes = tokens ? `; passes for a token: ${early}${each.at(-1).toFixed(2)}` : "";
+    this.place.setAttribute("aria-label", `${this.rows.length} layers${passes}`);
   }
 }
 
@@ -91,6 +102,16 @@ export class Positions {
     this.columns = [];
     this.place.replaceChildren();
     this.note.textContent = "Nothing was drafted yet.";
+  }
+
+  /** What was counted, to be shown again later. */
+  get state() {
+    return [this.drafted, this.accepted];
+  }
+
+  set state([drafted, accepted]) {
+    this.reset();
+    [this.drafted, this.accepted] = [drafted, accepted];
   }
 
   add(round) {
@@ -119,11 +140,12 @@ export class Positions {
     rates.forEach((rate, place) => {
       const column = this.columns[place];
       column.querySelector("i").style.height = percent(rate);
-      column.children[1].textContent = `${Math.round(100 * rate)}%`;
+      column.children[1].textContent = String(Math.round(100 * rate));
       column.title = `Draft ${place + 1}: ${this.accepted[place]} of ${this.drafted[place]} accepted`;
     });
     if (!rates.length) return;
-    this.note.textContent = "Drafts that became part of the text, by their place in the round.";
-    this.place.setAttribute("aria-label", rates.map((rate, place) => `draft ${place + 1}: ${percent(rate)}`).join(", "));
+    this.note.textContent = "Percent of the drafts that became part of the text, by their place in the round.";
+    const words = rates.map((rate, place) => `draft ${place + 1}: ${percent(rate)}`);
+    this.place.setAttribute("aria-label", words.join(", "));
   }
 }

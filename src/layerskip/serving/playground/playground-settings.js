@@ -1,9 +1,9 @@
 // The settings: fields of a request, kept in a form; and links that carry them.
 
 const NOTES = {
-  adaptive: "Decides before each round who drafts, at which layer, and how many tokens. The text is the model’s own.",
-  self_speculative: "The first layers draft, the others verify. The text is the model’s own.",
-  ngram: "Drafts what followed the last words where they stood before; all layers verify. The text is the model’s own.",
+  adaptive: "Decides before each round who drafts, at which layer, and how many tokens.",
+  self_speculative: "The first layers draft, the others verify.",
+  ngram: "Drafts what followed the last words where they stood before; all layers verify.",
   autoregressive: "One token for each pass through all layers, without drafts.",
   early_exit: "The layers behind the exit never run. Fast, and another text, which is usually worse.",
 };
@@ -25,7 +25,8 @@ export class Settings {
   show({ num_layers: layers = 0, adapted_exits: adapted = [], max_model_len: longest = 0 }) {
     this.numLayers = layers;
     const exits = Array.from({ length: Math.max(0, layers - 1) }, (_, place) => place + 1);
-    const options = exits.map((exit) => new Option(adapted.includes(exit) ? `${exit} (adapter)` : String(exit), String(exit)));
+    const label = (exit) => `${exit}${adapted.includes(exit) ? " (adapter)" : ""}`;
+    const options = exits.map((exit) => new Option(label(exit), String(exit)));
     this.fields.exit_layer.replaceChildren(new Option("auto", ""), ...options);
     if (longest) this.fields.max_tokens.max = String(longest);
     this.#update();

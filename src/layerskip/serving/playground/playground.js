@@ -22,6 +22,7 @@ let conversation = []; // messages of the chat so far
 let lastText = "";
 let running = null; // the AbortController of what is being written
 
+const isWide = () => matchMedia("(min-width: 901px)").matches;
 const mode = () => document.querySelector("input[name=mode]:checked").value;
 const nameOf = (strategy) => STRATEGIES[strategy] ?? strategy;
 
@@ -66,24 +67,24 @@ function fail(error) {
 // ---- One answer ----
 
 /** Streams an answer into a place; also what was written when it is stopped. */
-async function write(body, place, { live }) {
+async function write(body, place) {
+  layers.reset();
+  positions.reset();
   const answer = new Answer(place);
   const depth = settings.depth(body);
   const path = body.messages ? "v1/chat/completions" : "v1/completions";
   let frame = 0;
   const draw = () => {
     frame = 0;
-    answer.draw();
-    if (!live) return;
+    following(() => answer.draw());
     layers.draw(answer.tokens);
     positions.draw();
     show(answer);
-    follow();
   };
   try {
     for await (const chunk of generate(path, body, { key: settings.key, signal: running.signal })) {
       answer.take(chunk);
-      if (live && chunk.speculation) {
+      if (chunk.speculation) {
         layers.add(chunk.speculation, depth);
         positions.add(chunk.speculation);
       }
@@ -93,7 +94,6 @@ async function write(body, place, { live }) {
     cancelAnimationFrame(frame);
     answer.finish();
     draw();
-    if (live) layers.draw(answer.tokens);
   }
   return answer;
 }
@@ -109,11 +109,16 @@ function show(answer) {
   $("cached").textContent = Number.isInteger(cached) ? cached.toLocaleString("en") : "–";
 }
 
-/** Keeps the end of the text in view, if it was. */
-function follow() {
-  const page = document.scrollingElement;
-  const below = $("composer").getBoundingClientRect().top - innerHeight;
-  if (matchMedia("(min-width: 901px)").matches && below > -400) page.scrollTop = page.scrollHeight;
+/** Draws, and keeps the end of the text in view if it was. */
+function following(draw) {
+  const box = isWide() ? $("scroll") : document.scrollingElement;
+  const below = () =>
+    isWide()
+      ? box.scrollHeight - box.clientHeight - box.scrollTop
+      : $("composer").parentElement.getBoundingClientRect().bottom - innerHeight;
+  const follows = below() < 60;
+  draw();
+  if (follows && below() > 0) box.scrollTop += below();
 }
 
 // ---- A turn: one answer, or two to compare ----
@@ -138,7 +143,7 @@ function describe(answer) {
 async function answerOnce(turn, body, prompt) {
   const place = makeAnswer(model.id, prompt);
   turn.append(place.column);
-  const answer = await write(body, place.text, { live: true });
+  const answer = await write(body, place.text);
   place.figure.textContent = describe(answer);
   return answer;
 }
@@ -160,10 +165,12 @@ async function answerTwice(turn, body, prompt) {
   const { exit_layer: _exit, num_speculations: _drafts, ...rest } = body;
   const bodies = [body, { ...rest, generation_strategy: "autoregressive" }];
   const answers = [];
+  const rounds = [];
   for (const [index, place] of places.entries()) {
     if (running.signal.aborted) break;
     if (index) verdict.textContent = "Writing the same without drafts …";
-    answers.push(await write(bodies[index], place.text, { live: index === 0 }));
+    answers.push(await write(bodies[index], place.text));
+    rounds.push([layers.state, positions.state]);
     const fastest = Math.max(...answers.map((answer) => answer.speed ?? 0));
     answers.forEach((answer, column) => {
       places[column].figure.textContent = describe(answer);
@@ -171,6 +178,11 @@ async function answerTwice(turn, body, prompt) {
     });
   }
   judge(verdict, answers);
+  [layers.state, positions.state] = rounds[0]; // the figures beside the texts are those with speculation
+  layers.draw(answers[0].tokens);
+  positions.draw();
+  show(answers[0]);
+  verdict.scrollIntoView({ block: "nearest" });
   return answers[0];
 }
 
@@ -183,7 +195,8 @@ function judge(verdict, [ours, theirs]) {
   const place = parting(ours.text, theirs.text);
   const same = element("span", place < 0 ? "same" : "differs");
   same.textContent = place < 0 ? "The same text." : `The texts differ from character ${place + 1} on.`;
-  const parts = [element("strong", "", ratio ? `${ratio.toFixed(2)}×` : "–"), element("span", "", "as many tokens/s."), same];
+  const figure = element("strong", "", ratio ? `${ratio.toFixed(2)}×` : "–");
+  const parts = [figure, element("span", "", "as many tokens/s."), same];
   verdict.replaceChildren(...parts.flatMap((part) => [part, " "]));
 }
 
@@ -250,8 +263,6 @@ function addTurns(prompt, chat) {
 
 function begin() {
   running = new AbortController();
-  layers.reset();
-  positions.reset();
   document.body.dataset.state = "running";
   $("status").textContent = "Writing …";
   setButtons();
@@ -342,15 +353,15 @@ function listen() {
   });
   $("copy").addEventListener("click", () => copy(lastText, "Copied the answer."));
   $("link").addEventListener("click", () => copy(linkToPrompt(), "Copied a link."));
-  $("colours").addEventListener("change", (event) => $("turns").classList.toggle("plain", !event.target.checked));
-  $("keep").addEventListener("change", (event) => $("turns").classList.toggle("keep", event.target.checked));
+  $("colours").addEventListener("change", (event) => $("scroll").classList.toggle("plain", !event.target.checked));
+  $("keep").addEventListener("change", (event) => $("scroll").classList.toggle("keep", event.target.checked));
   document.querySelectorAll("input[name=mode]").forEach((input) => input.addEventListener("change", changeMode));
   settings.fields.key.addEventListener("change", connect);
 }
 
 async function start() {
   listen();
-  $("settings-fold").open = matchMedia("(min-width: 901px)").matches;
+  $("settings-fold").open = isWide();
   if (!(await connect())) return;
   const query = new URLSearchParams(location.search);
   const asked = document.querySelector(`input[name=mode][value="${CSS.escape(query.get("mode") ?? "")}"]`);

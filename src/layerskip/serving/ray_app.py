@@ -231,7 +231,7 @@ class Replica:
 
         logging.getLogger("layerskip").setLevel(logging.INFO)
         torch.set_num_threads(num_threads)
-        options = {} if dtype is None else {"dtype": dtype}
+        options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
         self._config = config
         try:
             self._lm = load(model, **options)

@@ -15,7 +15,7 @@ from layerskip.serving.observer import Observer
 from layerskip.serving.protocol.errors import ApiError, api_error
 from layerskip.serving.protocol.options import Wanted
 from layerskip.serving.scheduler import Scheduler
-from layerskip.serving.ticket import Ticket
+from layerskip.serving.ticket import Origin, Ticket
 
 Result = TypeVar("Result")
 
@@ -119,13 +119,14 @@ class Service:
                 made.append(request)
         return made
 
-    def submit(self, requests: Sequence[Request], *, show_drafts: bool) -> Ticket:
+    def submit(self, requests: Sequence[Request], wanted: Wanted, origin: Origin) -> Ticket:
         """Leave requests with the scheduler; call it in an event loop.
 
         Raises:
             ApiError: The server is full or stops.
         """
-        ticket = Ticket.of(requests, timeout=self.config.request_timeout, show_drafts=show_drafts)
+        timeout, drafts = self.config.request_timeout, wanted.include_drafts
+        ticket = Ticket.of(requests, origin, timeout=timeout, show_drafts=drafts)
         self.scheduler.submit(ticket)
         return ticket
 

@@ -85,11 +85,7 @@ def notes(results: Mapping[str, Any]) -> list[str]:
         told = number(mapping(results.get("inter_token_s")).get("count"))
         found.append(
             f"A piece of text holds {show.significant(per_piece)} tokens on average"
-            + (
-                "."
-                if told
-                else ", and the server doesn't tell how many each has: the time between tokens is not known."
-            )
+            + ("." if told else ", and the server doesn't tell how many each has: no time between tokens is known.")
         )
     share = number(results.get("client_share"))
     if share is not None and share > BUSY:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from scripted_server import Script, Served, serve
 
 from layerskip.cli.main import main
+from layerskip.evaluation.report.parts import reproduction
 
 MODELS = Script(content={"object": "list", "data": [{"id": "a/model", "object": "model"}]})
 PIECES = ("Once", " upon a time", ", in a", " land")
@@ -279,6 +281,17 @@ def test_a_finished_run_sends_nothing(capfd: pytest.CaptureFixture[str]) -> None
         code, found, _ = call(capfd, server.url, *argv)
         assert main(["report", "run"]) == 0
     assert (code, found["results"]["answered"], len(server.requests)) == (0, 3, sent)
+
+
+def test_the_command_of_a_report_repeats_the_run(capfd: pytest.CaptureFixture[str]) -> None:
+    argv = ["--num-requests", "3", "--output-dir", "run", "--seed", "4", "--extra-body", '{"top_k": 2}', "--ignore-eos"]
+    with serve(lambda path, body, number: stream(path), models=MODELS) as server:
+        call(capfd, server.url, *argv)
+        sent = len(server.requests)
+        words = shlex.split(reproduction(json.loads(Path("run/results.json").read_text())))
+        assert words[:2] == ["layerskip", "bench-serve"]
+        assert main([*words[1:], "--output-dir", "run"]) == 0  # the same configuration: nothing is left to send
+    assert len(server.requests) == sent
 
 
 def test_runs_are_compared(capfd: pytest.CaptureFixture[str]) -> None:

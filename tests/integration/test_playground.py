@@ -112,6 +112,8 @@ def test_a_generation_in_colours(page: Browser) -> None:
         assert texts(page, ".text .bonus") == [" ä"]
         assert texts(page, ".text .taken") == [" hill", " x"]
         assert texts(page, ".text .given") == ["A tale:"]
+        # What was taken back is before what came in its place.
+        assert texts(page, ".answer .text") == [f"A tale: Once upon a hill time there was ä x🙂{EVIL}"]
         shown = page.run("document.querySelector('.answer .text').innerText")
         assert shown == f"A tale:{TEXT}"  # taken-back drafts aren't shown
         assert page.run("document.querySelectorAll('.text img').length") == 0
@@ -242,11 +244,14 @@ def test_stopping_keeps_what_was_written(way: str, page: Browser) -> None:
 )
 def test_errors_are_told(script: Script, told: str, browser: Browser) -> None:
     browser.messages.clear()
+    browser.look(390, 844)
     with playground(lambda *_: script) as server:
         visit(browser, server, prompt="x", mode="completion", run=1)
         (message,) = texts(browser, "#error")
         assert told in message
-        assert browser.run("document.getElementById('error').hidden") is False
+        seen = """(() => { const error = document.getElementById("error"), box = error.getBoundingClientRect();
+            return document.elementFromPoint(box.left + 9, box.bottom - 9) === error; })()"""
+        assert browser.run(seen)  # in the window, and nothing covers it
         assert browser.run("document.querySelectorAll('#error img').length") == 0
         assert browser.run("document.getElementById('prompt').value") == "x"
         assert texts(browser, ".answer .text") == (["xHalf"] if "Half" in str(script.chunks) else [])

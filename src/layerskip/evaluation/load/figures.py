@@ -68,7 +68,7 @@ def summarize(samples: Sequence[Sample], *, client_share: float | None = None) -
         "tokens_counted_by": counted_by(answered),
         "tokens_per_piece": tokens / pieces if pieces else None,
         "time_to_first_token_s": spread(sample["first"] for sample in answered if sample["first"] is not None),
-        "inter_token_s": spread(gap for sample in answered for gap in token_gaps(sample)),
+        "inter_token_s": spread(inter_token(answered)),
         "time_per_token_s": spread(each for sample in answered if (each := time_per_token(sample)) is not None),
         "piece_gap_s": spread(gap for sample in answered for gap in sample["gaps"]),
         "end_to_end_s": spread(sample["seconds"] for sample in answered),
@@ -88,6 +88,13 @@ def counted_by(samples: Sequence[Sample]) -> str | None:
     """How tokens were counted: usage, pieces, or both; None without samples."""
     found = {"pieces" if sample["tokens"] is None else "usage" for sample in samples}
     return "both" if len(found) > 1 else next(iter(found), None)
+
+
+def inter_token(samples: Sequence[Sample]) -> list[float]:
+    """Seconds for each token of all answers; empty unless it is known of all: the others would be the faster ones."""
+    if any(sample["gaps"] and sample["piece_tokens"] is None for sample in samples):
+        return []
+    return [gap for sample in samples for gap in token_gaps(sample)]
 
 
 def token_gaps(sample: Sample) -> list[float]:

@@ -32,7 +32,7 @@ export class Answer {
     this.told = []; // tokens whose text hasn't come yet
     this.waiting = []; // nodes for the next frame
     this.current = null; // the last piece, which grows while the source stays the same
-    this.takenBack = "";
+    this.flash = ""; // drafts that were taken back since the last frame
   }
 
   /** Takes a chunk of the stream. */
@@ -47,7 +47,7 @@ export class Answer {
     if (round) {
       this.rounds += 1;
       this.tokens += round.tokens.length;
-      this.told.push(...round.tokens.map(({ text, source }) => ({ text, source })));
+      this.told.push(...this.#tokensOf(round));
     } else if (text) {
       this.tokens += 1;
     }
@@ -59,7 +59,16 @@ export class Answer {
       this.lastAt = now;
     }
     if (text) this.#write(text);
-    if (round) this.#takeBack(round.drafts.slice(round.num_accepted).map((draft) => draft.text).join(""));
+  }
+
+  /** The tokens that a round has gained; the one in place of drafts has those that were taken back. */
+  #tokensOf(round) {
+    const tokens = round.tokens.map(({ text, source }) => ({ text, source, taken: "" }));
+    const corrected = tokens.find((token) => token.source === "corrected");
+    const taken = round.drafts.slice(round.num_accepted).map((draft) => draft.text).join("");
+    if (corrected) corrected.taken = taken;
+    this.flash = taken || this.flash;
+    return tokens;
   }
 
   /** Cuts a text that has come along the tokens that it is made of. */
@@ -71,6 +80,7 @@ export class Answer {
         this.#piece(text, this.current?.source ?? "decoded");
         return;
       }
+      this.#takeBack(token);
       if (text.startsWith(token.text)) {
         this.#piece(token.text, token.source);
         text = text.slice(token.text.length);
@@ -80,6 +90,7 @@ export class Answer {
         token.text = token.text.slice(text.length);
         return;
       } else { // a character of several tokens, none of which is a text by itself
+        this.told.forEach((each) => this.#takeBack(each));
         this.#piece(text, token.source);
         this.told = [];
         return;
@@ -100,11 +111,12 @@ export class Answer {
     this.waiting.push(node);
   }
 
-  #takeBack(text) {
-    if (!text) return;
-    this.takenBack = text;
-    const node = element("span", "taken", text);
+  /** Puts drafts that were taken back before the token in their place. */
+  #takeBack(token) {
+    if (!token.taken) return;
+    const node = element("span", "taken", token.taken);
     node.setAttribute("aria-hidden", "true");
+    token.taken = "";
     this.current = null;
     this.waiting.push(node);
   }
@@ -115,12 +127,12 @@ export class Answer {
       this.end.before(...this.waiting);
       this.waiting = [];
     }
-    if (this.takenBack) {
+    if (this.flash) {
       const tail = this.tail.cloneNode(false); // a new node begins its animation anew
-      tail.textContent = this.takenBack;
+      tail.textContent = this.flash;
       this.tail.replaceWith(tail);
       this.tail = tail;
-      this.takenBack = "";
+      this.flash = "";
     }
   }
 

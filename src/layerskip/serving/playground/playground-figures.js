@@ -2,7 +2,7 @@
 
 import { element } from "./playground-answer.js";
 
-const LABELLED = 24; // layers that all have their number beside them
+const LABELLED = 32; // layers that all have their number beside them
 
 export function significant(value) {
   if (value === null || !Number.isFinite(value)) return "–";
@@ -28,7 +28,7 @@ export class Layers {
     this.rows = Array.from({ length: number }, (_, index) => {
       const row = element("div", "layer");
       row.classList.toggle("adapted", adapted.includes(index + 1));
-      row.classList.toggle("shown", (index + 1) % step === 0);
+      row.classList.toggle("shown", index === 0 || (index + 1) % step === 0);
       const bar = element("span", "bar");
       bar.append(element("i"));
       row.append(element("span", "number", String(index + 1)), element("span", "cell"), bar, element("span", "passes"));

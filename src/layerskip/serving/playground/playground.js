@@ -40,7 +40,7 @@ async function connect() {
   document.title = `${model.id} – layerskip playground`;
   $("about").textContent = [
     about.num_layers && `${about.num_layers} layers`,
-    about.adapted_exits?.length && `exit adapters at ${about.adapted_exits.join(", ")}`,
+    about.adapted_exits?.length && `exit adapters at: ${about.adapted_exits.join(", ")}`,
     about.max_model_len && `context of ${about.max_model_len.toLocaleString("en")} tokens`,
     about.chat === false && "no chat template, so completions only",
   ].filter(Boolean).join(" · ");

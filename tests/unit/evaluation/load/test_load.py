@@ -12,7 +12,15 @@ from layerskip.errors import InvalidArgumentError
 from layerskip.evaluation.load.arrivals import poisson_gaps, synthetic_prompt
 from layerskip.evaluation.load.client import base_address
 from layerskip.evaluation.load.config import LoadConfig, make_body, parse_words, path_of
-from layerskip.evaluation.load.figures import percentile, span_of, spread, summarize, time_per_token, token_gaps
+from layerskip.evaluation.load.figures import (
+    inter_token,
+    percentile,
+    span_of,
+    spread,
+    summarize,
+    time_per_token,
+    token_gaps,
+)
 
 
 @pytest.mark.parametrize("rate", [0.5, 40.0])
@@ -74,6 +82,8 @@ def test_the_time_of_a_piece_is_shared_among_its_tokens() -> None:
     untold = sample(gaps=[0.3, 0.1], tokens=6)
     assert token_gaps(untold) == []
     assert time_per_token(untold) == pytest.approx(0.08)
+    assert inter_token([told, told]) == pytest.approx([0.1] * 8)
+    assert inter_token([told, untold]) == []  # what is known of some answers only would be of the slower ones
     assert time_per_token(sample()) is None
 
 

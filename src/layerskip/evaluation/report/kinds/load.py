@@ -13,6 +13,8 @@ from layerskip.evaluation.report.texts import texts_section
 
 BUSY = 0.8
 """Share of a core above which the client itself may have limited the load."""
+PIECES = 1.005
+"""Tokens in a piece of text on average, above which that is said."""
 BINS = 40
 """Parts of a run whose throughput is drawn, at most."""
 TIMES = {
@@ -79,7 +81,7 @@ def notes(results: Mapping[str, Any]) -> list[str]:
         which = "some answers" if results["tokens_counted_by"] == "both" else "the answers"
         found.append(f"The server doesn't tell how many tokens {which} have: each piece of text counts as one.")
     per_piece = number(results.get("tokens_per_piece"))
-    if per_piece and per_piece > 1.05:
+    if per_piece and per_piece > PIECES:
         told = number(mapping(results.get("inter_token_s")).get("count"))
         found.append(
             f"A piece of text holds {show.significant(per_piece)} tokens on average"

@@ -82,9 +82,10 @@ class Guide:
         return self._steps[: len(drafts) + 1]
 
     def take(self, tokens: Sequence[int]) -> int:
-        """Note what the row has gained; returns how many of these tokens it keeps: up to the one that completes it."""
+        """Note what the row has gained; returns how many tokens it keeps: those before the text is complete or fails."""
         steps = self.along(tokens)
-        count = next((i for i, step in enumerate(steps) if i and step.complete), len(tokens))
+        last = (i for i, step in enumerate(steps) if step.error is not None or (i and step.complete))
+        count = next(last, len(tokens))
         self._cut(count)
         self._path, self._steps, self._num_taken = [], [steps[count]], 0
         return count

@@ -105,7 +105,7 @@ class _Answer:
     def _whole_logprobs(self, result: GenerationResult) -> dict[str, Any] | None:
         if self._asked.num_logprobs is None:
             return None
-        return chat_logprobs(self._tokenizer, result.token_ids, result.logprobs)
+        return chat_logprobs(self._tokenizer, result.token_ids, result.logprobs or ())
 
     def _piece(self, piece: RoundPiece) -> dict[str, Any] | None:
         logprobs = self._logprobs(piece.tokens)
@@ -126,5 +126,5 @@ class _Answer:
         """Log-probabilities of some tokens; None if they aren't asked for."""
         if self._asked.num_logprobs is None:
             return None
-        found = [token.logprobs for token in tokens]
+        found = [token.logprobs for token in tokens if token.logprobs is not None]
         return chat_logprobs(self._tokenizer, [token.token_id for token in tokens], found)

@@ -96,9 +96,9 @@ class _Answer:
             result, kept = end.result, self._logprobs[end.place]
             if self._asked.num_logprobs is not None:
                 if self._echo:
-                    kept.add(self._prompt(end.place), result.prompt_logprobs)
+                    kept.add(self._prompt(end.place), result.prompt_logprobs or ())
                 if not self._nothing_new:
-                    kept.add(result.token_ids, result.logprobs)
+                    kept.add(result.token_ids, result.logprobs or ())
             choices.append(self._choice(end.place, self._text(end), FINISH_REASONS[result.finish_reason], kept.take()))
         dropped = int(self._nothing_new)
         return {

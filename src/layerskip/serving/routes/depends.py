@@ -20,7 +20,10 @@ TRACE_HEADERS = ("traceparent", "tracestate")
 
 
 def origin_of(
-    http: Request, body: GenerationBody, request_id: str, operation: Literal["chat", "text_completion", "generate_content"]
+    http: Request,
+    body: GenerationBody,
+    request_id: str,
+    operation: Literal["chat", "text_completion", "generate_content"],
 ) -> Origin:
     """What logs and traces say of a request: numbers, no texts."""
     settings = body.model_dump(include=set(SETTINGS), exclude_none=True)

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.ngram import Match
+from layerskip.decoding.ngrams.index import Match
 from layerskip.decoding.policy import Plan, Policy, RoundResult
 from layerskip.decoding.request import choose_exit_layer, depth_of
 from layerskip.decoding.row import Row

@@ -21,6 +21,9 @@ class Request:
     """Tokens to generate at most; what `check_prompt` allows."""
     eos_token_ids: frozenset[int] = frozenset()
     """Tokens that end the generation."""
+    reuses_prefix: bool = True
+    """Whether keys and values of earlier requests may stand for the beginning of the prompt; otherwise all of it is
+    read."""
 
 
 def make_request(

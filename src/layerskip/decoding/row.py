@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from layerskip.decoding.ngram import NgramIndex
+from layerskip.decoding.ngrams.index import NgramIndex
 from layerskip.decoding.request import Request
 from layerskip.decoding.stats import StatsRecorder
 

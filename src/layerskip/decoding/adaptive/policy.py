@@ -16,7 +16,7 @@ from typing import Protocol
 from layerskip.decoding.adaptive.pace import COLD_ROUNDS, COLD_STEPS, FIRST_REST, TIMED_STEPS, Pace
 from layerskip.decoding.adaptive.rates import AcceptanceRates
 from layerskip.decoding.adaptive.round_times import RoundTimes
-from layerskip.decoding.ngram import Match
+from layerskip.decoding.ngrams.index import Match
 from layerskip.decoding.policy import BatchView, DraftSource, Plan, RoundResult
 from layerskip.model.drafts import StopRule
 

@@ -14,7 +14,7 @@ PREFILL_CHUNK = 1024
 
 
 @torch.inference_mode()
-def read_chunk(batch: Batch, chunk: int = PREFILL_CHUNK) -> dict[int, int]:
+def read_chunk(batch: Batch, chunk: int = PREFILL_CHUNK, places: range | None = None) -> dict[int, int]:
     """Read the next tokens of the rows' prompts, and choose the first token after prompts that are read to their end.
 
     Rows are padded on the right: what padding writes lies beyond a row's length, is never attended to, and is
@@ -23,13 +23,15 @@ def read_chunk(batch: Batch, chunk: int = PREFILL_CHUNK) -> dict[int, int]:
     Args:
         batch: Rows whose prompts aren't read to their end.
         chunk: Tokens of each row to read at most.
+        places: The rows to read, one behind the other; all if not given.
 
     Returns:
         The first token after the prompt, by the row's place in the batch; only rows whose prompt has been read.
     """
-    decoder, cache = batch.decoder, batch.cache
-    starts = cache.lengths
-    unread = [row.tokens[start : start + chunk] for row, start in zip(batch.rows, starts, strict=True)]
+    places = range(batch.num_rows) if places is None else places
+    decoder, cache = batch.decoder, batch.cache.view(places.start, places.stop)
+    starts, rows = cache.lengths, batch.rows[places.start : places.stop]
+    unread = [row.tokens[start : start + chunk] for row, start in zip(rows, starts, strict=True)]
     size = max(map(len, unread))
     tokens = torch.tensor([part + [0] * (size - len(part)) for part in unread], device=decoder.device)
     positions = decoder.place(cache, starts, size)
@@ -37,19 +39,19 @@ def read_chunk(batch: Batch, chunk: int = PREFILL_CHUNK) -> dict[int, int]:
     hidden = decoder.adapt(hidden, positions, cache, batch.depth, ValueSource.NONE)
     for row, part in enumerate(unread):
         cache.commit(row, len(part))
-    done = [i for i, row in enumerate(batch.rows) if starts[i] + len(unread[i]) == len(row.tokens)]
+    done = [i for i, row in enumerate(rows) if starts[i] + len(unread[i]) == len(row.tokens)]
     if not done:
         return {}
     last = torch.stack([hidden[row, len(unread[row]) - 1] for row in done]).unsqueeze(1)
-    sampler = batch.sampler_of(done)
-    rows = [batch.rows[row] for row in done]
-    first = [len(row.tokens) for row in rows]
+    done_places = [places.start + row for row in done]
+    sampler = batch.sampler_of(done_places)
+    first = [len(rows[row].tokens) for row in done]
     if sampler.needs_context:
-        scores = sampler.scores(decoder.own_logits(last, batch.depth), [[row.tokens] for row in rows])
+        scores = sampler.scores(decoder.own_logits(last, batch.depth), [[rows[row].tokens] for row in done])
         chosen = sampler.choose(scores, first)
     else:
         chosen, _ = decoder.pick(last, sampler.draw, first, exit_layer=batch.depth)
-    return {row: token for row, (token,) in zip(done, chosen.tolist(), strict=True)}
+    return {place: token for place, (token,) in zip(done_places, chosen.tolist(), strict=True)}
 
 
 @torch.inference_mode()

@@ -200,8 +200,9 @@ class Engine:
         if length is not None:
             row.cut(length)
         if row in self._homes:
-            self._drop([row])
-            self._settle()
+            with self.decoder.own_threads():  # what the row leaves behind may be copied
+                self._drop([row])
+                self._settle()
 
     def _home(self, config: GenerationConfig) -> Batch:
         """The batch for rows with this config."""

@@ -148,7 +148,7 @@ class Batch:
 
     def matches(self) -> list[Match | None]:
         """For each row, what followed its last tokens where they occurred before."""
-        return [row.ngrams.match() for row in self.rows]
+        return [row.match() for row in self.rows]
 
     def draft_lengths(self, num_speculations: int) -> list[int]:
         """Drafts that each row can use: no more than it may still generate, less the token that verification adds."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from layerskip.decoding.adaptive.experience import Experience
 from layerskip.decoding.batch import Batch, batch_key, needs_of
 from layerskip.decoding.config import GenerationConfig
+from layerskip.decoding.ngrams.store import SuffixStore
 from layerskip.decoding.policy import DrafterName, FixedPolicy, Plan, Policy, RoundResult
 from layerskip.decoding.prefix.blocks import PrefixBlocks, PrefixCounts
 from layerskip.decoding.prefix.slots import Slots
@@ -67,6 +68,7 @@ class Engine:
         prefix_blocks: PrefixBlocks | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
         paces_reading: bool = False,
+        shares_suffixes: bool = False,
         policy: Policy | None = None,
     ) -> None:
         """Allocate the cache.
@@ -82,6 +84,8 @@ class Engine:
             prefill_chunk: Tokens of each prompt that a step reads at most; with `paces_reading`, of all prompts.
             paces_reading: Read prompts one after the other, and no more of them at a time than takes about two rounds,
                 while other rows generate. Chunks then depend on measured times.
+            shares_suffixes: Draft from the outputs of requests that have ended, too, where the sequence itself is the
+                drafter.
             policy: Plans the rounds of all rows with drafts; that of each config if not given.
 
         Raises:
@@ -93,6 +97,7 @@ class Engine:
         self._slots = Slots(decoder, max_rows, capacity, keeps_prefixes=keeps_prefixes, prefix_blocks=prefix_blocks)
         self._prefill_chunk, self._policy = prefill_chunk, policy
         self._pace = ReadingPace(prefill_chunk) if paces_reading else None
+        self._suffixes = SuffixStore() if shares_suffixes else None
         self._reading: list[Batch] = []
         self._running: list[Batch] = []
         self._new: list[tuple[Row, Batch]] = []
@@ -146,7 +151,7 @@ class Engine:
                 f"a request of {len(request.tokens)} + {request.max_new_tokens} tokens doesn't fit a row of "
                 f"{self.capacity}; shorten it, or reserve more capacity"
             )
-        row = Row(request=request, tokens=list(request.tokens))
+        row = Row(request=request, tokens=list(request.tokens), suffixes=self._suffixes)
         home = self._home(request.config)
         reading = next((batch for batch in self._reading if batch.depth == home.depth), None)
         if reading is None:
@@ -349,6 +354,8 @@ class Engine:
             del self._homes[row]
             self._new = [pair for pair in self._new if pair[0] is not row]
             batch = next(batch for batch in [*self._running, *self._reading] if row in batch.rows)
+            if self._suffixes is not None:
+                self._suffixes.add(row.legacy)
             self._slots.forget_from(row, len(row.tokens) - 1)
             self._slots.remove(row, batch)
 

@@ -21,7 +21,7 @@ from layerskip.decoding.adaptive.pace import (
 )
 from layerskip.decoding.adaptive.policy import FIRST_ROUNDS, MARGIN, STAYING, AdaptivePolicy, candidate_exits
 from layerskip.decoding.adaptive.round_times import RoundTimes
-from layerskip.decoding.ngram import Match
+from layerskip.decoding.ngrams.index import Match
 from layerskip.decoding.policy import FixedPolicy, Plan, RoundResult
 
 MATCH = Match(length=5, tokens=[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13])

@@ -19,6 +19,7 @@ def start(
     seeds: Sequence[int] | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     policy: Any = None,
+    shares_suffixes: bool = False,
     **options: Any,
 ) -> Engine:
     """An engine with a row for each prompt, in their order; as large as these need.
@@ -30,6 +31,7 @@ def start(
         seeds: Of each row; the config's, or 0, if not given.
         prefill_chunk: Tokens of each prompt that a step reads at most.
         policy: Plans all rounds.
+        shares_suffixes: Whether outputs of rows that have ended draft for others.
         **options: In place of `config`.
     """
     config = config or GenerationConfig(**options)
@@ -37,7 +39,14 @@ def start(
     pairs = zip(prompts, seeds, strict=True)
     requests = [make_request(decoder, prompt, config, seed=seed, index=i) for i, (prompt, seed) in enumerate(pairs)]
     capacity = max(len(request.tokens) + request.max_new_tokens for request in requests)
-    engine = Engine(decoder, max_rows=len(requests), capacity=capacity, policy=policy, prefill_chunk=prefill_chunk)
+    engine = Engine(
+        decoder,
+        max_rows=len(requests),
+        capacity=capacity,
+        policy=policy,
+        prefill_chunk=prefill_chunk,
+        shares_suffixes=shares_suffixes,
+    )
     for request in requests:
         engine.add(request)
     return engine

@@ -1,6 +1,6 @@
 """Rejection sampling end to end: what a tiny network's first round drafts has the target's joint distribution."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -39,13 +39,25 @@ def exact_pairs(lm: LanguageModel, config: GenerationConfig) -> Tensor:
     return pairs
 
 
-def drawn_pairs(lm: LanguageModel, config: GenerationConfig) -> Tensor:
-    """[V, V], how often tokens 1 and 2 of many rows, each with a seed of its own, were which pair."""
+def drawn_pairs(lm: LanguageModel, config: GenerationConfig, texts: Sequence[Sequence[int]] = ()) -> Tensor:
+    """[V, V], how often tokens 1 and 2 of many rows, each with a seed of its own, were which pair.
+
+    Args:
+        lm: The model.
+        config: How to decode.
+        texts: Of other requests, which draft.
+    """
     outputs: list[list[int]] = []
     for number in range(BATCHES):
-        engine = start(lm.decoder, [PROMPT] * ROWS, config, seeds=range(number * ROWS, (number + 1) * ROWS))
+        first_seed = number * ROWS + (10**6 if texts else 0)
+        seeds = range(first_seed, first_seed + ROWS)
+        engine = start(lm.decoder, [PROMPT] * ROWS, config, seeds=seeds, shares_suffixes=bool(texts))
         rows = engine.rows
+        for text in texts:
+            assert engine._suffixes is not None
+            engine._suffixes.add(text)
         drain(engine)
+        assert not texts or sum(row.recorder.drafted_by.get("ngram", 0) for row in rows) > ROWS
         outputs += [row.output[:3] for row in rows]
     chosen = torch.tensor(outputs)
     counts = torch.zeros(VOCAB, VOCAB)
@@ -62,12 +74,12 @@ def p_value(counts: Tensor, probs: Tensor) -> float:
     return float(chisquare(pooled[0][keep].numpy(), pooled[1][keep].numpy()).pvalue)
 
 
-def joint_p_value(lm: LanguageModel, options: dict[str, Any]) -> float:
+def joint_p_value(lm: LanguageModel, options: dict[str, Any], texts: Sequence[Sequence[int]] = ()) -> float:
     """P-value of the two tokens after the first."""
     config = GenerationConfig(
         max_new_tokens=4, num_speculations=2, exit_layer=1, acceptance="rejection", do_sample=True, **options
     )
-    return p_value(drawn_pairs(lm, config), exact_pairs(lm, config))
+    return p_value(drawn_pairs(lm, config, texts), exact_pairs(lm, config))
 
 
 MODES: list[dict[str, Any]] = [
@@ -83,6 +95,14 @@ MODES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", MODES, ids=str)
 def test_tokens_are_distributed_as_the_targets(small: LanguageModel, options: dict[str, Any]) -> None:
     assert joint_p_value(small, options) > 0.01
+
+
+@pytest.mark.parametrize("block_verification", [False, True])
+def test_texts_of_other_requests_do_not_change_the_distribution(small: LanguageModel, block_verification: bool) -> None:
+    """Though what they draft depends on what was drawn first."""
+    texts = [[*PROMPT[-5:], first, (first * 5 + 2) % VOCAB, first, 3] for first in range(VOCAB)]
+    options = {"generation_strategy": "ngram", "block_verification": block_verification}
+    assert joint_p_value(small, options, texts) > 0.01
 
 
 def test_a_biased_rule_is_noticed(small: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,8 +192,11 @@ class Scheduler:
             drafter=event.drafter,
             exit_layer=event.exit_layer,
             seconds=seconds,
+            prompt_logprobs=tuple(event.row.prompt_logprobs) if job.first_token_at is None else (),
         )
         self._observer.gained(job, piece)
+        job.last_token_at = time.monotonic()
+        job.first_token_at = job.first_token_at or job.last_token_at
         if event.row.finish_reason is None:
             return [piece]
         del self._writers[event.row]

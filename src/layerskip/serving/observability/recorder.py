@@ -49,9 +49,7 @@ class Recorder(Observer):
         since = None if job.last_token_at is None else now - job.last_token_at
         self._metrics.observe_tokens(len(piece.tokens), since)
         if job.first_token_at is None:
-            job.first_token_at = now
             self._metrics.observe_first_token(now - job.ticket.created)
-        job.last_token_at = now
 
     def ended(self, job: Job, end: JobEnd) -> None:
         """As `Observer.ended`."""

@@ -161,9 +161,8 @@ class Scheduler:
             except LayerSkipError as error:  # of this request only
                 self._fail_job(job, error)
                 continue
-            job.joined_at, job.cached_tokens = time.monotonic(), row.recorder.cached_tokens
+            job.joined_at = time.monotonic()
             self._writers[row] = job, RowWriter(self._engine, row, self._tokenizer, job.place)
-            self._observer.joined(job)
         self._observer.load(len(self._writers), len(self._waiting), self._engine)
 
     def _hand_out(self, events: Iterable[Event], started: float) -> None:

@@ -77,8 +77,6 @@ class Job:
     """When the engine took it, by `time.monotonic`."""
     first_token_at: float | None = None
     last_token_at: float | None = None
-    cached_tokens: int = 0
-    """Tokens of the prompt that were found in the cache."""
     ended: bool = False
 
 

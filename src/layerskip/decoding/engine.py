@@ -258,7 +258,7 @@ class Engine:
                 if not isinstance(policy, FixedPolicy):  # nobody else asks, and processes would have to agree on it
                     result.seconds = decoder.stopwatch.since(started)
                 result.settled = decoder.provisional_rounds == provisional and not forced
-                if not (forced and plan.source == "none"):  # which isn't the plain step that was planned
+                if not forced or plan.source != "none" or plan.probe:  # else it isn't the plain step that was planned
                     policy.observe(plan, result)
             drafter = plan.drafter(decoder.config.adapted_exits)
             if plan.source != "none" or plan.probe:

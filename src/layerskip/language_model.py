@@ -183,7 +183,7 @@ class LanguageModel:
         """
         slots = whole_number("slots", slots, least=1)
         capacity = min(SESSION_TOKENS, self.decoder.max_context)
-        return Session(self._engine(slots, capacity, keeps_prefixes=True))
+        return Session(self.new_engine(max_rows=slots, capacity=capacity, keeps_prefixes=True))
 
     def score(
         self,
@@ -366,7 +366,7 @@ class LanguageModel:
         tokenizer = self._tokenizer_or_none(requests)
         capacity = max(len(request.tokens) + request.max_new_tokens for request in requests)
         if session is None:
-            engine = self._engine(len(requests), capacity)
+            engine = self.new_engine(max_rows=len(requests), capacity=capacity)
         else:
             engine = session.engine
             for row in engine.rows:  # of a stream that was left before its end
@@ -396,17 +396,21 @@ class LanguageModel:
             OutOfMemoryError: The cache doesn't fit.
         """
         capacity = max(len(request.tokens) + request.max_new_tokens for request in requests)
-        engine = self._engine(min(max_rows, len(requests)), capacity, keeps_prefixes=True)
+        engine = self.new_engine(max_rows=min(max_rows, len(requests)), capacity=capacity, keeps_prefixes=True)
         return generate_each(engine, requests, self._tokenizer_or_none(requests))
 
-    def _engine(self, max_rows: int, capacity: int, *, keeps_prefixes: bool = False) -> Engine:
-        return Engine(
-            self.decoder,
-            max_rows=max_rows,
-            capacity=capacity,
-            experience=self._experience,
-            keeps_prefixes=keeps_prefixes,
-        )
+    def new_engine(self, *, max_rows: int, capacity: int, **options: Any) -> Engine:
+        """An engine of this network, with what is known of it.
+
+        Args:
+            max_rows: Rows that may run at once.
+            capacity: Tokens that a row can hold: its prompt and what is generated.
+            **options: As for `Engine`.
+
+        Raises:
+            OutOfMemoryError: The cache doesn't fit.
+        """
+        return Engine(self.decoder, max_rows=max_rows, capacity=capacity, experience=self._experience, **options)
 
     def _tokenizer_or_none(self, requests: Sequence[Request]) -> Tokenizer | None:
         """Token ids need no tokenizer, unless stop strings are to be found in their text."""

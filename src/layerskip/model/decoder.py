@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerskip.model.blocks import BlockWeight
-from layerskip.model.cache import KVCache
+from layerskip.model.cache import KVCache, cache_bytes
 from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.drafts import DraftRequest, Drafts, RoundTokens
 from layerskip.model.draw import Draw
@@ -216,6 +216,10 @@ class Decoder:
     def new_cache(self, num_rows: int, capacity: int) -> KVCache:
         """A cache of `num_rows` rows of at least `capacity` tokens for this network."""
         return KVCache(self._cache_config, num_rows=num_rows, capacity=capacity, dtype=self.dtype, device=self.device)
+
+    def cache_bytes(self, num_rows: int, capacity: int) -> int:
+        """Bytes of such a cache."""
+        return cache_bytes(self._cache_config, num_rows, capacity, self.dtype)
 
     def place(self, cache: KVCache, first: Sequence[int], num_queries: int) -> Positions:
         """Positions for Q consecutive tokens in each row, row b starting at `first[b]`."""

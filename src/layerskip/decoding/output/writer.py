@@ -1,6 +1,7 @@
 """Text and events of one row, from the tokens that it gains."""
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 
 from layerskip.decoding.engine import Engine, Event
 from layerskip.decoding.output.events import DraftEvent, FinishEvent, GenerationResult, Source, TokenEvent
@@ -36,6 +37,13 @@ class RowWriter:
         text = self._detokenizer.peek(event.drafts) if self._detokenizer is not None else ""
         assert event.drafter is not None
         return DraftEvent(index=self._index, token_ids=event.drafts, text=text, drafter=event.drafter)
+
+    def spell(self, tokens: Sequence[int]) -> tuple[str, ...]:
+        """The text that each of some tokens would add, one after the other, without adding them."""
+        if self._detokenizer is None:
+            return ("",) * len(tokens)
+        detokenizer = copy(self._detokenizer)  # attributes are replaced, never changed in place
+        return tuple(detokenizer.push(token) for token in tokens)
 
     def write(self, event: Event) -> Iterator[TokenEvent]:
         """Events of the row's new tokens; ends the row where a stop string is complete."""

@@ -329,7 +329,7 @@ class Engine:
                 if not isinstance(policy, FixedPolicy):  # nobody else asks, and processes would have to agree on it
                     result.seconds = decoder.stopwatch.since(started)
                 result.settled = decoder.provisional_rounds == provisional and not forced
-                if not (forced and plan.source == "none"):  # which isn't the plain step that was planned
+                if not forced or plan.source != "none" or plan.probe:  # else it isn't the plain step that was planned
                     policy.observe(plan, result)
             drafter, exit_layer = plan.drafter(decoder.config.adapted_exits), plan.exit_layer
             if plan.source != "none" or plan.probe:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from adapters import write_tiny_adapters
-from rank_work import PLAIN, PROMPTS, RULES, TOKENS, guided_texts, write_by_rejection
+from rank_work import PLAIN, PROMPTS, RULES, SERVED, TOKENS, guided_texts, write_by_rejection
 from ranks import run_ranks
 from tiny import write_agreeing, write_tiny
 
@@ -130,3 +130,23 @@ def test_constraints_and_log_probabilities(models: dict[str, str], tmp_path: Pat
                 assert one["logprob"] == pytest.approx(other["logprob"], abs=1e-4)
                 assert [token for token, _ in one["top"]] == [token for token, _ in other["top"]]
     assert found[0]["plain"][1]["tokens"] == found[0]["layers"][1]["tokens"] == found[0]["text"][1]["tokens"]
+
+
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_an_engine_that_serves_reads_the_same_chunks_in_all_ranks(
+    models: dict[str, str], tmp_path: Path, kernels: str
+) -> None:
+    """Though they follow from times, of which each rank measures its own; what blocks hold is found in all ranks."""
+    if kernels == "native" and load_library() is None:
+        pytest.skip("the compiled kernels weren't built")
+    model = models["agreeing"]
+    ranks = run_ranks(tmp_path, 2, "rank_work:serve", model=model, seconds_of_others=0.01, kernels=kernels)
+    assert ranks[0] == ranks[1]
+    assert len(ranks[0]["chunks"]) > 8
+    assert ranks[0]["cached"][4:] == [0, 56, 60, 16]
+    lm = layerskip.load(model, device="cpu", dtype="float32", kernels=kernels)
+    for number, text in enumerate(ranks[0]["texts"]):
+        turn, options = number // 4, SERVED[number % 4]
+        prompt = [*(5 + place % 40 for place in range((3, 60, 61, 20)[number % 4] - 1)), 1]
+        rules = {"seed": turn, "temperature": 0.8 * turn, "acceptance": "coupled"}
+        assert lm.generate([prompt], max_new_tokens=TOKENS, **rules, **options)[0].token_ids == text

@@ -6,14 +6,14 @@ have been timed, so that a wrong expectation costs little.
 
 from collections import deque
 from collections.abc import Sequence
-from statistics import median
 
 LEAST_TOKENS = 16
 """Tokens that a step reads in any case."""
 READING_ROUNDS = 2.0
 """Rounds that reading may take as long as."""
-KNOWN_ROUNDS = 8
-"""Latest rounds whose median counts: some are plain steps, some draft, some measure."""
+KNOWN_ROUNDS = 32
+"""Latest rounds of which the lower quartile counts: some measure costs, and some wait for other work of the machine.
+If those counted, reading would take longer just when everything does."""
 NEW_WEIGHT = 0.5
 """Weight of the latest time against the ones before it."""
 
@@ -44,7 +44,7 @@ class ReadingPace:
     def tokens(self) -> int:
         """Tokens to read in a step in which other rows generate."""
         if self._rounds:
-            wanted = READING_ROUNDS * median(self._rounds)
+            wanted = READING_ROUNDS * sorted(self._rounds)[len(self._rounds) // 4]
             for size in sorted(self._seconds, reverse=True):
                 affordable = int(wanted / max(self._seconds[size], 1e-12))
                 if affordable >= 1 << size:  # fewer tokens at once take longer each: a smaller class has to tell

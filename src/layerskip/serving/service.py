@@ -7,12 +7,12 @@ from typing import TypeVar
 
 from layerskip.decoding.engine import Engine
 from layerskip.decoding.request import Request
-from layerskip.errors import PromptTooLongError, TokenizerError
+from layerskip.errors import PromptError, TokenizerError
 from layerskip.language_model import LanguageModel
 from layerskip.serving.config import ServerConfig
 from layerskip.serving.memory import CachePlan, plan_cache
 from layerskip.serving.observer import Observer
-from layerskip.serving.protocol.errors import ApiError
+from layerskip.serving.protocol.errors import ApiError, api_error
 from layerskip.serving.protocol.options import Wanted
 from layerskip.serving.scheduler import Scheduler
 from layerskip.serving.ticket import Ticket
@@ -73,14 +73,15 @@ class Service:
         """Tokens that may follow a prompt.
 
         Raises:
-            PromptTooLongError: None.
+            ApiError: None.
         """
         room = self.cache.capacity - len(prompt)
         if room < 1:
-            raise PromptTooLongError(
+            message = (
                 f"{param} has {len(prompt)} tokens, and this server holds {self.cache.capacity} of a prompt and its "
                 "answer together; shorten it (max_model_len at the server's start sets the limit)"
             )
+            raise ApiError(400, message, param=param, code="context_length_exceeded")
         return room
 
     def requests(
@@ -96,7 +97,7 @@ class Service:
 
         Raises:
             ApiError: More texts than one request may ask for.
-            PromptError: A prompt is empty, too long, or has ids outside the vocabulary.
+            ApiError: A prompt is empty, too long, or has ids outside the vocabulary.
             InvalidArgumentError: An exit layer that the network doesn't have.
         """
         total = len(prompts) * wanted.num_choices
@@ -108,7 +109,10 @@ class Service:
             room = self.room_after(prompt, param)
             config = self.lm.configure(wanted.config)
             for choice in range(wanted.num_choices):
-                request = self.lm.request(prompt, config, seed=wanted.seed_of(choice), index=index)
+                try:
+                    request = self.lm.request(prompt, config, seed=wanted.seed_of(choice), index=index)
+                except PromptError as error:
+                    raise api_error(error, param) from error
                 request = replace(request, max_new_tokens=min(request.max_new_tokens, room))
                 if prompt_logprobs is not None:
                     request = replace(request, prompt_logprobs=prompt_logprobs)

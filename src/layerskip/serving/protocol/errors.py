@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from layerskip.errors import InvalidArgumentError, LayerSkipError, PromptTooLongError
+from layerskip.errors import InvalidArgumentError, LayerSkipError, PromptTooLongError, TokenizerError
 
 RETRY_SECONDS = 1
 
@@ -61,6 +61,8 @@ def api_error(error: Exception, param: str | None = None) -> ApiError:
         return ApiError(400, str(error), param=param, code="context_length_exceeded")
     if isinstance(error, InvalidArgumentError):
         return ApiError(400, str(error), param=param or named_field(str(error)), code="invalid_value")
+    if isinstance(error, TokenizerError):  # the model can't do what is asked: no chats without a template
+        return ApiError(400, str(error), param=param, code="unsupported_by_model")
     if isinstance(error, LayerSkipError):
         return ApiError(500, str(error), code="generation_failed")
     return ApiError(500, "the server failed to answer this request; its log says why", code="internal_error")

@@ -33,22 +33,30 @@ def explain(errors: Sequence[Mapping[str, Any]]) -> ApiError:
 
 def _deepest(errors: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """Of the ways in which the first wrong field fails to be one of several types, the one that got furthest."""
-    first = [error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]]
-    return max(first, key=lambda error: len([part for part in error["loc"] if isinstance(part, int)]))
+    name = errors[0]["loc"][:2]
+    first = [error for error in errors if error["loc"][:2] == name]
+    return max(first, key=_progress)
+
+
+def _progress(error: Mapping[str, Any]) -> tuple[list[int], bool]:
+    places = [part for part in error["loc"] if isinstance(part, int)]
+    return places, error["type"] not in ("list_type", "string_type")
 
 
 def _field(location: Sequence[str | int]) -> str | None:
     """A field's path as OpenAI writes it: messages[0].content; without the types that pydantic puts in between."""
     path = ""
-    for part in location[1:]:
+    for place, part in enumerate(location[1:]):
         if isinstance(part, int):
             path += f"[{part}]"
-        elif not path or (part.isidentifier() and part not in _TYPES):
-            path += f".{part}" if path else part
+        elif place == 0:
+            path = part
+        elif "[" not in part and part not in _TYPES:
+            path += f".{part}"
     return path or None
 
 
-_TYPES = ("str", "int", "float", "bool", "literal", "model", "TextPart", "NamedTool", "constrained")
+_TYPES = ("str", "int", "float", "bool", "TextPart", "NamedTool", "StreamOptions", "ResponseFormat", "constrained-int")
 """Names in pydantic's locations that aren't fields."""
 
 

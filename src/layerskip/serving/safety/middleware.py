@@ -15,6 +15,8 @@ from layerskip.serving.safety.keys import Keys
 
 OPEN_PATHS = ("/health",)
 """Routes that need no key."""
+DRAINED = 8
+"""Times the allowed length of a body up to which one that is too long is read, and dropped."""
 PAGE_HEADERS = (
     (b"content-security-policy", b"default-src 'self'; img-src 'self' data:; frame-ancestors 'none'"),
     (b"x-content-type-options", b"nosniff"),
@@ -91,7 +93,7 @@ class Gate:
             return receive
         limits = self._config.limits
         length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length[:20]) > limits.body_bytes:
+        if not length.isdigit() or int(length[:20]) > DRAINED * limits.body_bytes:
             raise _too_large(limits.body_bytes)
         try:
             async with asyncio.timeout(limits.body_seconds):
@@ -124,7 +126,10 @@ async def refuse(send: Send, error: ApiError) -> None:
 
 
 async def _whole(receive: Receive, most: int) -> bytes | None:
-    """A body; None if the client goes away first."""
+    """A body; None if the client goes away first.
+
+    One that is a little too long is read to its end: clients that are still sending wouldn't see the answer.
+    """
     parts, size = [], 0
     while True:
         message = await receive()
@@ -132,9 +137,10 @@ async def _whole(receive: Receive, most: int) -> bytes | None:
             return None
         part = message.get("body", b"")
         size += len(part)
-        if size > most:
+        if size <= most:
+            parts.append(part)
+        if size > DRAINED * most or (size > most and not message.get("more_body", False)):
             raise _too_large(most)
-        parts.append(part)
         if not message.get("more_body", False):
             return b"".join(parts)
 

@@ -1,0 +1,76 @@
+"""Servers for tests: `layerskip serve` in a process of its own."""
+
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+SRC = Path(__file__).resolve().parents[2] / "src"
+START_SECONDS = 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """A server that runs."""
+
+    address: str
+    process: "subprocess.Popen[str]"
+    facts: dict[str, object]
+    """What it said at its start."""
+    log_file: Path
+
+    @property
+    def log(self) -> str:
+        """Its log so far."""
+        return self.log_file.read_text()
+
+    def client(self, **options: object) -> httpx.Client:
+        """A client without OpenAI's ways."""
+        return httpx.Client(base_url=self.address, timeout=60, **options)  # type: ignore[arg-type]
+
+    def wait(self, seconds: float = 30) -> int:
+        """The exit code, once the process has ended."""
+        return self.process.wait(seconds)
+
+
+def start_server(folder: Path, model: str, *flags: str) -> Served:
+    """Start a server at a free port, and wait until it takes requests."""
+    log_file = folder / f"server-{time.monotonic_ns()}.log"
+    command = [sys.executable, "-m", "layerskip", "serve", model, "--port", "0", "--json", *flags]
+    environment = {**os.environ, "PYTHONPATH": str(SRC)}
+    with log_file.open("w") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
+    assert process.stdout is not None
+    ready, _, _ = select.select([process.stdout], [], [], START_SECONDS)
+    line = process.stdout.readline() if ready else ""
+    if not line:
+        process.kill()
+        raise AssertionError(f"no server: {log_file.read_text()}")
+    facts = json.loads(line)
+    return Served(address=facts["address"], process=process, facts=facts, log_file=log_file)
+
+
+@contextmanager
+def serving(folder: Path, model: str, *flags: str) -> Iterator[Served]:
+    """A server that is ended with the block."""
+    server = start_server(folder, model, *flags)
+    try:
+        yield server
+    finally:
+        server.process.kill()
+        server.process.wait()
+
+
+def events(lines: Sequence[str] | Iterator[str]) -> list[dict[str, object]]:
+    """The JSON of a stream's events; the last one must be [DONE]."""
+    data = [line.removeprefix("data: ") for line in lines if line]
+    assert data[-1] == "[DONE]", data[-1]
+    return [json.loads(each) for each in data[:-1]]

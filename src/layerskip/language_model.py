@@ -18,6 +18,7 @@ from layerskip.decoding.output.events import GenerationResult
 from layerskip.decoding.output.stream import GenerationStream, generate_each
 from layerskip.decoding.output.writer import RowWriter
 from layerskip.decoding.request import Request, make_request
+from layerskip.decoding.rules.constraint import Constraint
 from layerskip.decoding.scoring import Score, all_logits, score_tokens
 from layerskip.errors import InvalidArgumentError, TokenizerError
 from layerskip.model.config.model_config import ModelConfig
@@ -313,7 +314,16 @@ class LanguageModel:
         requests = [self.request(prompt, config, seed=seed, index=index) for index, prompt in enumerate(encoded)]
         return self.start(requests, show_drafts=show_drafts, session=session)
 
-    def request(self, prompt: Sequence[int], config: GenerationConfig, *, seed: int, index: int = 0) -> Request:
+    def request(
+        self,
+        prompt: Sequence[int],
+        config: GenerationConfig,
+        *,
+        seed: int,
+        index: int = 0,
+        constraint: Constraint | None = None,
+        prompt_logprobs: int | None = None,
+    ) -> Request:
         """What the engine is asked for a prompt, checked.
 
         Args:
@@ -321,13 +331,23 @@ class LanguageModel:
             config: How to decode.
             seed: Seed of sampling.
             index: The prompt's place among the caller's, for errors.
+            constraint: What may be generated at all (`structured.compiler.Grammar.start`).
+            prompt_logprobs: Tell the log-probability of each token of the prompt, and of this many likeliest ones.
 
         Raises:
             PromptError: The prompt is empty, too long, or has ids outside the vocabulary.
-            InvalidArgumentError: An exit layer that the network doesn't have.
+            InvalidArgumentError: An exit layer that the network doesn't have, or a bias of such a token.
         """
-        ends = self.end_tokens(prompt)
-        return make_request(self.decoder, prompt, config, seed=seed, eos_token_ids=ends, index=index)
+        return make_request(
+            self.decoder,
+            prompt,
+            config,
+            seed=seed,
+            eos_token_ids=self.end_tokens(prompt),
+            index=index,
+            constraint=constraint,
+            prompt_logprobs=prompt_logprobs,
+        )
 
     def start(
         self, requests: Sequence[Request], *, show_drafts: bool = False, session: Session | None = None

@@ -1,6 +1,7 @@
 """The engine: requests join, every step gives tokens, rows leave. It knows tokens only; text is `output`'s."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from layerskip.decoding.adaptive.experience import Experience
@@ -11,6 +12,8 @@ from layerskip.decoding.request import Request, choose_exit_layer, depth_of
 from layerskip.decoding.rounds.plain import PREFILL_CHUNK, read_chunk, step
 from layerskip.decoding.rounds.verifying import run_round
 from layerskip.decoding.row import FinishReason, Row
+from layerskip.decoding.rules.guide import Guide
+from layerskip.decoding.rules.logprobs import TokenLogprobs
 from layerskip.decoding.slots import Slots
 from layerskip.errors import InvalidArgumentError
 from layerskip.model.decoder import Decoder
@@ -27,9 +30,11 @@ class Event:
     drafts: tuple[int, ...] = ()
     """The drafts that were verified."""
     drafter: DrafterName | None = None
-    """What drafted them."""
+    """What drafted them; `grammar` where a constraint alone did."""
     exit_layer: int = 0
     """The exit at which layers drafted; 0 where none did."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of the tokens, if the request asks for them."""
 
 
 def make_policy(config: GenerationConfig, decoder: Decoder, experience: Experience) -> Policy | None:
@@ -134,8 +139,8 @@ class Engine:
                 f"a request of {len(request.tokens)} + {request.max_new_tokens} tokens doesn't fit a row of "
                 f"{self.capacity}; shorten it, or reserve more capacity"
             )
-        row = Row(request=request, tokens=list(request.tokens))
-        home = self._home(request.config)
+        row = Row(request=request, tokens=list(request.tokens), guide=self._guide(request))
+        home = self._home(request)
         reading = next((batch for batch in self._reading if batch.depth == home.depth), None)
         if reading is None:
             reading = Batch(self.decoder, "reading", "tokens", home.depth, None)
@@ -184,16 +189,23 @@ class Engine:
             self._drop([row])
             self._settle()
 
-    def _home(self, config: GenerationConfig) -> Batch:
-        """The batch for rows with this config."""
-        key = batch_key(config, self.decoder)
+    def _guide(self, request: Request) -> Guide | None:
+        if request.constraint is None:
+            return None
+        return Guide(request.constraint, request.eos_token_ids, self.decoder.config.vocab_size)
+
+    def _home(self, request: Request) -> Batch:
+        """The batch for the rows of such requests."""
+        config, constrained = request.config, request.constraint is not None
+        key = batch_key(config, self.decoder, constrained=constrained)
         for batch in [*self._running, *self._homes.values()]:
             if batch.key == key:
                 return batch
         policy = make_policy(config, self.decoder, self._experience)
         if policy is not None and self._policy is not None:
             policy = self._policy
-        return Batch(self.decoder, key, needs_of(config), depth_of(config, self.decoder), policy)
+        needs = needs_of(config, constrained=constrained)
+        return Batch(self.decoder, key, needs, depth_of(config, self.decoder), policy)
 
     def _start_new(self) -> None:
         """Measure what the policies of new batches need; then the time of the new rows begins."""
@@ -217,11 +229,10 @@ class Engine:
         for row in batch.rows:
             row.recorder.layer_calls += calls
         events = []
-        for row, token in zip(rows, first.values(), strict=True):
-            self._check([token])
-            kept = row.append((token,))
+        for row, given in zip(rows, first.values(), strict=True):
+            kept = self._gain(row, (given.token,), given.logprobs)
             row.recorder.record_tokens()
-            events.append(Event(row=row, tokens=kept))
+            events.append(Event(row=row, tokens=kept, logprobs=given.logprobs[: len(kept)]))
         for row in rows:
             home = self._homes[row]
             if not any(home is other for other in self._running):
@@ -245,10 +256,12 @@ class Engine:
                 result = self._rest(batch, plan)
             else:
                 result = run_round(batch, plan)
+                forced = any(map(any, result.certain))
                 if not isinstance(policy, FixedPolicy):  # nobody else asks, and processes would have to agree on it
                     result.seconds = decoder.stopwatch.since(started)
-                result.settled = decoder.provisional_rounds == provisional
-                policy.observe(plan, result)
+                result.settled = decoder.provisional_rounds == provisional and not forced
+                if not (forced and plan.source == "none"):  # which isn't the plain step that was planned
+                    policy.observe(plan, result)
             drafter, exit_layer = plan.drafter(decoder.config.adapted_exits), plan.exit_layer
             if plan.source != "none" or plan.probe:
                 for row in batch.rows:
@@ -259,9 +272,10 @@ class Engine:
     def _rest(self, batch: Batch, plan: Plan) -> RoundResult:
         """The next of several steps without drafts that were planned at once."""
         started, provisional = time.perf_counter(), self.decoder.provisional_rounds
-        result = step(batch)
+        forced = batch.forces
+        result = run_round(batch, Plan(source="none")) if forced else step(batch)
         batch.resting, batch.num_steps = plan, batch.num_steps + 1
-        if self.decoder.provisional_rounds == provisional:
+        if self.decoder.provisional_rounds == provisional and not forced:
             batch.step_seconds.append(self.decoder.stopwatch.since(started))
         if batch.num_steps == plan.steps:
             batch.end_rest()
@@ -273,23 +287,18 @@ class Engine:
         """Extend the rows by a round's tokens, and let those go that have ended."""
         events = []
         for place, row in enumerate(batch.rows):
-            tokens, drafts = result.gained(place), result.drafts[place]
-            self._check(tokens)
-            kept = row.append(tokens)
+            drafts, certain = result.drafts[place], result.certain[place] if result.certain else ()
+            logprobs = result.logprobs[place] if result.logprobs else ()
+            kept = self._gain(row, result.gained(place), logprobs)
             num_accepted = min(result.num_accepted[place], len(kept))
             row.recorder.layer_calls += calls
             row.recorder.record_tokens()
-            row.recorder.record_round(len(drafts), num_accepted, drafter)
-            events.append(
-                Event(
-                    row=row,
-                    tokens=kept,
-                    num_accepted=num_accepted,
-                    drafts=drafts,
-                    drafter=drafter,
-                    exit_layer=exit_layer if drafts else 0,
-                )
-            )
+            row.recorder.record_round(len(drafts), num_accepted, drafter, certain)
+            event = Event(row=row, tokens=kept, num_accepted=num_accepted, drafts=drafts, drafter=drafter)
+            event.drafter = "grammar" if drafter is None and drafts else drafter
+            event.exit_layer = exit_layer if drafts else 0
+            event.logprobs = logprobs[: len(kept)]
+            events.append(event)
             length = batch.cache.lengths[place]
             if length >= len(row.tokens):  # the row was cut short: what lies beyond its end is forgotten
                 batch.cache.rollback(place, len(row.tokens) - 1)
@@ -299,9 +308,18 @@ class Engine:
             self._settle()
         return events
 
-    def _check(self, tokens: tuple[int, ...] | list[int]) -> None:
-        if NO_TOKEN in tokens:
+    def _gain(self, row: Row, tokens: tuple[int, ...], logprobs: Sequence[TokenLogprobs]) -> tuple[int, ...]:
+        """Extend a row; a constraint that leaves no token ends it, and nothing else does without one."""
+        if NO_TOKEN not in tokens:
+            kept = row.append(tokens)
+        elif row.guide is None:
             raise not_finite(self.decoder.dtype)
+        else:
+            kept = row.append(tokens[: tokens.index(NO_TOKEN)])
+            if row.finish_reason is None:
+                row.fail("of the tokens that the grammar allows here, none has a finite score")
+        row.logprobs += logprobs[: len(kept)]
+        return kept
 
     def _drop(self, rows: list[Row]) -> None:
         """Take rows out of their batches."""

@@ -60,6 +60,8 @@ class Slots:
         cache, tokens = self.cache, row.tokens[:-1]
         idle = [place for place, user in enumerate(self._users) if user is None]
         source, common = self.prefixes.match(tokens, batch.depth, self._running())
+        if row.request.prompt_logprobs is not None:  # every token of the prompt must be run
+            common = 0
         kept = self.prefixes.get(source)
         if kept is not None and common and (len(idle) == 1 or 2 * common >= len(kept.tokens)):
             place = source  # the row goes on where the other one has ended

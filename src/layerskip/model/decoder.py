@@ -311,6 +311,10 @@ class Decoder:
         """As `unembed`, of the tokens that this process has: [B, Q, W], those of `vocabulary`."""
         return self.unembed(hidden, exit_layer)
 
+    def whole_logits(self, own: Tensor) -> Tensor:
+        """What `own_logits` gave, with the logits of all processes: [B, Q, W] -> [B, Q, V]."""
+        return own
+
     def checked_logits(self, hidden: Tensor, exit_layer: int | None = None) -> Tensor:
         """As `unembed`; waits for the device.
 

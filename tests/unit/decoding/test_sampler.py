@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.sampler import Sampler, penalize
+from layerskip.decoding.rules.penalties import penalize
+from layerskip.decoding.sampler import Sampler
 from layerskip.model.native import sampling as native_sampling
 from layerskip.model.noise import Purpose
 

@@ -55,7 +55,13 @@ class RowWriter:
             self._pieces.append(piece)
             if stop is not None:
                 self._engine.finish(self.row, "stop", stop, length=self._num_written)
-            yield TokenEvent(index=self._index, token_id=token, text=piece, source=_source(i, event))
+            yield TokenEvent(
+                index=self._index,
+                token_id=token,
+                text=piece,
+                source=_source(i, event),
+                logprobs=event.logprobs[i] if event.logprobs else None,
+            )
             if stop is not None:
                 return
 
@@ -83,15 +89,17 @@ class RowWriter:
 
     def result(self) -> GenerationResult:
         """What was generated; the row has ended."""
-        row = self.row
+        row, request = self.row, self.row.request
         assert row.finish_reason is not None
         return GenerationResult(
             text="".join(self._pieces),
             token_ids=row.output,
             finish_reason=row.finish_reason,
             stop_reason=row.stop_reason,
-            seed=row.request.seed,
+            seed=request.seed,
             stats=row.recorder.finish(row.prompt_length, len(row.output)),
+            logprobs=None if request.config.logprobs is None else tuple(row.logprobs),
+            prompt_logprobs=None if request.prompt_logprobs is None else tuple(row.prompt_logprobs),
         )
 
 

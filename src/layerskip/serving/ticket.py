@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from layerskip.decoding.output.events import GenerationResult, TokenEvent
@@ -71,6 +71,8 @@ class Ticket:
 
     show_drafts: bool = False
     """Whether the client wants to see drafts."""
+    shown: Mapping[int, str] = field(default_factory=dict)
+    """Special tokens that are part of the text, and their texts."""
     timeout: float
     """Seconds after which the request is given up."""
     created: float = field(default_factory=time.monotonic)
@@ -79,9 +81,16 @@ class Ticket:
     _inbox: "asyncio.Queue[Delivery]" = field(default_factory=asyncio.Queue)
 
     @classmethod
-    def of(cls, requests: Sequence[Request], *, timeout: float, show_drafts: bool = False) -> "Ticket":
+    def of(
+        cls,
+        requests: Sequence[Request],
+        *,
+        timeout: float,
+        show_drafts: bool = False,
+        shown: Mapping[int, str] | None = None,
+    ) -> "Ticket":
         """A ticket for some requests; call it in the event loop that will wait for it."""
-        ticket = cls(timeout=timeout, show_drafts=show_drafts)
+        ticket = cls(timeout=timeout, show_drafts=show_drafts, shown=shown or {})
         ticket.jobs = [Job(ticket=ticket, place=place, request=request) for place, request in enumerate(requests)]
         return ticket
 

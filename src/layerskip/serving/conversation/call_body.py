@@ -120,7 +120,7 @@ class CallBody:
         """Give a call's name, if this is where its arguments begin."""
         found = HEAD.fullmatch("".join(self._object)) if self._is_eager else None
         name = None if found is None else _loaded(found[1])
-        if name in self._names:
+        if isinstance(name, str) and name in self._names:
             self._give(name, "{")
             self._is_begun = self._in_arguments = True
 

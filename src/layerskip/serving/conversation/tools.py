@@ -52,10 +52,6 @@ class ToolUse:
     """Whether an answer may hold several calls."""
 
 
-Choice = str | None
-"""none, auto or required."""
-
-
 def chat_tools(
     tools: Sequence[ToolBody] | None,
     choice: str | NamedTool | AllowedTools | None,
@@ -76,18 +72,19 @@ def chat_tools(
         )
         for place, tool in enumerate(tools or ())
     ]
-    names: list[str] | None = None
-    if isinstance(choice, NamedTool):
-        names, choice = [choice.function.name], "required"
-    elif isinstance(choice, AllowedTools):
-        allowed = choice.allowed_tools
-        names, choice = [tool.function.name for tool in allowed.tools], allowed.mode
-    return make_tools(functions, choice, names, is_parallel, limits)
+    match choice:
+        case NamedTool():
+            return make_tools(functions, "required", [choice.function.name], is_parallel, limits)
+        case AllowedTools(allowed_tools=allowed):
+            names = [tool.function.name for tool in allowed.tools]
+            return make_tools(functions, allowed.mode, names, is_parallel, limits)
+        case _:
+            return make_tools(functions, choice, None, is_parallel, limits)
 
 
 def make_tools(
     functions: Sequence[Function],
-    choice: Choice,
+    choice: str | None,
     names: Sequence[str] | None,
     is_parallel: bool | None,
     limits: RequestLimits,

@@ -11,6 +11,20 @@ from layerskip.text.stop_strings import overlap
 State = Literal["start", "text", "body", "closing", "more"]
 
 
+class PlainText:
+    """An answer without calls, in the shape of `CallParser`."""
+
+    num_calls = 0
+
+    def push(self, text: str) -> list[Delta]:
+        """Read a piece."""
+        return [Content(text=text)] if text else []
+
+    def finish(self) -> list[Delta]:
+        """Nothing is held back."""
+        return []
+
+
 class CallParser:
     """Turns an answer into content and calls.
 

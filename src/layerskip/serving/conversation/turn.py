@@ -10,7 +10,7 @@ from layerskip.errors import GrammarError
 from layerskip.language_model import LanguageModel
 from layerskip.serving.config import RequestLimits
 from layerskip.serving.conversation.grammar import call_grammar, closed
-from layerskip.serving.conversation.parser import CallParser
+from layerskip.serving.conversation.parser import CallParser, PlainText
 from layerskip.serving.conversation.prompts import templated
 from layerskip.serving.conversation.styles import ToolStyle
 from layerskip.serving.conversation.tools import ToolUse, schema_bytes
@@ -48,10 +48,10 @@ class Turn:
         """Special tokens that are marks of calls, and their texts."""
         return {} if self.style is None else {index: text for text, index in self.style.special.items()}
 
-    def parser(self) -> CallParser | None:
-        """Reads one answer; None if it is nothing but text."""
+    def parser(self) -> CallParser | PlainText:
+        """Reads one answer."""
         if self.style is None or self.tools is None:
-            return None
+            return PlainText()
         names = [function.name for function in self.tools.allowed]
         return CallParser(self.style.form, names, is_eager=self.grammar is not None)
 

@@ -82,7 +82,7 @@ class Guide:
         return self._steps[: len(drafts) + 1]
 
     def take(self, tokens: Sequence[int]) -> int:
-        """Note what the row has gained; returns how many tokens it keeps: those before the text is complete or fails."""
+        """Note what the row has gained; returns how many tokens it keeps: until the text is complete or fails."""
         steps = self.along(tokens)
         last = (i for i, step in enumerate(steps) if step.error is not None or (i and step.complete))
         count = next(last, len(tokens))

@@ -40,8 +40,8 @@ def instruction(functions: Sequence[Function]) -> str:
     listed = "\n".join(json.dumps(function.described, ensure_ascii=False) for function in functions)
     return (
         "# Tools\n\nYou may call one or more functions to help with the user's request. Their signatures are given as "
-        f"JSON within <tools></tools>:\n<tools>\n{listed}\n</tools>\n\nTo call a function, write a JSON object with its "
-        'name and its arguments within <tool_call></tool_call>:\n<tool_call>\n{"name": <name of the function>, '
+        f"JSON within <tools></tools>:\n<tools>\n{listed}\n</tools>\n\nTo call a function, write a JSON object with "
+        'its name and its arguments within <tool_call></tool_call>:\n<tool_call>\n{"name": <name of the function>, '
         '"arguments": <object with its arguments>}\n</tool_call>\nResults come within '
         "<tool_response></tool_response>."
     )

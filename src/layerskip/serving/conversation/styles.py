@@ -7,7 +7,7 @@ from typing import Any
 
 from layerskip.errors import PromptError, TokenizerError
 from layerskip.serving.conversation.deltas import together
-from layerskip.serving.conversation.formats import FORMATS, HERMES, MISTRAL, WHITE, CallFormat
+from layerskip.serving.conversation.formats import FORMATS, HERMES, WHITE, CallFormat
 from layerskip.serving.conversation.parser import CallParser
 from layerskip.text.chat_template import render
 from layerskip.text.detokenizer import special_tokens

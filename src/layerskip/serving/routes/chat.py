@@ -35,9 +35,7 @@ async def chat(body: ChatBody, http: Request, service: ServiceOf) -> Response:
         raise ApiError(400, "top_logprobs need logprobs to be true", param="top_logprobs", code="invalid_value")
     tools = chat_tools(body.tools, body.tool_choice, body.parallel_tool_calls, service.config.limits)
     form = answer_format(body.response_format)
-    turn = await service.aside(
-        lambda: service.conversations.turn(to_messages(body.messages), tools=tools, answer=form)
-    )
+    turn = await service.aside(lambda: service.conversations.turn(to_messages(body.messages), tools=tools, answer=form))
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     asked = wanted(
         body,

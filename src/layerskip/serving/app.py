@@ -15,7 +15,7 @@ from layerskip.machine import __version__
 from layerskip.serving.config import ServerConfig
 from layerskip.serving.protocol.errors import ApiError, api_error
 from layerskip.serving.protocol.invalid import explain
-from layerskip.serving.routes import chat, completions, models, tokens
+from layerskip.serving.routes import chat, completions, models, responses, tokens
 from layerskip.serving.safety.keys import Keys
 from layerskip.serving.safety.middleware import Gate
 from layerskip.serving.service import Service
@@ -44,7 +44,7 @@ def create_app(lm: LanguageModel, config: ServerConfig) -> FastAPI:
 
     app = FastAPI(title="layerskip", version=__version__, lifespan=lifespan, redirect_slashes=False)
     app.state.service = service
-    for module in (models, completions, chat, tokens):
+    for module in (models, completions, chat, responses, tokens):
         app.include_router(module.router)
     app.add_exception_handler(ApiError, _answer_error)
     app.add_exception_handler(LayerSkipError, _answer_error)

@@ -186,8 +186,10 @@ class ChatBody(GenerationBody):
     audio: None = None
     metadata: Any = None
     modalities: list[Literal["text"]] | None = None
+    moderation: Any = None
     prediction: Any = None
     prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
     reasoning_effort: Any = None
     safety_identifier: Any = None

@@ -1,10 +1,10 @@
 """What an answer may look like, as a grammar: calls whose arguments fit their schemas, text, or JSON."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from layerskip.serving.conversation.styles import ToolStyle
+from layerskip.serving.conversation.formats import CallFormat
 from layerskip.serving.conversation.tools import ToolUse
 from layerskip.structured.spec import GrammarSpec
 
@@ -13,29 +13,39 @@ OPEN_SCHEMA = frozenset(
     "if then else dependentSchemas".split()
 )
 """Keywords beside which `properties` may not be all that there is."""
-ANY = r"/(.|\n)*/"
+WHITE = r"[ \t\r\n]*"
 NEW_LINE = '"\\n"'
 
 
-def call_grammar(style: ToolStyle, tools: ToolUse, answer: Mapping[str, Any] | None) -> GrammarSpec:
+def call_grammar(
+    form: CallFormat,
+    tools: ToolUse,
+    answer: Mapping[str, Any] | None,
+    *,
+    named: Mapping[str, int] | None = None,
+    spoken: Sequence[int] = (),
+) -> GrammarSpec:
     """An answer in which what begins like a call is one.
 
     Args:
-        style: How calls are written.
+        form: How calls are written.
         tools: What may be called, and whether something must be.
         answer: Schema of an answer that isn't a call; None: any text.
+        named: Marks of the format that grammars know by their ids alone, and these.
+        spoken: Ids of other such tokens that text may have.
 
     Raises:
         GrammarError: A schema can't be written as JSON.
     """
-    form = style.form
     schemas = {f"args_{place}": closed(function.schema) for place, function in enumerate(tools.allowed)}
     heads = [_literal(form.head(function.name)) for function in tools.allowed]
     calls = [f"{head} @{name} {_literal('}')}" for head, name in zip(heads, schemas, strict=True)]
-    rules = ["%llguidance {}", *_start(style, tools, is_text=answer is None), f"one: {' | '.join(calls)}"]
+    rules = _Rules(form, tools, named or {}, spoken)
+    start = rules.calls() if tools.is_required else rules.calls_or_text() if answer is None else rules.calls_or_json()
     if answer is not None and not tools.is_required:
         schemas["answer"] = answer
-    return GrammarSpec.lark("\n".join(rules) + "\n", schemas)
+    lines = ["%llguidance {}", *start, f"one: {' | '.join(calls)}"]
+    return GrammarSpec.lark("\n".join(lines) + "\n", schemas)
 
 
 def closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -44,44 +54,68 @@ def closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**made, "additionalProperties": False} if OPEN_SCHEMA.isdisjoint(made) else made
 
 
-def _start(style: ToolStyle, tools: ToolUse, *, is_text: bool) -> list[str]:
+class _Rules:
     """Rules of all but a call itself (`one`)."""
-    form = style.form
-    if not form.opening:
-        if tools.is_required:
-            return ["start: one"]
-        white = r"[ \t\r\n]*"
-        return ["start: one | TEXT", rf'TEXT: {ANY} & ~/{white}\{{{white}"name"(.|\n)*/']
-    opening = _mark(form.opening, style)
-    block = f"block: {_block(style, is_parallel=tools.is_parallel)}"
-    more = f"({NEW_LINE} {opening} block)*" if tools.is_parallel and not form.is_list else ""
-    calls = f"calls: {opening} block {more}".rstrip()
-    if tools.is_required:
-        return ["start: calls", calls, block]
-    if not is_text:
-        return ["start: calls | @answer", calls, block]
-    if form.opening in style.special:  # ordinary text has no special tokens
-        return ["start: TEXT calls?", f"TEXT: {ANY}", calls, block]
-    start = "start: (open block)* TEXT" if more else "start: open block | TEXT"
-    text = rf"TEXT: {ANY} & ~/(.|\n)*{_escaped(form.opening)}(.|\n)*/"
-    return [start, text, f"open[lazy]: {ANY} {opening}", block]
 
+    def __init__(self, form: CallFormat, tools: ToolUse, named: Mapping[str, int], spoken: Sequence[int]) -> None:
+        self._form, self._tools, self._named, self._spoken = form, tools, named, spoken
 
-def _block(style: ToolStyle, *, is_parallel: bool) -> str:
-    """What follows a mark, up to the mark behind the calls."""
-    form = style.form
-    gap = [_literal(form.gap)] if form.gap else []
-    inside = ["one"]
-    if form.is_list:
-        others = [f"({_literal(', ')} one)*"] if is_parallel else []
-        inside = [_literal("["), "one", *others, _literal("]")]
-    end = [*gap, _mark(form.closing, style)] if form.closing else []
-    return " ".join([*gap, *inside, *end])
+    def calls(self) -> list[str]:
+        """Nothing but calls."""
+        return [f"start: {self._all_calls}", *self._block]
 
+    def calls_or_json(self) -> list[str]:
+        """Calls, or JSON that fits a schema."""
+        return [f"start: {self._all_calls} | @answer", *self._block]
 
-def _mark(text: str, style: ToolStyle) -> str:
-    """A mark: a special token, or its text."""
-    return f"<[{style.special[text]}]>" if text in style.special else _literal(text)
+    def calls_or_text(self) -> list[str]:
+        """Calls, with text before them and, where several may be made, around them; or text alone."""
+        form = self._form
+        if not form.opening:
+            begun = rf'{WHITE}\{{{WHITE}"name"(.|\n)*'
+            return ["start: one | free TEXT?", *self._text(begun)]
+        text = self._text(rf"(.|\n)*{_escaped(form.opening)}(.|\n)*")
+        if form.opening in self._named:
+            return [f"start: free TEXT? ({self._all_calls})?", *text, *self._block]
+        start = "start: (free open block)* free TEXT?" if self._are_several else "start: free (open block | TEXT)?"
+        return [start, f"open[lazy]: /(.|\\n)*/ {self._mark(form.opening)}", *text, *self._block]
+
+    @property
+    def _are_several(self) -> bool:
+        """Whether several calls may be written, each with its own mark."""
+        return self._tools.is_parallel and not self._form.is_list
+
+    @property
+    def _all_calls(self) -> str:
+        if not self._form.opening:
+            return "one"
+        opening = self._mark(self._form.opening)
+        more = f" ({NEW_LINE} {opening} block)*" if self._are_several else ""
+        return f"{opening} block{more}"
+
+    @property
+    def _block(self) -> list[str]:
+        """What follows a mark, up to the mark behind the calls."""
+        form = self._form
+        if not form.opening:
+            return []
+        gap = [_literal(form.gap)] if form.gap else []
+        inside = ["one"]
+        if form.is_list:
+            others = [f"({_literal(', ')} one)*"] if self._tools.is_parallel else []
+            inside = [_literal("["), "one", *others, _literal("]")]
+        end = [*gap, self._mark(form.closing)] if form.closing else []
+        return [" ".join(["block:", *gap, *inside, *end])]
+
+    def _text(self, begun: str) -> list[str]:
+        """Text in which no call has begun, and tokens in it that grammars know by their ids."""
+        ids = " | ".join(f"<[{token}]>" for token in self._spoken)
+        free = f"free: (TEXT? ({ids}))*" if ids else 'free: ""'
+        return [free, rf"TEXT: /(.|\n)+/ & ~/{begun}/"]
+
+    def _mark(self, text: str) -> str:
+        """A mark: a token, or its text."""
+        return f"<[{self._named[text]}]>" if text in self._named else _literal(text)
 
 
 def _literal(text: str) -> str:

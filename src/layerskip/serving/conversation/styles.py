@@ -39,8 +39,12 @@ class ToolStyle:
     into the messages, in Hermes' form."""
     has_system: bool
     """Whether the template takes a system message."""
-    special: Mapping[str, int]
-    """The format's marks that are special tokens, and their ids."""
+    marks: Mapping[str, int]
+    """The format's marks that are tokens of their own, and their ids."""
+    shown: Mapping[int, str]
+    """Those of them that usually give no text, being special tokens."""
+    spoken: tuple[int, ...]
+    """Other added tokens, as far as they give text, such as `<think>`."""
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "ToolStyle":
@@ -48,8 +52,16 @@ class ToolStyle:
         found = _native_format(tokenizer)
         form = found or HERMES
         system = _rendered(tokenizer, [{"role": "system", "content": RESULT}, {"role": "user", "content": QUESTION}])
-        marks = {text: index for index, text in special_tokens(tokenizer).items() if text in form.marks}
-        return cls(form=form, is_native=found is not None, has_system=RESULT in system, special=marks)
+        silent, added = special_tokens(tokenizer), tokenizer.added_tokens_decoder
+        marks = {str(token): index for index, token in added.items() if str(token) in form.marks}
+        return cls(
+            form=form,
+            is_native=found is not None,
+            has_system=RESULT in system,
+            marks=marks,
+            shown={index: text for text, index in marks.items() if index in silent},
+            spoken=tuple(index for index in added if index not in silent and index not in marks.values()),
+        )
 
 
 def _native_format(tokenizer: Tokenizer) -> CallFormat | None:

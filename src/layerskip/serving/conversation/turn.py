@@ -46,7 +46,7 @@ class Turn:
     @property
     def shown(self) -> Mapping[int, str]:
         """Special tokens that are marks of calls, and their texts."""
-        return {} if self.style is None else {index: text for text, index in self.style.special.items()}
+        return {} if self.style is None else self.style.shown
 
     def parser(self) -> CallParser | PlainText:
         """Reads one answer."""
@@ -127,7 +127,11 @@ class Conversations:
             )
             raise _refused(message, answer.param)
         try:
-            return self._compiler.compile(call_grammar(style, tools, None if answer is None else answer.schema))
+            named = {text: token for text, token in style.marks.items() if self._compiler.is_special(token)}
+            spoken = [token for token in style.spoken if self._compiler.is_special(token)]
+            schema = None if answer is None else answer.schema
+            spec = call_grammar(style.form, tools, schema, named=named, spoken=spoken)
+            return self._compiler.compile(spec)
         except GrammarError as error:
             for function in tools.allowed:  # which of the schemas is it?
                 self._compiled(GrammarSpec.json_schema(closed(function.schema)), function.param)

@@ -12,7 +12,6 @@ from tokenizers import AddedToken
 
 from layerskip.serving.conversation.formats import FORMATS, HERMES, LLAMA, MISTRAL, CallFormat
 from layerskip.serving.conversation.grammar import call_grammar, closed
-from layerskip.serving.conversation.styles import ToolStyle
 from layerskip.serving.conversation.tools import Function, ToolUse
 from layerskip.text.tokenizer import TextTokenizer
 
@@ -32,7 +31,7 @@ ONE, OTHER = ("get", {"city": "Rome"}), ("get_all", {"city": "Oslo"})
 def compiler(marks: str) -> tuple[TextTokenizer, GrammarCompiler]:
     tokenizer = tokenizer_with(PLAIN, MARKS if marks == SPECIAL else [])
     if marks == ADDED:
-        tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in MARKS])
+        tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in [*MARKS, "<think>"]])
     made = without_transformers(tokenizer)
     return made, GrammarCompiler(made)
 
@@ -46,15 +45,17 @@ def taken(
 ) -> tuple[str, bool]:
     """As much of a text as the grammar takes, and whether it may end there. Marks are tokens if there are such."""
     tokenizer, grammars = compiler(marks)
-    ids = {mark: tokenizer.convert_tokens_to_ids([mark])[0] for mark in form.marks if mark in MARKS}
-    special = ids if marks == SPECIAL else {}
-    style = ToolStyle(form=form, is_native=True, has_system=True, special=special)
-    constraint = grammars.compile(call_grammar(style, tools, answer)).start()
+    added = {str(token): index for index, token in tokenizer.added_tokens_decoder.items()}
+    added = {text: index for text, index in added.items() if text in {*MARKS, "<think>"}}
+    named = {mark: added[mark] for mark in form.marks if mark in added and grammars.is_special(added[mark])}
+    think = [added["<think>"]] if "<think>" in added else []
+    spec = call_grammar(form, tools, answer, named=named, spoken=think)
+    constraint = grammars.compile(spec).start()
     tokens: list[int] = []
     rest = text
     while rest:
-        mark = next((mark for mark in ids if rest.startswith(mark)), None) if marks != PLAIN_TEXT else None
-        tokens += [ids[mark]] if mark else tokenizer.encode(rest[0], add_special_tokens=False)
+        mark = next((mark for mark in added if rest.startswith(mark)), None)
+        tokens += [added[mark]] if mark else tokenizer.encode(rest[0], add_special_tokens=False)
         rest = rest[len(mark or rest[0]) :]
     bits = np.zeros((len(tokenizer) + 31) // 32, np.int32)
     may_end, done = constraint.fill(bits), 0
@@ -134,7 +135,9 @@ def test_marks_that_are_tokens(form: CallFormat, marks: str) -> None:
     call = form.write([ONE])
     for tools, text in [(use(required=True), call), (use(), call), (use(), f"Well. {call}")]:
         assert taken(form, tools, text, marks=marks) == (text, True)
-    assert taken(form, use(), "Hello", marks=marks) == ("Hello", True)
+    texts = ["Hello", *(["<think>Hm.<think>", f"<think>Hm.<think> {call}"] if marks == ADDED else [])]
+    for text in texts:
+        assert taken(form, use(), text, marks=marks) == (text, True)
     assert taken(form, use(required=True), "Hello", marks=marks)[0] == ""
     assert taken(form, use(), f"{form.opening}Hello", marks=marks)[0] == form.opening
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from chat_templates import HERMES, LLAMA, MISTRAL, PLAIN, TAGS, text_tokenizer_with, tokenizer_with
+from tokenizers import AddedToken
 
 from layerskip.serving.conversation.prompts import instruction, templated
 from layerskip.serving.conversation.styles import ToolStyle
@@ -58,7 +59,9 @@ def test_the_template_says_how_calls_are_written(
         style = ToolStyle.of(tokenizer)
         assert (style.form.name, style.is_native, style.has_system) == (form, is_native, has_system)
         assert style.form.gap == gap
-        assert style.special == {mark: tokenizer.convert_tokens_to_ids([mark])[0] for mark in special}
+        assert style.marks == {mark: tokenizer.convert_tokens_to_ids([mark])[0] for mark in special}
+        assert style.shown == {token: mark for mark, token in style.marks.items()}
+        assert style.spoken == ()
 
 
 def test_without_a_template_of_its_own_the_system_message_describes_tools() -> None:
@@ -120,3 +123,12 @@ def test_a_way_that_isnt_known_is_not_used() -> None:
     text = written(tokenizer_with(TAGS), TALK)
     assert "<function=" not in text
     assert text.count("<tool_call>\n{") == 3  # one of them in the instruction
+
+
+def test_marks_that_are_ordinary_added_tokens() -> None:
+    tokenizer = tokenizer_with(HERMES)
+    tokenizer.add_tokens([AddedToken(text, special=False) for text in ("<tool_call>", "</tool_call>", "<think>")])
+    opening, closing, think = tokenizer.convert_tokens_to_ids(["<tool_call>", "</tool_call>", "<think>"])
+    style = ToolStyle.of(tokenizer)
+    assert (style.marks, style.shown) == ({"<tool_call>": opening, "</tool_call>": closing}, {})
+    assert style.spoken == (think,)

@@ -21,6 +21,7 @@ RULES: dict[str, dict[str, Any]] = {
     "filters": {"temperature": 1.2, "top_k": 12, "top_p": 0.8, "min_p": 0.02, "seed": 4},
     "nucleus": {"do_sample": True, "top_p": 0.9, "seed": 5},
     "penalties": {"temperature": 0.9, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "seed": 6},
+    "counts": {"frequency_penalty": 0.9, "presence_penalty": 0.4, "logit_bias": {2: 2.0, 30: 1.5, 41: -3.0}},
 }
 
 

@@ -127,7 +127,7 @@ def wait_for(number: int) -> None:
 
     end = time.monotonic() + 60
     while time.monotonic() < end:
-        status = serve.status().applications["default"].deployments["layerskip"]
+        (status,) = serve.status().applications["default"].deployments.values()
         states = {str(getattr(state, "value", state)): count for state, count in status.replica_states.items()}
         if states == {"RUNNING": number}:
             return
@@ -220,7 +220,7 @@ def test_a_replica_killed_under_load_costs_retries_only(two: str, expected: list
     assert complete(two, BODIES[0]) == expected[0]
 
 
-def test_a_replica_that_is_taken_away_ends_what_it_has_begun(two: str, expected: list[str]) -> None:
+def test_replicas_that_are_replaced_end_what_they_have_begun(two: str, expected: list[str]) -> None:
     wait_for(2)
     before = {process.pid for process in replicas()}
     clients, stop = Load(two, expected), threading.Event()
@@ -246,14 +246,14 @@ def test_a_replica_that_is_taken_away_ends_what_it_has_begun(two: str, expected:
     assert clients.wrong == []
     assert clients.retried == 0
     assert clients.answered > answered > 0
-    assert {process.pid for process in replicas()} < before  # the one that stays wasn't started again
+    assert before.isdisjoint(process.pid for process in replicas())
 
 
 def test_a_session_stays_with_its_replica(address: str) -> None:
     """Only the first of its requests reads the prompt."""
     deploy(num_replicas=2, routing="session")
     wait_for(2)
-    for session in range(4):
+    for session in range(6):
         prompt = f"# {session}\n" + "def add(a, b):\n    return a + b\n" * 8
         body = {"prompt": prompt, "max_tokens": 4, "temperature": 0}
         answers = [post(address, body, **{"x-session-id": f"s{session}"}) for _ in range(5)]
@@ -266,6 +266,6 @@ def test_a_model_that_is_not_there_is_named(address: str) -> None:
 
     with pytest.raises(RuntimeError):
         deploy(model="/no/such/model")
-    message = serve.status().applications["default"].deployments["layerskip"].message
-    assert "layerskip can't serve '/no/such/model': there is no" in message
+    (status,) = serve.status().applications["default"].deployments.values()
+    assert "layerskip can't serve '/no/such/model'" in status.message
     serve.delete("default")

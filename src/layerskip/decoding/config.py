@@ -202,10 +202,10 @@ def _biases(name: str, value: object) -> tuple[tuple[int, float], ...]:
         raise InvalidArgumentError(f"{name} must map token ids to numbers from -100 to 100, got {value!r}")
     biases: dict[int, float] = {}
     for token, bias in pairs:
-        token_id = whole_number(f"a token id of {name}", token, least=0)
+        token_id = whole_number(f"{name}: a token id", token, least=0)
         if token_id in biases:
             raise InvalidArgumentError(f"{name} names the token {token_id} twice; give one bias for each token")
         biases[token_id] = finite_number(
-            f"{name} of token {token_id}", bias, "from -100 to 100", lambda x: abs(x) <= MOST_BIAS
+            f"{name}: the bias of token {token_id}", bias, "from -100 to 100", lambda x: abs(x) <= MOST_BIAS
         )
     return tuple(sorted(biases.items()))

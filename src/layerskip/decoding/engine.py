@@ -113,6 +113,12 @@ class Engine:
         """Tokens that a row can hold."""
         return self._slots.cache.capacity
 
+    @property
+    def cache_usage(self) -> float:
+        """Share of the cache that running rows have in use, 0..1."""
+        cache = self._slots.cache
+        return sum(len(row.tokens) for row in self._homes) / (cache.num_rows * cache.capacity)
+
     def policy_of(self, row: Row) -> Policy | None:
         """What plans the rounds of a row that hasn't ended."""
         return self._homes[row].policy

@@ -13,9 +13,12 @@ from layerskip.errors import LayerSkipError
 from layerskip.language_model import LanguageModel
 from layerskip.machine import __version__
 from layerskip.serving.config import ServerConfig
+from layerskip.serving.observability.metrics import ServerMetrics
+from layerskip.serving.observability.recorder import Recorder
+from layerskip.serving.observability.tracing import make_tracer
 from layerskip.serving.protocol.errors import ApiError, api_error
 from layerskip.serving.protocol.invalid import explain
-from layerskip.serving.routes import chat, completions, models, responses, tokens
+from layerskip.serving.routes import chat, completions, models, pages, responses, tokens
 from layerskip.serving.safety.keys import Keys
 from layerskip.serving.safety.middleware import Gate
 from layerskip.serving.service import Service
@@ -34,18 +37,24 @@ def create_app(lm: LanguageModel, config: ServerConfig) -> FastAPI:
         OutOfMemoryError: The cache doesn't fit.
     """
     keys = None if config.api_key_file is None else Keys.read(config.api_key_file)
-    service = Service.of(lm, config, created=int(time.time()))
+    metrics = ServerMetrics(config.served_name or lm.checkpoint.name)
+    tracer = make_tracer(config.otlp_endpoint)
+    recorder = Recorder(metrics, tracer, tokenizer=lm.text_tokenizer, log_prompts=config.log_prompts)
+    service = Service.of(lm, config, created=int(time.time()), observer=recorder)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.scheduler.start()
         yield
         service.scheduler.stop()
+        if tracer is not None:
+            tracer.close()
 
     app = FastAPI(title="layerskip", version=__version__, lifespan=lifespan, redirect_slashes=False)
-    app.state.service = service
-    for module in (models, completions, chat, responses, tokens):
-        app.include_router(module.router)
+    app.state.service, app.state.metrics = service, metrics
+    answering = (models.router, completions.router, chat.router, responses.router, tokens.router)
+    for router in (*answering, pages.router, pages.pages()):
+        app.include_router(router)
     app.add_exception_handler(ApiError, _answer_error)
     app.add_exception_handler(LayerSkipError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)

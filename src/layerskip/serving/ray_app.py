@@ -166,7 +166,8 @@ def bind(settings: RaySettings) -> Any:
     # Requests beyond these wait at the proxies, and beyond max_queue there get status 503.
     room = settings.max_concurrency + settings.max_queue
     options: dict[str, Any] = {
-        "name": "layerskip",
+        # A name of its own for each routing: Ray's proxies keep the router of a deployment that they know.
+        "name": "layerskip" if settings.routing == "balanced" else f"layerskip_{settings.routing}",
         "max_ongoing_requests": room,
         "max_queued_requests": settings.max_queue,
         "ray_actor_options": {"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
@@ -186,7 +187,8 @@ def bind(settings: RaySettings) -> Any:
         }
     if settings.routing == "session":
         options["request_router_config"] = {"request_router_class": SESSION_ROUTER}
-    # Only what a replica has to know: Ray starts all of them anew where that changes, but not for a number of replicas.
+    # Replicas are given only what they have to know, so that a configuration file that sets this deployment's
+    # num_replicas leaves those alone that run.
     return (
         serve.deployment(serve.ingress()(Replica))
         .options(**options)
@@ -231,7 +233,7 @@ class Replica:
 
         logging.getLogger("layerskip").setLevel(logging.INFO)
         torch.set_num_threads(num_threads)
-        options = {} if dtype is None else {"dtype": dtype}
+        options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
         self._config = config
         try:
             self._lm = load(model, **options)

@@ -146,7 +146,7 @@ class Scheduler:
             arrived, self._arrived = self._arrived, deque()
             cancelled, self._cancelled = self._cancelled, set()
             self._waiting.extend(job for ticket in arrived for job in ticket.jobs)
-        for ticket in cancelled:
+        for ticket in cancelled & self._tickets:  # others have ended meanwhile
             self._observer.cancelled(ticket)
         self._drop(cancelled)
         self._give_up_late()
@@ -161,7 +161,7 @@ class Scheduler:
             except LayerSkipError as error:  # of this request only
                 self._fail_job(job, error)
                 continue
-            job.joined_at = time.monotonic()
+            job.joined_at, job.cached_tokens = time.monotonic(), row.recorder.cached_tokens
             writer = RowWriter(self._engine, row, self._tokenizer, job.place, shown=job.ticket.shown)
             self._writers[row] = job, writer
             self._observer.joined(job)
@@ -200,6 +200,7 @@ class Scheduler:
             return [piece]
         del self._writers[event.row]
         end = JobEnd(place=job.place, text=writer.finish().text, result=writer.result())
+        job.ticket.ends.append(end)
         self._end(job)
         self._observer.ended(job, end)
         return [piece, end]
@@ -232,8 +233,8 @@ class Scheduler:
     def _fail(self, tickets: Iterable[Ticket], error: Exception) -> None:
         for ticket in list(tickets):
             open_jobs = [job for job in ticket.jobs if not job.ended]
-            self._drop([ticket])
             self._observer.failed(ticket, error)
+            self._drop([ticket])
             _post(ticket.loop, [(ticket, JobFailure(place=job.place, error=error)) for job in open_jobs])
 
     def _fail_job(self, job: Job, error: Exception) -> None:

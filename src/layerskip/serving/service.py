@@ -17,7 +17,7 @@ from layerskip.serving.observer import Observer
 from layerskip.serving.protocol.errors import ApiError, api_error
 from layerskip.serving.protocol.options import Wanted
 from layerskip.serving.scheduler import Scheduler
-from layerskip.serving.ticket import Ticket
+from layerskip.serving.ticket import Origin, Ticket
 
 Result = TypeVar("Result")
 
@@ -127,19 +127,21 @@ class Service:
         return Conversations(self.lm, self.config.limits)
 
     def submit(
-        self, requests: Sequence[Request], *, show_drafts: bool, shown: Mapping[int, str] | None = None
+        self, requests: Sequence[Request], wanted: Wanted, origin: Origin, *, shown: Mapping[int, str] | None = None
     ) -> Ticket:
         """Leave requests with the scheduler; call it in an event loop.
 
         Args:
             requests: What is asked for.
-            show_drafts: Whether drafts are wanted.
+            wanted: By what rules, and how the answer is told.
+            origin: Whose request it is.
             shown: Special tokens that are part of the text, and their texts.
 
         Raises:
             ApiError: The server is full or stops.
         """
-        ticket = Ticket.of(requests, timeout=self.config.request_timeout, show_drafts=show_drafts, shown=shown)
+        timeout, drafts = self.config.request_timeout, wanted.include_drafts
+        ticket = Ticket.of(requests, origin, timeout=timeout, show_drafts=drafts, shown=shown)
         self.scheduler.submit(ticket)
         return ticket
 

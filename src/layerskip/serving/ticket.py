@@ -4,10 +4,24 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from layerskip.decoding.output.events import GenerationResult, TokenEvent
 from layerskip.decoding.policy import DrafterName
 from layerskip.decoding.request import Request
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """The client's request that a ticket is for, as logs and traces have it."""
+
+    request_id: str
+    """Id of the answer."""
+    operation: Literal["chat", "text_completion", "generate_content"]
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Headers that name a trace."""
+    settings: Mapping[str, bool | int | float] = field(default_factory=dict)
+    """Numbers in its body."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +75,10 @@ class Job:
     request: Request
     joined_at: float | None = None
     """When the engine took it, by `time.monotonic`."""
+    first_token_at: float | None = None
     last_token_at: float | None = None
+    cached_tokens: int = 0
+    """Tokens of the prompt that were found in the cache."""
     ended: bool = False
 
 
@@ -75,8 +92,11 @@ class Ticket:
     """Special tokens that are part of the text, and their texts."""
     timeout: float
     """Seconds after which the request is given up."""
+    origin: Origin
     created: float = field(default_factory=time.monotonic)
     jobs: list[Job] = field(default_factory=list)
+    ends: list[JobEnd] = field(default_factory=list)
+    """Ends of the jobs that have ended by themselves."""
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     _inbox: "asyncio.Queue[Delivery]" = field(default_factory=asyncio.Queue)
 
@@ -84,13 +104,14 @@ class Ticket:
     def of(
         cls,
         requests: Sequence[Request],
+        origin: Origin,
         *,
         timeout: float,
         show_drafts: bool = False,
         shown: Mapping[int, str] | None = None,
     ) -> "Ticket":
         """A ticket for some requests; call it in the event loop that will wait for it."""
-        ticket = cls(timeout=timeout, show_drafts=show_drafts, shown=shown or {})
+        ticket = cls(origin=origin, timeout=timeout, show_drafts=show_drafts, shown=shown or {})
         ticket.jobs = [Job(ticket=ticket, place=place, request=request) for place, request in enumerate(requests)]
         return ticket
 

@@ -1,5 +1,6 @@
 """Signals: requests that were accepted end with their text or a clean error, and the process ends in time."""
 
+import re
 import signal
 import threading
 import time
@@ -20,13 +21,25 @@ def ask(server: Served, answers: list[Any], body: dict[str, Any]) -> None:
         answers.append(error)
 
 
+def wait_until_taken(server: Served, number: int) -> None:
+    """Until so many requests run or wait; running ones take seconds."""
+    deadline = time.monotonic() + 20
+    with server.client() as http:
+        while time.monotonic() < deadline:
+            lines = http.get("/metrics").text.splitlines()
+            counts = [float(line.rpartition(" ")[2]) for line in lines if re.match(r"layerskip:num_requests_", line)]
+            if sum(counts) >= number:
+                return
+    raise AssertionError(f"{number} requests were not taken: {counts}")
+
+
 def begin(server: Served, number: int, **options: Any) -> tuple[list[Any], list[threading.Thread]]:
     answers: list[Any] = []
     bodies = [{**BODY, "stream": place % 2 == 0, **options} for place in range(number)]
     threads = [threading.Thread(target=ask, args=(server, answers, body)) for body in bodies]
     for thread in threads:
         thread.start()
-    time.sleep(0.5)
+    wait_until_taken(server, number)
     return answers, threads
 
 

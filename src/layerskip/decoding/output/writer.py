@@ -53,7 +53,7 @@ class RowWriter:
         if self._detokenizer is None:
             return ("",) * len(tokens)
         detokenizer = copy(self._detokenizer)  # attributes are replaced, never changed in place
-        return tuple(detokenizer.push(token) for token in tokens)
+        return tuple(self._shown.get(token) or detokenizer.push(token) for token in tokens)
 
     def write(self, event: Event) -> Iterator[TokenEvent]:
         """Events of the row's new tokens; ends the row where a stop string is complete."""

@@ -20,7 +20,7 @@ from layerskip.serving.protocol.logprobs import chat_logprobs
 from layerskip.serving.protocol.options import Wanted, wanted
 from layerskip.serving.protocol.requests import ChatBody, ResponseFormat
 from layerskip.serving.routes.answer import EventStream, all_ends, begin
-from layerskip.serving.routes.depends import ServiceOf
+from layerskip.serving.routes.depends import ServiceOf, origin_of
 from layerskip.serving.service import Service
 from layerskip.serving.ticket import Delivery, JobEnd, JobFailure, RoundPiece
 
@@ -46,7 +46,7 @@ async def chat(body: ChatBody, http: Request, service: ServiceOf) -> Response:
     )
     requests = turn.constrained(service.requests([turn.prompt], asked, "messages"))
     answer = _Answer(service, asked, turn)
-    ticket = service.submit(requests, show_drafts=asked.include_drafts, shown=turn.shown)
+    ticket = service.submit(requests, asked, origin_of(http, body, answer.id, "chat"), shown=turn.shown)
     if asked.stream:
         events = answer.events(await begin(http, service.scheduler, ticket))
         return EventStream(
@@ -78,7 +78,8 @@ class _Answer:
 
     def __init__(self, service: Service, asked: Wanted, turn: Turn) -> None:
         self._tokenizer, self._asked, self._turn = service.lm.text_tokenizer, asked, turn
-        self._head = {"id": f"chatcmpl-{uuid4().hex}", "created": int(time.time()), "model": service.name}
+        self.id = f"chatcmpl-{uuid4().hex}"
+        self._head = {"id": self.id, "created": int(time.time()), "model": service.name}
 
     def whole(self, ends: Sequence[JobEnd]) -> dict[str, Any]:
         """The answer at once."""

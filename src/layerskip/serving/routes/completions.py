@@ -14,7 +14,7 @@ from layerskip.serving.protocol.logprobs import CompletionLogprobs
 from layerskip.serving.protocol.options import Wanted, wanted
 from layerskip.serving.protocol.requests import CompletionBody
 from layerskip.serving.routes.answer import EventStream, all_ends, begin
-from layerskip.serving.routes.depends import ServiceOf
+from layerskip.serving.routes.depends import ServiceOf, origin_of
 from layerskip.serving.service import Service
 from layerskip.serving.ticket import Delivery, JobEnd, JobFailure, RoundPiece
 
@@ -44,7 +44,7 @@ async def complete(body: CompletionBody, http: Request, service: ServiceOf) -> R
     prompts = await service.aside(lambda: encoded(service, body))
     requests = service.requests(prompts, asked, "prompt", prompt_logprobs=body.logprobs if body.echo else None)
     answer = _Answer(service, body, asked, prompts, nothing_new=max_tokens == 0)
-    ticket = service.submit(requests, show_drafts=asked.include_drafts)
+    ticket = service.submit(requests, asked, origin_of(http, body, answer.id, "text_completion"))
     if asked.stream:
         deliveries = await begin(http, service.scheduler, ticket)
         events = answer.events(deliveries)
@@ -75,8 +75,9 @@ class _Answer:
         self, service: Service, body: CompletionBody, asked: Wanted, prompts: Sequence[Sequence[int]], nothing_new: bool
     ) -> None:
         self._service, self._asked, self._prompts, self._nothing_new = service, asked, prompts, nothing_new
+        self.id = f"cmpl-{uuid4().hex}"
         self._head = {
-            "id": f"cmpl-{uuid4().hex}",
+            "id": self.id,
             "object": "text_completion",
             "created": int(time.time()),
             "model": service.name,
@@ -95,9 +96,9 @@ class _Answer:
             result, kept = end.result, self._logprobs[end.place]
             if self._asked.num_logprobs is not None:
                 if self._echo:
-                    kept.add(self._prompt(end.place), result.prompt_logprobs)
+                    kept.add(self._prompt(end.place), result.prompt_logprobs or ())
                 if not self._nothing_new:
-                    kept.add(result.token_ids, result.logprobs)
+                    kept.add(result.token_ids, result.logprobs or ())
             choices.append(self._choice(end.place, self._text(end), FINISH_REASONS[result.finish_reason], kept.take()))
         dropped = int(self._nothing_new)
         return {

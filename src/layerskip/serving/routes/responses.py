@@ -19,7 +19,7 @@ from layerskip.serving.protocol.logprobs import chat_logprobs
 from layerskip.serving.protocol.options import Wanted, wanted
 from layerskip.serving.protocol.responses import ResponsesBody
 from layerskip.serving.routes.answer import EventStream, all_ends, begin
-from layerskip.serving.routes.depends import ServiceOf
+from layerskip.serving.routes.depends import ServiceOf, origin_of
 from layerskip.serving.routes.response_events import ResponseWriter
 from layerskip.serving.service import Service
 from layerskip.serving.ticket import Delivery, JobEnd, JobFailure
@@ -49,7 +49,7 @@ async def respond(body: ResponsesBody, http: Request, service: ServiceOf) -> Res
     )
     requests = turn.constrained(service.requests([turn.prompt], asked, "input"))
     answer = _Answer(service, body, asked, turn)
-    ticket = service.submit(requests, show_drafts=False, shown=turn.shown)
+    ticket = service.submit(requests, asked, origin_of(http, body, answer.id, "chat"), shown=turn.shown)
     if asked.stream:
         events = answer.events(await begin(http, service.scheduler, ticket))
         return EventStream(
@@ -98,7 +98,8 @@ class _Answer:
     def __init__(self, service: Service, body: ResponsesBody, asked: Wanted, turn: Turn) -> None:
         self._tokenizer, self._asked, self._turn = service.lm.text_tokenizer, asked, turn
         self._writer = ResponseWriter()
-        self._fixed = _fixed(body, service.name, asked)
+        self.id = f"resp_{uuid4().hex}"
+        self._fixed = {"id": self.id, **_fixed(body, service.name, asked)}
 
     def whole(self, end: JobEnd) -> dict[str, Any]:
         """The answer at once."""
@@ -170,7 +171,6 @@ def _fixed(body: ResponsesBody, model: str, asked: Wanted) -> dict[str, Any]:
     """What a response says from its beginning to its end."""
     told = body.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"input"})
     return {
-        "id": f"resp_{uuid4().hex}",
         "object": "response",
         "created_at": int(time.time()),
         "completed_at": None,

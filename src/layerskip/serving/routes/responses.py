@@ -73,6 +73,9 @@ def check_stateless(body: ResponsesBody) -> None:
         if getattr(body, name) not in (None, False):
             message = f"{name} isn't supported: this server keeps nothing between requests; {fix}"
             raise ApiError(400, message, param=name, code="unsupported_parameter")
+    if body.stream_options is not None and body.stream_options.include_drafts:
+        message = "include_drafts is for /v1/chat/completions and /v1/completions: responses have no event for drafts"
+        raise ApiError(400, message, param="stream_options.include_drafts", code="unsupported_parameter")
 
 
 def answer_format(body: ResponsesBody) -> AnswerFormat | None:

@@ -1,98 +1,105 @@
-"""Ten JSON schemas of different kinds, and texts in their forms."""
+"""JSON schemas whose texts end: strings, lists and numbers have limits."""
 
 from typing import Any
 
+TEXT = {"type": "string", "maxLength": 12}
 SCHEMAS: dict[str, dict[str, Any]] = {
     "flat": {
         "type": "object",
-        "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0}},
-        "required": ["name", "age"],
+        "properties": {
+            "name": TEXT,
+            "age": {"type": "integer", "minimum": 0, "maximum": 120},
+            "alive": {"type": "boolean"},
+        },
+        "required": ["name", "age", "alive"],
+        "additionalProperties": False,
+    },
+    "optional": {
+        "type": "object",
+        "properties": {"a": TEXT, "b": {"type": "null"}, "c": {"type": "boolean"}},
+        "required": ["b"],
+        "additionalProperties": False,
+    },
+    "enums": {
+        "type": "object",
+        "properties": {"unit": {"enum": ["C", "F", None, 7]}, "kind": {"const": "weather"}},
+        "required": ["unit", "kind"],
         "additionalProperties": False,
     },
     "nested": {
         "type": "object",
         "properties": {
-            "user": {
+            "place": {
                 "type": "object",
                 "properties": {
-                    "id": {"type": "integer", "minimum": 1, "maximum": 999},
-                    "address": {
+                    "city": TEXT,
+                    "at": {
                         "type": "object",
-                        "properties": {"city": {"type": "string", "maxLength": 10}, "zip": {"type": "string"}},
-                        "required": ["city"],
+                        "properties": {"x": {"enum": [1, 2]}},
+                        "required": ["x"],
                         "additionalProperties": False,
                     },
                 },
-                "required": ["id", "address"],
+                "required": ["city", "at"],
                 "additionalProperties": False,
             }
         },
-        "required": ["user"],
+        "required": ["place"],
         "additionalProperties": False,
     },
-    "array with bounds": {
-        "type": "array",
-        "items": {"type": "integer", "minimum": -50, "maximum": 50},
-        "minItems": 2,
-        "maxItems": 4,
-    },
-    "enum": {
-        "type": "object",
-        "properties": {"color": {"enum": ["red", "green", "blue", None, 7]}, "sure": {"type": "boolean"}},
-        "required": ["color", "sure"],
-        "additionalProperties": False,
-    },
-    "anyOf": {
-        "type": "object",
-        "properties": {"value": {"anyOf": [{"type": "integer", "maximum": 9}, {"const": "none"}, {"type": "boolean"}]}},
-        "required": ["value"],
-        "additionalProperties": False,
-    },
-    "numbers with ranges": {
+    "list": {"type": "array", "items": {"type": "integer", "minimum": -9, "maximum": 9}, "minItems": 2, "maxItems": 5},
+    "objects": {
         "type": "object",
         "properties": {
-            "share": {"type": "number", "minimum": 0, "maximum": 1},
-            "level": {"type": "integer", "exclusiveMinimum": 3, "exclusiveMaximum": 17},
-        },
-        "required": ["share", "level"],
-        "additionalProperties": False,
-    },
-    "patterns": {
-        "type": "object",
-        "properties": {
-            "code": {"type": "string", "pattern": "^[A-Z]{2}-[0-9]{3}$"},
-            "day": {"type": "string", "format": "date"},
-        },
-        "required": ["code", "day"],
-        "additionalProperties": False,
-    },
-    "definitions": {
-        "$defs": {
-            "node": {
-                "type": "object",
-                "properties": {
-                    "value": {"type": "integer", "minimum": 0, "maximum": 9},
-                    "next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]},
+            "items": {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "properties": {"id": {"type": "integer", "minimum": 0, "maximum": 99}},
+                    "required": ["id"],
+                    "additionalProperties": False,
                 },
-                "required": ["value", "next"],
+                "maxItems": 3,
+            }
+        },
+        "required": ["items"],
+        "additionalProperties": False,
+    },
+    "choice": {
+        "anyOf": [
+            {
+                "type": "object",
+                "properties": {"yes": {"const": True}},
+                "required": ["yes"],
+                "additionalProperties": False,
+            },
+            {"type": "object", "properties": {"no": TEXT}, "required": ["no"], "additionalProperties": False},
+        ]
+    },
+    "tree": {
+        "$defs": {
+            "leaf": {
+                "type": "object",
+                "properties": {"v": {"type": "boolean"}},
+                "required": ["v"],
                 "additionalProperties": False,
             }
         },
-        "$ref": "#/$defs/node",
-    },
-    "const": {
         "type": "object",
-        "properties": {"kind": {"const": "a long constant that nobody has to choose"}, "ok": {"type": "boolean"}},
-        "required": ["kind", "ok"],
+        "properties": {"left": {"$ref": "#/$defs/leaf"}, "right": {"$ref": "#/$defs/leaf"}},
+        "required": ["left", "right"],
         "additionalProperties": False,
     },
-    "nullable": {
+    "pattern": {
         "type": "object",
-        "properties": {
-            "title": {"type": ["string", "null"], "maxLength": 8},
-            "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 3},
-        },
-        "required": ["title", "tags"],
+        "properties": {"code": {"type": "string", "pattern": "^[A-Z]{2}-[0-9]{3}$"}},
+        "required": ["code"],
+        "additionalProperties": False,
+    },
+    "quotes": {
+        "type": "object",
+        "properties": {'a "b"': {"enum": ['say "hi"', "a\\b", "日本 é 😀"]}, "plain": {"type": "boolean"}},
+        "required": ['a "b"', "plain"],
         "additionalProperties": False,
     },
 }

@@ -1,17 +1,22 @@
-"""Servers for tests: `layerskip serve` in a process of its own."""
+"""Servers for tests: `layerskip serve` in a process of its own, or the app in a thread of this one."""
 
 import json
 import os
 import select
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
+
+from layerskip import LanguageModel
 
 SRC = Path(__file__).resolve().parents[2] / "src"
 START_SECONDS = 120
@@ -74,3 +79,31 @@ def events(lines: Sequence[str] | Iterator[str]) -> list[dict[str, object]]:
     data = [line.removeprefix("data: ") for line in lines if line]
     assert data[-1] == "[DONE]", data[-1]
     return [json.loads(each) for each in data[:-1]]
+
+
+@contextmanager
+def app_at_port(lm: LanguageModel, **settings: Any) -> Iterator[str]:
+    """The app at a free port, in a thread of this process; gives its address.
+
+    Args:
+        lm: The model.
+        **settings: Fields of `ServerConfig`.
+    """
+    import uvicorn
+
+    from layerskip.serving.app import create_app
+    from layerskip.serving.config import ServerConfig
+
+    app = create_app(lm, ServerConfig(**settings))
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        while not server.started:
+            assert thread.is_alive(), "the server has ended at its start"
+            time.sleep(0.02)
+        host, port = listening.getsockname()
+        yield f"http://{host}:{port}"
+        server.should_exit = True
+        thread.join(30)

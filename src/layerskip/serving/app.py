@@ -18,7 +18,7 @@ from layerskip.serving.observability.recorder import Recorder
 from layerskip.serving.observability.tracing import make_tracer
 from layerskip.serving.protocol.errors import ApiError, api_error
 from layerskip.serving.protocol.invalid import explain
-from layerskip.serving.routes import chat, completions, models, pages, tokens
+from layerskip.serving.routes import chat, completions, models, pages, responses, tokens
 from layerskip.serving.safety.keys import Keys
 from layerskip.serving.safety.middleware import Gate
 from layerskip.serving.service import Service
@@ -52,7 +52,8 @@ def create_app(lm: LanguageModel, config: ServerConfig) -> FastAPI:
 
     app = FastAPI(title="layerskip", version=__version__, lifespan=lifespan, redirect_slashes=False)
     app.state.service, app.state.metrics = service, metrics
-    for router in (models.router, completions.router, chat.router, tokens.router, pages.router, pages.pages()):
+    answering = (models.router, completions.router, chat.router, responses.router, tokens.router)
+    for router in (*answering, pages.router, pages.pages()):
         app.include_router(router)
     app.add_exception_handler(ApiError, _answer_error)
     app.add_exception_handler(LayerSkipError, _answer_error)

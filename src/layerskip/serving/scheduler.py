@@ -162,7 +162,8 @@ class Scheduler:
                 self._fail_job(job, error)
                 continue
             job.joined_at = time.monotonic()
-            self._writers[row] = job, RowWriter(self._engine, row, self._tokenizer, job.place)
+            writer = RowWriter(self._engine, row, self._tokenizer, job.place, shown=job.ticket.shown)
+            self._writers[row] = job, writer
         self._observer.load(len(self._writers), len(self._waiting), self._engine)
 
     def _hand_out(self, events: Iterable[Event], started: float) -> None:

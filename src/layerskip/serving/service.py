@@ -1,8 +1,9 @@
 """What the routes work with: the model, its scheduler, and the way from prompts to a ticket."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeVar
 
 from layerskip.decoding.engine import Engine
@@ -11,6 +12,7 @@ from layerskip.decoding.request import Request
 from layerskip.errors import PromptError, TokenizerError
 from layerskip.language_model import LanguageModel
 from layerskip.serving.config import ServerConfig
+from layerskip.serving.conversation.turn import Conversations
 from layerskip.serving.memory import CachePlan, plan_cache
 from layerskip.serving.observer import Observer
 from layerskip.serving.protocol.errors import ApiError, api_error
@@ -120,14 +122,27 @@ class Service:
                 made.append(request)
         return made
 
-    def submit(self, requests: Sequence[Request], wanted: Wanted, origin: Origin) -> Ticket:
+    @cached_property
+    def conversations(self) -> Conversations:
+        """How conversations become prompts and grammars."""
+        return Conversations(self.lm, self.config.limits)
+
+    def submit(
+        self, requests: Sequence[Request], wanted: Wanted, origin: Origin, *, shown: Mapping[int, str] | None = None
+    ) -> Ticket:
         """Leave requests with the scheduler; call it in an event loop.
+
+        Args:
+            requests: What is asked for.
+            wanted: By what rules, and how the answer is told.
+            origin: Whose request it is.
+            shown: Special tokens that are part of the text, and their texts.
 
         Raises:
             ApiError: The server is full or stops.
         """
         timeout, drafts = self.config.request_timeout, wanted.include_drafts
-        ticket = Ticket.of(requests, origin, timeout=timeout, show_drafts=drafts)
+        ticket = Ticket.of(requests, origin, timeout=timeout, show_drafts=drafts, shown=shown)
         self.scheduler.submit(ticket)
         return ticket
 

@@ -89,6 +89,8 @@ class Ticket:
 
     show_drafts: bool = False
     """Whether the client wants to see drafts."""
+    shown: Mapping[int, str] = field(default_factory=dict)
+    """Special tokens that are part of the text, and their texts."""
     timeout: float
     """Seconds after which the request is given up."""
     origin: Origin
@@ -100,9 +102,17 @@ class Ticket:
     _inbox: "asyncio.Queue[Delivery]" = field(default_factory=asyncio.Queue)
 
     @classmethod
-    def of(cls, requests: Sequence[Request], origin: Origin, *, timeout: float, show_drafts: bool = False) -> "Ticket":
+    def of(
+        cls,
+        requests: Sequence[Request],
+        origin: Origin,
+        *,
+        timeout: float,
+        show_drafts: bool = False,
+        shown: Mapping[int, str] | None = None,
+    ) -> "Ticket":
         """A ticket for some requests; call it in the event loop that will wait for it."""
-        ticket = cls(origin=origin, timeout=timeout, show_drafts=show_drafts)
+        ticket = cls(origin=origin, timeout=timeout, show_drafts=show_drafts, shown=shown or {})
         ticket.jobs = [Job(ticket=ticket, place=place, request=request) for place, request in enumerate(requests)]
         return ticket
 

@@ -60,6 +60,16 @@ class GrammarCompiler:
                 self._vocabulary = grammar_tokenizer(self._tokenizer)
         return self
 
+    def is_special(self, token: int) -> bool:
+        """Whether grammars know a token by its id alone (`<[id]>`), not by its text: tokens named `<...>` among others.
+
+        Raises:
+            GrammarError: As `prepare`.
+        """
+        self.prepare()
+        assert self._vocabulary is not None
+        return bool(self._vocabulary[0].is_special_token(token))
+
     def compile(self, spec: GrammarSpec) -> Grammar:
         """A grammar, from those that are kept or compiled; waits for it.
 

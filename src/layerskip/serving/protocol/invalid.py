@@ -51,12 +51,23 @@ def _field(location: Sequence[str | int]) -> str | None:
             path += f"[{part}]"
         elif place == 0:
             path = part
-        elif "[" not in part and part not in _TYPES:
+        elif "[" not in part and part not in _TYPES and not part[:1].isupper():
             path += f".{part}"
     return path or None
 
 
-_TYPES = ("str", "int", "float", "bool", "TextPart", "NamedTool", "StreamOptions", "ResponseFormat", "constrained-int")
+_TYPES = (
+    "str",
+    "int",
+    "float",
+    "bool",
+    "TextPart",
+    "NamedTool",
+    "AllowedTools",
+    "StreamOptions",
+    "ResponseFormat",
+    "constrained-int",
+)
 """Names in pydantic's locations that aren't fields."""
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from layerskip.errors import InvalidArgumentError
-from layerskip.serving.protocol.conversation import to_messages
+from layerskip.serving.conversation.messages import to_messages
 from layerskip.serving.protocol.errors import ApiError
 from layerskip.serving.protocol.requests import DetokenizeBody, TokenizeBody
 from layerskip.serving.routes.depends import ServiceOf

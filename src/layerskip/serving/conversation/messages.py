@@ -16,7 +16,7 @@ def to_messages(given: Sequence[MessageBody]) -> list[dict[str, Any]]:
     """
     messages = []
     for place, message in enumerate(given):
-        content = _text(message.content if message.content is not None else message.refusal)
+        content = plain_text(message.content if message.content is not None else message.refusal)
         if content is None and not message.tool_calls:
             raise ApiError(
                 400, f"messages[{place}] has no content", param=f"messages[{place}].content", code="invalid_value"
@@ -35,18 +35,33 @@ def to_messages(given: Sequence[MessageBody]) -> list[dict[str, Any]]:
     return messages
 
 
-def _text(content: str | list[TextPart] | None) -> str | None:
+def plain_text(content: str | Sequence[TextPart] | None) -> str | None:
+    """A message's parts as one text."""
     if content is None or isinstance(content, str):
         return content
     return "".join(part.text or part.refusal or "" for part in content)
 
 
-def _call(call: ToolCall, param: str) -> dict[str, Any]:
+def read_arguments(given: str, param: str) -> dict[str, Any]:
+    """Arguments of a call that was made earlier.
+
+    Args:
+        given: As JSON; empty for none.
+        param: Where they stand in the request.
+
+    Raises:
+        ApiError: They aren't an object of JSON.
+    """
     try:
-        arguments = json.loads(call.function.arguments or "{}")
-    except ValueError:
+        arguments = json.loads(given or "{}")
+    except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
-        message = f"arguments of a call must be a JSON object, got {call.function.arguments[:80]!r}"
+        message = f"arguments of a call must be a JSON object, got {given[:80]!r}"
         raise ApiError(400, message, param=param, code="invalid_value")
-    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+    return arguments
+
+
+def _call(call: ToolCall, param: str) -> dict[str, Any]:
+    function = {"name": call.function.name, "arguments": read_arguments(call.function.arguments, param)}
+    return {"id": call.id, "type": "function", "function": function}

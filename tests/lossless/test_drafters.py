@@ -40,10 +40,20 @@ class Erratic:
         stop = None
         if self.pick.random() < 0.5:
             rates = tuple(self.pick.random() for _ in range(CONFIDENCE_CLASSES))
-            stop = StopRule(rates=rates, least=self.pick.random() / 2)
+            stop = StopRule(rates=rates, least=self.pick.random() / 2, kept=self.pick.choice([0.0, 0.3]))
         probe = self.exits if self.pick.random() < 0.5 else ()
         drafts = self.pick.randrange(1, 7)
-        plan = Plan(source=source, exit_layer=exit_layer, num_speculations=drafts, stop=stop, probe=probe)
+        lengths = ()
+        if self.pick.random() < 0.5:
+            lengths = tuple(self.pick.randrange(drafts + 1) for _ in range(view.num_rows))
+        plan = Plan(
+            source=source,
+            exit_layer=exit_layer,
+            num_speculations=drafts,
+            lengths=lengths,
+            stop=stop,
+            probe=probe,
+        )
         self.seen.append(plan)
         return plan
 
@@ -56,10 +66,14 @@ class Erratic:
         assert plan is self.seen[-1]
         assert len(result.num_accepted) == len(result.drafts) == len(result.tokens) == self.num_rows
         assert result.seconds > 0
-        drafted = max(map(len, result.drafts))
-        assert drafted <= plan.num_speculations
-        assert all(len(row) >= drafted and all(0 < x <= 1.001 for x in row) for row in result.confidences)
-        self.stopped += bool(result.confidences) and drafted < plan.num_speculations
+        lengths = plan.lengths or [plan.num_speculations] * self.num_rows
+        for row, length in enumerate(lengths):
+            drafted = len(result.drafts[row])
+            assert drafted <= length
+            if result.confidences:
+                assert drafted <= len(result.confidences[row]) <= drafted + 1
+                assert all(0 < x <= 1.001 for x in result.confidences[row])
+                self.stopped += drafted < length
         assert set(result.agreement) <= set(plan.probe)
         assert not plan.probe or set(result.agreement) >= {exit_ for exit_ in plan.probe if exit_ > plan.exit_layer}
         for agreed, tokens in result.agreement.values():

@@ -150,9 +150,10 @@ class Batch:
         """For each row, what followed its last tokens where they occurred before."""
         return [row.ngrams.match() for row in self.rows]
 
-    def draft_lengths(self, num_speculations: int) -> list[int]:
+    def draft_lengths(self, plan: Plan) -> list[int]:
         """Drafts that each row can use: no more than it may still generate, less the token that verification adds."""
-        return [min(num_speculations, row.remaining - 1) for row in self.rows]
+        planned = plan.lengths or (plan.num_speculations,) * self.num_rows
+        return [min(length, row.remaining - 1) for length, row in zip(planned, self.rows, strict=True)]
 
     def contexts(self, drafts: Sequence[Sequence[int]] | None = None) -> list[list[list[int]]] | None:
         """Tokens before each position that follows a row's tokens and 0, 1, ... of its drafts; None if not needed."""

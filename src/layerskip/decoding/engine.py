@@ -276,7 +276,8 @@ class Engine:
             row.recorder.layer_calls += calls
             row.recorder.record_tokens()
             row.recorder.record_round(len(drafts), num_accepted, drafter)
-            events.append(Event(row=row, tokens=kept, num_accepted=num_accepted, drafts=drafts, drafter=drafter))
+            by = drafter if drafts else None
+            events.append(Event(row=row, tokens=kept, num_accepted=num_accepted, drafts=drafts, drafter=by))
             length = batch.cache.lengths[place]
             if length >= len(row.tokens):  # the row was cut short: what lies beyond its end is forgotten
                 batch.cache.rollback(place, len(row.tokens) - 1)

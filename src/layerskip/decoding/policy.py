@@ -20,6 +20,9 @@ class Plan:
     source: DraftSource
     exit_layer: int = 0
     num_speculations: int = 0
+    """Most drafts of a row."""
+    lengths: tuple[int, ...] = ()
+    """Drafts of each row at most, none above `num_speculations`, which is all rows' number if not given."""
     tokens_per_second: float = 0.0
     """Expected tokens/s of each row."""
     stop: StopRule | None = None
@@ -51,7 +54,7 @@ class RoundResult:
     tokens: Sequence[int]
     """The target's token after them."""
     confidences: Sequence[Sequence[float]] = ()
-    """Probabilities of each row's drafts, where the plan had a `StopRule`."""
+    """Probabilities of each row's drafts, where the plan had a `StopRule`; also of a last one that was given up."""
     agreement: Mapping[int, tuple[float, int]] = field(default_factory=dict)
     """Of a probe: by exit, tokens on which it agreed with the target, and tokens that were compared."""
     seconds: float = 0.0

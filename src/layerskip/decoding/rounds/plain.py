@@ -62,11 +62,10 @@ def step(batch: Batch) -> RoundResult:
         hidden = decoder.run_layers(decoder.embed(pending), positions, cache, 0, batch.depth)
         hidden = decoder.adapt(hidden, positions, cache, batch.depth, ValueSource.NONE)
         scores = sampler.scores(decoder.own_logits(hidden, batch.depth), batch.contexts())
-        chosen = sampler.choose(scores, [len(row.tokens) for row in batch.rows]).tolist()
+        tokens = sampler.choose(scores, [len(row.tokens) for row in batch.rows]).flatten().tolist()
     else:
-        chosen = decoder.round(batch.last_tokens, cache, batch.step_request, batch.depth).targets
+        targets = decoder.round(batch.last_tokens, cache, batch.step_request, batch.depth).targets
+        tokens = [token for (token,) in targets]
     for row in range(batch.num_rows):
         cache.commit(row, 1)
-    return RoundResult(
-        drafts=[()] * batch.num_rows, num_accepted=[0] * batch.num_rows, tokens=[token for (token,) in chosen]
-    )
+    return RoundResult(drafts=[()] * batch.num_rows, num_accepted=[0] * batch.num_rows, tokens=tokens)

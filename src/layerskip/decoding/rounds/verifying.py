@@ -17,7 +17,7 @@ from torch import Tensor
 from layerskip.decoding.batch import Batch
 from layerskip.decoding.policy import Plan, RoundResult
 from layerskip.decoding.rounds.acceptance import accept_block, accept_matching, accept_rejection
-from layerskip.decoding.rounds.drafting import draft_from_layers, draft_from_text
+from layerskip.decoding.rounds.drafting import continuations, draft_from_layers, draft_from_text
 from layerskip.decoding.sampler import Sampler
 from layerskip.model.drafts import DraftRequest, Drafts
 from layerskip.model.noise import Purpose, make_key, uniforms
@@ -35,12 +35,15 @@ def run_round(batch: Batch, plan: Plan) -> RoundResult:
 
 def _through_tokens(batch: Batch, plan: Plan) -> RoundResult:
     """A round of rows that need tokens only."""
-    drafts, num_drafts = None, batch.draft_lengths(plan.num_speculations if plan.source == "layers" else 0)
+    drafts, num_drafts = None, [0] * batch.num_rows
     if plan.source == "text":
-        drafts, num_drafts = draft_from_text(batch, batch.matches(), plan.num_speculations)
+        drafts = continuations(batch, batch.matches(), plan)
+    elif plan.source == "layers":
+        num_drafts = batch.draft_lengths(plan)
     request = DraftRequest(
         exit_layer=plan.exit_layer,
         num_drafts=max(num_drafts),
+        lengths=tuple(num_drafts),
         planned=plan.num_speculations,
         stop=plan.stop,
         draw=batch.sampler.draw,
@@ -48,7 +51,7 @@ def _through_tokens(batch: Batch, plan: Plan) -> RoundResult:
     tokens = batch.decoder.round(batch.last_tokens, batch.cache, request, batch.depth, drafts)
     return _accepted(
         tokens.drafts,
-        num_drafts,
+        num_drafts if drafts is None else [len(row) for row in drafts],
         tokens.targets,
         confidences=tokens.confidences,
         seconds_drafting=tokens.seconds_drafting,
@@ -70,14 +73,14 @@ def _through_logits(batch: Batch, plan: Plan) -> RoundResult:
     """A round of rows whose drafts or targets depend on more than tokens, or one that probes exits."""
     decoder, cache, watch = batch.decoder, batch.cache, batch.decoder.stopwatch
     start = watch.mark()
-    drafts, num_drafts = _draft(batch, plan)
+    drafts = _draft(batch, plan)
     middle = watch.mark()
     inputs = torch.cat((batch.pending(), drafts.tokens), 1) if drafts.hidden is None else drafts.hidden
     positions = decoder.place(cache, cache.lengths, inputs.shape[1])
     hidden = decoder.embed(inputs) if drafts.hidden is None else inputs
     first, last = drafts.exit_layer, decoder.num_layers
     hidden, states = decoder.run_exits(hidden, positions, cache, first, last, plan.probe)
-    judge = _Judge(batch, drafts, num_drafts, decoder.own_logits(hidden))
+    judge = _Judge(batch, drafts, decoder.own_logits(hidden))
     result = judge.result()  # the round's only device synchronisation, unless exits are probed
     agreement = {
         exit_layer: judge.agreement(decoder.own_logits(state, exit_layer), result.num_accepted)
@@ -93,24 +96,22 @@ def _through_logits(batch: Batch, plan: Plan) -> RoundResult:
     )
 
 
-def _draft(batch: Batch, plan: Plan) -> tuple[Drafts, list[int]]:
-    """Drafts by a plan, and how many each row can use."""
+def _draft(batch: Batch, plan: Plan) -> Drafts:
+    """Drafts by a plan."""
     match plan.source:
         case "layers":
-            usable = batch.draft_lengths(plan.num_speculations)
-            drafts = draft_from_layers(batch, plan.exit_layer, max(usable), plan.probe, plan.stop)
-            return drafts, [min(number, drafts.tokens.shape[1]) for number in usable]
+            return draft_from_layers(batch, plan.exit_layer, batch.draft_lengths(plan), plan.probe, plan.stop)
         case "text":
-            return draft_from_text(batch, batch.matches(), plan.num_speculations)
+            return draft_from_text(batch, batch.matches(), plan)
         case _:
-            return Drafts(tokens=batch.pending()[:, :0]), [0] * batch.num_rows
+            return Drafts(tokens=batch.pending()[:, :0], lengths=[0] * batch.num_rows)
 
 
 class _Judge:
     """What the target says of the drafts, and of what other exits would have drafted."""
 
-    def __init__(self, batch: Batch, drafts: Drafts, num_drafts: Sequence[int], logits: Tensor) -> None:
-        self._batch, self._drafts, self._num_drafts = batch, drafts, num_drafts
+    def __init__(self, batch: Batch, drafts: Drafts, logits: Tensor) -> None:
+        self._batch, self._drafts, self._num_drafts = batch, drafts, drafts.lengths
         self._contexts = batch.contexts(drafts.tokens.tolist()) if batch.sampler.needs_context else None
         self._first = [len(row.tokens) for row in batch.rows]
         self._vocabulary = batch.decoder.vocabulary

@@ -1,11 +1,11 @@
 """Tokens per second of an engine with 1, 4, 16 rows that are always busy, with and without speculation, side by side.
 
     python benchmarks/batched_speculation.py --model smollm2
-    python benchmarks/batched_speculation.py --model smollm2 --compute int8 --rows 1 4 --ways autoregressive adaptive 2:1
+    python benchmarks/batched_speculation.py --model smollm2 --compute int8 --rows 1 4 --ways autoregressive 2:1
 
-Each way answers the same questions in a closed loop: when a row ends, the next question takes its place. `decoding` counts
-the steps in which all rows generate, `all` every step, the reading of prompts included. Ways are interleaved, and
-ratios are of neighbouring runs; the first round of runs only warms up.
+Each way answers the same questions in a closed loop: when a row ends, the next question takes its place. `decoding`
+counts the steps in which all rows generate, `all` every step, the reading of prompts included. Ways are interleaved,
+and ratios are of neighbouring runs; the first round of runs only warms up.
 """
 
 import statistics

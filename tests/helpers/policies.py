@@ -21,6 +21,14 @@ class View:
     found: Sequence[Match | None] = (None,)
     remaining: int = 100
     samples: Sequence[bool] = (False,)
+    by_distribution: bool = False
+    context: int = 0
+    past: Sequence[tuple[float, float]] = ()
+    """As `BatchView.histories`; nothing if not given."""
+
+    @property
+    def histories(self) -> Sequence[tuple[float, float]]:
+        return self.past or [(0.0, 0.0)] * self.num_rows
 
     @property
     def num_rows(self) -> int:

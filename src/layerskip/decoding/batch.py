@@ -138,6 +138,16 @@ class Batch:
         return self.needs.startswith("distributions")
 
     @property
+    def context(self) -> int:
+        """Tokens of all rows together."""
+        return sum(len(row.tokens) for row in self.rows)
+
+    @property
+    def histories(self) -> list[tuple[float, float]]:
+        """For each row, its latest drafts by early layers: accepted ones, and all up to the first that wasn't."""
+        return [row.history for row in self.rows]
+
+    @property
     def last_tokens(self) -> list[int]:
         """The last token of each row, on the host."""
         return [row.tokens[-1] for row in self.rows]

@@ -277,6 +277,8 @@ class Engine:
             row.recorder.record_tokens()
             row.recorder.record_round(len(drafts), num_accepted, drafter)
             by = drafter if drafts else None
+            by_layers = drafter is not None and drafter != "ngram"
+            row.remember(*((num_accepted, len(drafts)) if by_layers else (0, 0)))
             events.append(Event(row=row, tokens=kept, num_accepted=num_accepted, drafts=drafts, drafter=by))
             length = batch.cache.lengths[place]
             if length >= len(row.tokens):  # the row was cut short: what lies beyond its end is forgotten

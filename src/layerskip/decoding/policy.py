@@ -89,6 +89,21 @@ class BatchView(Protocol):
         """For each row, whether its tokens are drawn; otherwise the most likely ones are taken."""
         ...
 
+    @property
+    def by_distribution(self) -> bool:
+        """Whether drafts are accepted by rejection sampling, and not by comparing tokens."""
+        ...
+
+    @property
+    def context(self) -> int:
+        """Tokens of all rows together."""
+        ...
+
+    @property
+    def histories(self) -> Sequence[tuple[float, float]]:
+        """For each row, its latest drafts by early layers: accepted ones, and all up to the first that wasn't."""
+        ...
+
     def matches(self) -> Sequence[Match | None]:
         """For each row, what followed its last tokens where they occurred before; looked up when asked for."""
         ...

@@ -7,6 +7,8 @@ from layerskip.decoding.ngram import NgramIndex
 from layerskip.decoding.request import Request
 from layerskip.decoding.stats import StatsRecorder
 
+HISTORY_DECAY = 0.9
+"""Weight that a round's drafts keep with each round that follows."""
 FinishReason = Literal["stop", "length", "interrupted"]
 
 
@@ -23,6 +25,8 @@ class Row:
     round_start: int = 0
     """Length of `tokens` before the last step."""
     recorder: StatsRecorder = field(default_factory=StatsRecorder)
+    history: tuple[float, float] = (0.0, 0.0)
+    """Latest drafts by early layers: accepted ones, and all up to the first that wasn't; older ones weigh less."""
     _ngrams: NgramIndex | None = None
 
     @property
@@ -59,6 +63,11 @@ class Row:
         elif self.remaining == 0:
             self.finish_reason = "length"
         return kept
+
+    def remember(self, num_accepted: int, num_drafts: int) -> None:
+        """Note a round's drafts by early layers; without any, what is known of earlier ones grows old."""
+        accepted, tried = (HISTORY_DECAY * number for number in self.history)
+        self.history = accepted + num_accepted, tried + min(num_accepted + 1, num_drafts)
 
     def cut(self, length: int) -> None:
         """Keep the first `length` tokens of the output."""

@@ -161,6 +161,18 @@ class Decoder:
         return self.weight_bytes(first, first + (self._adapter is not None))
 
     @property
+    def token_bytes(self) -> int:
+        """Bytes of keys and values of a token, in all layers."""
+        config = self._cache_config
+        width = config.num_key_value_heads * config.head_dim
+        return 2 * config.num_cached_layers * width * self.dtype.itemsize
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rounds run without padding: rows may have different numbers of tokens."""
+        return False
+
+    @property
     def layer_calls(self) -> int:
         """Layers entered so far, while drafting too, each counted once a call whatever its rows and tokens."""
         return self.calls.count

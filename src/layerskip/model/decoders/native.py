@@ -32,6 +32,11 @@ class NativeDecoder(Decoder):
         """As `Decoder.compute`."""
         return self._native.compute
 
+    @property
+    def ragged(self) -> bool:
+        """As `Decoder.ragged`."""
+        return self._can_choose and self._native.embeds
+
     def own_threads(self) -> AbstractContextManager[None]:
         """As `Decoder.own_threads`."""
         return torch_at_rest()
@@ -118,7 +123,7 @@ class NativeDecoder(Decoder):
         drafter = self.drafter(request.exit_layer)
         by_layers = drafts is None and request.exit_layer > 0 and request.num_drafts > 0
         own = isinstance(drafter.decoder, NativeDecoder) and drafter.decoder._can_draft(request)
-        if not (self._can_choose and self._native.embeds and (own or not by_layers)):
+        if not (self.ragged and (own or not by_layers)):
             return super().round(tokens, cache, request, num_layers, drafts)
         start = self.stopwatch.mark()
         found, states = drafts, None

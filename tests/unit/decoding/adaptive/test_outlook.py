@@ -38,7 +38,7 @@ def simulate(classes: Classes, least: float, kept: float, most: int, num_rows: i
 def test_what_is_expected_is_what_happens(kept: float, num_rows: int) -> None:
     expected, found = CLASSES.follow(0.5, kept, 6, num_rows), simulate(CLASSES, 0.5, kept, 6, num_rows, 4_000)
     for name in ("accepted", "verified", "drawn"):
-        assert getattr(expected, name) == pytest.approx(getattr(found, name), rel=0.15, abs=0.05), name
+        assert getattr(expected, name) == pytest.approx(getattr(found, name), rel=0.2, abs=0.05), name
     assert expected.passes == pytest.approx(found.passes, rel=0.35)
 
 

@@ -399,24 +399,18 @@ class LanguageModel:
         engine = self.new_engine(max_rows=min(max_rows, len(requests)), capacity=capacity, keeps_prefixes=True)
         return generate_each(engine, requests, self._tokenizer_or_none(requests))
 
-    def new_engine(self, *, max_rows: int, capacity: int, keeps_prefixes: bool = False) -> Engine:
+    def new_engine(self, *, max_rows: int, capacity: int, **options: Any) -> Engine:
         """An engine of this network, with what is known of it.
 
         Args:
             max_rows: Rows that may run at once.
             capacity: Tokens that a row can hold: its prompt and what is generated.
-            keeps_prefixes: Keep the keys and values of rows that have ended, for requests that begin alike.
+            **options: As for `Engine`.
 
         Raises:
             OutOfMemoryError: The cache doesn't fit.
         """
-        return Engine(
-            self.decoder,
-            max_rows=max_rows,
-            capacity=capacity,
-            experience=self._experience,
-            keeps_prefixes=keeps_prefixes,
-        )
+        return Engine(self.decoder, max_rows=max_rows, capacity=capacity, experience=self._experience, **options)
 
     def _tokenizer_or_none(self, requests: Sequence[Request]) -> Tokenizer | None:
         """Token ids need no tokenizer, unless stop strings are to be found in their text."""

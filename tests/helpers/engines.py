@@ -22,6 +22,7 @@ def start(
     policy: Any = None,
     constraints: Sequence[Constraint] | None = None,
     prompt_logprobs: int | None = None,
+    shares_suffixes: bool = False,
     **options: Any,
 ) -> Engine:
     """An engine with a row for each prompt, in their order; as large as these need.
@@ -35,6 +36,7 @@ def start(
         policy: Plans all rounds.
         constraints: Of each row.
         prompt_logprobs: As for `make_request`.
+        shares_suffixes: Whether outputs of rows that have ended draft for others.
         **options: In place of `config`.
     """
     config = config or GenerationConfig(**options)
@@ -47,7 +49,14 @@ def start(
         for i, (prompt, seed, constraint) in enumerate(each)
     ]
     capacity = max(len(request.tokens) + request.max_new_tokens for request in requests)
-    engine = Engine(decoder, max_rows=len(requests), capacity=capacity, policy=policy, prefill_chunk=prefill_chunk)
+    engine = Engine(
+        decoder,
+        max_rows=len(requests),
+        capacity=capacity,
+        policy=policy,
+        prefill_chunk=prefill_chunk,
+        shares_suffixes=shares_suffixes,
+    )
     for request in requests:
         engine.add(request)
     return engine

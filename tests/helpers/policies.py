@@ -11,7 +11,7 @@ from layerskip.decoding.adaptive.pace import Pace
 from layerskip.decoding.adaptive.policy import AdaptivePolicy
 from layerskip.decoding.adaptive.rates import AcceptanceRates
 from layerskip.decoding.adaptive.round_times import RoundTimes
-from layerskip.decoding.ngram import Match
+from layerskip.decoding.ngrams.index import Match
 from layerskip.decoding.policy import BatchView, DraftSource, Plan, RoundResult
 from layerskip.model.drafts import CONFIDENCE_CLASSES, StopRule
 

@@ -1,13 +1,18 @@
 """What the ranks of tests do; every function returns what JSON can represent."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from constraints import Maze
 
 import layerskip
+from layerskip.decoding.config import GenerationConfig
+from layerskip.decoding.engine import Engine
+from layerskip.decoding.prefix.blocks import PrefixBlocks
+from layerskip.decoding.request import make_request
 from layerskip.language_model import LanguageModel
 from layerskip.model.decoder import Decoder
 from layerskip.model.decoders.parallel import ParallelDecoder
@@ -48,6 +53,15 @@ REJECTION: dict[str, dict[str, Any]] = {
     "drafts from the text": {"generation_strategy": "ngram", "num_speculations": 3},
 }
 """Ways to decode by rejection sampling, each with a text of its own."""
+
+
+SERVED: list[dict[str, Any]] = [
+    {"exit_layer": 2},
+    {"generation_strategy": "ngram"},
+    {"exit_layer": 1},
+    PLAIN,
+]
+"""Strategies of the requests that `serve` serves."""
 
 
 def write_by_rejection(lm: LanguageModel) -> dict[str, list[list[int]]]:
@@ -182,3 +196,79 @@ def fail_alone(rank: int) -> None:
         group.watch.failed("the disk is full")
         raise SystemExit(1)
     group.sum(torch.ones(4))
+
+
+def write_guided(model: str, ways: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Token ids and log-probabilities under constraints, by way to decode; and those of a prompt."""
+    return guided_texts(load(model), ways)
+
+
+def guided_texts(lm: LanguageModel, ways: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """As `write_guided`, of any model."""
+    found: dict[str, Any] = {}
+    for way, options in ways.items():
+        config = GenerationConfig(max_new_tokens=TOKENS, logprobs=2, **options)
+        requests = [
+            lm.request(
+                prompt,
+                config,
+                seed=config.seed or 0,
+                constraint=Maze(seed, lm.config.vocab_size),
+                prompt_logprobs=1,
+            )
+            for seed, prompt in enumerate(PROMPTS)
+        ]
+        results = lm.start(requests).run()
+        found[way] = [
+            {
+                "tokens": result.token_ids,
+                "logprobs": [asdict(told) for told in result.logprobs or ()],
+                "prompt": [told and asdict(told) for told in result.prompt_logprobs or ()],
+            }
+            for result in results
+        ]
+    return found
+
+
+def serve(model: str, *, seconds_of_others: float, **options: Any) -> dict[str, Any]:
+    """An engine as a server has it: prompts at the pace of rounds, blocks and texts of other requests.
+
+    Args:
+        model: Folder.
+        seconds_of_others: What ranks but the first take longer for everything, as they measure it.
+        **options: Of loading.
+    """
+    lm = load(model, **options)
+    chunks: list[list[int]] = []
+
+    def note(start: int, stop: int, num_rows: int, num_queries: int) -> None:
+        if start == 0 and num_queries > 1:
+            chunks.append([num_rows, num_queries])
+
+    lm.decoder.calls.observer = note
+    stopwatch = lm.decoder.stopwatch
+    measured, late = stopwatch.since, seconds_of_others * dist.get_rank()
+    stopwatch.since = lambda started: measured(started - late)  # type: ignore[method-assign]
+    blocks = PrefixBlocks(max_bytes=400_000, block_tokens=4)
+    engine = Engine(lm.decoder, max_rows=3, capacity=90, prefix_blocks=blocks, paces_reading=True, shares_suffixes=True)
+    rows = []
+    for turn in range(2):
+        for number, length in enumerate((3, 60, 61, 20)):
+            while not engine.free_rows:
+                engine.step()
+            config = GenerationConfig(
+                max_new_tokens=TOKENS, seed=turn, temperature=0.8 * turn, acceptance="coupled", **SERVED[number]
+            )
+            prompt = [*(5 + place % 40 for place in range(length - 1)), 1]
+            rows.append(engine.add(make_request(lm.decoder, prompt, config, seed=turn)))
+            engine.step()
+            engine.step()
+    while engine.rows:
+        engine.step()
+    counts = engine.prefix_counts
+    return {
+        "texts": [row.output for row in rows],
+        "chunks": chunks,
+        "cached": [row.recorder.cached_tokens for row in rows],
+        "counts": [counts.queries, counts.hits, counts.usage],
+    }

@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -156,20 +155,22 @@ def words(name: str) -> list[str]:
     return shlex.split(re.findall(rf"^{name} (.*)$", text, re.MULTILINE)[-1])
 
 
-def test_the_image_starts_the_server_with_flags_that_it_has(capsys: pytest.CaptureFixture[str]) -> None:
-    """The Dockerfile's and the pod's arguments are read by the command itself."""
-    from layerskip.cli.main import main
+def test_the_command_understands_what_the_image_and_the_pod_tell_it() -> None:
+    """The Dockerfile's and the pod's arguments are read by the command itself, and make a valid configuration."""
+    from layerskip.cli.flags.arguments import parse
+    from layerskip.cli.serve import ServeArguments, server_config
 
-    with suppress(SystemExit):
-        main(["serve", "--help"])
-    flags = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
-    command, subcommand, *arguments = instruction("ENTRYPOINT")
+    command, subcommand, *fixed = instruction("ENTRYPOINT")
     assert (command, subcommand) == ("layerskip", "serve")
     (container,) = documents("kubernetes.yaml")["Deployment"]["spec"]["template"]["spec"]["containers"]
-    given = [argument.partition("=")[0] for argument in [*arguments, *container["args"]] if argument.startswith("--")]
-    assert set(given) <= flags
+    for given in (instruction("CMD"), container["args"]):
+        arguments = parse(ServeArguments, "serve", [*fixed, *given])
+        config = server_config(arguments)
+        assert (config.host, str(config.port)) == ("0.0.0.0", *words("EXPOSE"))
+        assert config.api_key_file == Path("/run/secrets/layerskip-key")
+    assert arguments.model.model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert config.drain_timeout == flag(container["args"], "--drain-timeout")
     assert words("STOPSIGNAL") == ["SIGTERM"]
-    assert words("EXPOSE") == [arguments[arguments.index("--port") + 1]]
 
 
 def test_only_the_first_stage_has_a_compiler() -> None:

@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+import socket
 import subprocess
+import threading
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -334,6 +336,58 @@ def test_every_control_has_a_name_and_is_reached_by_tab(page: Browser) -> None:
             outlined = page.run("getComputedStyle(document.activeElement).outlineStyle")
             assert outlined != "none" or reached[-1] in ("", "mode")
         assert {"prompt", "send", "compare", "keep", "strategy", "temperature", "link", "mode"} <= set(reached)
+
+
+@pytest.fixture(scope="module")
+def real() -> Iterator[Served]:
+    """The real server, with the embedded model."""
+    uvicorn = pytest.importorskip("uvicorn")
+    from layerskip import load
+    from layerskip.serving.app import create_app
+    from layerskip.serving.config import ServerConfig
+    from layerskip.serving.playground.routes import make_router
+
+    app = create_app(load("demo", dtype="float32"), ServerConfig(cache_memory=0.2))
+    app.include_router(make_router())
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}")
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+@needs_browser
+@pytest.mark.parametrize("strategy", ["adaptive", "self_speculative", "ngram", "early_exit"])
+def test_with_the_real_server(strategy: str, real: Served, page: Browser) -> None:
+    exit_layer = {"exit_layer": 4} if strategy in ("self_speculative", "early_exit") else {}
+    options = {"max_tokens": 80, "strategy": strategy, "temperature": 0.8, "seed": 3, **exit_layer}
+    visit(page, real, prompt="def add(a, b):\n", run=1, compare=1, **options)
+    assert page.run("document.getElementById('error').hidden"), texts(page, "#error")
+    assert texts(page, "#about") == ["16 layers · context of 1,024 tokens · no chat template, so completions only"]
+    (verdict,) = texts(page, ".verdict")
+    if strategy != "early_exit":  # coupled sampling: the text doesn't depend on the drafts
+        assert "The same text." in verdict
+    ours, theirs = texts(page, ".answer .who span")
+    assert "tokens/s" in ours
+    assert "tokens/s" in theirs
+    if strategy == "self_speculative":
+        assert page.run("document.querySelectorAll('.text .accepted').length") > 10
+        assert texts(page, ".layer .passes")[0] > texts(page, ".layer .passes")[4]
+    if strategy == "early_exit":
+        assert texts(page, ".layer .passes")[3:5] == ["1.00", "0.00"]
+
+
+@needs_browser
+def test_the_real_server_refuses_in_words(real: Served, browser: Browser) -> None:
+    browser.messages.clear()
+    visit(browser, real, prompt="x " * 2000, run=1)
+    (message,) = texts(browser, "#error")
+    assert re.search(r"\d", message), message
+    assert browser.run("document.body.dataset.state") == "failed"
 
 
 class Inline(HTMLParser):

@@ -1,6 +1,6 @@
 """Rejection sampling end to end: what a tiny network's first round drafts has the target's joint distribution."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -45,15 +45,36 @@ def exact_pairs(lm: LanguageModel, config: GenerationConfig, maze: Maze | None =
     return pairs
 
 
-def drawn_pairs(lm: LanguageModel, config: GenerationConfig, maze: Maze | None = None) -> Tensor:
-    """[V, V], how often tokens 1 and 2 of many rows, each with a seed of its own, were which pair."""
+def drawn_pairs(
+    lm: LanguageModel, config: GenerationConfig, maze: Maze | None = None, texts: Sequence[Sequence[int]] = ()
+) -> Tensor:
+    """[V, V], how often tokens 1 and 2 of many rows, each with a seed of its own, were which pair.
+
+    Args:
+        lm: The model.
+        config: How to decode.
+        maze: Says what may be drawn.
+        texts: Of other requests, which draft.
+    """
     outputs: list[list[int]] = []
     for number in range(BATCHES):
         constraints = None if maze is None else [maze.fresh() for _ in range(ROWS)]
-        seeds = range(number * ROWS, (number + 1) * ROWS)
-        engine = start(lm.decoder, [PROMPT] * ROWS, config, seeds=seeds, constraints=constraints)
+        first_seed = number * ROWS + (10**6 if texts else 0)
+        seeds = range(first_seed, first_seed + ROWS)
+        engine = start(
+            lm.decoder,
+            [PROMPT] * ROWS,
+            config,
+            seeds=seeds,
+            constraints=constraints,
+            shares_suffixes=bool(texts),
+        )
         rows = engine.rows
+        for text in texts:
+            assert engine._suffixes is not None
+            engine._suffixes.add(text)
         drain(engine)
+        assert not texts or sum(row.recorder.drafted_by.get("ngram", 0) for row in rows) > ROWS
         outputs += [row.output[:3] for row in rows]
     chosen = torch.tensor(outputs)
     counts = torch.zeros(VOCAB, VOCAB)
@@ -70,12 +91,14 @@ def p_value(counts: Tensor, probs: Tensor) -> float:
     return float(chisquare(pooled[0][keep].numpy(), pooled[1][keep].numpy()).pvalue)
 
 
-def joint_p_value(lm: LanguageModel, options: dict[str, Any], maze: Maze | None = None) -> float:
+def joint_p_value(
+    lm: LanguageModel, options: dict[str, Any], maze: Maze | None = None, texts: Sequence[Sequence[int]] = ()
+) -> float:
     """P-value of the two tokens after the first."""
     config = GenerationConfig(
         max_new_tokens=4, num_speculations=2, exit_layer=1, acceptance="rejection", do_sample=True, **options
     )
-    return p_value(drawn_pairs(lm, config, maze), exact_pairs(lm, config, maze))
+    return p_value(drawn_pairs(lm, config, maze, texts), exact_pairs(lm, config, maze))
 
 
 MODES: list[dict[str, Any]] = [
@@ -100,6 +123,14 @@ def test_tokens_under_a_constraint_are_distributed_as_the_targets(
 ) -> None:
     """The target's distribution, of which only the allowed tokens are kept; after some tokens, only one is."""
     assert joint_p_value(small, options, Maze(11, VOCAB, forced=0.3)) > 0.01
+
+
+@pytest.mark.parametrize("block_verification", [False, True])
+def test_texts_of_other_requests_do_not_change_the_distribution(small: LanguageModel, block_verification: bool) -> None:
+    """Though what they draft depends on what was drawn first."""
+    texts = [[*PROMPT[-5:], first, (first * 5 + 2) % VOCAB, first, 3] for first in range(VOCAB)]
+    options = {"generation_strategy": "ngram", "block_verification": block_verification}
+    assert joint_p_value(small, options, texts=texts) > 0.01
 
 
 def test_a_biased_rule_is_noticed(small: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,13 @@
 """Ranks that share a network write the texts of plain decoding by the same ranks, and of one process."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from adapters import write_tiny_adapters
-from rank_work import PLAIN, PROMPTS, RULES, TOKENS, write_by_rejection
+from rank_work import PLAIN, PROMPTS, RULES, SERVED, TOKENS, guided_texts, write_by_rejection
 from ranks import run_ranks
 from tiny import write_agreeing, write_tiny
 
@@ -104,3 +105,48 @@ def test_drafts_by_adapters_and_other_weights(
         alone = [r.token_ids for r in lm.generate(PROMPTS, max_new_tokens=TOKENS, **RULES[rules], **PLAIN)]
         for written in by_way.values():
             judge(lm, rules, alone, written)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_constraints_and_log_probabilities(models: dict[str, str], tmp_path: Path, num_ranks: int) -> None:
+    """Masks of each rank's part of the vocabulary; log-probabilities over the whole of it."""
+    ways: dict[str, dict[str, Any]] = {
+        "plain": PLAIN,
+        "layers": {"exit_layer": 2, "num_speculations": 4},
+        "text": {"generation_strategy": "ngram"},
+        "sampled": {"exit_layer": 3, "temperature": 0.9, "top_p": 0.9, "seed": 4},
+        "rejection": {"exit_layer": 2, "temperature": 0.9, "seed": 4, "acceptance": "rejection"},
+    }
+    found = run_ranks(tmp_path, num_ranks, "rank_work:write_guided", model=models["agreeing"], ways=ways)
+    assert all(other == found[0] for other in found[1:])
+    lm = layerskip.load(models["agreeing"], device="cpu", dtype="float32")
+    expected = json.loads(json.dumps(guided_texts(lm, ways)))
+    for way, rows in expected.items():
+        for ours, theirs in zip(found[0][way], rows, strict=True):
+            assert ours["tokens"] == theirs["tokens"], way
+            assert ours["prompt"][0] is theirs["prompt"][0] is None
+            told = ([*each["logprobs"], *each["prompt"][1:]] for each in (ours, theirs))
+            for one, other in zip(*told, strict=True):
+                assert one["logprob"] == pytest.approx(other["logprob"], abs=1e-4)
+                assert [token for token, _ in one["top"]] == [token for token, _ in other["top"]]
+    assert found[0]["plain"][1]["tokens"] == found[0]["layers"][1]["tokens"] == found[0]["text"][1]["tokens"]
+
+
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_an_engine_that_serves_reads_the_same_chunks_in_all_ranks(
+    models: dict[str, str], tmp_path: Path, kernels: str
+) -> None:
+    """Though they follow from times, of which each rank measures its own; what blocks hold is found in all ranks."""
+    if kernels == "native" and load_library() is None:
+        pytest.skip("the compiled kernels weren't built")
+    model = models["agreeing"]
+    ranks = run_ranks(tmp_path, 2, "rank_work:serve", model=model, seconds_of_others=0.01, kernels=kernels)
+    assert ranks[0] == ranks[1]
+    assert len(ranks[0]["chunks"]) > 8
+    assert ranks[0]["cached"][4:] == [0, 56, 60, 16]
+    lm = layerskip.load(model, device="cpu", dtype="float32", kernels=kernels)
+    for number, text in enumerate(ranks[0]["texts"]):
+        turn, options = number // 4, SERVED[number % 4]
+        prompt = [*(5 + place % 40 for place in range((3, 60, 61, 20)[number % 4] - 1)), 1]
+        rules = {"seed": turn, "temperature": 0.8 * turn, "acceptance": "coupled"}
+        assert lm.generate([prompt], max_new_tokens=TOKENS, **rules, **options)[0].token_ids == text

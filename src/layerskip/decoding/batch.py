@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.ngram import Match
+from layerskip.decoding.ngrams.index import Match
 from layerskip.decoding.policy import Plan, Policy, RoundResult
 from layerskip.decoding.request import choose_exit_layer, depth_of
 from layerskip.decoding.row import Row
@@ -168,7 +168,7 @@ class Batch:
 
     def matches(self) -> list[Match | None]:
         """For each row, what followed its last tokens where they occurred before."""
-        return [row.ngrams.match() for row in self.rows]
+        return [row.match() for row in self.rows]
 
     def draft_lengths(self, num_speculations: int) -> list[int]:
         """Drafts that each row can use: no more than it may still generate, less the token that verification adds."""

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from layerskip.decoding.adaptive.experience import Experience
 from layerskip.decoding.batch import Batch, batch_key, needs_of
 from layerskip.decoding.config import GenerationConfig
+from layerskip.decoding.ngrams.store import SuffixStore
 from layerskip.decoding.policy import DrafterName, FixedPolicy, Plan, Policy, RoundResult
+from layerskip.decoding.prefix.blocks import PrefixBlocks, PrefixCounts
+from layerskip.decoding.prefix.slots import Slots
 from layerskip.decoding.request import Request, choose_exit_layer, depth_of
+from layerskip.decoding.rounds.pacing import ReadingPace, choose_prompts
 from layerskip.decoding.rounds.plain import PREFILL_CHUNK, read_chunk, step
 from layerskip.decoding.rounds.verifying import run_round
 from layerskip.decoding.row import FinishReason, Row
 from layerskip.decoding.rules.guide import Guide
 from layerskip.decoding.rules.logprobs import TokenLogprobs
-from layerskip.decoding.slots import Slots
 from layerskip.errors import InvalidArgumentError
 from layerskip.model.decoder import Decoder
 from layerskip.model.finite import NO_TOKEN, not_finite
@@ -69,7 +72,10 @@ class Engine:
         capacity: int,
         experience: Experience | None = None,
         keeps_prefixes: bool = False,
+        prefix_blocks: PrefixBlocks | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
+        paces_reading: bool = False,
+        shares_suffixes: bool = False,
         policy: Policy | None = None,
     ) -> None:
         """Allocate the cache.
@@ -79,24 +85,32 @@ class Engine:
             max_rows: Rows that may run at once.
             capacity: Tokens that a row can hold: its prompt and what is generated.
             experience: What adaptive decoding knows of the network, and adds to.
-            keeps_prefixes: Keep the keys and values of rows that have ended, for requests that begin alike.
-            prefill_chunk: Tokens of each prompt that a step reads at most.
+            keeps_prefixes: Keep the keys and values of rows that have ended where they are, for requests that begin
+                alike.
+            prefix_blocks: Keep those of all prompts and outputs in blocks of this memory instead.
+            prefill_chunk: Tokens of each prompt that a step reads at most; with `paces_reading`, of all prompts.
+            paces_reading: Read prompts one after the other, and no more of them at a time than takes about two rounds,
+                while other rows generate. Chunks then depend on measured times.
+            shares_suffixes: Draft from the outputs of requests that have ended, too, where the sequence itself is the
+                drafter.
             policy: Plans the rounds of all rows with drafts; that of each config if not given.
 
         Raises:
-            InvalidArgumentError: No rows or no capacity.
-            OutOfMemoryError: The cache doesn't fit.
+            InvalidArgumentError: No rows or no capacity; prefixes kept in both ways, or blocks of too little memory.
+            OutOfMemoryError: Cache or blocks don't fit.
         """
         self.decoder = decoder
         self._experience = experience or Experience(decoder)
-        self._slots = Slots(decoder, max_rows, capacity, keeps_prefixes=keeps_prefixes)
+        self._slots = Slots(decoder, max_rows, capacity, keeps_prefixes=keeps_prefixes, prefix_blocks=prefix_blocks)
         self._prefill_chunk, self._policy = prefill_chunk, policy
+        self._pace = ReadingPace(prefill_chunk) if paces_reading else None
+        self._suffixes = SuffixStore() if shares_suffixes else None
         self._reading: list[Batch] = []
         self._running: list[Batch] = []
         self._new: list[tuple[Row, Batch]] = []
         """Rows that have joined since the last step, and the batches that they will run in."""
         self._homes: dict[Row, Batch] = {}
-        """The batch that each row runs in, or will run in once its prompt is read."""
+        """The batch that each row runs in, or will run in once its prompt is read; in the order of their arrival."""
 
     @property
     def rows(self) -> list[Row]:
@@ -119,9 +133,19 @@ class Engine:
         cache = self._slots.cache
         return sum(len(row.tokens) for row in self._homes) / (cache.num_rows * cache.capacity)
 
+    @property
+    def prefix_counts(self) -> PrefixCounts:
+        """What `prefix_blocks` have been good for so far; nothing without them."""
+        return PrefixCounts() if self._slots.blocks is None else self._slots.blocks.counts
+
     def policy_of(self, row: Row) -> Policy | None:
         """What plans the rounds of a row that hasn't ended."""
         return self._homes[row].policy
+
+    def take_memory(self) -> None:
+        """Make the system give all memory of cache and blocks now, not when it is first written to."""
+        with self.decoder.own_threads():
+            self._slots.take_memory()
 
     def reserve(self, max_rows: int, capacity: int) -> None:
         """Make room for so many rows of so many tokens, at least.
@@ -145,7 +169,7 @@ class Engine:
                 f"a request of {len(request.tokens)} + {request.max_new_tokens} tokens doesn't fit a row of "
                 f"{self.capacity}; shorten it, or reserve more capacity"
             )
-        row = Row(request=request, tokens=list(request.tokens), guide=self._guide(request))
+        row = Row(request=request, tokens=list(request.tokens), guide=self._guide(request), suffixes=self._suffixes)
         home = self._home(request)
         reading = next((batch for batch in self._reading if batch.depth == home.depth), None)
         if reading is None:
@@ -160,6 +184,9 @@ class Engine:
     def step(self) -> list[Event]:
         """One round of every batch, then one chunk of the prompts that are being read.
 
+        With `paces_reading` it is a chunk of some of them: of the one that arrived first, and of those after it that
+        are short.
+
         Returns:
             What the rows have gained. Rows that have ended have left the engine.
 
@@ -170,11 +197,15 @@ class Engine:
             if self._new:
                 self._settle()
                 self._start_new()
+            if self._pace is not None:
+                return self._paced_step(self._pace)
             events: list[Event] = []
             for batch in list(self._running):
                 events += self._run(batch)
             for batch in list(self._reading):
-                events += self._read(batch)
+                for row in batch.rows:
+                    self._slots.fetch(row)
+                events += self._read(batch, range(batch.num_rows), self._prefill_chunk)
         return events
 
     def finish(
@@ -192,8 +223,9 @@ class Engine:
         if length is not None:
             row.cut(length)
         if row in self._homes:
-            self._drop([row])
-            self._settle()
+            with self.decoder.own_threads():  # what the row leaves behind may be copied
+                self._drop([row])
+                self._settle()
 
     def _guide(self, request: Request) -> Guide | None:
         if request.constraint is None:
@@ -226,13 +258,43 @@ class Engine:
             row.recorder.start()
         self._new.clear()
 
-    def _read(self, batch: Batch) -> list[Event]:
+    def _paced_step(self, pace: ReadingPace) -> list[Event]:
+        """A step that reads for no longer than its rounds allow; reads as much as ever where nobody waits for it."""
+        events: list[Event] = []
+        watch, started, budget = self.decoder.stopwatch, time.perf_counter(), self._prefill_chunk
+        if self._running:
+            for batch in list(self._running):
+                events += self._run(batch)
+            pace.observe_round(watch.since(started))
+            budget = pace.tokens()
+        if self._reading:
+            batch, places, size = self._next_prompts(budget)
+            started = time.perf_counter()
+            events += self._read(batch, places, size)
+            watch.wait()
+            pace.observe_reading(len(places) * size, watch.since(started))
+        return events
+
+    def _next_prompts(self, budget: int) -> tuple[Batch, range, int]:
+        """The prompts that are read next: their batch, their rows in it, and tokens of each to read at most."""
+        batches = {row: batch for batch in self._reading for row in batch.rows}
+        waiting = [row for row in self._homes if row in batches]
+        batch = batches[waiting[0]]
+        unread: list[int] = []
+        places: list[int] = []
+        for row in waiting:
+            if batches[row] is batch and sum(unread) < budget:  # what isn't read in this step may be found in the next
+                places.append(batch.rows.index(row))
+                unread.append(len(row.tokens) - self._slots.fetch(row))
+        return batch, *choose_prompts(unread, places, budget)
+
+    def _read(self, batch: Batch, places: range, size: int) -> list[Event]:
         """Read a chunk of prompts; rows that are done with theirs get their first token and join their batches."""
         calls = self.decoder.calls.count
-        first = read_chunk(batch, self._prefill_chunk)
+        first = read_chunk(batch, size, places)
         rows = [batch.rows[place] for place in first]
         calls = self.decoder.calls.count - calls
-        for row in batch.rows:
+        for row in batch.rows[places.start : places.stop]:
             row.recorder.layer_calls += calls
         events = []
         for row, given in zip(rows, first.values(), strict=True):
@@ -243,6 +305,7 @@ class Engine:
             home = self._homes[row]
             if not any(home is other for other in self._running):
                 self._running.append(home)
+            self._slots.keep_prompt(row, batch)
             self._slots.batches = [*self._running, *self._reading]
             self._slots.move(row, batch, home)
         self._drop([row for row in rows if row.finish_reason is not None])
@@ -266,7 +329,7 @@ class Engine:
                 if not isinstance(policy, FixedPolicy):  # nobody else asks, and processes would have to agree on it
                     result.seconds = decoder.stopwatch.since(started)
                 result.settled = decoder.provisional_rounds == provisional and not forced
-                if not (forced and plan.source == "none"):  # which isn't the plain step that was planned
+                if not forced or plan.source != "none" or plan.probe:  # else it isn't the plain step that was planned
                     policy.observe(plan, result)
             drafter, exit_layer = plan.drafter(decoder.config.adapted_exits), plan.exit_layer
             if plan.source != "none" or plan.probe:
@@ -333,6 +396,8 @@ class Engine:
             del self._homes[row]
             self._new = [pair for pair in self._new if pair[0] is not row]
             batch = next(batch for batch in [*self._running, *self._reading] if row in batch.rows)
+            if self._suffixes is not None:
+                self._suffixes.add(row.legacy)
             self._slots.forget_from(row, len(row.tokens) - 1)
             self._slots.remove(row, batch)
 

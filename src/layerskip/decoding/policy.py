@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from layerskip.decoding.ngram import Match
+from layerskip.decoding.ngrams.index import Match
 from layerskip.decoding.rules.logprobs import TokenLogprobs
 from layerskip.model.drafts import StopRule
 

@@ -29,6 +29,11 @@ class Request:
     """Tell the log-probability of each token of the prompt, and of this many likeliest ones in its place. The whole
     prompt is read for that, whatever the cache holds already."""
 
+    @property
+    def reuses_prefix(self) -> bool:
+        """Whether keys and values of earlier requests may stand for the beginning of the prompt."""
+        return self.prompt_logprobs is None
+
 
 def make_request(
     decoder: Decoder,

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from layerskip.decoding.ngram import NgramIndex
+from layerskip.decoding.ngrams.index import MAX_MATCH, Match, NgramIndex
+from layerskip.decoding.ngrams.store import SuffixStore
 from layerskip.decoding.request import Request
 from layerskip.decoding.rules.guide import Guide
 from layerskip.decoding.rules.logprobs import TokenLogprobs
@@ -31,7 +32,11 @@ class Row:
     """Of the output's tokens, where the request asks for them."""
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     """Of the prompt's tokens so far, where the request asks for them; None for the first, which follows nothing."""
+    suffixes: SuffixStore | None = None
+    """Texts of other requests."""
     _ngrams: NgramIndex | None = None
+    _found: tuple[tuple[int, int], Match | None] = ((0, 0), None)
+    """The latest match, with the number of tokens and the version of the store that it is of."""
 
     @property
     def prompt_length(self) -> int:
@@ -54,6 +59,22 @@ class Row:
         self._ngrams = self._ngrams or NgramIndex()
         self._ngrams.extend(self.tokens[len(self._ngrams) :])
         return self._ngrams
+
+    def match(self) -> Match | None:
+        """What followed the last tokens before: in the sequence itself, or where they repeat for longer in others."""
+        own = self.ngrams.match()
+        if self.suffixes is None:
+            return own
+        moment = len(self.tokens), self.suffixes.version
+        if self._found[0] != moment:
+            foreign = self.suffixes.match(self.tokens, beyond=0 if own is None else own.length)
+            self._found = moment, foreign or own
+        return self._found[1]
+
+    @property
+    def legacy(self) -> list[int]:
+        """What others may draft from: the output, and before it the end of the prompt, by which they find it."""
+        return self.tokens[max(0, self.prompt_length - MAX_MATCH) :] if self.output else []
 
     def append(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
         """Extend the row, up to a token that ends it or to its limit; returns the tokens that were kept."""

@@ -15,6 +15,11 @@ class Stopwatch:
         """Seconds of this process since a moment of `time.perf_counter`; decisions may depend on them."""
         return time.perf_counter() - started
 
+    def wait(self) -> None:
+        """Wait until the device has done all that it was given."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
     def mark(self) -> "float | torch.cuda.Event":
         """The present moment on the device."""
         if self._device.type != "cuda":

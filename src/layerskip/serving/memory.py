@@ -2,14 +2,19 @@
 
 from dataclasses import dataclass
 
+from layerskip.decoding.prefix.blocks import BLOCK_TOKENS
 from layerskip.errors import InvalidArgumentError, OutOfMemoryError
 from layerskip.machine import free_memory
 from layerskip.model.decoder import Decoder
 from layerskip.serving.config import ServerConfig
 
 GIBIBYTE = 2**30
-SHARE_CPU, SHARE_GPU = 0.4, 0.8
+SHARE_CPU, SHARE_GPU = 0.25, 0.8
 """Share of the free memory that is taken where nobody says how much."""
+PREFIX_SHARE = 0.2
+"""Share of it that is left for prefixes of earlier requests, where only the length of texts is open."""
+LEAST_BLOCKS = 4
+"""Blocks of prefixes that are worth having."""
 LEAST_TOKENS = 256
 """Tokens of a text below which a server is of no use: more rows than fit at this length are not made."""
 
@@ -23,7 +28,9 @@ class CachePlan:
     capacity: int
     """Tokens that each may have, prompt included."""
     bytes: int
-    """Bytes of keys and values."""
+    """Bytes of their keys and values."""
+    prefix_bytes: int
+    """Bytes of those that are kept of earlier requests, for requests that begin alike; 0: none."""
 
 
 def plan_cache(decoder: Decoder, config: ServerConfig) -> CachePlan:
@@ -43,7 +50,8 @@ def plan_cache(decoder: Decoder, config: ServerConfig) -> CachePlan:
     budget = _budget(decoder, config)
     each = decoder.cache_bytes(1, 1) // 2  # a row has one slot more than its tokens
     fitting = int(budget // (each * config.max_concurrency)) - 1
-    capacity = config.max_model_len or min(longest, max(fitting, 0))
+    shared = int((1 - PREFIX_SHARE) * budget // (each * config.max_concurrency)) - 1
+    capacity = config.max_model_len or min(longest, max(shared, min(fitting, LEAST_TOKENS), 0))
     if capacity > fitting or capacity < min(LEAST_TOKENS, longest):
         wanted = config.max_model_len or min(LEAST_TOKENS, longest)
         needed = decoder.cache_bytes(config.max_concurrency, wanted)
@@ -53,7 +61,16 @@ def plan_cache(decoder: Decoder, config: ServerConfig) -> CachePlan:
             "(--max-concurrency, --max-model-len)"
         )
     rows = config.max_concurrency
-    return CachePlan(rows=rows, capacity=capacity, bytes=decoder.cache_bytes(rows, capacity))
+    taken = decoder.cache_bytes(rows, capacity)
+    rest = int(budget) - taken
+    # Nobody has said how much: no more is kept than a round of other requests, as memory is really taken.
+    prefix = rest if config.cache_memory is not None else min(rest, taken)
+    return CachePlan(
+        rows=rows,
+        capacity=capacity,
+        bytes=taken,
+        prefix_bytes=prefix if prefix >= LEAST_BLOCKS * BLOCK_TOKENS * each else 0,
+    )
 
 
 def _budget(decoder: Decoder, config: ServerConfig) -> float:

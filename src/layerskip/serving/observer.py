@@ -13,9 +13,6 @@ class Observer:
     def load(self, running: int, waiting: int, engine: "Engine") -> None:
         """Texts that run and wait, before a step."""
 
-    def joined(self, job: "Job") -> None:
-        """The engine has taken a job."""
-
     def gained(self, job: "Job", piece: "RoundPiece") -> None:
         """A job has gained tokens."""
 

@@ -16,6 +16,7 @@ imported without vLLM or SGLang, and it finds prompts in the arguments of Python
 """
 
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -88,6 +89,10 @@ class RaySettings:
     """Seconds after which a request is given up."""
     drain_timeout: float = 30.0
     """Seconds that a replica's requests have to end when it is taken away."""
+    log_prompts: bool = False
+    """Write prompts and answers into the replicas' logs as well."""
+    otlp_endpoint: str | None = None
+    """Where OpenTelemetry sends traces; none are made if not given."""
 
     def __post_init__(self) -> None:
         """Check what `ServerConfig` doesn't.
@@ -138,6 +143,8 @@ class RaySettings:
             cache_memory=self.cache_memory,
             request_timeout=self.request_timeout,
             drain_timeout=self.drain_timeout,
+            log_prompts=self.log_prompts,
+            otlp_endpoint=self.otlp_endpoint,
         )
 
 
@@ -230,8 +237,10 @@ class Replica:
         import torch
 
         from layerskip.language_model import load
+        from layerskip.serving.run import SWITCH_SECONDS
 
-        logging.getLogger("layerskip").setLevel(logging.INFO)
+        _begin_log()
+        sys.setswitchinterval(SWITCH_SECONDS)
         torch.set_num_threads(num_threads)
         options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
         self._config = config
@@ -256,6 +265,15 @@ class Replica:
         """
         if self._app is not None and not self._app.state.service.scheduler.is_ready:
             raise RuntimeError("the engine of this replica has stopped")
+
+
+def _begin_log() -> None:
+    """Write the server's log to standard error, of which Ray makes a file for each replica."""
+    log = logging.getLogger("layerskip.serving")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())
 
 
 def _parse(name: str, value: Any, kind: Any) -> Any:

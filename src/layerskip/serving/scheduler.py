@@ -161,10 +161,9 @@ class Scheduler:
             except LayerSkipError as error:  # of this request only
                 self._fail_job(job, error)
                 continue
-            job.joined_at, job.cached_tokens = time.monotonic(), row.recorder.cached_tokens
+            job.joined_at = time.monotonic()
             writer = RowWriter(self._engine, row, self._tokenizer, job.place, shown=job.ticket.shown)
             self._writers[row] = job, writer
-            self._observer.joined(job)
         self._observer.load(len(self._writers), len(self._waiting), self._engine)
 
     def _hand_out(self, events: Iterable[Event], started: float) -> None:
@@ -194,8 +193,11 @@ class Scheduler:
             drafter=event.drafter,
             exit_layer=event.exit_layer,
             seconds=seconds,
+            prompt_logprobs=tuple(event.row.prompt_logprobs) if job.first_token_at is None else (),
         )
         self._observer.gained(job, piece)
+        job.last_token_at = time.monotonic()
+        job.first_token_at = job.first_token_at or job.last_token_at
         if event.row.finish_reason is None:
             return [piece]
         del self._writers[event.row]

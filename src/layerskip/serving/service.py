@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TypeVar
 
 from layerskip.decoding.engine import Engine
+from layerskip.decoding.prefix.blocks import PrefixBlocks
 from layerskip.decoding.request import Request
 from layerskip.errors import PromptError, TokenizerError
 from layerskip.language_model import LanguageModel
@@ -152,4 +153,12 @@ class Service:
 
 def make_engine(lm: LanguageModel, cache: CachePlan) -> Engine:
     """The engine that answers all requests."""
-    return lm.new_engine(max_rows=cache.rows, capacity=cache.capacity, keeps_prefixes=True)
+    engine = lm.new_engine(
+        max_rows=cache.rows,
+        capacity=cache.capacity,
+        prefix_blocks=PrefixBlocks(max_bytes=cache.prefix_bytes) if cache.prefix_bytes else None,
+        paces_reading=True,
+        shares_suffixes=True,
+    )
+    engine.take_memory()
+    return engine

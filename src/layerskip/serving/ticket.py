@@ -9,6 +9,7 @@ from typing import Literal
 from layerskip.decoding.output.events import GenerationResult, TokenEvent
 from layerskip.decoding.policy import DrafterName
 from layerskip.decoding.request import Request
+from layerskip.decoding.rules.logprobs import TokenLogprobs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,8 @@ class RoundPiece:
     """The exit that drafted; 0 where no layers did."""
     seconds: float = 0.0
     """Of the step in which the round was run."""
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+    """Of the prompt's tokens, in a job's first piece, if they are asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +80,6 @@ class Job:
     """When the engine took it, by `time.monotonic`."""
     first_token_at: float | None = None
     last_token_at: float | None = None
-    cached_tokens: int = 0
-    """Tokens of the prompt that were found in the cache."""
     ended: bool = False
 
 

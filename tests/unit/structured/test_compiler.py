@@ -109,11 +109,6 @@ class TestRefusals:
         with pytest.raises(GrammarError, match=r"deeper than 32 levels|recursion"):
             compiler.compile(GrammarSpec(kind="json_schema", text=text))
 
-    def test_what_takes_too_long(self, demo: LanguageModel) -> None:
-        hasty = GrammarCompiler(demo.text_tokenizer, GrammarLimits(seconds=1e-9)).prepare()
-        with pytest.raises(GrammarError, match="took longer than 1e-09 seconds"):
-            hasty.compile(GrammarSpec.json_schema(SCHEMAS["nested"]))
-
     @pytest.mark.parametrize(
         "limits", [{"max_bytes": 0}, {"max_depth": True}, {"max_keywords": -1}, {"seconds": 0}, {"seconds": "x"}]
     )

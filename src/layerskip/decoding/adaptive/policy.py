@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from layerskip.decoding.adaptive.pace import COLD_ROUNDS, COLD_STEPS, FIRST_REST, TIMED_STEPS, Pace
-from layerskip.decoding.adaptive.rates import AcceptanceRates
+from layerskip.decoding.adaptive.rates import AcceptanceRates, Rate
 from layerskip.decoding.adaptive.round_times import RoundTimes
-from layerskip.decoding.ngram import Match
+from layerskip.decoding.ngrams.index import Match
 from layerskip.decoding.policy import BatchView, DraftSource, Plan, RoundResult
 from layerskip.model.drafts import StopRule
 
@@ -135,9 +135,9 @@ class AdaptivePolicy:
         for row, match in enumerate(self._matches):
             if match is not None:  # observed where it wasn't used, too
                 tokens = result.gained(row)
-                accepted = match.agreement(tokens)
-                rates = self.knowledge.rates(samples=self._samples[row])
-                rates.of_match(match.length).observe(accepted, min(accepted + 1, len(tokens)))
+                accepted, guesses = match.agreement(tokens), match.continuation(len(tokens))
+                rate = self._rate_of(match, samples=self._samples[row])
+                rate.observe(accepted, min(accepted + 1, len(guesses)))
         self._observe_time(plan, result)
         if plan.source == "none" and not result.agreement:
             step = self.times.seconds("none")
@@ -171,6 +171,10 @@ class AdaptivePolicy:
         if len(kinds) == 1:
             return chances[self._samples[0]]
         return [sum(chances[samples][i] for samples in self._samples) / len(self._samples) for i in range(most)]
+
+    def _rate_of(self, match: Match, *, samples: bool) -> Rate:
+        """Acceptance rate of what follows a match, in a row that samples or doesn't."""
+        return self.knowledge.rates(samples=samples).of_match(match.length, foreign=match.foreign)
 
     def _look(self) -> None:
         """Measure costs, where drafting might win, within the share of the time that this may take."""
@@ -279,7 +283,9 @@ class AdaptivePolicy:
     def _better_text(self, best: Plan, most: int) -> Plan:
         """The best number of drafts from the sequences themselves, if it is better than `best`."""
         rates = [
-            self.knowledge.rates(samples=samples).of_match(match.length).value if match is not None else 0.0
+            self.knowledge.rates(samples=samples).of_match(match.length, foreign=match.foreign).value
+            if match is not None
+            else 0.0
             for match, samples in zip(self._matches, self._samples, strict=True)
         ]
         tokens, chances, times = float(len(rates)), [1.0] * len(rates), self.times.of_lengths("text", 0)

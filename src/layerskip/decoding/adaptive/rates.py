@@ -118,8 +118,8 @@ class AcceptanceRates:
     prior: float = PRIOR_RATE
     """The rate of an exit before anything is observed."""
     exits: dict[int, ExitRates] = field(default_factory=dict)
-    matches: dict[int, Rate] = field(default_factory=dict)
-    """Of drafts from the sequence itself, by the class of their match's length."""
+    matches: dict[tuple[bool, int], Rate] = field(default_factory=dict)
+    """Of drafts from the sequence itself, or from foreign ones, by the class of their match's length."""
 
     def of_exit(self, exit_layer: int) -> ExitRates:
         """Rates of an exit."""
@@ -127,12 +127,15 @@ class AcceptanceRates:
             self.exits[exit_layer] = ExitRates(overall=Rate(assumed=self.prior))
         return self.exits[exit_layer]
 
-    def of_match(self, length: int) -> Rate:
-        """Rate of drafts that follow a match of this many tokens."""
-        length_class = min(length, 16).bit_length()
-        if length_class not in self.matches:
-            self.matches[length_class] = Rate()
-        return self.matches[length_class]
+    def of_match(self, length: int, *, foreign: bool = False) -> Rate:
+        """Rate of drafts that follow a match of this many tokens, in the text itself or in another request's.
+
+        They are told apart, so that texts that have nothing in common don't spoil the rate of those that repeat.
+        """
+        kind = foreign, min(length, 16).bit_length()
+        if kind not in self.matches:
+            self.matches[kind] = Rate()
+        return self.matches[kind]
 
     def observe_exits(self, agreement: Mapping[int, tuple[float, float]]) -> None:
         """Learn from a probe: by exit, tokens on which it agreed with the target, and tokens that were compared."""

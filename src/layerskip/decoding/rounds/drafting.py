@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from layerskip.decoding.batch import Batch
-from layerskip.decoding.ngram import Match
+from layerskip.decoding.ngrams.index import Match
 from layerskip.model.drafts import Drafts, StopRule
 from layerskip.model.noise import Purpose
 

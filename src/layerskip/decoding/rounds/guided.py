@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from layerskip.decoding.batch import Batch
-from layerskip.decoding.ngram import Match
+from layerskip.decoding.ngrams.index import Match
 from layerskip.decoding.row import Row
 from layerskip.decoding.rules.guide import Step
 from layerskip.model.drafts import Drafts, StopRule

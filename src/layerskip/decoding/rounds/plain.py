@@ -28,7 +28,7 @@ class FirstToken:
 
 
 @torch.inference_mode()
-def read_chunk(batch: Batch, chunk: int = PREFILL_CHUNK) -> dict[int, FirstToken]:
+def read_chunk(batch: Batch, chunk: int = PREFILL_CHUNK, places: range | None = None) -> dict[int, FirstToken]:
     """Read the next tokens of the rows' prompts, and choose the first token after prompts that are read to their end.
 
     Rows that ask for it are told how likely the tokens are that were read.
@@ -39,40 +39,45 @@ def read_chunk(batch: Batch, chunk: int = PREFILL_CHUNK) -> dict[int, FirstToken
     Args:
         batch: Rows whose prompts aren't read to their end.
         chunk: Tokens of each row to read at most.
+        places: The rows to read, one behind the other; all if not given.
 
     Returns:
         The first token after the prompt, by the row's place in the batch; only rows whose prompt has been read.
     """
-    decoder, cache = batch.decoder, batch.cache
-    starts = cache.lengths
-    unread = [row.tokens[start : start + chunk] for row, start in zip(batch.rows, starts, strict=True)]
+    places = range(batch.num_rows) if places is None else places
+    decoder, cache = batch.decoder, batch.cache.view(places.start, places.stop)
+    starts, rows = cache.lengths, batch.rows[places.start : places.stop]
+    unread = [row.tokens[start : start + chunk] for row, start in zip(rows, starts, strict=True)]
     size = max(map(len, unread))
     tokens = torch.tensor([part + [0] * (size - len(part)) for part in unread], device=decoder.device)
     positions = decoder.place(cache, starts, size)
     hidden = decoder.run_layers(decoder.embed(tokens), positions, cache, 0, batch.depth)
     hidden = decoder.adapt(hidden, positions, cache, batch.depth, ValueSource.NONE)
-    tell_prompts(batch, starts, hidden)
+    tell_prompts(decoder, rows, starts, hidden, batch.depth)
     for row, part in enumerate(unread):
         cache.commit(row, len(part))
-    done = [i for i, row in enumerate(batch.rows) if starts[i] + len(unread[i]) == len(row.tokens)]
+    done = [i for i, row in enumerate(rows) if starts[i] + len(unread[i]) == len(row.tokens)]
     if not done:
         return {}
     last = torch.stack([hidden[row, len(unread[row]) - 1] for row in done]).unsqueeze(1)
-    sampler = batch.sampler_of(done)
-    rows = [batch.rows[row] for row in done]
-    first = [len(row.tokens) for row in rows]
-    guided = any(row.guide is not None for row in rows)
-    if not guided and not sampler.adjusts and all(row.request.config.logprobs is None for row in rows):
-        chosen, _ = decoder.pick(last, sampler.draw, first, exit_layer=batch.depth)
-        return {row: FirstToken(token=token, logprobs=()) for row, (token,) in zip(done, chosen.tolist(), strict=True)}
+    done_places = [places.start + row for row in done]
+    sampler = batch.sampler_of(done_places)
+    ready = [rows[row] for row in done]
+    first = [len(row.tokens) for row in ready]
+    guided = any(row.guide is not None for row in ready)
+    if not guided and not sampler.adjusts and all(row.request.config.logprobs is None for row in ready):
+        picked = decoder.pick(last, sampler.draw, first, exit_layer=batch.depth)[0].tolist()
+        return {
+            place: FirstToken(token=token, logprobs=()) for place, (token,) in zip(done_places, picked, strict=True)
+        }
     logits = decoder.own_logits(last, batch.depth)
-    masks = [[row.guide.at() if row.guide is not None else None] for row in rows] if guided else None
-    scores = sampler.scores(logits, [[row.tokens] for row in rows], masks)
+    masks = [[row.guide.at() if row.guide is not None else None] for row in ready] if guided else None
+    scores = sampler.scores(logits, [[row.tokens] for row in ready], masks)
     gained = sampler.choose(scores, first).tolist()
-    told = tell_tokens(decoder, rows, logits, gained)
+    told = tell_tokens(decoder, ready, logits, gained)
     return {
-        row: FirstToken(token=token, logprobs=logprobs)
-        for row, (token,), logprobs in zip(done, gained, told, strict=True)
+        place: FirstToken(token=token, logprobs=logprobs)
+        for place, (token,), logprobs in zip(done_places, gained, told, strict=True)
     }
 
 

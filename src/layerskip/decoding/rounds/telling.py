@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from layerskip.decoding.batch import Batch
 from layerskip.decoding.row import Row
 from layerskip.decoding.rules.logprobs import UNEMBED_CHUNK, TokenLogprobs, token_logprobs
 from layerskip.model.decoder import Decoder
@@ -37,15 +36,17 @@ def tell_tokens(
     ]
 
 
-def tell_prompts(batch: Batch, starts: Sequence[int], hidden: Tensor) -> None:
+def tell_prompts(decoder: Decoder, rows: Sequence[Row], starts: Sequence[int], hidden: Tensor, num_layers: int) -> None:
     """Note how likely the tokens of prompts are, after a chunk of them was run.
 
     Args:
-        batch: Rows whose prompts are read; those that don't ask aren't touched.
+        decoder: The network.
+        rows: B rows whose prompts are read; those that don't ask aren't touched.
         starts: First position of each row's chunk.
         hidden: [B, Q, D], what norm and head read, padded on the right.
+        num_layers: Layers that have run.
     """
-    for place, (row, start) in enumerate(zip(batch.rows, starts, strict=True)):
+    for place, (row, start) in enumerate(zip(rows, starts, strict=True)):
         number = row.request.prompt_logprobs
         if number is None:
             continue
@@ -55,5 +56,5 @@ def tell_prompts(batch: Batch, starts: Sequence[int], hidden: Tensor) -> None:
         for first in range(0, len(following), UNEMBED_CHUNK):
             tokens = following[first : first + UNEMBED_CHUNK]
             states = hidden[place : place + 1, first : first + len(tokens)]
-            logits = batch.decoder.unembed(states, batch.depth)[0]
+            logits = decoder.unembed(states, num_layers)[0]
             row.prompt_logprobs += token_logprobs(logits, tokens, number)

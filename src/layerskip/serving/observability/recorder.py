@@ -5,6 +5,7 @@ import logging
 import time
 
 from layerskip.decoding.engine import Engine
+from layerskip.decoding.prefix.blocks import PrefixCounts
 from layerskip.serving.observability.metrics import ServerMetrics
 from layerskip.serving.observability.tracing import RequestTrace, Tracer
 from layerskip.serving.observer import Observer
@@ -31,14 +32,15 @@ class Recorder(Observer):
         """
         self._metrics, self._tracer = metrics, tracer
         self._tokenizer, self._log_prompts = tokenizer, log_prompts
+        self._prefix = PrefixCounts()
 
     def load(self, running: int, waiting: int, engine: Engine) -> None:
         """As `Observer.load`."""
         self._metrics.set_load(running, waiting, engine.cache_usage)
-
-    def joined(self, job: Job) -> None:
-        """As `Observer.joined`."""
-        self._metrics.observe_prefix(len(job.request.tokens), job.cached_tokens)
+        counts, known = engine.prefix_counts, self._prefix
+        if counts.queries != known.queries:
+            self._metrics.observe_prefix(counts.queries - known.queries, counts.hits - known.hits)
+            self._prefix = counts
 
     def gained(self, job: Job, piece: RoundPiece) -> None:
         """As `Observer.gained`."""
@@ -47,9 +49,7 @@ class Recorder(Observer):
         since = None if job.last_token_at is None else now - job.last_token_at
         self._metrics.observe_tokens(len(piece.tokens), since)
         if job.first_token_at is None:
-            job.first_token_at = now
             self._metrics.observe_first_token(now - job.ticket.created)
-        job.last_token_at = now
 
     def ended(self, job: Job, end: JobEnd) -> None:
         """As `Observer.ended`."""
@@ -116,7 +116,7 @@ class Recorder(Observer):
             seconds=seconds,
             prompt_tokens=sum(map(len, dict.fromkeys(job.request.tokens for job in ticket.jobs))),
             generation_tokens=sum(len(end.result.token_ids) for end in ticket.ends),
-            cached_tokens=sum(job.cached_tokens for job in ticket.jobs),
+            cached_tokens=sum(s.cached_tokens for s in stats),
             queue_seconds=min(joined, default=None),
             first_token_seconds=min(first, default=None),
             finish_reasons=tuple(end.result.finish_reason for end in ticket.ends),

@@ -135,6 +135,8 @@ class _Answer:
 
     def _piece(self, piece: RoundPiece, *, first: bool) -> list[dict[str, Any]]:
         kept, text = self._logprobs[piece.place], piece.text
+        if piece.prompt_logprobs:
+            kept.add(self._prompt(piece.place), piece.prompt_logprobs)
         if self._nothing_new:
             text = ""
         elif self._asked.num_logprobs is not None:

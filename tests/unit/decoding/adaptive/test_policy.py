@@ -21,7 +21,7 @@ from layerskip.decoding.adaptive.pace import (
 )
 from layerskip.decoding.adaptive.policy import FIRST_ROUNDS, MARGIN, STAYING, AdaptivePolicy, candidate_exits
 from layerskip.decoding.adaptive.round_times import RoundTimes
-from layerskip.decoding.ngram import Match
+from layerskip.decoding.ngrams.index import Match
 from layerskip.decoding.policy import FixedPolicy, Plan, RoundResult
 
 MATCH = Match(length=5, tokens=[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13])
@@ -109,6 +109,26 @@ def test_matches_teach_without_being_used() -> None:
     for _ in range(20):
         policy.observe(Plan(source="none"), result(0, 0, 16.5, MATCH.tokens[:1]))
     assert rates_of(policy).of_match(MATCH.length).value > 0.9
+
+
+def test_matches_in_foreign_texts_have_rates_of_their_own() -> None:
+    """Texts that have nothing in common with the present one don't keep it from drafting from itself."""
+    policy = make_policy({4: 0.6})
+    foreign = Match(length=MATCH.length, tokens=[7], foreign=True)
+    for _ in range(20):
+        policy.plan(View([MATCH, foreign], samples=[False, False]))
+        none = RoundResult(drafts=[(), ()], num_accepted=[0, 0], tokens=[MATCH.tokens[0], 9], seconds=16.5)
+        policy.observe(Plan(source="none"), none)
+    rates = rates_of(policy)
+    assert rates.of_match(MATCH.length, foreign=True).value < 0.2 < 0.9 < rates.of_match(MATCH.length).value
+
+
+def test_what_lies_beyond_a_foreign_text_was_not_tried() -> None:
+    policy = make_policy({4: 0.6})
+    policy.plan(View([Match(length=6, tokens=[7, 8], foreign=True)]))
+    policy.observe(Plan(source="text"), result(2, 2, 16.5, (7, 8, 9)))
+    rate = rates_of(policy).of_match(6, foreign=True)
+    assert (rate.long.accepted, rate.long.tried) == (2, 2)
 
 
 def test_a_text_that_changes_its_kind_changes_the_plan() -> None:

@@ -1,4 +1,8 @@
-"""Sequences whose keys and values stay in the cache after they have ended: a request that begins alike reads less."""
+"""Sequences whose keys and values stay in their rows after they have ended: a request that begins alike reads less.
+
+Nothing is copied where a conversation goes on in its own row, and no memory is needed besides. Blocks (`blocks.py`)
+take memory, but outlive the rows and are shared by any number of them.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +20,7 @@ class Prefix:
     """Layers that have keys and values of it; a request that runs more layers can't use them."""
 
 
-class PrefixStore:
+class IdlePrefixes:
     """Which sequence each idle row of a cache holds, and which of them was used least recently."""
 
     def __init__(self) -> None:

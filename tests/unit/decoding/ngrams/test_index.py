@@ -2,7 +2,7 @@
 
 import random
 
-from layerskip.decoding.ngram import MAX_MATCH, MIN_MATCH, Match, NgramIndex
+from layerskip.decoding.ngrams.index import MAX_MATCH, MIN_MATCH, Match, NgramIndex
 
 
 def index_of(tokens: list[int]) -> NgramIndex:

@@ -7,28 +7,48 @@ most one of each batch behind them.
 import torch
 
 from layerskip.decoding.batch import Batch
-from layerskip.decoding.prefixes import LEAST_COPIED, Prefix, PrefixStore
+from layerskip.decoding.prefix.blocks import BlockPool, PrefixBlocks
+from layerskip.decoding.prefix.idle import LEAST_COPIED, IdlePrefixes, Prefix
 from layerskip.decoding.row import Row
+from layerskip.errors import InvalidArgumentError
 from layerskip.model.decoder import Decoder
 
 
 class Slots:
     """The cache rows of an engine, and who uses them."""
 
-    def __init__(self, decoder: Decoder, max_rows: int, capacity: int, *, keeps_prefixes: bool) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        max_rows: int,
+        capacity: int,
+        *,
+        keeps_prefixes: bool = False,
+        prefix_blocks: PrefixBlocks | None = None,
+    ) -> None:
         """Allocate the cache.
 
         Args:
             decoder: The network.
             max_rows: Rows that may run at once.
             capacity: Tokens that a row can hold.
-            keeps_prefixes: Keep the keys and values of rows that have ended, for requests that begin alike.
+            keeps_prefixes: Keep the keys and values of rows that have ended where they are, for requests that begin
+                alike.
+            prefix_blocks: Keep them in blocks instead.
+
+        Raises:
+            InvalidArgumentError: Prefixes shall be kept in both ways, or the blocks' memory is too small.
+            OutOfMemoryError: Cache or blocks don't fit.
         """
+        if keeps_prefixes and prefix_blocks is not None:
+            raise InvalidArgumentError("prefixes are kept in rows or in blocks: give keeps_prefixes or prefix_blocks")
         self._decoder, self._keeps_prefixes = decoder, keeps_prefixes
         self.cache = decoder.new_cache(max_rows, capacity)
         """Keys and values of all rows, running or idle."""
-        self.prefixes = PrefixStore()
+        self.prefixes = IdlePrefixes()
         """What idle rows hold."""
+        self.blocks = None if prefix_blocks is None else BlockPool(self.cache, prefix_blocks)
+        """What was kept of rows in blocks."""
         self.batches: list[Batch] = []
         """In the order of their rows in the cache."""
         self._users: list[Row | None] = [None] * max_rows
@@ -50,6 +70,13 @@ class Slots:
         self._users += [None] * (self.cache.num_rows - len(self._users))
         self.settle()
 
+    def take_memory(self) -> None:
+        """Write to all memory of rows and blocks; they must be empty."""
+        self.cache.keys.zero_()
+        self.cache.values.zero_()
+        if self.blocks is not None:
+            self.blocks.clear()
+
     @torch.inference_mode()
     def claim(self, row: Row, batch: Batch) -> int:
         """Give a row that isn't in a batch yet the best idle cache row, and put it at the end of a batch.
@@ -57,11 +84,9 @@ class Slots:
         Returns:
             Tokens whose keys and values that cache row holds already; the last token is always run again.
         """
-        cache, tokens = self.cache, row.tokens[:-1]
+        cache, tokens = self.cache, row.tokens[:-1] if row.request.reuses_prefix else []
         idle = [place for place, user in enumerate(self._users) if user is None]
         source, common = self.prefixes.match(tokens, batch.depth, self._running())
-        if row.request.prompt_logprobs is not None:  # every token of the prompt must be run
-            common = 0
         kept = self.prefixes.get(source)
         if kept is not None and common and (len(idle) == 1 or 2 * common >= len(kept.tokens)):
             place = source  # the row goes on where the other one has ended
@@ -76,6 +101,27 @@ class Slots:
         self._append(row, batch)
         return common
 
+    def fetch(self, row: Row) -> int:
+        """Let a row begin with what blocks hold of its prompt, right before the first token of it is read.
+
+        Not when the row is claimed: until its turn comes, others may have read the same beginning.
+
+        Returns:
+            Tokens of the row that are read or needn't be.
+        """
+        place = self._users.index(row)
+        if self.blocks is None or self.cache.lengths[place] or not row.request.reuses_prefix:
+            return self.cache.lengths[place]
+        row.recorder.cached_tokens = self.blocks.fetch(row.tokens, self.cache, place)
+        return row.recorder.cached_tokens
+
+    def keep_prompt(self, row: Row, batch: Batch) -> None:
+        """Share a prompt that has been read to its end, if there are blocks for it."""
+        if self.blocks is not None:
+            if row.request.reuses_prefix:
+                self.blocks.count(row.prompt_length, row.recorder.cached_tokens)
+            self._keep(row, batch)
+
     def move(self, row: Row, batch: Batch, to: Batch) -> None:
         """Move a row from one batch to the end of one before it."""
         batch.rows.remove(row)
@@ -83,6 +129,7 @@ class Slots:
 
     def remove(self, row: Row, batch: Batch) -> None:
         """Take a row out of its batch; the last row takes its place, and what it held stays, if prefixes are kept."""
+        self._keep(row, batch)
         place, index = self._users.index(row), batch.rows.index(row)
         batch.rows[index] = batch.rows[-1]
         batch.rows.pop()
@@ -107,6 +154,12 @@ class Slots:
         for batch in self.batches:
             batch.place(self.cache.view(start, start + batch.num_rows))
             start += batch.num_rows
+
+    def _keep(self, row: Row, batch: Batch) -> None:
+        """Put what a row holds into blocks, if there are any; rows that don't run all layers have nothing to give."""
+        if self.blocks is not None and batch.depth == self._decoder.num_layers:
+            place = self._users.index(row)
+            self.blocks.keep(row.tokens[: self.cache.lengths[place]], self.cache, place)
 
     def _append(self, row: Row, batch: Batch, source: Batch | None = None) -> None:
         """Add a row that comes from behind, or from the batch `source`: batches between move their first row back."""

@@ -6,6 +6,7 @@ often. Source: arXiv:2411.04975 (suffix matches over prompt and output).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 MIN_MATCH = 2
 """Tokens that have to repeat at least."""
@@ -23,15 +24,19 @@ class Match:
     """Tokens that repeat."""
     tokens: list[int]
     """What followed them, up to the text's end."""
+    foreign: bool = False
+    """Whether another request's text has told."""
 
     def continuation(self, num_tokens: int) -> list[int]:
-        """What followed, repeated where it reaches the text's end."""
+        """What followed, repeated where it reaches the end of the text itself; fewer at the end of a foreign one."""
+        if self.foreign:
+            return self.tokens[:num_tokens]
         return [self.tokens[i % len(self.tokens)] for i in range(num_tokens)]
 
     def agreement(self, tokens: Sequence[int]) -> int:
         """How many of the tokens that came were those that followed before."""
-        pairs = zip(self.continuation(len(tokens)), tokens, strict=True)
-        return next((i for i, (guess, token) in enumerate(pairs) if guess != token), len(tokens))
+        pairs = zip(self.continuation(len(tokens)), tokens, strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 _UNKNOWN = Match(length=0, tokens=[])

@@ -10,10 +10,10 @@ import pytest
 
 from layerskip.decoding.batch import Batch
 from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.prefixes import LEAST_COPIED
+from layerskip.decoding.prefix.idle import LEAST_COPIED
+from layerskip.decoding.prefix.slots import Slots
 from layerskip.decoding.request import Request
 from layerskip.decoding.row import Row
-from layerskip.decoding.slots import Slots
 from layerskip.language_model import LanguageModel
 
 CAPACITY = 64

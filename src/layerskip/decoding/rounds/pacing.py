@@ -1,0 +1,73 @@
+"""How much of the prompts a step reads while other rows generate: as much as takes about two of their rounds.
+
+Reading is timed, by the number of tokens: many at once take less time for each. A step reads at most twice as many as
+have been timed, so that a wrong expectation costs little.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+
+LEAST_TOKENS = 16
+"""Tokens that a step reads in any case."""
+READING_ROUNDS = 2.0
+"""Rounds that reading may take as long as."""
+KNOWN_ROUNDS = 32
+"""Latest rounds of which the lower quartile counts: some measure costs, and some wait for other work of the machine.
+If those counted, reading would take longer just when everything does."""
+NEW_WEIGHT = 0.5
+"""Weight of the latest time against the ones before it."""
+
+
+class ReadingPace:
+    """Seconds of rounds and of reading, and the tokens to read that follow from them."""
+
+    def __init__(self, most_tokens: int) -> None:
+        """Begin without knowledge.
+
+        Args:
+            most_tokens: Tokens that a step reads at most, whoever waits.
+        """
+        self._most_tokens = most_tokens
+        self._rounds: deque[float] = deque(maxlen=KNOWN_ROUNDS)
+        self._seconds: dict[int, float] = {}
+        """Of a token, by the class of size of what is read at once: class c has 2^c to 2^(c + 1) - 1 tokens."""
+
+    def observe_round(self, seconds: float) -> None:
+        """Learn how long rows that generate wait anyway: for one round of each."""
+        self._rounds.append(seconds)
+
+    def observe_reading(self, num_tokens: int, seconds: float) -> None:
+        """Learn how long tokens took that were read at once, those of padding included."""
+        size, latest = num_tokens.bit_length() - 1, seconds / num_tokens
+        self._seconds[size] = latest + (1 - NEW_WEIGHT) * (self._seconds.get(size, latest) - latest)
+
+    def tokens(self) -> int:
+        """Tokens to read in a step in which other rows generate."""
+        if self._rounds:
+            wanted = READING_ROUNDS * sorted(self._rounds)[len(self._rounds) // 4]
+            for size in sorted(self._seconds, reverse=True):
+                affordable = int(wanted / max(self._seconds[size], 1e-12))
+                if affordable >= 1 << size:  # fewer tokens at once take longer each: a smaller class has to tell
+                    return max(LEAST_TOKENS, min(affordable, 2 << size, self._most_tokens))
+        return LEAST_TOKENS
+
+
+def choose_prompts(unread: Sequence[int], places: Sequence[int], budget: int) -> tuple[range, int]:
+    """Which prompts a step reads, as one block: the first one, and those after it that fit whole beside it.
+
+    Args:
+        unread: Tokens of each prompt that aren't read yet, in the order in which the prompts arrived.
+        places: Row of each in its batch.
+        budget: Tokens of the block at most, padding included; exceeded for none but the first prompt's token.
+
+    Returns:
+        Rows of the batch, one behind the other, and tokens of each to read at most.
+    """
+    size, rows = max(1, min(unread[0], budget)), range(places[0], places[0] + 1)
+    if size == unread[0]:
+        for rest, place in zip(unread[1:], places[1:], strict=True):
+            widest = max(size, rest)
+            if (len(rows) + 1) * widest > budget or place not in (rows.start - 1, rows.stop):
+                break
+            size, rows = widest, range(min(rows.start, place), max(rows.stop, place + 1))
+    return rows, size

@@ -103,7 +103,7 @@ class _Answer:
             "index": end.place,
             "message": message,
             "logprobs": self._whole_logprobs(end.result),
-            "finish_reason": finish_reason(end.result, parser.num_calls),
+            "finish_reason": finish_reason(end.result, parser),
         }
 
     async def events(self, deliveries: AsyncIterator[Delivery]) -> AsyncIterator[bytes]:
@@ -128,7 +128,7 @@ class _Answer:
             found += parsers[place].finish()
             if found:
                 yield sse(self._chunk(place, as_delta(found)))
-            yield sse(self._chunk(place, {}, finish_reason(delivery.result, parsers[place].num_calls)))
+            yield sse(self._chunk(place, {}, finish_reason(delivery.result, parsers[place])))
         else:
             if self._asked.include_usage:
                 results = [ends[place].result for place in sorted(ends)]
@@ -181,7 +181,7 @@ def as_delta(found: Sequence[Delta]) -> dict[str, Any]:
     return {**made, "tool_calls": list(calls.values())} if calls else made
 
 
-def finish_reason(result: GenerationResult, num_calls: int) -> str:
-    """OpenAI's name for why an answer has ended."""
+def finish_reason(result: GenerationResult, parser: CallParser | PlainText) -> str:
+    """OpenAI's name for why an answer has ended; a stop string may have ended it within a call."""
     reason = FINISH_REASONS[result.finish_reason]
-    return "tool_calls" if num_calls and reason == "stop" else reason
+    return "tool_calls" if parser.num_calls and not parser.is_open and reason == "stop" else reason

@@ -88,6 +88,7 @@ class Conversations:
         *,
         tools: ToolUse | None = None,
         answer: AnswerFormat | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> Turn:
         """A prompt and a grammar; takes from a millisecond to seconds.
 
@@ -95,6 +96,7 @@ class Conversations:
             messages: As transformers has them, from `to_messages`.
             tools: What the model may call.
             answer: The form of an answer that isn't a call.
+            variables: Of the template, from `template_variables`.
 
         Raises:
             ApiError: A schema can't be compiled.
@@ -104,7 +106,7 @@ class Conversations:
         described = None
         if tools is not None or any(is_about_calls(message) for message in messages):
             messages, described = templated(messages, self.style, tools)
-        prompt = self._lm.encode_chat(messages, tools=described)
+        prompt = self._lm.encode_chat(messages, tools=described, variables=variables)
         return Turn(
             prompt=prompt,
             grammar=self._grammar(tools, answer),

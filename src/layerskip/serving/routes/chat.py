@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 
 from layerskip.decoding.output.events import GenerationResult, TokenEvent
 from layerskip.serving.conversation.deltas import Arguments, CallStart, Content, Delta, together
-from layerskip.serving.conversation.messages import to_messages
+from layerskip.serving.conversation.messages import template_variables, to_messages
 from layerskip.serving.conversation.parser import CallParser, PlainText
 from layerskip.serving.conversation.tools import chat_tools
 from layerskip.serving.conversation.turn import AnswerFormat, Turn
@@ -34,8 +34,12 @@ async def chat(body: ChatBody, http: Request, service: ServiceOf) -> Response:
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs need logprobs to be true", param="top_logprobs", code="invalid_value")
     tools = chat_tools(body.tools, body.tool_choice, body.parallel_tool_calls, service.config.limits)
-    form = answer_format(body.response_format)
-    turn = await service.aside(lambda: service.conversations.turn(to_messages(body.messages), tools=tools, answer=form))
+    form, variables = answer_format(body.response_format), template_variables(body.chat_template_kwargs)
+
+    def prepare() -> Turn:
+        return service.conversations.turn(to_messages(body.messages), tools=tools, answer=form, variables=variables)
+
+    turn = await service.aside(prepare)
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     asked = wanted(
         body,

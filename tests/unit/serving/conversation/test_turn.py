@@ -1,6 +1,5 @@
 """Turns of models whose tokenizer suits no grammars."""
 
-
 import pytest
 from chat_templates import HERMES
 from tiny import write_tiny

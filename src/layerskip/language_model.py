@@ -1,7 +1,7 @@
 """The package's front: a checkpoint that generates, streams and scores text."""
 
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -250,6 +250,7 @@ class LanguageModel:
         *,
         template: str | None = None,
         tools: Sequence[Any] | None = None,
+        variables: Mapping[str, Any] | None = None,
         name: str = "the conversation",
     ) -> list[int]:
         """Token ids of a conversation by the tokenizer's chat template, up to where the answer begins.
@@ -258,6 +259,7 @@ class LanguageModel:
             messages: What was said, in order: `role` and `content`.
             template: A Jinja template in place of the tokenizer's.
             tools: Functions that the model may call, as JSON schemas.
+            variables: Other variables of the template, such as `enable_thinking`.
             name: What an error calls the conversation.
 
         Raises:
@@ -266,7 +268,7 @@ class LanguageModel:
         """
         tools = None if tools is None else list(tools)
         require_template(self.text_tokenizer, self.checkpoint.name, template, tools=tools)
-        text = render(self.text_tokenizer, messages, template=template, tools=tools, name=name)
+        text = render(self.text_tokenizer, messages, template=template, tools=tools, name=name, **(variables or {}))
         check_text(text, name)
         (tokens,) = self.encode(text, special_tokens=False)
         return tokens

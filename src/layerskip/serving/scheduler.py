@@ -205,7 +205,7 @@ class Scheduler:
         job.ticket.ends.append(end)
         self._end(job)
         self._observer.ended(job, end)
-        return [piece, end]
+        return [piece, _unless_stuck(end)]
 
     def _drop(self, tickets: Iterable[Ticket]) -> None:
         """Take the jobs of some tickets out of the queue and of the engine."""
@@ -263,6 +263,14 @@ class Scheduler:
                 log.error("no new engine: %s", again)
                 self._fail(list(self._tickets), api_error(again))
                 time.sleep(CHECK_SECONDS)
+
+
+def _unless_stuck(end: JobEnd) -> JobEnd | JobFailure:
+    """The end of a job, as a failure if its text couldn't be held to the form that was asked for."""
+    if end.result.finish_reason != "error":
+        return end
+    message = f"the answer can't be held to the form that was asked for: {end.result.stop_reason}"
+    return JobFailure(place=end.place, error=ApiError(400, message, code="constraint_failed"))
 
 
 def _post(loop: asyncio.AbstractEventLoop, box: list[tuple[Ticket, Delivery]]) -> None:

@@ -244,3 +244,18 @@ def test_what_is_wrong_is_named(chats: Chats, options: dict[str, Any], param: st
         ask(chats(PLAIN), **options)
     assert caught.value.param == param
     assert text in str(caught.value)
+
+
+def test_variables_of_the_template(chats: Chats) -> None:
+    """Such as Qwen's `enable_thinking`."""
+    client = chats(PLAIN + "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}")
+
+    def prompt_tokens(**options: Any) -> int:
+        answer = ask(client, tools=openai.NOT_GIVEN, max_tokens=1, **options)
+        return int(answer.usage.prompt_tokens)
+
+    plain = prompt_tokens()
+    assert prompt_tokens(extra_body={"chat_template_kwargs": {"enable_thinking": True}}) == plain
+    assert prompt_tokens(extra_body={"chat_template_kwargs": {"enable_thinking": False}}) > plain
+    with pytest.raises(openai.BadRequestError, match="chat_template_kwargs may have"):
+        prompt_tokens(extra_body={"chat_template_kwargs": {"chat_template": "x"}})

@@ -15,6 +15,8 @@ HEAD = re.compile(
     re.DOTALL,
 )
 """A call up to the beginning of its arguments."""
+NAMED = re.compile(rf'\{{{SPACE}"name"{SPACE}:')
+"""A call up to its name, which grammars put first: what begins otherwise is no call of a text held to one."""
 
 
 def new_id() -> str:
@@ -77,7 +79,7 @@ class CallBody:
         self._brackets = Brackets()
         self._object: list[str] = []
         """The object that is read; empty outside."""
-        self._is_begun = self._in_arguments = self._is_tried = False
+        self._is_begun = self._in_arguments = self._is_tried = self._is_named = False
         self._whole: list[tuple[str, str]] = []
         """Names and arguments of calls that wait for the others."""
 
@@ -85,6 +87,11 @@ class CallBody:
     def next_index(self) -> int:
         """Place of the next call."""
         return self._next
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a call was given that isn't complete."""
+        return self._is_begun
 
     def take(self, character: str) -> bool | None:
         """Read a character.
@@ -111,6 +118,10 @@ class CallBody:
         self._object.append(character)
         if not self._brackets.take(character):
             return False
+        if self._is_eager and character == ":" and not self._is_named:
+            self._is_named = NAMED.fullmatch("".join(self._object)) is not None
+            if not self._is_named:
+                return False
         if self._brackets.depth == 2 and not self._is_tried:
             self._is_tried = True  # a name has no brackets: arguments in their place are the first that has
             self._begin()
@@ -143,7 +154,7 @@ class CallBody:
                 self._whole.append(call)
         else:
             self.raw = []
-        self._object, self._is_begun, self._is_tried = [], False, False
+        self._object, self._is_begun, self._is_tried, self._is_named = [], False, False, False
         self._is_after_item = self._is_list
         return None if self._is_list else self._finish()
 

@@ -1,7 +1,7 @@
 """Messages of a request as chat templates want them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from layerskip.serving.protocol.errors import ApiError
@@ -65,3 +65,29 @@ def read_arguments(given: str, param: str) -> dict[str, Any]:
 def _call(call: ToolCall, param: str) -> dict[str, Any]:
     function = {"name": call.function.name, "arguments": read_arguments(call.function.arguments, param)}
     return {"id": call.id, "type": "function", "function": function}
+
+
+SWITCHES = ("enable_thinking", "thinking")
+EFFORTS = ("none", "minimal", "low", "medium", "high")
+
+
+def template_variables(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Variables of a chat template that clients may set: whether a model thinks, and how much.
+
+    Args:
+        given: What a client sets.
+
+    Raises:
+        ApiError: Another variable, or another value.
+    """
+    for name, value in (given or {}).items():
+        if name not in (*SWITCHES, "reasoning_effort"):
+            message = f"chat_template_kwargs may have {', '.join(SWITCHES)} and reasoning_effort, got {name[:80]!r}"
+        elif name in SWITCHES and not isinstance(value, bool):
+            message = f"chat_template_kwargs.{name} must be true or false, got {str(value)[:80]!r}"
+        elif name not in SWITCHES and value not in EFFORTS:
+            message = f"chat_template_kwargs.{name} must be one of {', '.join(EFFORTS)}, got {str(value)[:80]!r}"
+        else:
+            continue
+        raise ApiError(400, message, param="chat_template_kwargs", code="invalid_value")
+    return dict(given or {})

@@ -15,6 +15,7 @@ class PlainText:
     """An answer without calls, in the shape of `CallParser`."""
 
     num_calls = 0
+    is_open = False
 
     def push(self, text: str) -> list[Delta]:
         """Read a piece."""
@@ -59,6 +60,11 @@ class CallParser:
     def num_calls(self) -> int:
         """Calls that have begun."""
         return self._body.next_index
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the last call isn't complete."""
+        return self._body.is_open
 
     def push(self, text: str) -> list[Delta]:
         """Read a piece; gives what is certain now."""

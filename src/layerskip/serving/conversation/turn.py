@@ -39,6 +39,8 @@ class Turn:
 
     prompt: Sequence[int]
     grammar: Grammar | None
+    """What the answer is held to. Where calls may be made, it is missing only if the tokenizer suits no grammars; what
+    is no call of a known function by its form is text then."""
     tools: ToolUse | None
     style: ToolStyle | None
     """How calls are written; None if there may be none."""
@@ -86,6 +88,7 @@ class Conversations:
         *,
         tools: ToolUse | None = None,
         answer: AnswerFormat | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> Turn:
         """A prompt and a grammar; takes from a millisecond to seconds.
 
@@ -93,6 +96,7 @@ class Conversations:
             messages: As transformers has them, from `to_messages`.
             tools: What the model may call.
             answer: The form of an answer that isn't a call.
+            variables: Of the template, from `template_variables`.
 
         Raises:
             ApiError: A schema can't be compiled.
@@ -102,7 +106,7 @@ class Conversations:
         described = None
         if tools is not None or any(is_about_calls(message) for message in messages):
             messages, described = templated(messages, self.style, tools)
-        prompt = self._lm.encode_chat(messages, tools=described)
+        prompt = self._lm.encode_chat(messages, tools=described, variables=variables)
         return Turn(
             prompt=prompt,
             grammar=self._grammar(tools, answer),
@@ -118,8 +122,14 @@ class Conversations:
             return self._grammar_of_calls(tools, answer)
         return None if answer is None else self._compiled(GrammarSpec.json_schema(answer.schema), answer.param)
 
-    def _grammar_of_calls(self, tools: ToolUse, answer: AnswerFormat | None) -> Grammar:
+    def _grammar_of_calls(self, tools: ToolUse, answer: AnswerFormat | None) -> Grammar | None:
         style = self.style
+        try:
+            self._compiler.prepare()
+        except GrammarError as error:  # none of this tokenizer's texts can be held to a grammar
+            if tools.is_required or answer is not None:
+                raise _refused(str(error), "tool_choice" if answer is None else answer.param) from error
+            return None
         if answer is not None and not tools.is_required and not style.form.opening:
             message = (
                 f"this model's calls are JSON like the answer that {answer.param} asks for, and can't be told from it; "

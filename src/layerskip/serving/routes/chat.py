@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 
 from layerskip.decoding.output.events import GenerationResult, TokenEvent
 from layerskip.serving.conversation.deltas import Arguments, CallStart, Content, Delta, together
-from layerskip.serving.conversation.messages import to_messages
+from layerskip.serving.conversation.messages import template_variables, to_messages
 from layerskip.serving.conversation.parser import CallParser, PlainText
 from layerskip.serving.conversation.tools import chat_tools
 from layerskip.serving.conversation.turn import AnswerFormat, Turn
@@ -34,8 +34,12 @@ async def chat(body: ChatBody, http: Request, service: ServiceOf) -> Response:
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs need logprobs to be true", param="top_logprobs", code="invalid_value")
     tools = chat_tools(body.tools, body.tool_choice, body.parallel_tool_calls, service.config.limits)
-    form = answer_format(body.response_format)
-    turn = await service.aside(lambda: service.conversations.turn(to_messages(body.messages), tools=tools, answer=form))
+    form, variables = answer_format(body.response_format), template_variables(body.chat_template_kwargs)
+
+    def prepare() -> Turn:
+        return service.conversations.turn(to_messages(body.messages), tools=tools, answer=form, variables=variables)
+
+    turn = await service.aside(prepare)
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     asked = wanted(
         body,
@@ -103,7 +107,7 @@ class _Answer:
             "index": end.place,
             "message": message,
             "logprobs": self._whole_logprobs(end.result),
-            "finish_reason": finish_reason(end.result, parser.num_calls),
+            "finish_reason": finish_reason(end.result, parser),
         }
 
     async def events(self, deliveries: AsyncIterator[Delivery]) -> AsyncIterator[bytes]:
@@ -128,7 +132,7 @@ class _Answer:
             found += parsers[place].finish()
             if found:
                 yield sse(self._chunk(place, as_delta(found)))
-            yield sse(self._chunk(place, {}, finish_reason(delivery.result, parsers[place].num_calls)))
+            yield sse(self._chunk(place, {}, finish_reason(delivery.result, parsers[place])))
         else:
             if self._asked.include_usage:
                 results = [ends[place].result for place in sorted(ends)]
@@ -181,7 +185,7 @@ def as_delta(found: Sequence[Delta]) -> dict[str, Any]:
     return {**made, "tool_calls": list(calls.values())} if calls else made
 
 
-def finish_reason(result: GenerationResult, num_calls: int) -> str:
-    """OpenAI's name for why an answer has ended."""
+def finish_reason(result: GenerationResult, parser: CallParser | PlainText) -> str:
+    """OpenAI's name for why an answer has ended; a stop string may have ended it within a call."""
     reason = FINISH_REASONS[result.finish_reason]
-    return "tool_calls" if num_calls and reason == "stop" else reason
+    return "tool_calls" if parser.num_calls and not parser.is_open and reason == "stop" else reason

@@ -109,6 +109,7 @@ class _Answer:
         parser, result = self._turn.parser(), end.result
         found = [*parser.push(result.text), *parser.finish()]
         self._writer.add(found, self._logprobs(result.token_ids, result.logprobs or ()))
+        self._writer.finish("incomplete" if parser.is_open else status_of(result))
         return self._ended(result)
 
     async def events(self, deliveries: AsyncIterator[Delivery]) -> AsyncIterator[bytes]:
@@ -125,7 +126,7 @@ class _Answer:
             found = parser.push(delivery.text)
             if isinstance(delivery, JobEnd):
                 events = writer.add([*found, *parser.finish()])
-                events += writer.finish(status_of(delivery.result))
+                events += writer.finish("incomplete" if parser.is_open else status_of(delivery.result))
                 ended = self._ended(delivery.result)
                 events.append(writer.event(ended["status"], response=ended))
             else:
@@ -137,7 +138,6 @@ class _Answer:
 
     def _ended(self, result: GenerationResult) -> dict[str, Any]:
         status = status_of(result)
-        self._writer.finish(status)
         reason = None if status == "completed" else {"reason": "max_output_tokens"}
         counted = usage([result])
         return {

@@ -222,3 +222,22 @@ def test_any_text_with_any_cuts(form: CallFormat, text: str, places: list[int], 
         assert content == text
     if not is_eager:
         assert all(isinstance(json.loads(call.arguments), dict) for call in calls)
+
+
+def test_json_that_is_no_call_is_given_as_soon_as_that_is_certain() -> None:
+    parser = CallParser(LLAMA, NAMES, is_eager=True)
+    assert parser.push('{"city"') == []
+    assert parser.push(": 1") == [Content(text='{"city": 1')]
+
+
+def test_whether_a_call_is_complete() -> None:
+    parser = CallParser(MISTRAL, NAMES, is_eager=True)
+    for text, is_open in [
+        ('[TOOL_CALLS][{"name": "get", "arguments": ', False),
+        ("{", True),
+        ("}", True),
+        ("}", False),
+    ]:
+        parser.push(text)
+        assert parser.is_open == is_open
+    assert parser.num_calls == 1

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from layerskip.serving.conversation.tools import Function, ToolUse
 from layerskip.text.chat_template import render
 from layerskip.text.tokenizer import Tokenizer
 
+TEMPLATES = Path(__file__).parents[2] / "training" / "data" / "templates"
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 GET = Function(name="get", description="Gets it.", parameters=CITY, param="tools[0].function.parameters")
 LIST = Function(name="list", param="tools[1].function.parameters")
@@ -62,6 +64,25 @@ def test_the_template_says_how_calls_are_written(
         assert style.marks == {mark: tokenizer.convert_tokens_to_ids([mark])[0] for mark in special}
         assert style.shown == {token: mark for mark, token in style.marks.items()}
         assert style.spoken == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "is_native", "gap"),
+    [
+        ("qwen3", "hermes", True, "\n"),
+        ("mistral", "mistral", True, " "),
+        ("llama3", "llama", True, ""),
+        ("smollm2", "hermes", False, "\n"),
+        ("gemma3", "hermes", False, "\n"),
+        ("phi4_mini", "hermes", False, "\n"),
+    ],
+)
+def test_templates_like_those_of_published_models(name: str, form: str, is_native: bool, gap: str) -> None:
+    tokenizer = tokenizer_with((TEMPLATES / f"{name}.jinja").read_text(), ["[TOOL_CALLS]"])
+    style = ToolStyle.of(tokenizer)
+    assert (style.form.name, style.is_native, style.form.gap) == (form, is_native, gap)
+    text = written(tokenizer, TALK)
+    assert all(part in text for part in ("Rome", "hot", "Oslo", "cold", "Gets it."))
 
 
 def test_without_a_template_of_its_own_the_system_message_describes_tools() -> None:

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -131,11 +132,15 @@ class Clients:
     async def run(self) -> None:
         """Send for as long as was asked for."""
         self._began = time.monotonic()
-        async with httpx.AsyncClient(base_url=self._server.address, timeout=120, trust_env=False) as whole:
-            async with Client(self._server.address, timeout=120) as streaming, asyncio.TaskGroup() as group:
-                group.create_task(self._watch())
-                for number in range(self._arguments.clients):
-                    group.create_task(self._client(number, whole, streaming))
+        address = self._server.address
+        async with (
+            httpx.AsyncClient(base_url=address, timeout=120, trust_env=False) as whole,
+            Client(address, timeout=120) as streaming,
+            asyncio.TaskGroup() as group,
+        ):
+            group.create_task(self._watch())
+            for number in range(self._arguments.clients):
+                group.create_task(self._client(number, whole, streaming))
 
     @property
     def _over(self) -> bool:
@@ -236,7 +241,7 @@ def stalls(arguments: Arguments, folder: Path) -> dict[str, Any]:
     flags = ("--max-model-len", str(arguments.stall_context), "--max-concurrency", str(arguments.stall_streams + 1))
     with layerskip_server(arguments.stall_model, folder / "stalls.log", *flags, threads=arguments.threads) as server:
         times = asyncio.run(_read_while_streaming(arguments, server))
-    gaps = [[later - earlier for earlier, later in zip(each, each[1:], strict=False)] for each in times["streams"]]
+    gaps = [[later - earlier for earlier, later in pairwise(each)] for each in times["streams"]]
     ratios = [max(each) / statistics.median(each) for each in gaps]
     return {
         "first_token_of_the_long_prompt_s": times["long"],

@@ -126,8 +126,8 @@ def _print(arguments: Arguments, content: dict[str, Any], path: Path) -> None:
     ratios = content["ratios"]
     console.print(
         f"{content['ratio']:.3f} x ({min(ratios):.3f} to {max(ratios):.3f}; bar: {MOST_RATIO}); at least "
-        f"{content['least_cached_tokens']} tokens found again; {content['same_texts']} of {len(rows)} texts as without a "
-        "server"
+        f"{content['least_cached_tokens']} tokens found again; {content['same_texts']} of {len(rows)} texts as without "
+        "a server"
     )
     console.print(f"{environment()['cpu']}, {arguments.threads} threads; record: {path}")
 

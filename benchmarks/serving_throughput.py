@@ -4,8 +4,8 @@
     python benchmarks/serving_throughput.py --clients 1 4 --rounds 5 --llama-cpp
 
 Speculation is switched off in the requests (`generation_strategy: autoregressive`), so that both ways run in one server
-with one copy of the weights. llama.cpp's server is that of llama-cpp-python (pip install 'llama-cpp-python[server]') with
-the same GGUF file and as many threads. In each round every server takes the same prompts with every number of clients,
+with one copy of the weights. llama.cpp's server is llama-cpp-python's (pip install 'llama-cpp-python[server]') with the
+same GGUF file and as many threads. In each round every server takes the same prompts with every number of clients,
 one after the other, and ratios are taken within a round; other work on the machine then disturbs all of them alike.
 All requests are greedy and end after the same number of tokens. Speculation must not change any text.
 """

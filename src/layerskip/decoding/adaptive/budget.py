@@ -37,25 +37,52 @@ def share_out(chances: Sequence[Sequence[float]], seconds: Callable[[int, int], 
         The best; no drafts if none gain.
     """
     num_rows = len(chances)
-    best = Budget(lengths=(0,) * num_rows, tokens=float(num_rows), seconds=seconds(0, 0))
-    # Of equally likely drafts, the earlier ones in their rows come first: each has those that it follows before it.
-    order = sorted((-chance, depth, row) for row, each in enumerate(chances) for depth, chance in enumerate(each))
-    lengths, tokens, longest, kept = [0] * num_rows, float(num_rows), 0, 0
-    speed = best.speed
-    for number, (chance, depth, _) in enumerate(order, start=1):
-        tokens, longest = tokens - chance, max(longest, depth + 1)
+    plain = budget_of(chances, (0,) * num_rows, seconds)
+    number, speed = _likeliest(chances, seconds, plain.speed)
+    same, same_speed = _uniform(chances, seconds, plain.speed)
+    if same_speed > speed:
+        return budget_of(chances, tuple(min(same, len(each)) for each in chances), seconds)
+    lengths = [0] * num_rows
+    for _, depth, row in _order(chances)[:number]:
+        lengths[row] = max(lengths[row], depth + 1)
+    return budget_of(chances, tuple(lengths), seconds)
+
+
+def _order(chances: Sequence[Sequence[float]]) -> list[tuple[float, int, int]]:
+    """Drafts as (-chance, depth, row), the likeliest first.
+
+    Of equally likely ones, the earlier ones in their rows come first: each has those that it follows before it.
+    """
+    return sorted((-chance, depth, row) for row, each in enumerate(chances) for depth, chance in enumerate(each))
+
+
+def _likeliest(
+    chances: Sequence[Sequence[float]], seconds: Callable[[int, int], float], speed: float
+) -> tuple[int, float]:
+    """The best number of likeliest drafts, and the tokens/s of all rows with it; 0 if none is better than `speed`."""
+    tokens, longest, kept = float(len(chances)), 0, 0
+    for number, (chance, depth, _) in enumerate(_order(chances), start=1):
+        tokens -= chance
+        if depth >= longest:
+            longest = depth + 1
         found = tokens / seconds(number, longest)
         if found > speed:
             speed, kept = found, number
-    for _, depth, row in order[:kept]:
-        lengths[row] = max(lengths[row], depth + 1)
-    if kept:
-        best = budget_of(chances, tuple(lengths), seconds)
+    return kept, speed
+
+
+def _uniform(
+    chances: Sequence[Sequence[float]], seconds: Callable[[int, int], float], speed: float
+) -> tuple[int, float]:
+    """The best number of drafts for all rows alike, as far as they have room, and the tokens/s with it."""
+    tokens, total, kept = float(len(chances)), 0, 0
     for length in range(1, max(map(len, chances), default=0) + 1):
-        same = budget_of(chances, tuple(min(length, len(each)) for each in chances), seconds)
-        if same.speed > best.speed:
-            best = same
-    return best
+        added = [each[length - 1] for each in chances if len(each) >= length]
+        tokens, total = tokens + sum(added), total + len(added)
+        found = tokens / seconds(total, length)
+        if found > speed:
+            speed, kept = found, length
+    return kept, speed
 
 
 def budget_of(

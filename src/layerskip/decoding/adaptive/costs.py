@@ -18,8 +18,8 @@ MEASURED_QUERIES = (1, 2, 3, 5, 9)
 """Tokens of each row in one call that are timed; others lie on lines through these."""
 MEASURED_TOKENS = (1, 2, 3, 5, 9, 17, 33)
 """The same of a network without padding, where the tokens of all rows together count."""
-MEASURED_ROWS, MEASURED_CONTEXT = 4, 256
-"""Rows, and tokens before each, by which such a network's cost of attention and of further rows is timed."""
+MEASURED_ROWS = 4
+"""Rows by which the cost of further rows in drafting is timed there."""
 FIRST_QUERIES = 3
 """Of these, the number that are timed first, with drafting: enough for costs that are better than estimates."""
 MOST_QUERIES = 13
@@ -236,7 +236,8 @@ def measuring(
     layer: list[float] = []
     fixed: list[float] = []
     drafts: _DraftCosts | None = None
-    several: _RowCosts | None = None
+    draft_row = DRAFT_ROW_COST
+    weight_bytes = max(1, decoder.weight_bytes(0, depth))
     for n in counts:
         one = yield from timer.timing(depth - 1, depth, n)
         every = yield from timer.timing(0, depth, n)
@@ -246,7 +247,7 @@ def measuring(
             continue
         drafts = drafts or (yield from _measuring_drafts(timer, decoder, counts[-1], layer[0], fixed[0]))
         if alone and n == counts[-1]:
-            several = yield from _measuring_rows(decoder, counts, layer, fixed, context)
+            draft_row = yield from _measuring_draft_row(decoder, counts[-1], context)
         costs = Costs(
             num_layers=depth,
             layer=_completed(counts, layer, most),
@@ -256,8 +257,9 @@ def measuring(
             draft_fixed=drafts.fixed,
             adapters=drafts.adapters,
             ragged=decoder.ragged,
-            draft_row=several.draft if several is not None else DRAFT_ROW_COST if alone else 0.0,
-            attention=several.attention if several is not None else 0.0,
+            draft_row=draft_row if alone else 0.0,
+            # Keys and values are read from memory as weights are.
+            attention=(fixed[0] + depth * layer[0]) * decoder.token_bytes / weight_bytes if alone else 0.0,
             shares_states=decoder.drafter(1).shares_states,
             complete=n == counts[-1],
         )
@@ -300,33 +302,14 @@ def _measuring_drafts(
     return _DraftCosts(layer=draft_layer, head=draft_head, fixed=draft_fixed, adapters=adapters)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _RowCosts:
-    """What several rows add, in a network without padding."""
-
-    draft: float = DRAFT_ROW_COST
-    attention: float = 0.0
-
-
-def _measuring_rows(
-    decoder: Decoder, counts: Sequence[int], layer: Sequence[float], fixed: Sequence[float], context: int
-) -> Measuring[Costs, _RowCosts]:
-    """Time several rows with many tokens before them, and compare with as many tokens of one row."""
-    rows, depth = MEASURED_ROWS, decoder.num_layers
+def _measuring_draft_row(decoder: Decoder, most_queries: int, context: int) -> Measuring[Costs, float]:
+    """Time drafting with one row and with several: what each further one adds, as a share of the first."""
     exit_layer = (*decoder.adapted_exits, 1)[0]
-    if decoder.max_context < MEASURED_CONTEXT + 2 or exit_layer >= depth or counts[-1] < rows:
-        return _RowCosts()
-    every = [seconds + depth * one for seconds, one in zip(fixed, layer, strict=True)]
-    together = _completed(counts, every, rows)[-1]
-    timer = CallTimer(decoder, rows, 2, MEASURED_CONTEXT, summary=min)
-    apart = yield from timer.timing(0, depth, 1)
-    alone = yield from CallTimer(decoder, 1, 2, context).draft_timing(exit_layer, 1)
-    drafting = yield from timer.draft_timing(exit_layer, 1)
-    tokens = rows * MEASURED_CONTEXT - context
-    return _RowCosts(
-        attention=max(0.0, apart - together) / tokens,
-        draft=min(1.0, max(0.0, drafting / alone - 1) / (rows - 1)),
-    )
+    if most_queries < 2 or exit_layer >= decoder.num_layers:
+        return DRAFT_ROW_COST
+    alone = yield from CallTimer(decoder, 1, 2, context, summary=min).draft_timing(exit_layer, 1)
+    together = yield from CallTimer(decoder, MEASURED_ROWS, 2, context, summary=min).draft_timing(exit_layer, 1)
+    return min(1.0, max(0.0, together / alone - 1) / (MEASURED_ROWS - 1))
 
 
 class CallTimer:

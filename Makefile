@@ -49,7 +49,7 @@ $(STAMP): pyproject.toml hatch_build.py $(wildcard native/* native/kernels/*)
 	@echo "setup: installing $(TORCH)"
 	@$(PIP) install '$(TORCH)'
 	@echo "setup: installing layerskip and its development tools"
-	@$(PIP) install --editable '.[dev,train,bench,eval]'
+	@$(PIP) install --editable '.[dev,train,bench,eval,serve]'
 	@touch $@
 
 # Not part of the set-up's success: without it the tests of the real model are skipped, and the next `make test` tries

@@ -9,6 +9,14 @@ class InvalidArgumentError(LayerSkipError, ValueError):
     """An argument has a value that can't be used (a negative length, a NaN temperature, an exit layer beyond L)."""
 
 
+class GrammarError(InvalidArgumentError):
+    """A grammar for structured output can't be used: not understood, not supported, or beyond a limit."""
+
+
+class ConstraintError(LayerSkipError):
+    """A constraint can't go on along a text; the row that it belongs to ends, others don't notice."""
+
+
 class PromptError(InvalidArgumentError):
     """A prompt is empty, isn't text or token ids, is refused by the chat template, or doesn't fit into the context."""
 

@@ -18,6 +18,7 @@ from layerskip.decoding.output.events import GenerationResult
 from layerskip.decoding.output.stream import GenerationStream, generate_each
 from layerskip.decoding.output.writer import RowWriter
 from layerskip.decoding.request import Request, make_request
+from layerskip.decoding.rules.constraint import Constraint
 from layerskip.decoding.scoring import Score, all_logits, score_tokens
 from layerskip.errors import InvalidArgumentError, TokenizerError
 from layerskip.model.config.model_config import ModelConfig
@@ -182,7 +183,7 @@ class LanguageModel:
         """
         slots = whole_number("slots", slots, least=1)
         capacity = min(SESSION_TOKENS, self.decoder.max_context)
-        return Session(self._engine(slots, capacity, keeps_prefixes=True))
+        return Session(self.new_engine(max_rows=slots, capacity=capacity, keeps_prefixes=True))
 
     def score(
         self,
@@ -313,7 +314,16 @@ class LanguageModel:
         requests = [self.request(prompt, config, seed=seed, index=index) for index, prompt in enumerate(encoded)]
         return self.start(requests, show_drafts=show_drafts, session=session)
 
-    def request(self, prompt: Sequence[int], config: GenerationConfig, *, seed: int, index: int = 0) -> Request:
+    def request(
+        self,
+        prompt: Sequence[int],
+        config: GenerationConfig,
+        *,
+        seed: int,
+        index: int = 0,
+        constraint: Constraint | None = None,
+        prompt_logprobs: int | None = None,
+    ) -> Request:
         """What the engine is asked for a prompt, checked.
 
         Args:
@@ -321,13 +331,23 @@ class LanguageModel:
             config: How to decode.
             seed: Seed of sampling.
             index: The prompt's place among the caller's, for errors.
+            constraint: What may be generated at all (`structured.compiler.Grammar.start`).
+            prompt_logprobs: Tell the log-probability of each token of the prompt, and of this many likeliest ones.
 
         Raises:
             PromptError: The prompt is empty, too long, or has ids outside the vocabulary.
-            InvalidArgumentError: An exit layer that the network doesn't have.
+            InvalidArgumentError: An exit layer that the network doesn't have, or a bias of such a token.
         """
-        ends = self.end_tokens(prompt)
-        return make_request(self.decoder, prompt, config, seed=seed, eos_token_ids=ends, index=index)
+        return make_request(
+            self.decoder,
+            prompt,
+            config,
+            seed=seed,
+            eos_token_ids=self.end_tokens(prompt),
+            index=index,
+            constraint=constraint,
+            prompt_logprobs=prompt_logprobs,
+        )
 
     def start(
         self, requests: Sequence[Request], *, show_drafts: bool = False, session: Session | None = None
@@ -346,7 +366,7 @@ class LanguageModel:
         tokenizer = self._tokenizer_or_none(requests)
         capacity = max(len(request.tokens) + request.max_new_tokens for request in requests)
         if session is None:
-            engine = self._engine(len(requests), capacity)
+            engine = self.new_engine(max_rows=len(requests), capacity=capacity)
         else:
             engine = session.engine
             for row in engine.rows:  # of a stream that was left before its end
@@ -376,17 +396,21 @@ class LanguageModel:
             OutOfMemoryError: The cache doesn't fit.
         """
         capacity = max(len(request.tokens) + request.max_new_tokens for request in requests)
-        engine = self._engine(min(max_rows, len(requests)), capacity, keeps_prefixes=True)
+        engine = self.new_engine(max_rows=min(max_rows, len(requests)), capacity=capacity, keeps_prefixes=True)
         return generate_each(engine, requests, self._tokenizer_or_none(requests))
 
-    def _engine(self, max_rows: int, capacity: int, *, keeps_prefixes: bool = False) -> Engine:
-        return Engine(
-            self.decoder,
-            max_rows=max_rows,
-            capacity=capacity,
-            experience=self._experience,
-            keeps_prefixes=keeps_prefixes,
-        )
+    def new_engine(self, *, max_rows: int, capacity: int, **options: Any) -> Engine:
+        """An engine of this network, with what is known of it.
+
+        Args:
+            max_rows: Rows that may run at once.
+            capacity: Tokens that a row can hold: its prompt and what is generated.
+            **options: As for `Engine`.
+
+        Raises:
+            OutOfMemoryError: The cache doesn't fit.
+        """
+        return Engine(self.decoder, max_rows=max_rows, capacity=capacity, experience=self._experience, **options)
 
     def _tokenizer_or_none(self, requests: Sequence[Request]) -> Tokenizer | None:
         """Token ids need no tokenizer, unless stop strings are to be found in their text."""

@@ -7,6 +7,7 @@ from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.engine import Engine, Event
 from layerskip.decoding.request import make_request
 from layerskip.decoding.rounds.plain import PREFILL_CHUNK
+from layerskip.decoding.rules.constraint import Constraint
 from layerskip.model.cache import KVCache
 from layerskip.model.decoder import Decoder
 
@@ -19,6 +20,8 @@ def start(
     seeds: Sequence[int] | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     policy: Any = None,
+    constraints: Sequence[Constraint] | None = None,
+    prompt_logprobs: int | None = None,
     shares_suffixes: bool = False,
     **options: Any,
 ) -> Engine:
@@ -31,13 +34,20 @@ def start(
         seeds: Of each row; the config's, or 0, if not given.
         prefill_chunk: Tokens of each prompt that a step reads at most.
         policy: Plans all rounds.
+        constraints: Of each row.
+        prompt_logprobs: As for `make_request`.
         shares_suffixes: Whether outputs of rows that have ended draft for others.
         **options: In place of `config`.
     """
     config = config or GenerationConfig(**options)
     seeds = seeds or [config.seed or 0] * len(prompts)
-    pairs = zip(prompts, seeds, strict=True)
-    requests = [make_request(decoder, prompt, config, seed=seed, index=i) for i, (prompt, seed) in enumerate(pairs)]
+    each = zip(prompts, seeds, constraints or [None] * len(prompts), strict=True)
+    requests = [
+        make_request(
+            decoder, prompt, config, seed=seed, index=i, constraint=constraint, prompt_logprobs=prompt_logprobs
+        )
+        for i, (prompt, seed, constraint) in enumerate(each)
+    ]
     capacity = max(len(request.tokens) + request.max_new_tokens for request in requests)
     engine = Engine(
         decoder,

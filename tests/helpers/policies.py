@@ -1,5 +1,6 @@
 """Costs, batches and results for policies that are tried without a network."""
 
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from layerskip.decoding.adaptive.policy import AdaptivePolicy
 from layerskip.decoding.adaptive.rates import AcceptanceRates
 from layerskip.decoding.adaptive.round_times import RoundTimes
 from layerskip.decoding.ngrams.index import Match
-from layerskip.decoding.policy import Plan, RoundResult
+from layerskip.decoding.policy import BatchView, DraftSource, Plan, RoundResult
+from layerskip.model.drafts import CONFIDENCE_CLASSES, StopRule
 
 
 @dataclass
@@ -90,3 +92,56 @@ def steps(policy: AdaptivePolicy, seconds: Sequence[float]) -> None:
     """Plain steps that were planned at once."""
     none = RoundResult(drafts=(), num_accepted=(), tokens=(), step_seconds=seconds)
     policy.observe(Plan(source="none", steps=len(seconds)), none)
+
+
+class Erratic:
+    """Another plan for every round, at random; every other one with probes, some of several steps."""
+
+    def __init__(self, seed: int, num_layers: int) -> None:
+        self.pick = random.Random(seed)
+        self.exits = tuple(range(1, num_layers))
+        self.seen: list[Plan] = []
+        self.prepared = self.stopped = self.rested = 0
+        self.num_rows = 0
+
+    def prepare(self, view: BatchView) -> None:
+        self.prepared += view.num_rows
+
+    def plan(self, view: BatchView) -> Plan:
+        self.num_rows = view.num_rows
+        assert len(view.samples) == len(view.matches()) == view.num_rows
+        assert view.remaining > 0
+        steps = self.pick.choice([0, 0, 0, 0, 0, 1, 2])
+        if steps:
+            return Plan(source="none", steps=steps)
+        source: DraftSource = self.pick.choice(["none", "layers", "layers", "text"])
+        exit_layer = self.pick.randrange(1, len(self.exits) + 2) if source == "layers" else 0
+        stop = None
+        if self.pick.random() < 0.5:
+            rates = tuple(self.pick.random() for _ in range(CONFIDENCE_CLASSES))
+            stop = StopRule(rates=rates, least=self.pick.random() / 2)
+        probe = self.exits if self.pick.random() < 0.5 else ()
+        drafts = self.pick.randrange(1, 7)
+        plan = Plan(source=source, exit_layer=exit_layer, num_speculations=drafts, stop=stop, probe=probe)
+        self.seen.append(plan)
+        return plan
+
+    def observe(self, plan: Plan, result: RoundResult) -> None:
+        if plan.steps:
+            assert len(result.step_seconds) <= plan.steps  # fewer where steps were compiled on the way
+            assert all(seconds > 0 for seconds in result.step_seconds)
+            self.rested += 1
+            return
+        assert plan is self.seen[-1]
+        assert len(result.num_accepted) == len(result.drafts) == len(result.tokens) == self.num_rows
+        assert result.seconds > 0
+        tried = [result.tried(row)[1] for row in range(self.num_rows)]
+        drafted = max(tried)
+        assert drafted <= plan.num_speculations
+        assert all(0 < x <= 1.001 for row in result.confidences for x in row)
+        assert all(len(row) >= least for row, least in zip(result.confidences, tried, strict=False))
+        self.stopped += bool(result.confidences) and drafted < plan.num_speculations
+        assert set(result.agreement) <= set(plan.probe)
+        assert not plan.probe or set(result.agreement) >= {exit_ for exit_ in plan.probe if exit_ > plan.exit_layer}
+        for agreed, tokens in result.agreement.values():
+            assert 0 <= agreed <= tokens + 1e-4

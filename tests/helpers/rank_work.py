@@ -1,11 +1,12 @@
 """What the ranks of tests do; every function returns what JSON can represent."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from constraints import Maze
 
 import layerskip
 from layerskip.decoding.config import GenerationConfig
@@ -25,6 +26,7 @@ RULES: dict[str, dict[str, Any]] = {
     "filters": {"temperature": 1.2, "top_k": 12, "top_p": 0.8, "min_p": 0.02, "seed": 4},
     "nucleus": {"do_sample": True, "top_p": 0.9, "seed": 5},
     "penalties": {"temperature": 0.9, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "seed": 6},
+    "counts": {"frequency_penalty": 0.9, "presence_penalty": 0.4, "logit_bias": {2: 2.0, 30: 1.5, 41: -3.0}},
 }
 
 
@@ -194,6 +196,38 @@ def fail_alone(rank: int) -> None:
         group.watch.failed("the disk is full")
         raise SystemExit(1)
     group.sum(torch.ones(4))
+
+
+def write_guided(model: str, ways: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Token ids and log-probabilities under constraints, by way to decode; and those of a prompt."""
+    return guided_texts(load(model), ways)
+
+
+def guided_texts(lm: LanguageModel, ways: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """As `write_guided`, of any model."""
+    found: dict[str, Any] = {}
+    for way, options in ways.items():
+        config = GenerationConfig(max_new_tokens=TOKENS, logprobs=2, **options)
+        requests = [
+            lm.request(
+                prompt,
+                config,
+                seed=config.seed or 0,
+                constraint=Maze(seed, lm.config.vocab_size),
+                prompt_logprobs=1,
+            )
+            for seed, prompt in enumerate(PROMPTS)
+        ]
+        results = lm.start(requests).run()
+        found[way] = [
+            {
+                "tokens": result.token_ids,
+                "logprobs": [asdict(told) for told in result.logprobs or ()],
+                "prompt": [told and asdict(told) for told in result.prompt_logprobs or ()],
+            }
+            for result in results
+        ]
+    return found
 
 
 def serve(model: str, *, seconds_of_others: float, **options: Any) -> dict[str, Any]:

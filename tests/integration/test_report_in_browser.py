@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from layerskip.evaluation.load.figures import summarize
 from layerskip.evaluation.report import compare_reports, write_report
 from layerskip.evaluation.run_folder import RunFolder
 
@@ -108,6 +109,28 @@ def benchmark() -> dict[str, Any]:
     return {"strategies": strategies, "metrics_note": LONG}
 
 
+def load_samples() -> list[dict[str, Any]]:
+    rounds = {"num_drafts": 9, "num_draft_tokens": 80, "num_accepted_tokens": 40}
+    histograms = {"draft_histogram": [9] * 9, "acceptance_histogram": list(range(9, 0, -1))}
+    whole = {
+        "attempt": 1,
+        "seconds": 2.5,
+        "first": 0.2,
+        "gaps": [0.1] * 20,
+        "piece_tokens": None,
+        "tokens": 1234,
+        "prompt_tokens": 99,
+        "error": None,
+        "speculation": rounds | histograms,
+        "text": LONG,
+        "prompt": LONG,
+    }
+    failed = {**whole, "first": None, "gaps": [], "error": {"kind": LONG, "message": LONG}}
+    return [{**whole, "index": i, "start": i / 3, "first": 0.1 * (i + 1)} for i in range(12)] + [
+        {**failed, "index": 12, "start": 4.0}
+    ]
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     root = tmp_path_factory.mktemp("runs")
@@ -144,6 +167,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         finish(root / "verify", "verify", {"settings": settings, "prompts": 4, "errors": 0, "near_ties": 1}),
     ]
     second = finish(root / LONG[:100], "benchmark", benchmark())
+    requests = load_samples()
+    told = {"url": f"http://{LONG}:8000", **summarize(requests, client_share=0.9)}
+    folders.append(finish(root / "load", "bench-serve", told, requests))
     files = [*map(write_report, folders), compare_reports([first, second, first], root / "comparison.html")]
     return [file.read_text(encoding="utf-8") for file in files]
 

@@ -61,7 +61,7 @@ def slow_decode() -> Callable[..., list[int]]:
 
     def run(lm: LanguageModel, prompt: list[int], **options: Any) -> list[int]:
         config = GenerationConfig(**options)
-        sampler = Sampler([config], [config.seed or 0])
+        sampler = Sampler([config], [config.seed or 0], prompt_lengths=[len(prompt)])
         tokens = list(prompt)
         for _ in range(config.max_new_tokens):
             logits = lm.logits(tokens, config.exit_layer)[None, -1:]

@@ -1,69 +1,16 @@
 """Every drafter and policy writes the tokens of autoregressive decoding, also when plans change between rounds."""
 
-import random
 from typing import Any
 
 import pytest
 from engines import generate
+from policies import Erratic
 
 from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.policy import BatchView, DraftSource, Plan, RoundResult
 from layerskip.language_model import LanguageModel
-from layerskip.model.drafts import CONFIDENCE_CLASSES, StopRule
 
 SAMPLED = {"temperature": 0.9, "top_k": 12, "seed": 5}
 REPEATING = [3, 1, 4, 1, 5, 3, 1, 4, 1, 5, 3, 1, 4]
-
-
-class Erratic:
-    """Another plan for every round, at random; every other one with probes, some of several steps."""
-
-    def __init__(self, seed: int, num_layers: int) -> None:
-        self.pick = random.Random(seed)
-        self.exits = tuple(range(1, num_layers))
-        self.seen: list[Plan] = []
-        self.prepared = self.stopped = self.rested = 0
-        self.num_rows = 0
-
-    def prepare(self, view: BatchView) -> None:
-        self.prepared += view.num_rows
-
-    def plan(self, view: BatchView) -> Plan:
-        self.num_rows = view.num_rows
-        assert len(view.samples) == len(view.matches()) == view.num_rows
-        assert view.remaining > 0
-        steps = self.pick.choice([0, 0, 0, 0, 0, 1, 2])
-        if steps:
-            return Plan(source="none", steps=steps)
-        source: DraftSource = self.pick.choice(["none", "layers", "layers", "text"])
-        exit_layer = self.pick.randrange(1, len(self.exits) + 2) if source == "layers" else 0
-        stop = None
-        if self.pick.random() < 0.5:
-            rates = tuple(self.pick.random() for _ in range(CONFIDENCE_CLASSES))
-            stop = StopRule(rates=rates, least=self.pick.random() / 2)
-        probe = self.exits if self.pick.random() < 0.5 else ()
-        drafts = self.pick.randrange(1, 7)
-        plan = Plan(source=source, exit_layer=exit_layer, num_speculations=drafts, stop=stop, probe=probe)
-        self.seen.append(plan)
-        return plan
-
-    def observe(self, plan: Plan, result: RoundResult) -> None:
-        if plan.steps:
-            assert len(result.step_seconds) <= plan.steps  # fewer where steps were compiled on the way
-            assert all(seconds > 0 for seconds in result.step_seconds)
-            self.rested += 1
-            return
-        assert plan is self.seen[-1]
-        assert len(result.num_accepted) == len(result.drafts) == len(result.tokens) == self.num_rows
-        assert result.seconds > 0
-        drafted = max(map(len, result.drafts))
-        assert drafted <= plan.num_speculations
-        assert all(len(row) >= drafted and all(0 < x <= 1.001 for x in row) for row in result.confidences)
-        self.stopped += bool(result.confidences) and drafted < plan.num_speculations
-        assert set(result.agreement) <= set(plan.probe)
-        assert not plan.probe or set(result.agreement) >= {exit_ for exit_ in plan.probe if exit_ > plan.exit_layer}
-        for agreed, tokens in result.agreement.values():
-            assert 0 <= agreed <= tokens + 1e-4
 
 
 def write(lm: LanguageModel, prompts: list[list[int]], policy: Any = None, **options: Any) -> list[list[int]]:

@@ -33,6 +33,8 @@ RULES: list[dict[str, Any]] = [
     {"do_sample": True, "min_p": 0.05},
     {"repetition_penalty": 1.3},
     {"no_repeat_ngram_size": 2, "temperature": 0.9},
+    {"frequency_penalty": 1.1, "presence_penalty": 0.3, "temperature": 0.8},
+    {"logit_bias": ((3, 4.0), (11, -2.0)), "logprobs": 1},
     {"temperature": 0.9, "acceptance": "rejection"},
     {"temperature": 1.1, "top_k": 12, "acceptance": "rejection", "block_verification": False},
 ]

@@ -36,7 +36,17 @@ def test_sampling_equals_decoding_without_a_cache(
         assert lm.generate([prompt], **options)[0].token_ids == slow_decode(lm, prompt, **options)
 
 
-@pytest.mark.parametrize("processors", [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}])
+@pytest.mark.parametrize(
+    "processors",
+    [
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 2},
+        {"frequency_penalty": 1.5},
+        {"presence_penalty": 2.0},
+        {"logit_bias": {5: 8.0, 9: -100.0}},
+    ],
+    ids=str,
+)
 def test_context_processors_equal_decoding_without_a_cache(
     lm: LanguageModel, prompts: list[list[int]], slow_decode: Callable[..., list[int]], processors: dict
 ) -> None:

@@ -282,7 +282,7 @@ def test_a_request_may_read_its_whole_prompt(plain: LanguageModel) -> None:
     config = GenerationConfig(max_new_tokens=12)
     request = make_request(plain.decoder, prompt, config, seed=3)
     fields = {name: getattr(request, name) for name in ("tokens", "config", "seed", "max_new_tokens")}
-    row = engine.add(type(request)(**fields, reuses_prefix=False))
+    row = engine.add(type(request)(**fields, prompt_logprobs=0))
     drain(engine)
     assert (row.recorder.cached_tokens, engine.prefix_counts.queries) == (0, queries)
     assert row.output == alone(plain, prompt)

@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from constraints import Maze
 from engines import drain, start
 from scipy.stats import chisquare
 from torch import Tensor
 
 from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.rounds import verifying
+from layerskip.decoding.rules.guide import Guide
 from layerskip.decoding.sampler import Sampler
 from layerskip.language_model import LanguageModel
 
@@ -23,12 +25,16 @@ def small(make_lm: Callable[..., LanguageModel]) -> LanguageModel:
     return make_lm(vocab=VOCAB, width=16, layers=3, early=1, late=0.8, context=16, sharpness=1.5)
 
 
-def exact_pairs(lm: LanguageModel, config: GenerationConfig) -> Tensor:
+def exact_pairs(lm: LanguageModel, config: GenerationConfig, maze: Maze | None = None) -> Tensor:
     """[V, V], joint probability of tokens 1 and 2 after the prompt (token 0 is the prefill's, and summed over)."""
-    sampler = Sampler([config], [0])
+    sampler = Sampler([config], [0], prompt_lengths=[len(PROMPT)])
 
     def probs(tokens: list[int]) -> Tensor:
-        return sampler.scores(lm.logits(tokens)[None, -1:]).softmax(-1)[0, 0].double()
+        masks = None
+        if maze is not None:
+            guide = Guide(maze.fresh(), frozenset(), VOCAB)
+            masks = [[guide.at(tokens[len(PROMPT) :])]]
+        return sampler.scores(lm.logits(tokens)[None, -1:], [[tokens]], masks).softmax(-1)[0, 0].double()
 
     pairs = torch.zeros(VOCAB, VOCAB, dtype=torch.double)
     first = probs(PROMPT)
@@ -39,19 +45,30 @@ def exact_pairs(lm: LanguageModel, config: GenerationConfig) -> Tensor:
     return pairs
 
 
-def drawn_pairs(lm: LanguageModel, config: GenerationConfig, texts: Sequence[Sequence[int]] = ()) -> Tensor:
+def drawn_pairs(
+    lm: LanguageModel, config: GenerationConfig, maze: Maze | None = None, texts: Sequence[Sequence[int]] = ()
+) -> Tensor:
     """[V, V], how often tokens 1 and 2 of many rows, each with a seed of its own, were which pair.
 
     Args:
         lm: The model.
         config: How to decode.
+        maze: Says what may be drawn.
         texts: Of other requests, which draft.
     """
     outputs: list[list[int]] = []
     for number in range(BATCHES):
+        constraints = None if maze is None else [maze.fresh() for _ in range(ROWS)]
         first_seed = number * ROWS + (10**6 if texts else 0)
         seeds = range(first_seed, first_seed + ROWS)
-        engine = start(lm.decoder, [PROMPT] * ROWS, config, seeds=seeds, shares_suffixes=bool(texts))
+        engine = start(
+            lm.decoder,
+            [PROMPT] * ROWS,
+            config,
+            seeds=seeds,
+            constraints=constraints,
+            shares_suffixes=bool(texts),
+        )
         rows = engine.rows
         for text in texts:
             assert engine._suffixes is not None
@@ -74,12 +91,14 @@ def p_value(counts: Tensor, probs: Tensor) -> float:
     return float(chisquare(pooled[0][keep].numpy(), pooled[1][keep].numpy()).pvalue)
 
 
-def joint_p_value(lm: LanguageModel, options: dict[str, Any], texts: Sequence[Sequence[int]] = ()) -> float:
+def joint_p_value(
+    lm: LanguageModel, options: dict[str, Any], maze: Maze | None = None, texts: Sequence[Sequence[int]] = ()
+) -> float:
     """P-value of the two tokens after the first."""
     config = GenerationConfig(
         max_new_tokens=4, num_speculations=2, exit_layer=1, acceptance="rejection", do_sample=True, **options
     )
-    return p_value(drawn_pairs(lm, config, texts), exact_pairs(lm, config))
+    return p_value(drawn_pairs(lm, config, maze, texts), exact_pairs(lm, config, maze))
 
 
 MODES: list[dict[str, Any]] = [
@@ -89,6 +108,7 @@ MODES: list[dict[str, Any]] = [
     {"generation_strategy": "ngram", "block_verification": True},
     {"generation_strategy": "ngram", "block_verification": False, "top_k": 6},
     {"generation_strategy": "adaptive"},
+    {"frequency_penalty": 1.5, "presence_penalty": 1.0, "logit_bias": {2: 1.5, 7: -2.0}},
 ]
 
 
@@ -97,12 +117,20 @@ def test_tokens_are_distributed_as_the_targets(small: LanguageModel, options: di
     assert joint_p_value(small, options) > 0.01
 
 
+@pytest.mark.parametrize("options", [*MODES[:2], *MODES[3:5]], ids=str)
+def test_tokens_under_a_constraint_are_distributed_as_the_targets(
+    small: LanguageModel, options: dict[str, Any]
+) -> None:
+    """The target's distribution, of which only the allowed tokens are kept; after some tokens, only one is."""
+    assert joint_p_value(small, options, Maze(11, VOCAB, forced=0.3)) > 0.01
+
+
 @pytest.mark.parametrize("block_verification", [False, True])
 def test_texts_of_other_requests_do_not_change_the_distribution(small: LanguageModel, block_verification: bool) -> None:
     """Though what they draft depends on what was drawn first."""
     texts = [[*PROMPT[-5:], first, (first * 5 + 2) % VOCAB, first, 3] for first in range(VOCAB)]
     options = {"generation_strategy": "ngram", "block_verification": block_verification}
-    assert joint_p_value(small, options, texts) > 0.01
+    assert joint_p_value(small, options, texts=texts) > 0.01
 
 
 def test_a_biased_rule_is_noticed(small: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,15 @@ SAMPLED = [
     {"temperature": 0.9, "top_k": 12, "top_p": 0.9, "min_p": 0.02},
     {"do_sample": True, "repetition_penalty": 1.3},
     {"do_sample": True, "no_repeat_ngram_size": 2},
+    {"do_sample": True, "frequency_penalty": 0.7, "presence_penalty": -0.5},
+    {"temperature": 0.8, "logit_bias": {2: 2.5, 7: -4.0}, "logprobs": 2},
+]
+PROCESSORS = [
+    {"repetition_penalty": 1.4},
+    {"no_repeat_ngram_size": 2},
+    {"frequency_penalty": 1.2, "presence_penalty": 0.6},
+    {"logit_bias": {3: 3.0}},
+    {"logprobs": 0},
 ]
 
 
@@ -86,7 +95,7 @@ def test_weights_that_are_not_packed(make_lm: Callable[..., LanguageModel], prom
     assert accepted > 10
 
 
-@pytest.mark.parametrize("processors", [{"repetition_penalty": 1.4}, {"no_repeat_ngram_size": 2}])
+@pytest.mark.parametrize("processors", PROCESSORS, ids=str)
 @pytest.mark.parametrize("exit_layer", [1, 3, 5])
 def test_greedy_with_context_processors(
     lm: LanguageModel, prompts: list[list[int]], processors: dict, exit_layer: int

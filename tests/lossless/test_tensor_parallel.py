@@ -1,12 +1,13 @@
 """Ranks that share a network write the texts of plain decoding by the same ranks, and of one process."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from adapters import write_tiny_adapters
-from rank_work import PLAIN, PROMPTS, RULES, SERVED, TOKENS, write_by_rejection
+from rank_work import PLAIN, PROMPTS, RULES, SERVED, TOKENS, guided_texts, write_by_rejection
 from ranks import run_ranks
 from tiny import write_agreeing, write_tiny
 
@@ -104,6 +105,31 @@ def test_drafts_by_adapters_and_other_weights(
         alone = [r.token_ids for r in lm.generate(PROMPTS, max_new_tokens=TOKENS, **RULES[rules], **PLAIN)]
         for written in by_way.values():
             judge(lm, rules, alone, written)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_constraints_and_log_probabilities(models: dict[str, str], tmp_path: Path, num_ranks: int) -> None:
+    """Masks of each rank's part of the vocabulary; log-probabilities over the whole of it."""
+    ways: dict[str, dict[str, Any]] = {
+        "plain": PLAIN,
+        "layers": {"exit_layer": 2, "num_speculations": 4},
+        "text": {"generation_strategy": "ngram"},
+        "sampled": {"exit_layer": 3, "temperature": 0.9, "top_p": 0.9, "seed": 4},
+        "rejection": {"exit_layer": 2, "temperature": 0.9, "seed": 4, "acceptance": "rejection"},
+    }
+    found = run_ranks(tmp_path, num_ranks, "rank_work:write_guided", model=models["agreeing"], ways=ways)
+    assert all(other == found[0] for other in found[1:])
+    lm = layerskip.load(models["agreeing"], device="cpu", dtype="float32")
+    expected = json.loads(json.dumps(guided_texts(lm, ways)))
+    for way, rows in expected.items():
+        for ours, theirs in zip(found[0][way], rows, strict=True):
+            assert ours["tokens"] == theirs["tokens"], way
+            assert ours["prompt"][0] is theirs["prompt"][0] is None
+            told = ([*each["logprobs"], *each["prompt"][1:]] for each in (ours, theirs))
+            for one, other in zip(*told, strict=True):
+                assert one["logprob"] == pytest.approx(other["logprob"], abs=1e-4)
+                assert [token for token, _ in one["top"]] == [token for token, _ in other["top"]]
+    assert found[0]["plain"][1]["tokens"] == found[0]["layers"][1]["tokens"] == found[0]["text"][1]["tokens"]
 
 
 @pytest.mark.parametrize("kernels", ["native", "torch"])

@@ -20,6 +20,7 @@ LAYERS = [
     {"text", "model"},
     {"checkpoint"},
     {"decoding"},
+    {"structured"},
     {"language_model"},
     {"workers"},
     {"batch", "evaluation", "training", "serving", "export"},

@@ -22,13 +22,13 @@ SIGNATURES = {
 }
 FIELDS = {
     "GenerationConfig": """max_new_tokens generation_strategy exit_layer num_speculations do_sample temperature top_k
-        top_p min_p repetition_penalty no_repeat_ngram_size seed acceptance block_verification stop eos_token_ids
-        ignore_eos""",
-    "GenerationResult": "text token_ids finish_reason stop_reason seed stats",
+        top_p min_p repetition_penalty no_repeat_ngram_size frequency_penalty presence_penalty logit_bias logprobs seed
+        acceptance block_verification stop eos_token_ids ignore_eos""",
+    "GenerationResult": "text token_ids finish_reason stop_reason seed stats logprobs prompt_logprobs",
     "GenerationStats": """tokens prompt_tokens cached_tokens seconds time_to_first_token_s tokens_per_second rounds
         drafted accepted acceptance_rate drafted_by_position accepted_by_position drafted_by accepted_by
         mean_accepted_length layer_calls seconds_drafting seconds_verifying""",
-    "TokenEvent": "index token_id text source",
+    "TokenEvent": "index token_id text source logprobs",
     "DraftEvent": "index token_ids text drafter",
     "FinishEvent": "index text result",
     "LayerSkipConfig": """dropout_max dropout_schedule exit_loss exit_loss_scale exit_weights curriculum rotation

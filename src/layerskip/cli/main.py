@@ -1,7 +1,7 @@
 """The command line's entry: finds the command, runs it, and turns every failure into one line and an exit code.
 
-A command is one line in `COMMANDS` and a module of its name in `layerskip.cli` or `layerskip.cli.measuring`, or for
-subcommands a folder with a module `main`, which has
+A command is one line in `COMMANDS` and a module of its name in `layerskip.cli` or `layerskip.cli.measuring` (with an
+underscore for a hyphen), or for subcommands a folder with a module `main`, which has
 
     def run(argv: Sequence[str]) -> int:
         arguments = parse(NameArguments, "NAME", argv)     # layerskip.cli.flags.arguments; answers --help by itself
@@ -24,8 +24,10 @@ COMMANDS = {
     "generate": "write after a prompt, and show what speculation does",
     "chat": "talk with a model that has a chat template",
     "verify": "prove that self-speculative decoding changes nothing",
+    "serve": "serve a model by OpenAI's API",
     "batch": "write after every prompt of a file",
     "benchmark": "compare strategies on a data set: speed and quality",
+    "bench-serve": "put load on a server, and measure throughput and latency",
     "sweep": "find the fastest exit layer and draft length",
     "eval": "run lm-eval's tasks, at any exit layer",
     "report": "turn finished runs into pages, and compare them",
@@ -35,7 +37,7 @@ COMMANDS = {
     "export": "write a draft model and other forms for other engines",
     "demo": "see the embedded model draft and verify",
 }
-MEASURING = ("verify", "benchmark", "sweep", "eval", "report", "inspect")
+MEASURING = ("verify", "benchmark", "bench-serve", "sweep", "eval", "report", "inspect")
 """Commands whose modules are in `layerskip.cli.measuring`."""
 
 
@@ -43,7 +45,7 @@ def module_of(command: str) -> str:
     """Name of the module that runs a command."""
     if command == "export":  # a folder of subcommands
         return "layerskip.cli.export.main"
-    return f"layerskip.cli.{'measuring.' if command in MEASURING else ''}{command}"
+    return f"layerskip.cli.{'measuring.' if command in MEASURING else ''}{command.replace('-', '_')}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,35 +11,37 @@ from layerskip.decoding.ngrams.index import Match
 from layerskip.decoding.policy import Plan, Policy, RoundResult
 from layerskip.decoding.request import choose_exit_layer, depth_of
 from layerskip.decoding.row import Row
-from layerskip.decoding.sampler import Sampler, looks_back
+from layerskip.decoding.rules.guide import Guide, Masks
+from layerskip.decoding.rules.penalties import adjusts
+from layerskip.decoding.sampler import Sampler
 from layerskip.model.cache import KVCache
 from layerskip.model.decoder import Decoder
 from layerskip.model.drafts import DraftRequest
 
 Needs = Literal["tokens", "contexts", "distributions", "distributions one by one"]
-"""What the rows of a batch need of the network: tokens only; logits, because penalties look at the sequence; or
-distributions, because drafts are accepted by rejection sampling, as a block or one by one."""
+"""What the rows of a batch need of the network: tokens only; logits, for penalties, biases, constraints or
+log-probabilities; or distributions, because drafts are accepted by rejection sampling, as a block or one by one."""
 
 
-def needs_of(config: GenerationConfig) -> Needs:
-    """What a row with these rules needs."""
+def needs_of(config: GenerationConfig, *, constrained: bool = False) -> Needs:
+    """What a row with these rules needs, with or without a constraint."""
     if config.speculates and config.samples and config.acceptance == "rejection":
         return "distributions" if config.block_verification else "distributions one by one"
-    return "contexts" if looks_back(config) else "tokens"
+    return "contexts" if constrained or adjusts(config) or config.logprobs is not None else "tokens"
 
 
-def batch_key(config: GenerationConfig, decoder: Decoder) -> Hashable:
+def batch_key(config: GenerationConfig, decoder: Decoder, *, constrained: bool = False) -> Hashable:
     """What rows must have in common to be decoded together: what they need, and the options of their strategy."""
-    strategy = config.strategy
+    strategy, needs = config.strategy, needs_of(config, constrained=constrained)
     match strategy:
         case "autoregressive" | "early_exit":
-            return needs_of(config), "plain", depth_of(config, decoder)
+            return needs, "plain", depth_of(config, decoder)
         case "self_speculative":
-            return needs_of(config), strategy, choose_exit_layer(config, decoder), config.draft_length
+            return needs, strategy, choose_exit_layer(config, decoder), config.draft_length
         case "ngram":
-            return needs_of(config), strategy, config.draft_length
+            return needs, strategy, config.draft_length
         case _:
-            return needs_of(config), strategy, config.exit_layer, config.num_speculations
+            return needs, strategy, config.exit_layer, config.num_speculations
 
 
 class Batch:
@@ -83,7 +85,7 @@ class Batch:
         if self._placed == self.rows:
             return
         self._placed = list(self.rows)
-        for name in ("seeds", "samples", "sampler", "step_request"):
+        for name in ("seeds", "samples", "sampler", "step_request", "guides"):
             self.__dict__.pop(name, None)
         self.end_rest()
 
@@ -117,7 +119,18 @@ class Batch:
     @cached_property
     def sampler(self) -> Sampler:
         """The rows' distributions, and draws from them."""
-        return Sampler([row.request.config for row in self.rows], self.seeds, self.decoder.vocabulary)
+        return self._make_sampler(self.rows)
+
+    @cached_property
+    def guides(self) -> list[Guide | None] | None:
+        """The constraint of each row; None where no row has one."""
+        guides = [row.guide for row in self.rows]
+        return guides if any(guide is not None for guide in guides) else None
+
+    @property
+    def forces(self) -> bool:
+        """Whether a constraint leaves some row no choice of its next token."""
+        return any(guide is not None and guide.at().forced is not None for guide in self.guides or ())
 
     @cached_property
     def step_request(self) -> DraftRequest:
@@ -128,9 +141,16 @@ class Batch:
         """The sampler of some of the rows."""
         if len(places) == self.num_rows:
             return self.sampler
-        requests = [self.rows[place].request for place in places]
-        seeds = [request.seed for request in requests]
-        return Sampler([request.config for request in requests], seeds, self.decoder.vocabulary)
+        return self._make_sampler([self.rows[place] for place in places])
+
+    def _make_sampler(self, rows: Sequence[Row]) -> Sampler:
+        requests = [row.request for row in rows]
+        return Sampler(
+            [request.config for request in requests],
+            [request.seed for request in requests],
+            self.decoder.vocabulary,
+            [len(request.tokens) for request in requests],
+        )
 
     @property
     def by_distribution(self) -> bool:
@@ -153,6 +173,15 @@ class Batch:
     def draft_lengths(self, num_speculations: int) -> list[int]:
         """Drafts that each row can use: no more than it may still generate, less the token that verification adds."""
         return [min(num_speculations, row.remaining - 1) for row in self.rows]
+
+    def masks(self, drafts: Sequence[Sequence[int]] | None = None) -> Masks | None:
+        """What may follow each row's tokens and 0, 1, ... of its drafts; None if everything may."""
+        if self.guides is None:
+            return None
+        drafts = [()] * self.num_rows if drafts is None else drafts
+        return [
+            guide.along(draft) if guide is not None else () for guide, draft in zip(self.guides, drafts, strict=True)
+        ]
 
     def contexts(self, drafts: Sequence[Sequence[int]] | None = None) -> list[list[list[int]]] | None:
         """Tokens before each position that follows a row's tokens and 0, 1, ... of its drafts; None if not needed."""

@@ -1,6 +1,6 @@
 """How to decode: one frozen dataclass, checked once, shared by the Python API and the command line."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -15,6 +15,12 @@ MIN_TEMPERATURE = 1e-6
 """Below it, sampling is greedy: logits divided by less could overflow."""
 MAX_PENALTY = 1e6
 """Largest repetition penalty, and one over the smallest: logits multiplied by more could overflow."""
+MOST_COUNT_PENALTY = 2.0
+"""Largest frequency and presence penalty, as OpenAI has it; the smallest is its negative."""
+MOST_BIAS = 100.0
+"""Largest bias of a token, as OpenAI has it; the smallest is its negative."""
+MOST_LOGPROBS = 20
+"""Most likeliest tokens at each position whose log-probabilities are told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +53,15 @@ class GenerationConfig:
     """Above 1, tokens that occurred already become less likely."""
     no_repeat_ngram_size: int = 0
     """No run of this many tokens occurs twice; 0 is off."""
+    frequency_penalty: float = 0.0
+    """From -2 to 2: is taken from a token's logit once for each time it was generated; the prompt doesn't count."""
+    presence_penalty: float = 0.0
+    """From -2 to 2: is taken from the logit of every token that was generated before; the prompt doesn't count."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Pairs of a token id and a number from -100 to 100 that is added to its logit; a mapping will do."""
+    logprobs: int | None = None
+    """Tell the log-probability of each token, and of this many likeliest ones in its place (0 to 20). They are those of
+    the model itself, before temperature, penalties and biases."""
     seed: int | None = None
     """Seed of sampling, used for every prompt alike; a new one for each call if not given."""
     acceptance: Acceptance = "coupled"
@@ -67,6 +82,7 @@ class GenerationConfig:
             InvalidArgumentError: Naming the field, its value and what is allowed.
         """
         object.__setattr__(self, "stop", _strings("stop", self.stop))
+        object.__setattr__(self, "logit_bias", _biases("logit_bias", self.logit_bias))
         if self.eos_token_ids is not None:
             object.__setattr__(self, "eos_token_ids", _token_ids("eos_token_ids", self.eos_token_ids))
         if self.generation_strategy is not None:
@@ -74,7 +90,8 @@ class GenerationConfig:
         _choice("acceptance", self.acceptance, get_args(Acceptance))
         for name, least in (("max_new_tokens", 1), ("top_k", 0), ("no_repeat_ngram_size", 0)):
             self._set(name, whole_number(name, getattr(self, name), least=least))
-        for name, least, most in (("num_speculations", 1, None), ("exit_layer", 1, None), ("seed", 0, 2**63 - 1)):
+        ranges = (("num_speculations", 1, None), ("exit_layer", 1, None), ("seed", 0, 2**63 - 1))
+        for name, least, most in (*ranges, ("logprobs", 0, MOST_LOGPROBS)):
             if getattr(self, name) is not None:
                 self._set(name, whole_number(name, getattr(self, name), least=least, most=most))
         least_penalty = 1 / MAX_PENALTY
@@ -87,6 +104,8 @@ class GenerationConfig:
                 f"from {least_penalty} to {MAX_PENALTY}",
                 lambda x: least_penalty <= x <= MAX_PENALTY,
             ),
+            ("frequency_penalty", "from -2 to 2", lambda x: abs(x) <= MOST_COUNT_PENALTY),
+            ("presence_penalty", "from -2 to 2", lambda x: abs(x) <= MOST_COUNT_PENALTY),
         )
         for name, allowed, check in reals:
             if name == "temperature" and self.temperature is None:
@@ -174,3 +193,19 @@ def _token_ids(name: str, value: object) -> tuple[int, ...]:
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
         raise InvalidArgumentError(f"{name} must be token ids, got {value!r}")
     return tuple(int(i) for i in ids)
+
+
+def _biases(name: str, value: object) -> tuple[tuple[int, float], ...]:
+    """Pairs by token id; a token that is named twice is refused, since nobody can know what was meant."""
+    pairs = list(value.items()) if isinstance(value, Mapping) else value
+    if not isinstance(pairs, Sequence) or not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in pairs):
+        raise InvalidArgumentError(f"{name} must map token ids to numbers from -100 to 100, got {value!r}")
+    biases: dict[int, float] = {}
+    for token, bias in pairs:
+        token_id = whole_number(f"{name}: a token id", token, least=0)
+        if token_id in biases:
+            raise InvalidArgumentError(f"{name} names the token {token_id} twice; give one bias for each token")
+        biases[token_id] = finite_number(
+            f"{name}: the bias of token {token_id}", bias, "from -100 to 100", lambda x: abs(x) <= MOST_BIAS
+        )
+    return tuple(sorted(biases.items()))

@@ -1,6 +1,7 @@
 """The engine: requests join, every step gives tokens, rows leave. It knows tokens only; text is `output`'s."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from layerskip.decoding.adaptive.experience import Experience
@@ -15,6 +16,8 @@ from layerskip.decoding.rounds.pacing import ReadingPace, choose_prompts
 from layerskip.decoding.rounds.plain import PREFILL_CHUNK, read_chunk, step
 from layerskip.decoding.rounds.verifying import run_round
 from layerskip.decoding.row import FinishReason, Row
+from layerskip.decoding.rules.guide import Guide
+from layerskip.decoding.rules.logprobs import TokenLogprobs
 from layerskip.errors import InvalidArgumentError
 from layerskip.model.decoder import Decoder
 from layerskip.model.finite import NO_TOKEN, not_finite
@@ -30,7 +33,11 @@ class Event:
     drafts: tuple[int, ...] = ()
     """The drafts that were verified."""
     drafter: DrafterName | None = None
-    """What drafted them."""
+    """What drafted them; `grammar` where a constraint alone did."""
+    exit_layer: int = 0
+    """The exit at which layers drafted; 0 where none did."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of the tokens, if the request asks for them."""
 
 
 def make_policy(config: GenerationConfig, decoder: Decoder, experience: Experience) -> Policy | None:
@@ -121,6 +128,12 @@ class Engine:
         return self._slots.cache.capacity
 
     @property
+    def cache_usage(self) -> float:
+        """Share of the cache that running rows have in use, 0..1."""
+        cache = self._slots.cache
+        return sum(len(row.tokens) for row in self._homes) / (cache.num_rows * cache.capacity)
+
+    @property
     def prefix_counts(self) -> PrefixCounts:
         """What `prefix_blocks` have been good for so far; nothing without them."""
         return PrefixCounts() if self._slots.blocks is None else self._slots.blocks.counts
@@ -128,6 +141,11 @@ class Engine:
     def policy_of(self, row: Row) -> Policy | None:
         """What plans the rounds of a row that hasn't ended."""
         return self._homes[row].policy
+
+    def take_memory(self) -> None:
+        """Make the system give all memory of cache and blocks now, not when it is first written to."""
+        with self.decoder.own_threads():
+            self._slots.take_memory()
 
     def reserve(self, max_rows: int, capacity: int) -> None:
         """Make room for so many rows of so many tokens, at least.
@@ -151,8 +169,8 @@ class Engine:
                 f"a request of {len(request.tokens)} + {request.max_new_tokens} tokens doesn't fit a row of "
                 f"{self.capacity}; shorten it, or reserve more capacity"
             )
-        row = Row(request=request, tokens=list(request.tokens), suffixes=self._suffixes)
-        home = self._home(request.config)
+        row = Row(request=request, tokens=list(request.tokens), guide=self._guide(request), suffixes=self._suffixes)
+        home = self._home(request)
         reading = next((batch for batch in self._reading if batch.depth == home.depth), None)
         if reading is None:
             reading = Batch(self.decoder, "reading", "tokens", home.depth, None)
@@ -209,16 +227,23 @@ class Engine:
                 self._drop([row])
                 self._settle()
 
-    def _home(self, config: GenerationConfig) -> Batch:
-        """The batch for rows with this config."""
-        key = batch_key(config, self.decoder)
+    def _guide(self, request: Request) -> Guide | None:
+        if request.constraint is None:
+            return None
+        return Guide(request.constraint, request.eos_token_ids, self.decoder.config.vocab_size)
+
+    def _home(self, request: Request) -> Batch:
+        """The batch for the rows of such requests."""
+        config, constrained = request.config, request.constraint is not None
+        key = batch_key(config, self.decoder, constrained=constrained)
         for batch in [*self._running, *self._homes.values()]:
             if batch.key == key:
                 return batch
         policy = make_policy(config, self.decoder, self._experience)
         if policy is not None and self._policy is not None:
             policy = self._policy
-        return Batch(self.decoder, key, needs_of(config), depth_of(config, self.decoder), policy)
+        needs = needs_of(config, constrained=constrained)
+        return Batch(self.decoder, key, needs, depth_of(config, self.decoder), policy)
 
     def _start_new(self) -> None:
         """Measure what the policies of new batches need; then the time of the new rows begins."""
@@ -272,11 +297,10 @@ class Engine:
         for row in batch.rows[places.start : places.stop]:
             row.recorder.layer_calls += calls
         events = []
-        for row, token in zip(rows, first.values(), strict=True):
-            self._check([token])
-            kept = row.append((token,))
+        for row, given in zip(rows, first.values(), strict=True):
+            kept = self._gain(row, (given.token,), given.logprobs)
             row.recorder.record_tokens()
-            events.append(Event(row=row, tokens=kept))
+            events.append(Event(row=row, tokens=kept, logprobs=given.logprobs[: len(kept)]))
         for row in rows:
             home = self._homes[row]
             if not any(home is other for other in self._running):
@@ -292,7 +316,7 @@ class Engine:
         """One round of a batch, as its policy plans it."""
         decoder, policy, started = self.decoder, batch.policy, time.perf_counter()
         calls, provisional = decoder.calls.count, decoder.provisional_rounds
-        drafter: DrafterName | None = None
+        drafter, exit_layer = None, 0
         if policy is None:
             result = step(batch)
         else:
@@ -301,40 +325,49 @@ class Engine:
                 result = self._rest(batch, plan)
             else:
                 result = run_round(batch, plan)
+                forced = any(map(any, result.certain))
                 if not isinstance(policy, FixedPolicy):  # nobody else asks, and processes would have to agree on it
                     result.seconds = decoder.stopwatch.since(started)
-                result.settled = decoder.provisional_rounds == provisional
-                policy.observe(plan, result)
-            drafter = plan.drafter(decoder.config.adapted_exits)
+                result.settled = decoder.provisional_rounds == provisional and not forced
+                if not forced or plan.source != "none" or plan.probe:  # else it isn't the plain step that was planned
+                    policy.observe(plan, result)
+            drafter, exit_layer = plan.drafter(decoder.config.adapted_exits), plan.exit_layer
             if plan.source != "none" or plan.probe:
                 for row in batch.rows:
                     row.recorder.seconds_drafting += result.seconds_drafting
                     row.recorder.seconds_verifying += result.seconds_verifying
-        return self._extend(batch, result, decoder.calls.count - calls, drafter)
+        return self._extend(batch, result, decoder.calls.count - calls, drafter, exit_layer)
 
     def _rest(self, batch: Batch, plan: Plan) -> RoundResult:
         """The next of several steps without drafts that were planned at once."""
         started, provisional = time.perf_counter(), self.decoder.provisional_rounds
-        result = step(batch)
+        forced = batch.forces
+        result = run_round(batch, Plan(source="none")) if forced else step(batch)
         batch.resting, batch.num_steps = plan, batch.num_steps + 1
-        if self.decoder.provisional_rounds == provisional:
+        if self.decoder.provisional_rounds == provisional and not forced:
             batch.step_seconds.append(self.decoder.stopwatch.since(started))
         if batch.num_steps == plan.steps:
             batch.end_rest()
         return result
 
-    def _extend(self, batch: Batch, result: RoundResult, calls: int, drafter: DrafterName | None = None) -> list[Event]:
+    def _extend(
+        self, batch: Batch, result: RoundResult, calls: int, drafter: DrafterName | None, exit_layer: int
+    ) -> list[Event]:
         """Extend the rows by a round's tokens, and let those go that have ended."""
         events = []
         for place, row in enumerate(batch.rows):
-            tokens, drafts = result.gained(place), result.drafts[place]
-            self._check(tokens)
-            kept = row.append(tokens)
+            drafts, certain = result.drafts[place], result.certain[place] if result.certain else ()
+            logprobs = result.logprobs[place] if result.logprobs else ()
+            kept = self._gain(row, result.gained(place), logprobs)
             num_accepted = min(result.num_accepted[place], len(kept))
             row.recorder.layer_calls += calls
             row.recorder.record_tokens()
-            row.recorder.record_round(len(drafts), num_accepted, drafter)
-            events.append(Event(row=row, tokens=kept, num_accepted=num_accepted, drafts=drafts, drafter=drafter))
+            row.recorder.record_round(len(drafts), num_accepted, drafter, certain)
+            event = Event(row=row, tokens=kept, num_accepted=num_accepted, drafts=drafts, drafter=drafter)
+            event.drafter = "grammar" if drafter is None and drafts else drafter
+            event.exit_layer = exit_layer if drafts else 0
+            event.logprobs = logprobs[: len(kept)]
+            events.append(event)
             length = batch.cache.lengths[place]
             if length >= len(row.tokens):  # the row was cut short: what lies beyond its end is forgotten
                 batch.cache.rollback(place, len(row.tokens) - 1)
@@ -344,9 +377,18 @@ class Engine:
             self._settle()
         return events
 
-    def _check(self, tokens: tuple[int, ...] | list[int]) -> None:
-        if NO_TOKEN in tokens:
+    def _gain(self, row: Row, tokens: tuple[int, ...], logprobs: Sequence[TokenLogprobs]) -> tuple[int, ...]:
+        """Extend a row; a constraint that leaves no token ends it, and nothing else does without one."""
+        if NO_TOKEN not in tokens:
+            kept = row.append(tokens)
+        elif row.guide is None:
             raise not_finite(self.decoder.dtype)
+        else:
+            kept = row.append(tokens[: tokens.index(NO_TOKEN)])
+            if row.finish_reason is None:
+                row.fail("of the tokens that the grammar allows here, none has a finite score")
+        row.logprobs += logprobs[: len(kept)]
+        return kept
 
     def _drop(self, rows: list[Row]) -> None:
         """Take rows out of their batches."""

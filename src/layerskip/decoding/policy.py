@@ -5,12 +5,14 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from layerskip.decoding.ngrams.index import Match
+from layerskip.decoding.rules.logprobs import TokenLogprobs
 from layerskip.model.drafts import StopRule
 
 DraftSource = Literal["none", "layers", "text"]
 """Where drafts come from: nowhere, the first layers, or the sequence itself."""
-DrafterName = Literal["early_exit", "exit_adapter", "ngram"]
-"""What drafted, by its name in statistics and events: norm and head at a bare exit, an exit's adapter, or the text."""
+DrafterName = Literal["early_exit", "exit_adapter", "ngram", "grammar"]
+"""What drafted, by its name in statistics and events: norm and head at a bare exit, an exit's adapter, the text, or a
+constraint that left no choice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +64,25 @@ class RoundResult:
     """Whether the same round would take as long again; not if it wasn't compiled yet, or was compiled meanwhile."""
     step_seconds: Sequence[float] = ()
     """Seconds of each of the plan's `steps` that settled."""
+    certain: Sequence[Sequence[bool]] = ()
+    """For each row and draft, whether a constraint left no other choice; empty if none did anywhere."""
+    logprobs: Sequence[tuple[TokenLogprobs, ...]] = ()
+    """Of the tokens that each row gained, for rows that ask for them; empty if none does."""
 
     def gained(self, row: int) -> tuple[int, ...]:
         """Tokens that a row gained: its accepted drafts, then the target's own token."""
         return (*self.drafts[row][: self.num_accepted[row]], self.tokens[row])
+
+    def tried(self, row: int) -> tuple[int, int]:
+        """Drafts of a row that were accepted, and all.
+
+        Those that were certain say nothing of what drafted, and aren't counted.
+        """
+        accepted, drafts = self.num_accepted[row], len(self.drafts[row])
+        if not self.certain:
+            return accepted, drafts
+        certain = self.certain[row]
+        return accepted - sum(certain[:accepted]), drafts - sum(certain[:drafts])
 
 
 class BatchView(Protocol):

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from layerskip.decoding.config import GenerationConfig
-from layerskip.errors import PromptError, PromptTooLongError
+from layerskip.checks import whole_number
+from layerskip.decoding.config import MOST_LOGPROBS, GenerationConfig
+from layerskip.decoding.rules.constraint import Constraint
+from layerskip.errors import InvalidArgumentError, PromptError, PromptTooLongError
 from layerskip.model.decoder import Decoder
 
 
@@ -21,9 +23,16 @@ class Request:
     """Tokens to generate at most; what `check_prompt` allows."""
     eos_token_ids: frozenset[int] = frozenset()
     """Tokens that end the generation."""
-    reuses_prefix: bool = True
-    """Whether keys and values of earlier requests may stand for the beginning of the prompt; otherwise all of it is
-    read."""
+    constraint: Constraint | None = None
+    """What may be generated at all: one that no other request has used."""
+    prompt_logprobs: int | None = None
+    """Tell the log-probability of each token of the prompt, and of this many likeliest ones in its place. The whole
+    prompt is read for that, whatever the cache holds already."""
+
+    @property
+    def reuses_prefix(self) -> bool:
+        """Whether keys and values of earlier requests may stand for the beginning of the prompt."""
+        return self.prompt_logprobs is None
 
 
 def make_request(
@@ -34,6 +43,8 @@ def make_request(
     seed: int,
     eos_token_ids: Sequence[int] = (),
     index: int = 0,
+    constraint: Constraint | None = None,
+    prompt_logprobs: int | None = None,
 ) -> Request:
     """A checked request.
 
@@ -44,12 +55,18 @@ def make_request(
         seed: Seed of sampling.
         eos_token_ids: Tokens that end the generation, for a config that names none.
         index: The prompt's place among the caller's, for errors.
+        constraint: What may be generated; a fresh one.
+        prompt_logprobs: Likeliest tokens to tell in the place of each token of the prompt, with log-probabilities.
 
     Raises:
         PromptError: The prompt is empty, has ids outside the vocabulary, or leaves no room.
-        InvalidArgumentError: An exit layer that the network doesn't have.
+        InvalidArgumentError: An exit layer that the network doesn't have, a bias of a token outside the vocabulary, or
+            a bad number of log-probabilities.
     """
     check_exit_layer(config, decoder)
+    check_biases(config, decoder)
+    if prompt_logprobs is not None:
+        prompt_logprobs = whole_number("prompt_logprobs", prompt_logprobs, least=0, most=MOST_LOGPROBS)
     ends = eos_token_ids if config.eos_token_ids is None else config.eos_token_ids
     return Request(
         tokens=tuple(tokens),
@@ -57,6 +74,8 @@ def make_request(
         seed=seed,
         max_new_tokens=check_prompt(tokens, config, decoder, index),
         eos_token_ids=frozenset() if config.ignore_eos else frozenset(ends),
+        constraint=constraint,
+        prompt_logprobs=prompt_logprobs,
     )
 
 
@@ -79,6 +98,16 @@ def choose_exit_layer(config: GenerationConfig, decoder: Decoder) -> int:
 def check_exit_layer(config: GenerationConfig, decoder: Decoder) -> None:
     """Raise `InvalidArgumentError` if the network doesn't have the exit that a config names."""
     choose_exit_layer(config, decoder)
+
+
+def check_biases(config: GenerationConfig, decoder: Decoder) -> None:
+    """Raise `InvalidArgumentError` if a config has a bias for a token that the network doesn't have."""
+    most = decoder.config.vocab_size - 1
+    outside = next((token for token, _ in config.logit_bias if token > most), None)
+    if outside is not None:
+        raise InvalidArgumentError(
+            f"logit_bias names the token {outside}, and the vocabulary has the ids 0 to {most}; leave it out"
+        )
 
 
 def depth_of(config: GenerationConfig, decoder: Decoder) -> int:

@@ -6,9 +6,11 @@ from typing import Literal
 from layerskip.decoding.ngrams.index import MAX_MATCH, Match, NgramIndex
 from layerskip.decoding.ngrams.store import SuffixStore
 from layerskip.decoding.request import Request
+from layerskip.decoding.rules.guide import Guide
+from layerskip.decoding.rules.logprobs import TokenLogprobs
 from layerskip.decoding.stats import StatsRecorder
 
-FinishReason = Literal["stop", "length", "interrupted"]
+FinishReason = Literal["stop", "length", "interrupted", "error"]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -20,10 +22,16 @@ class Row:
     """Prompt and output; once the prompt is read, the last token has no keys and values yet."""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
-    """The token or text that ended it, where the reason is `stop`."""
+    """The token or text that ended it, where the reason is `stop`; what went wrong, where it is `error`."""
     round_start: int = 0
     """Length of `tokens` before the last step."""
     recorder: StatsRecorder = field(default_factory=StatsRecorder)
+    guide: Guide | None = None
+    """What may be generated, where the request has a constraint."""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of the output's tokens, where the request asks for them."""
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    """Of the prompt's tokens so far, where the request asks for them; None for the first, which follows nothing."""
     suffixes: SuffixStore | None = None
     """Texts of other requests."""
     _ngrams: NgramIndex | None = None
@@ -74,14 +82,26 @@ class Row:
         stop = next((i for i, token in enumerate(tokens) if token in ends), None)
         kept = tokens if stop is None else tokens[: stop + 1]
         self.round_start = len(self.tokens)
+        if self.guide is not None:
+            kept = kept[: self.guide.take(kept)]
         self.tokens += kept
-        if stop is not None:
+        after = self.guide.at() if self.guide is not None else None
+        if stop is not None and stop < len(kept):
             self.finish_reason, self.stop_reason = "stop", kept[-1]
+        elif after is not None and after.complete:
+            self.finish_reason = "stop"
         elif self.remaining == 0:
             self.finish_reason = "length"
+        elif after is not None and after.error is not None:
+            self.fail(after.error)
         return kept
+
+    def fail(self, why: str) -> None:
+        """End the row, because its constraint can't be kept."""
+        self.finish_reason, self.stop_reason = "error", why
 
     def cut(self, length: int) -> None:
         """Keep the first `length` tokens of the output."""
         self.recorder.cut_round(self.prompt_length + length - self.round_start)
         del self.tokens[self.prompt_length + length :]
+        del self.logprobs[length:]

@@ -1,6 +1,7 @@
 """What a generation cost and what its drafts were worth."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -33,8 +34,8 @@ class GenerationStats:
     accepted_by_position: tuple[int, ...]
     """Drafts accepted as the first, second, ... of a round."""
     drafted_by: dict[str, int]
-    """Drafts proposed by each drafter: `early_exit`, `exit_adapter` or `ngram`; those that proposed none are left
-    out."""
+    """Drafts proposed by each drafter: `early_exit`, `exit_adapter`, `ngram` or `grammar` (tokens that a constraint
+    left no choice of); those that proposed none are left out."""
     accepted_by: dict[str, int]
     """Drafts of each drafter that became part of the text."""
     mean_accepted_length: float
@@ -60,8 +61,8 @@ class StatsRecorder:
     accepted_by: dict[str, int] = field(default_factory=dict)
     last_accepted: int = 0
     """Drafts kept in the last round."""
-    last_drafter: str | None = None
-    """What drafted in the last round."""
+    last_drafters: list[str] = field(default_factory=list)
+    """What proposed each draft of the last round."""
     layer_calls: int = 0
     seconds_drafting: float = 0.0
     seconds_verifying: float = 0.0
@@ -78,13 +79,25 @@ class StatsRecorder:
         if self.first_token_at is None:
             self.first_token_at = self.last_token_at
 
-    def record_round(self, num_drafts: int, num_accepted: int, drafter: str | None = None) -> None:
-        """Count a round that proposed `num_drafts` and kept `num_accepted` of them."""
+    def record_round(
+        self, num_drafts: int, num_accepted: int, drafter: str | None = None, certain: Sequence[bool] = ()
+    ) -> None:
+        """Count a round.
+
+        Args:
+            num_drafts: Drafts that were verified.
+            num_accepted: Those that became part of the text.
+            drafter: What proposed them.
+            certain: For each draft whether a constraint forced it, where some were.
+        """
         self.rounds += 1
-        self.last_accepted, self.last_drafter = num_accepted, drafter
-        if drafter is not None and num_drafts:
-            self.drafted_by[drafter] = self.drafted_by.get(drafter, 0) + num_drafts
-            self.accepted_by[drafter] = self.accepted_by.get(drafter, 0) + num_accepted
+        self.last_accepted, self.last_drafters = num_accepted, []
+        for position in range(num_drafts):
+            name = "grammar" if position < len(certain) and certain[position] else drafter
+            if name is not None:
+                self.last_drafters.append(name)
+                self.drafted_by[name] = self.drafted_by.get(name, 0) + 1
+                self.accepted_by[name] = self.accepted_by.get(name, 0) + (position < num_accepted)
         missing = num_drafts - len(self.drafted_by_position)
         self.drafted_by_position += [0] * missing
         self.accepted_by_position += [0] * missing
@@ -96,8 +109,8 @@ class StatsRecorder:
         """Count only the first `num_tokens` of the last round's drafts as accepted: the text was cut there."""
         for position in range(max(0, num_tokens), self.last_accepted):
             self.accepted_by_position[position] -= 1
-            if self.last_drafter is not None:
-                self.accepted_by[self.last_drafter] -= 1
+            if self.last_drafters:
+                self.accepted_by[self.last_drafters[position]] -= 1
         self.last_accepted = min(self.last_accepted, max(0, num_tokens))
 
     def finish(self, prompt_tokens: int, tokens: int) -> GenerationStats:

@@ -36,7 +36,7 @@ class RunFolder(SampleStore):
 
         Args:
             path: The folder; made if it doesn't exist.
-            kind: `benchmark`, `sweep`, `eval` or `verify`.
+            kind: `benchmark`, `sweep`, `eval`, `verify` or `bench-serve`.
             configuration: All that the results depend on; JSON.
 
         Raises:

@@ -44,8 +44,8 @@ class KVCache:
         """
         if num_rows < 1 or capacity < 1:
             raise InvalidArgumentError(f"a cache needs at least 1 row and 1 token, got {num_rows} and {capacity}")
-        shape = (config.num_cached_layers, num_rows, capacity + 1, config.num_key_value_heads, config.head_dim)
-        needed = 2 * torch.Size(shape).numel() * dtype.itemsize
+        shape = _shape(config, num_rows, capacity)
+        needed = cache_bytes(config, num_rows, capacity, dtype)
         free = free_memory(device)
         if free is not None and needed > free:
             raise OutOfMemoryError(_memory_message(num_rows, capacity, needed, free))
@@ -143,6 +143,15 @@ class KVCache:
             self.keys[:, row, :length] = other.keys[:, row, :length]
             self.values[:, row, :length] = other.values[:, row, :length]
             self._lengths[self._first + row] = length
+
+
+def cache_bytes(config: ModelConfig, num_rows: int, capacity: int, dtype: torch.dtype) -> int:
+    """Bytes of a cache's keys and values."""
+    return 2 * torch.Size(_shape(config, num_rows, capacity)).numel() * dtype.itemsize
+
+
+def _shape(config: ModelConfig, num_rows: int, capacity: int) -> tuple[int, ...]:
+    return config.num_cached_layers, num_rows, capacity + 1, config.num_key_value_heads, config.head_dim
 
 
 def _memory_message(num_rows: int, capacity: int, needed: int, free: int | None) -> str:

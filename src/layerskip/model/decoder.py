@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerskip.model.blocks import BlockWeight
-from layerskip.model.cache import KVCache
+from layerskip.model.cache import KVCache, cache_bytes
 from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.drafts import DraftRequest, Drafts, RoundTokens
 from layerskip.model.draw import Draw
@@ -217,6 +217,10 @@ class Decoder:
         """A cache of `num_rows` rows of at least `capacity` tokens for this network."""
         return KVCache(self._cache_config, num_rows=num_rows, capacity=capacity, dtype=self.dtype, device=self.device)
 
+    def cache_bytes(self, num_rows: int, capacity: int) -> int:
+        """Bytes of such a cache."""
+        return cache_bytes(self._cache_config, num_rows, capacity, self.dtype)
+
     def place(self, cache: KVCache, first: Sequence[int], num_queries: int) -> Positions:
         """Positions for Q consecutive tokens in each row, row b starting at `first[b]`."""
         return Positions(self._own, self._ropes, cache, first, num_queries, self.dtype)
@@ -306,6 +310,10 @@ class Decoder:
     def own_logits(self, hidden: Tensor, exit_layer: int | None = None) -> Tensor:
         """As `unembed`, of the tokens that this process has: [B, Q, W], those of `vocabulary`."""
         return self.unembed(hidden, exit_layer)
+
+    def whole_logits(self, own: Tensor) -> Tensor:
+        """What `own_logits` gave, with the logits of all processes: [B, Q, W] -> [B, Q, V]."""
+        return own
 
     def checked_logits(self, hidden: Tensor, exit_layer: int | None = None) -> Tensor:
         """As `unembed`; waits for the device.

@@ -52,10 +52,10 @@ class StopMatcher:
             self._held = ""
             place, stop = min(places)
             return shown[:place], stop
-        held = max((_overlap(shown, stop) for stop in self._stops), default=0)
+        held = max((overlap(shown, stop) for stop in self._stops), default=0)
         if self._marked:
             held = _length_with(text, held, self._unmark)
-            held = max(held, *(_overlap(text, spelling) for spelling, _ in self._marked))
+            held = max(held, *(overlap(text, spelling) for spelling, _ in self._marked))
         self._held = text[len(text) - held :]
         return self._visible(text[: len(text) - held]), None
 
@@ -92,6 +92,6 @@ def _length_with(text: str, number: int, unmark: Mapping[int, Any]) -> int:
     return length
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that is a beginning of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)

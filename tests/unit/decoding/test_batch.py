@@ -88,6 +88,10 @@ REJECTION: dict[str, Any] = {"do_sample": True, "acceptance": "rejection"}
         ({"do_sample": True, "top_k": 4}, "tokens"),
         ({"repetition_penalty": 1.1}, "contexts"),
         ({"no_repeat_ngram_size": 3}, "contexts"),
+        ({"frequency_penalty": 0.1}, "contexts"),
+        ({"presence_penalty": -0.1}, "contexts"),
+        ({"logit_bias": {1: 1.0}}, "contexts"),
+        ({"logprobs": 0}, "contexts"),
         (REJECTION, "distributions"),
         ({**REJECTION, "block_verification": False}, "distributions one by one"),
         ({**REJECTION, "repetition_penalty": 1.1}, "distributions"),
@@ -97,6 +101,8 @@ REJECTION: dict[str, Any] = {"do_sample": True, "acceptance": "rejection"}
 )
 def test_what_rows_need(options: dict[str, Any], needs: str) -> None:
     assert needs_of(GenerationConfig(**options)) == needs
+    constrained = "contexts" if needs == "tokens" else needs  # a mask goes over logits
+    assert needs_of(GenerationConfig(**options), constrained=True) == constrained
 
 
 @pytest.fixture
@@ -117,6 +123,7 @@ PLAIN: dict[str, Any] = {"generation_strategy": "autoregressive"}
         (PLAIN, {"generation_strategy": "early_exit", "exit_layer": 5}),  # all of five layers
         ({"repetition_penalty": 1.2}, {"no_repeat_ngram_size": 2}),
         (REJECTION, {**REJECTION, "top_p": 0.5}),
+        ({"logprobs": 3}, {"logit_bias": {1: 1.0}, "frequency_penalty": 1.0}),
     ],
 )
 def test_rows_that_share_rounds(decoder: Decoder, one: dict[str, Any], other: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from layerskip.errors import InvalidArgumentError, LayerSkipError
 
 WHOLE = ["max_new_tokens", "num_speculations", "top_k", "no_repeat_ngram_size", "exit_layer", "seed"]
 REAL = ["temperature", "top_p", "min_p", "repetition_penalty"]
+COUNTED = ["frequency_penalty", "presence_penalty"]
 
 BAD: list[tuple[str, Any]] = [
     *((name, value) for name in WHOLE for value in (-1, 1.0, True, "3", math.nan)),
@@ -19,6 +20,9 @@ BAD: list[tuple[str, Any]] = [
     *((name, None) for name in ("max_new_tokens", "top_k")),
     *((name, value) for name in REAL for value in (math.nan, math.inf, -math.inf, -0.1, "1", True, 1j, 10**400)),
     *((name, None) for name in REAL[1:]),
+    *((name, value) for name in COUNTED for value in (math.nan, math.inf, -2.1, 2.01, "1", True, 1j, None)),
+    *(("logprobs", value) for value in (-1, 21, 1.0, True, "3")),
+    *(("logit_bias", value) for value in (5, None, "ab", (5,), ((1, 2, 3),))),
     ("seed", 2**63),
     ("top_p", 0.0),
     ("top_p", 1.01),
@@ -67,6 +71,12 @@ def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
         ("top_p", 1),
         ("min_p", 1.0),
         ("repetition_penalty", 0.5),
+        ("frequency_penalty", -2),
+        ("presence_penalty", 2),
+        ("logprobs", 0),
+        ("logprobs", 20),
+        ("logit_bias", ()),
+        ("logit_bias", ((0, -100.0), (7, 100.0))),
         ("eos_token_ids", (0,)),
         ("eos_token_ids", ()),
         ("do_sample", None),
@@ -74,6 +84,31 @@ def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
 )
 def test_values_at_the_limits_are_allowed(name: str, value: Any) -> None:
     assert getattr(GenerationConfig(**{name: value}), name) == value
+
+
+def test_biases_become_pairs_by_token() -> None:
+    assert GenerationConfig(logit_bias={9: 1, 2: -3.5}).logit_bias == ((2, -3.5), (9, 1.0))
+    assert GenerationConfig(logit_bias=[[9, 1], [2, -3.5]]).logit_bias == ((2, -3.5), (9, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("biases", "words"),
+    [
+        ({-1: 1.0}, ["token id", "-1"]),
+        ({1.5: 1.0}, ["token id", "1.5"]),
+        ({"7": 1.0}, ["token id", "'7'"]),
+        ({7: 100.5}, ["token 7", "from -100 to 100", "100.5"]),
+        ({7: math.nan}, ["token 7", "nan"]),
+        ({7: "x"}, ["token 7", "'x'"]),
+        ([(7, 1.0), (7, 2.0)], ["token 7 twice"]),
+    ],
+    ids=str,
+)
+def test_a_bad_bias_is_refused(biases: Any, words: list[str]) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        GenerationConfig(logit_bias=biases)
+    assert str(caught.value).startswith("logit_bias")
+    assert all(word in str(caught.value) for word in words)
 
 
 def test_single_values_become_tuples() -> None:

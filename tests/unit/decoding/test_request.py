@@ -52,6 +52,19 @@ def test_an_exit_beyond_the_network_is_refused(text_lm: LanguageModel, strategy:
             call()
 
 
+def test_biases_of_tokens_that_there_are_not_are_refused(text_lm: LanguageModel) -> None:
+    most = text_lm.config.vocab_size - 1
+    assert request(text_lm, [2], logit_bias={most: 1.0}).config.logit_bias == ((most, 1.0),)
+    with pytest.raises(InvalidArgumentError, match=f"token {most + 1}, and the vocabulary has the ids 0 to {most}"):
+        request(text_lm, [2], logit_bias={3: 1.0, most + 1: 1.0})
+
+
+@pytest.mark.parametrize("number", [-1, 21, True, 1.5, "1"])
+def test_log_probabilities_of_prompts_are_checked(text_lm: LanguageModel, number: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="prompt_logprobs must be"):
+        make_request(text_lm.decoder, [2], GenerationConfig(), seed=0, prompt_logprobs=number)
+
+
 def test_prompts_are_checked(text_lm: LanguageModel) -> None:
     vocab, context = text_lm.config.vocab_size, text_lm.decoder.max_context
     with pytest.raises(PromptError, match="prompt 1 is empty"):

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.sampler import Sampler, penalize
+from layerskip.decoding.rules.penalties import adjust, penalize
+from layerskip.decoding.sampler import Sampler
 from layerskip.model.native import sampling as native_sampling
 from layerskip.model.noise import Purpose
 
@@ -86,6 +87,50 @@ def test_penalties_equal_transformers(context: list[int], penalty: float, size: 
         expected = transformers.NoRepeatNGramLogitsProcessor(size)(ids, expected)
     penalize(logits[0], context, penalty, size)
     assert torch.equal(logits, expected)
+
+
+def test_counts_are_those_of_generated_tokens() -> None:
+    """score - count x frequency - (count > 0) x presence, by OpenAI's definition; biases come first."""
+    config = GenerationConfig(
+        do_sample=False, frequency_penalty=0.5, presence_penalty=-0.25, logit_bias={1: 3.0, 4: -2.0}
+    )
+    prompt, generated = [1, 1, 2], [4, 2, 4, 4]
+    sampler = Sampler([config], [0], prompt_lengths=[len(prompt)])
+    logits = torch.arange(6, dtype=torch.float32).view(1, 1, 6)
+    scores = sampler.scores(logits, [[prompt + generated]])
+    assert scores[0, 0].tolist() == [0.0, 1 + 3.0, 2 - 0.5 + 0.25, 3.0, 4 - 2.0 - 3 * 0.5 + 0.25, 5.0]
+    assert logits[0, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert sampler.scores(logits, [[prompt]])[0, 0].tolist() == [0.0, 4.0, 2.0, 3.0, 2.0, 5.0]
+
+
+def test_biases_alone_need_no_context() -> None:
+    sampler = Sampler([GenerationConfig(logit_bias={1: 2.0}), GenerationConfig()], [0, 0])
+    assert sampler.adjusts
+    assert not sampler.needs_context
+    scores = sampler.scores(torch.zeros(2, 2, 3))
+    assert scores.tolist() == [[[0, 2, 0]] * 2, [[0, 0, 0]] * 2]
+
+
+@given(
+    st.lists(st.integers(0, 9), max_size=12),
+    st.integers(0, 12),
+    st.floats(-2, 2),
+    st.floats(-2, 2),
+    st.dictionaries(st.integers(0, 9), st.floats(-100, 100), max_size=4),
+    st.integers(1, 9),
+)
+def test_a_part_of_the_vocabulary_gets_its_part_of_the_rules(
+    context: list[int], prompt: int, frequency: float, presence: float, bias: dict[int, float], cut: int
+) -> None:
+    config = GenerationConfig(
+        frequency_penalty=frequency, presence_penalty=presence, logit_bias=bias, repetition_penalty=1.2
+    )
+    logits = torch.randn(10, generator=torch.Generator().manual_seed(0))
+    whole, parts = logits.clone(), [logits[:cut].clone(), logits[cut:].clone()]
+    adjust(whole, context, config, prompt_length=prompt)
+    adjust(parts[0], context, config, prompt_length=prompt, first=0)
+    adjust(parts[1], context, config, prompt_length=prompt, first=cut)
+    assert torch.equal(torch.cat(parts), whole)
 
 
 def test_each_position_sees_its_own_context() -> None:

@@ -36,6 +36,17 @@ def test_a_round_that_is_cut_loses_its_last_drafts() -> None:
     assert recorder.drafted_by_position == [2, 2, 2, 2]
 
 
+def test_certain_drafts_are_the_grammars() -> None:
+    recorder = StatsRecorder()
+    recorder.record_round(4, 3, "early_exit", [True, False, True, False])
+    recorder.record_round(2, 2, None, [True, True])
+    stats = recorder.finish(prompt_tokens=1, tokens=8)
+    assert stats.drafted_by == {"grammar": 4, "early_exit": 2}
+    assert stats.accepted_by == {"grammar": 4, "early_exit": 1}
+    recorder.cut_round(1)
+    assert recorder.accepted_by == {"grammar": 3, "early_exit": 1}
+
+
 def test_without_rounds_nothing_is_divided_by_zero() -> None:
     stats = StatsRecorder().finish(prompt_tokens=1, tokens=0)
     assert (stats.acceptance_rate, stats.mean_accepted_length, stats.drafted_by_position) == (0.0, 0.0, ())

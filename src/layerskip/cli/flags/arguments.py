@@ -27,7 +27,7 @@ from textwrap import fill
 from typing import Annotated, Any, TextIO, TypeVar
 
 import tyro
-from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes, UseAppendAction, arg
+from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes, Suppress, UseAppendAction, arg
 
 from layerskip.checkpoint.loading.config import LoadingConfig
 from layerskip.cli.ranks.session import joined
@@ -98,6 +98,8 @@ class DecodingArguments(GenerationConfig):
     """Sample, or take the most likely token. If not given: sample when temperature, top-k, top-p or min-p is set."""
     stop: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="TEXT")] = ()
     """A text that ends the generation; it isn't part of the result."""
+    logit_bias: Suppress[tuple[tuple[int, float], ...]] = ()
+    logprobs: Suppress[int | None] = None
 
 
 def parse(kind: type[Arguments], command: str, argv: Sequence[str], *, default: Arguments | None = None) -> Arguments:

@@ -189,7 +189,7 @@ def open_folder(arguments: EvalArguments, tasks: list[str], exits: list[int]) ->
 
 def print_report(arguments: EvalArguments, report: "EvalReport", note: str | None) -> None:
     """Tables of tasks and of speed by exit."""
-    from layerskip.evaluation.report.eval import SHARED_PASS
+    from layerskip.evaluation.report.kinds.eval import SHARED_PASS
 
     console = make_console(arguments.output)
     metrics = dict.fromkeys(
@@ -222,7 +222,7 @@ def _table(title: str, exits: Sequence[str], rows: Mapping[str, Sequence[str]]) 
     """Figures by exit: across or down, whichever is narrower."""
     from rich.table import Table
 
-    from layerskip.evaluation.report.eval import stand_across
+    from layerskip.evaluation.report.kinds.eval import stand_across
 
     across = stand_across(exits, rows)
     table = Table("" if across else "exit", title=title)

@@ -25,7 +25,7 @@ class ReportArguments:
     """
 
     folders: Annotated[Positional[tuple[Path, ...]], arg(metavar="DIR [DIR ...]")]
-    """Folders that benchmark, sweep, eval or verify wrote."""
+    """Folders that benchmark, sweep, eval, verify or bench-serve wrote."""
     output_file: Annotated[Path | None, arg(name="output", metavar="FILE")] = None
     """Where a comparison goes; report.html if not given."""
     output: OutputArguments = default(default_factory=OutputArguments)

@@ -63,6 +63,10 @@ class SamplingArguments(GenerationConfig):
     do_sample: Suppress[bool | None] = None
     repetition_penalty: Suppress[float] = 1.0
     no_repeat_ngram_size: Suppress[int] = 0
+    frequency_penalty: Suppress[float] = 0.0
+    presence_penalty: Suppress[float] = 0.0
+    logit_bias: Suppress[tuple[tuple[int, float], ...]] = ()
+    logprobs: Suppress[int | None] = None
     acceptance: Suppress[Acceptance] = "coupled"
     block_verification: Suppress[bool] = True
     stop: Suppress[tuple[str, ...]] = ()

@@ -223,9 +223,9 @@ class AdaptivePolicy:
 
     def _observe_drafts(self, plan: Plan, result: RoundResult) -> None:
         if plan.source == "layers":
-            for row, (accepted, drafts) in enumerate(zip(result.num_accepted, result.drafts, strict=True)):
+            for row in range(len(result.drafts)):
                 rates = self.knowledge.rates(samples=self._samples[row]).of_exit(plan.exit_layer)
-                rates.observe(accepted, len(drafts), result.confidences[row] if result.confidences else ())
+                rates.observe(*result.tried(row), result.confidences[row] if result.confidences else ())
         others = {exit_: seen for exit_, seen in result.agreement.items() if exit_ != plan.exit_layer}
         for samples in set(self._samples):
             share = self._samples.count(samples) / len(self._samples)
@@ -234,7 +234,7 @@ class AdaptivePolicy:
         self._stale = self._stale or plan.source == "layers" or bool(others)
 
     def _observe_time(self, plan: Plan, result: RoundResult) -> None:
-        drafted, seconds = max(map(len, result.drafts), default=0), result.seconds
+        drafted, seconds = max((result.tried(row)[1] for row in range(len(result.drafts))), default=0), result.seconds
         if result.agreement:
             self.pace.observe_probe(max(0.0, seconds - self.times.seconds(plan.source, plan.exit_layer, drafted)))
         elif plan.source == "none":

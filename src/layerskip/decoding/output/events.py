@@ -5,6 +5,7 @@ from typing import Literal
 
 from layerskip.decoding.policy import DrafterName
 from layerskip.decoding.row import FinishReason
+from layerskip.decoding.rules.logprobs import TokenLogprobs
 from layerskip.decoding.stats import GenerationStats
 
 Source = Literal["decoded", "accepted", "corrected", "bonus"]
@@ -34,6 +35,8 @@ class TokenEvent:
     text: str
     """Text that is certain with this token; empty while a character is incomplete or a stop string possible."""
     source: Source
+    logprobs: TokenLogprobs | None = None
+    """How likely the token was, if `GenerationConfig.logprobs` is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +48,17 @@ class GenerationResult:
     token_ids: list[int]
     """Up to and including the end-of-sequence token, or the token that completed a stop string."""
     finish_reason: FinishReason
-    """stop: end-of-sequence token or stop string; length: no more tokens allowed; interrupted: by the user."""
+    """stop: end-of-sequence token or stop string, or a grammar is complete; length: no more tokens allowed;
+    interrupted: by the user; error: a constraint can't go on."""
     stop_reason: int | str | None
-    """Which token or string stopped it."""
+    """Which token or string stopped it; after an error, what went wrong."""
     seed: int
     """Seed that was used; with it, the same call generates the same text."""
     stats: GenerationStats
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    """How likely each token was, if `GenerationConfig.logprobs` is given."""
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    """The same of the prompt's tokens, if the request asks for it; None for the first, which follows nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

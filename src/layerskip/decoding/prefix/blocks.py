@@ -86,6 +86,12 @@ class BlockPool:
         self._chains = BlockChains(num_blocks, config.block_tokens, hash_=hash_)
         self._queries = self._hits = 0
 
+    def clear(self) -> None:
+        """Write to all of the memory; nothing may be in it."""
+        assert len(self._chains) == 0
+        self._keys.zero_()
+        self._values.zero_()
+
     @property
     def num_blocks(self) -> int:
         """N."""

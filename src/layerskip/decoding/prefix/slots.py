@@ -70,6 +70,13 @@ class Slots:
         self._users += [None] * (self.cache.num_rows - len(self._users))
         self.settle()
 
+    def take_memory(self) -> None:
+        """Write to all memory of rows and blocks; they must be empty."""
+        self.cache.keys.zero_()
+        self.cache.values.zero_()
+        if self.blocks is not None:
+            self.blocks.clear()
+
     @torch.inference_mode()
     def claim(self, row: Row, batch: Batch) -> int:
         """Give a row that isn't in a batch yet the best idle cache row, and put it at the end of a batch.

@@ -3,19 +3,35 @@
 Shapes: B rows, Q query tokens a row, D width, V vocabulary.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 
 from layerskip.decoding.batch import Batch
 from layerskip.decoding.policy import RoundResult
+from layerskip.decoding.rounds.telling import tell_prompts, tell_tokens
+from layerskip.decoding.rules.logprobs import TokenLogprobs
 from layerskip.model.positions import ValueSource
 
 PREFILL_CHUNK = 1024
 """Tokens of a prompt that are read at once: this bounds the memory of masks and activations."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class FirstToken:
+    """What follows a prompt."""
+
+    token: int
+    logprobs: tuple[TokenLogprobs, ...]
+    """Of the token, if the request asks for it."""
+
+
 @torch.inference_mode()
-def read_chunk(batch: Batch, chunk: int = PREFILL_CHUNK, places: range | None = None) -> dict[int, int]:
+def read_chunk(batch: Batch, chunk: int = PREFILL_CHUNK, places: range | None = None) -> dict[int, FirstToken]:
     """Read the next tokens of the rows' prompts, and choose the first token after prompts that are read to their end.
+
+    Rows that ask for it are told how likely the tokens are that were read.
 
     Rows are padded on the right: what padding writes lies beyond a row's length, is never attended to, and is
     overwritten by the tokens that come.
@@ -37,6 +53,7 @@ def read_chunk(batch: Batch, chunk: int = PREFILL_CHUNK, places: range | None = 
     positions = decoder.place(cache, starts, size)
     hidden = decoder.run_layers(decoder.embed(tokens), positions, cache, 0, batch.depth)
     hidden = decoder.adapt(hidden, positions, cache, batch.depth, ValueSource.NONE)
+    tell_prompts(decoder, rows, starts, hidden, batch.depth)
     for row, part in enumerate(unread):
         cache.commit(row, len(part))
     done = [i for i, row in enumerate(rows) if starts[i] + len(unread[i]) == len(row.tokens)]
@@ -45,30 +62,46 @@ def read_chunk(batch: Batch, chunk: int = PREFILL_CHUNK, places: range | None = 
     last = torch.stack([hidden[row, len(unread[row]) - 1] for row in done]).unsqueeze(1)
     done_places = [places.start + row for row in done]
     sampler = batch.sampler_of(done_places)
-    first = [len(rows[row].tokens) for row in done]
-    if sampler.needs_context:
-        scores = sampler.scores(decoder.own_logits(last, batch.depth), [[rows[row].tokens] for row in done])
-        chosen = sampler.choose(scores, first)
-    else:
-        chosen, _ = decoder.pick(last, sampler.draw, first, exit_layer=batch.depth)
-    return {place: token for place, (token,) in zip(done_places, chosen.tolist(), strict=True)}
+    ready = [rows[row] for row in done]
+    first = [len(row.tokens) for row in ready]
+    guided = any(row.guide is not None for row in ready)
+    if not guided and not sampler.adjusts and all(row.request.config.logprobs is None for row in ready):
+        picked = decoder.pick(last, sampler.draw, first, exit_layer=batch.depth)[0].tolist()
+        return {
+            place: FirstToken(token=token, logprobs=()) for place, (token,) in zip(done_places, picked, strict=True)
+        }
+    logits = decoder.own_logits(last, batch.depth)
+    masks = [[row.guide.at() if row.guide is not None else None] for row in ready] if guided else None
+    scores = sampler.scores(logits, [[row.tokens] for row in ready], masks)
+    gained = sampler.choose(scores, first).tolist()
+    told = tell_tokens(decoder, ready, logits, gained)
+    return {
+        place: FirstToken(token=token, logprobs=logprobs)
+        for place, (token,), logprobs in zip(done_places, gained, told, strict=True)
+    }
 
 
 @torch.inference_mode()
 def step(batch: Batch) -> RoundResult:
     """Generate one token in each row, and commit the token before it."""
     decoder, cache, sampler = batch.decoder, batch.cache, batch.sampler
-    if sampler.needs_context:
+    told: Sequence[tuple[TokenLogprobs, ...]] = ()
+    if batch.needs != "tokens":
         pending = batch.pending()
         positions = decoder.place(cache, cache.lengths, 1)
         hidden = decoder.run_layers(decoder.embed(pending), positions, cache, 0, batch.depth)
         hidden = decoder.adapt(hidden, positions, cache, batch.depth, ValueSource.NONE)
-        scores = sampler.scores(decoder.own_logits(hidden, batch.depth), batch.contexts())
+        logits = decoder.own_logits(hidden, batch.depth)
+        scores = sampler.scores(logits, batch.contexts(), batch.masks())
         chosen = sampler.choose(scores, [len(row.tokens) for row in batch.rows]).tolist()
+        told = tell_tokens(decoder, batch.rows, logits, chosen)
     else:
         chosen = decoder.round(batch.last_tokens, cache, batch.step_request, batch.depth).targets
     for row in range(batch.num_rows):
         cache.commit(row, 1)
     return RoundResult(
-        drafts=[()] * batch.num_rows, num_accepted=[0] * batch.num_rows, tokens=[token for (token,) in chosen]
+        drafts=[()] * batch.num_rows,
+        num_accepted=[0] * batch.num_rows,
+        tokens=[token for (token,) in chosen],
+        logprobs=told,
     )

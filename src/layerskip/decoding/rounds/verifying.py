@@ -9,6 +9,7 @@ Shapes: B rows, K drafts a row, D width, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from layerskip.decoding.batch import Batch
 from layerskip.decoding.policy import Plan, RoundResult
 from layerskip.decoding.rounds.acceptance import accept_block, accept_matching, accept_rejection
 from layerskip.decoding.rounds.drafting import draft_from_layers, draft_from_text
+from layerskip.decoding.rounds.guided import GuidedDrafts, draft_forced, draft_guided, draft_guided_text
+from layerskip.decoding.rounds.telling import tell_tokens
 from layerskip.decoding.sampler import Sampler
 from layerskip.model.drafts import DraftRequest, Drafts
 from layerskip.model.noise import Purpose, make_key, uniforms
@@ -70,15 +73,17 @@ def _through_logits(batch: Batch, plan: Plan) -> RoundResult:
     """A round of rows whose drafts or targets depend on more than tokens, or one that probes exits."""
     decoder, cache, watch = batch.decoder, batch.cache, batch.decoder.stopwatch
     start = watch.mark()
-    drafts, num_drafts = _draft(batch, plan)
+    drafts, num_drafts, certain = _draft(batch, plan)
     middle = watch.mark()
     inputs = torch.cat((batch.pending(), drafts.tokens), 1) if drafts.hidden is None else drafts.hidden
     positions = decoder.place(cache, cache.lengths, inputs.shape[1])
     hidden = decoder.embed(inputs) if drafts.hidden is None else inputs
     first, last = drafts.exit_layer, decoder.num_layers
     hidden, states = decoder.run_exits(hidden, positions, cache, first, last, plan.probe)
-    judge = _Judge(batch, drafts, num_drafts, decoder.own_logits(hidden))
+    logits = decoder.own_logits(hidden)
+    judge = _Judge(batch, drafts, num_drafts, logits, certain)
     result = judge.result()  # the round's only device synchronisation, unless exits are probed
+    told = tell_tokens(decoder, batch.rows, logits, [result.gained(row) for row in range(batch.num_rows)])
     agreement = {
         exit_layer: judge.agreement(decoder.own_logits(state, exit_layer), result.num_accepted)
         for exit_layer, state in {**drafts.exit_states, **states}.items()
@@ -88,13 +93,35 @@ def _through_logits(batch: Batch, plan: Plan) -> RoundResult:
         result,
         confidences=drafts.confidences,
         agreement=agreement,
+        certain=certain,
+        logprobs=told,
         seconds_drafting=watch.between(start, middle),
         seconds_verifying=watch.between(middle, end),
     )
 
 
-def _draft(batch: Batch, plan: Plan) -> tuple[Drafts, list[int]]:
-    """Drafts by a plan, and how many each row can use."""
+def _draft(batch: Batch, plan: Plan) -> tuple[Drafts, list[int], Sequence[Sequence[bool]]]:
+    """Drafts by a plan, how many each row can use, and for each whether it is certain, where rows have constraints."""
+    if batch.guides is not None:
+        guided = _draft_guided(batch, plan)
+        return guided.drafts, guided.num_drafts, guided.certain
+    drafts, num_drafts = _draft_freely(batch, plan)
+    return drafts, num_drafts, ()
+
+
+def _draft_guided(batch: Batch, plan: Plan) -> GuidedDrafts:
+    """Drafts of rows of which some have a constraint."""
+    match plan.source:
+        case "layers":
+            return draft_guided(batch, plan.exit_layer, plan.num_speculations, plan.probe, plan.stop)
+        case "text":
+            return draft_guided_text(batch, batch.matches(), plan.num_speculations)
+        case _:
+            return draft_forced(batch)
+
+
+def _draft_freely(batch: Batch, plan: Plan) -> tuple[Drafts, list[int]]:
+    """Drafts of rows without constraints."""
     match plan.source:
         case "layers":
             usable = batch.draft_lengths(plan.num_speculations)
@@ -109,12 +136,23 @@ def _draft(batch: Batch, plan: Plan) -> tuple[Drafts, list[int]]:
 class _Judge:
     """What the target says of the drafts, and of what other exits would have drafted."""
 
-    def __init__(self, batch: Batch, drafts: Drafts, num_drafts: Sequence[int], logits: Tensor) -> None:
-        self._batch, self._drafts, self._num_drafts = batch, drafts, num_drafts
-        self._contexts = batch.contexts(drafts.tokens.tolist()) if batch.sampler.needs_context else None
+    def __init__(
+        self,
+        batch: Batch,
+        drafts: Drafts,
+        num_drafts: Sequence[int],
+        logits: Tensor,
+        certain: Sequence[Sequence[bool]] = (),
+    ) -> None:
+        self._batch, self._drafts, self._num_drafts, self._certain = batch, drafts, num_drafts, certain
+        self._contexts, self._masks = None, None
+        if batch.sampler.needs_context or batch.guides is not None:
+            tokens = drafts.tokens.tolist()
+            self._contexts = batch.contexts(tokens)
+            self._masks = batch.masks([row[:number] for row, number in zip(tokens, num_drafts, strict=True)])
         self._first = [len(row.tokens) for row in batch.rows]
         self._vocabulary = batch.decoder.vocabulary
-        self._scores = batch.sampler.scores(logits, self._contexts)
+        self._scores = batch.sampler.scores(logits, self._contexts, self._masks)
         self._noise: Tensor | None = None
         self._targets = None if batch.by_distribution else self._choose(self._scores)
 
@@ -145,15 +183,22 @@ class _Judge:
     def agreement(self, logits: Tensor, num_accepted: Sequence[int]) -> tuple[float, int]:
         """Tokens on which an exit agreed with the target, of how many: what follows a rejected draft doesn't count.
 
-        Where distributions are compared, a token counts by the probability that its draft would have been accepted.
+        Nor do tokens that were certain. Where distributions are compared, a token counts by the probability that its
+        draft would have been accepted.
         """
-        scores = self._batch.sampler.scores(logits, self._contexts)
+        scores = self._batch.sampler.scores(logits, self._contexts, self._masks)
         if self._targets is None:
             softmax = self._vocabulary.softmax
-            agrees = self._vocabulary.sum(torch.minimum(softmax(scores), softmax(self._scores)))
+            common = torch.minimum(softmax(scores).nan_to_num(), softmax(self._scores))  # NaN: the exit has no token
+            agrees = self._vocabulary.sum(common)
         else:
             agrees = self._choose(scores) == self._targets
         counted = [row[: number + 1] for row, number in zip(agrees.tolist(), num_accepted, strict=True)]
+        if self._certain:
+            counted = [
+                [agreed for agreed, sure in zip_longest(row, certain[: len(row)], fillvalue=False) if not sure]
+                for row, certain in zip(counted, self._certain, strict=True)
+            ]
         return float(sum(map(sum, counted))), sum(map(len, counted))
 
     def _choose(self, scores: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
     plots.py      plots as SVG; heatmap.py, the heat map of a grid
     numbers.py    numbers as text
     parts.py      sections that all kinds have
-    <kind>.py     the page of each kind; texts.py, texts with marked drafts
+    kinds/        the page of each kind; texts.py, texts with marked drafts
     compare.py    the page of a comparison
 
 Fields that a run lacks are left out or shown as a dash.
@@ -17,12 +17,13 @@ from typing import Any
 
 from layerskip.errors import InvalidArgumentError
 from layerskip.evaluation.left_out import LEFT_OUT
-from layerskip.evaluation.report.benchmark import benchmark_report
 from layerskip.evaluation.report.compare import Run, compare_page
-from layerskip.evaluation.report.eval import eval_report
+from layerskip.evaluation.report.kinds.benchmark import benchmark_report
+from layerskip.evaluation.report.kinds.eval import eval_report
+from layerskip.evaluation.report.kinds.load import load_report
+from layerskip.evaluation.report.kinds.sweep import sweep_report
+from layerskip.evaluation.report.kinds.verify import verify_report
 from layerskip.evaluation.report.page import Report, page
-from layerskip.evaluation.report.sweep import sweep_report
-from layerskip.evaluation.report.verify import verify_report
 from layerskip.evaluation.run_folder import REPORT_FILE, RESULTS_FILE, read_results
 from layerskip.files import write_atomically
 
@@ -31,6 +32,7 @@ KINDS: Mapping[str, Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]]], R
     "sweep": sweep_report,
     "eval": eval_report,
     "verify": verify_report,
+    "bench-serve": load_report,
 }
 """Kinds of runs that have reports, with the functions that make them."""
 LABEL = 40

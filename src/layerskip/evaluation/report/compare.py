@@ -5,14 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from layerskip.evaluation.report import numbers as show
-from layerskip.evaluation.report.benchmark import full_name, has_drafts
-from layerskip.evaluation.report.eval import exits_of, is_error, metric_name, scores_of, speeds_of
+from layerskip.evaluation.report.kinds.benchmark import full_name, has_drafts
+from layerskip.evaluation.report.kinds.eval import exits_of, is_error, metric_name, scores_of, speeds_of
+from layerskip.evaluation.report.kinds.load import TIMES
+from layerskip.evaluation.report.kinds.sweep import grid_of, speed_of
+from layerskip.evaluation.report.kinds.verify import COUNTS
 from layerskip.evaluation.report.numbers import flatten, number
 from layerskip.evaluation.report.page import Content, Html, Report, Row, figure, fold, section, small, table, tag
 from layerskip.evaluation.report.parts import mapping, objects
 from layerskip.evaluation.report.plots import COLOURS, Bar, bars, legend
-from layerskip.evaluation.report.sweep import grid_of, speed_of
-from layerskip.evaluation.report.verify import COUNTS
 
 ROWS_OPEN = 24
 """Rows of a table that isn't folded, at most."""
@@ -112,11 +113,25 @@ def verify_measures(results: Mapping[str, Any]) -> dict[str, Measure]:
     return found
 
 
+def load_measures(results: Mapping[str, Any]) -> dict[str, Measure]:
+    """Throughput, latencies and acceptance."""
+    found: dict[str, Measure] = {}
+    _add(found, "output: tokens/s", results.get("output_tokens_per_second"), is_speed=True)
+    _add(found, "requests/s", results.get("requests_per_second"))
+    for name, title in TIMES.items():
+        for column in ("mean", "p50", "p95", "p99"):
+            _add(found, f"{title}, {column}", mapping(results.get(name)).get(column), shown=show.seconds)
+    rate = mapping(results.get("speculation")).get("draft_acceptance_rate")
+    _add(found, "drafts accepted", rate, shown=show.percent)
+    return found
+
+
 MEASURES: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Measure]]] = {
     "benchmark": benchmark_measures,
     "sweep": sweep_measures,
     "eval": eval_measures,
     "verify": verify_measures,
+    "bench-serve": load_measures,
 }
 """Functions for the figures of each kind of run."""
 

@@ -43,7 +43,9 @@ def reproduction(content: Mapping[str, Any]) -> str:
     words = ["layerskip", kind]
     for path, value in settings(content).items():
         name = path.rpartition(".")[2]
-        if value is not None and value != defaults.get(name, "auto"):
+        if name == "url":  # of bench-serve; it has no flag
+            words.append(str(value))
+        elif value is not None and value != defaults.get(name, "auto"):
             words += _flag(name, value, has_opposite=name in defaults)
     return shlex.join(words)
 

@@ -89,6 +89,10 @@ class ParallelDecoder(Decoder):
             return self._adapters[exit_layer].own_logits(hidden)
         return super().unembed(hidden)
 
+    def whole_logits(self, own: Tensor) -> Tensor:
+        """As `Decoder.whole_logits`."""
+        return self._part.whole(own, self._sizes)
+
     def checked_logits(self, hidden: Tensor, exit_layer: int | None = None) -> Tensor:
         """As `Decoder.checked_logits`."""
         logits = self.unembed(hidden, exit_layer)

@@ -9,7 +9,7 @@ namespace layerskip {
 
 void choose(const ChooseCall& call);
 
-// Returns how many drafts a row were written; -1 where a logit isn't finite.
+// Returns -1 where a logit isn't finite, else 0.
 int32_t draft(const DraftCall& call);
 
 }  // namespace layerskip

@@ -33,23 +33,23 @@ void pack_panels(const PackCall& call, const PackPanel& pack_panel) {
 
 void layerskip_run_layers(const RunLayersCall* call) {
     Lock lock(Team::in_use());
-    run_layers(*call->network, call->hidden, call->rows, call->queries, call->starts, *call->cache, call->start,
+    run_layers(*call->network, call->hidden, {call->starts, call->counts, call->rows}, *call->cache, call->start,
                call->stop);
 }
 
 void layerskip_write_keys(const RunLayersCall* call) {
     Lock lock(Team::in_use());
-    write_keys(*call->network, call->hidden, call->rows, call->queries, call->starts, *call->cache, call->start);
+    write_keys(*call->network, call->hidden, {call->starts, call->counts, call->rows}, *call->cache, call->start);
 }
 
 void layerskip_run_adapter(const AdaptCall* call) {
     Lock lock(Team::in_use());
     const Network& network = *call->network;
-    std::vector<float> projected(static_cast<int64_t>(call->rows) * call->queries * network.hidden_size);
+    const Rows rows{call->starts, call->counts, call->rows};
+    std::vector<float> projected(rows.total() * network.hidden_size);
     if (network.layers[call->layer].values.panels != nullptr)
-        fuse(network, call->layer, call->rows, call->queries, call->sources, *call->cache, projected.data());
-    run_adapter(network, call->layer, call->hidden, call->rows, call->queries, call->starts,
-                {call->sources, projected.data()}, *call->cache);
+        fuse(network, call->layer, rows, call->sources, *call->cache, projected.data());
+    run_adapter(network, call->layer, call->hidden, rows, {call->sources, projected.data()}, *call->cache);
 }
 
 void layerskip_unembed(const Network* network, const float* hidden, int32_t tokens, float* logits) {
@@ -115,7 +115,7 @@ void layerskip_gumbel(const uint64_t* keys, int64_t positions, int64_t token, in
                     [&](int64_t position) { gumbel(keys[position], token, count, out + position * count); });
 }
 
-int32_t layerskip_interface() { return 14; }
+int32_t layerskip_interface() { return 15; }
 
 const char* layerskip_target() { return target(); }
 

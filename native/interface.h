@@ -1,8 +1,8 @@
 // The library's functions: plain C, called by layerskip/model/native/ through ctypes. All memory is the caller's.
 //
 // Calls with many parameters take them in a structure. layerskip/model/native/library.py repeats every structure, and
-// refuses a library whose structures are laid out differently. Shapes as in network.h, and B rows, Q consecutive tokens
-// of each row.
+// refuses a library whose structures are laid out differently. Shapes as in network.h; B rows, each with some
+// consecutive tokens (perhaps none), N tokens in all. What belongs to tokens lies row after row, without gaps.
 #pragma once
 
 #include <cstdint>
@@ -17,23 +17,23 @@ struct RunLayersCall {
     const Network* network;
     const Cache* cache;
     const int64_t* starts;  // [B], position of each row's first token
-    float* hidden;          // [B, Q, D], the input of layer `start`; becomes the output of layer `stop` - 1
+    const int32_t* counts;  // [B], tokens of each row
+    float* hidden;          // [N, D], the input of layer `start`; becomes the output of layer `stop` - 1
     int32_t rows;           // B
-    int32_t queries;        // Q
     int32_t start;          // layers start..stop-1
     int32_t stop;
+    int32_t padding;
 };
 
 struct AdaptCall {
     const Network* network;
     const Cache* cache;
     const int64_t* starts;   // [B], position of each row's first token
-    const int64_t* sources;  // [B, Q], slot of the token whose values each reads; -1: none
-    float* hidden;           // [B, Q, D], the output of the exit; becomes what norm and head read
+    const int32_t* counts;   // [B], tokens of each row
+    const int64_t* sources;  // [N], slot of the token whose values each reads; -1: none
+    float* hidden;           // [N, D], the output of the exit; becomes what norm and head read
     int32_t rows;            // B
-    int32_t queries;         // Q
     int32_t layer;           // the adapter's
-    int32_t padding;
 };
 
 struct ChooseCall {
@@ -41,31 +41,36 @@ struct ChooseCall {
     const Cache* cache;
     const Embedding* embedding;  // used if `tokens` are given
     const Sampling* sampling;    // null: take the likeliest tokens
-    const int64_t* tokens;       // [B, Q]; null: `hidden` is given
+    const int64_t* tokens;       // [N]; null: `hidden` is given
     const int64_t* starts;       // [B], position of each row's first token
-    float* hidden;               // [B, Q, D], the input of layer `start`, or room for the embeddings; is changed
-    int64_t* chosen;             // out [B, Q]; -1 where a logit is infinite or not a number
+    const int32_t* counts;       // [B], tokens of each row
+    float* hidden;               // [N, D], the input of layer `start`, or room for the embeddings; is changed
+    int64_t* chosen;             // out [N]; -1 where a logit is infinite or not a number
     int32_t rows;                // B
-    int32_t queries;             // Q
     int32_t start;               // layers start..stop-1
     int32_t stop;
+    int32_t padding;
 };
 
+// K[b]: drafts of row b, at most. Rows that have theirs drop out of the passes that follow.
 struct DraftCall {
     const Network* network;
     const Cache* cache;
     const Embedding* embedding;
-    const StopRule* stop_rule;  // null: write `num_drafts` drafts without confidences
+    const StopRule* stop_rule;  // null: K drafts in each row, without confidences
     const Sampling* sampling;   // null: take the likeliest tokens
     const int64_t* tokens;      // [B], each row's last token
     const int64_t* starts;      // [B], their positions
-    float* hidden;              // out [K + 1, B, D], outputs of the exit for the given token and the drafts
-    int64_t* drafts;            // out [K, B]
-    float* confidences;         // out [K, B], probabilities of the drafts
+    const int32_t* limits;      // [B], K
+    int32_t* written;           // out [B], drafts of each row
+    int32_t* drawn;             // out [B], the same with a last one that was given up
+    float* hidden;              // out, room for sum of K + 1; outputs of the exit [sum of written + 1, D]
+    int64_t* drafts;            // out, room for sum of K; [sum of written]
+    float* confidences;         // out, room for sum of K; [sum of drawn], probabilities of the drafts
     int32_t rows;               // B
-    int32_t num_drafts;         // K, at most
     int32_t exit_layer;         // layers to run
-    int32_t complete;           // run the last draft through the layers as well
+    int32_t complete;           // run each row's last draft through the layers as well; otherwise `hidden` isn't written
+    int32_t padding;
 };
 
 struct PackCall {
@@ -97,8 +102,8 @@ void layerskip_unembed(const Network* network, const float* hidden, int32_t toke
 // likeliest token or a sampled one, whose noise is that of its position, which is one more than its predecessor's.
 void layerskip_choose(const ChooseCall* call);
 
-// Write up to `num_drafts` tokens after each row's last one with the first layers, each chosen as by layerskip_choose.
-// Returns how many tokens a row were written; -1 where a logit is infinite or not a number.
+// Write up to K tokens after each row's last one with the first layers, each chosen as by layerskip_choose. Returns -1
+// where a logit is infinite or not a number, else 0.
 int32_t layerskip_draft(const DraftCall* call);
 
 int64_t layerskip_packed_bytes(int32_t inputs, int32_t outputs, int32_t format);

@@ -57,29 +57,31 @@ const char* layerskip_layout() {
                   FIELD(Cache, capacity)}) +
         describe("Embedding", sizeof(Embedding),
                  {FIELD(Embedding, table), FIELD(Embedding, format), FIELD(Embedding, multiplier)}) +
-        describe("StopRule", sizeof(StopRule), {FIELD(StopRule, rates), FIELD(StopRule, least)}) +
+        describe("StopRule", sizeof(StopRule), {FIELD(StopRule, rates), FIELD(StopRule, least), FIELD(StopRule, kept)}) +
         describe("Sampling", sizeof(Sampling),
                  {FIELD(Sampling, temperatures), FIELD(Sampling, top_p), FIELD(Sampling, min_p),
                   FIELD(Sampling, top_k), FIELD(Sampling, seeds)}) +
         describe("RunLayersCall", sizeof(RunLayersCall),
                  {FIELD(RunLayersCall, network), FIELD(RunLayersCall, cache), FIELD(RunLayersCall, starts),
-                  FIELD(RunLayersCall, hidden), FIELD(RunLayersCall, rows), FIELD(RunLayersCall, queries),
-                  FIELD(RunLayersCall, start), FIELD(RunLayersCall, stop)}) +
+                  FIELD(RunLayersCall, counts), FIELD(RunLayersCall, hidden), FIELD(RunLayersCall, rows),
+                  FIELD(RunLayersCall, start), FIELD(RunLayersCall, stop), FIELD(RunLayersCall, padding)}) +
         describe("AdaptCall", sizeof(AdaptCall),
                  {FIELD(AdaptCall, network), FIELD(AdaptCall, cache), FIELD(AdaptCall, starts),
-                  FIELD(AdaptCall, sources), FIELD(AdaptCall, hidden), FIELD(AdaptCall, rows),
-                  FIELD(AdaptCall, queries), FIELD(AdaptCall, layer), FIELD(AdaptCall, padding)}) +
+                  FIELD(AdaptCall, counts), FIELD(AdaptCall, sources), FIELD(AdaptCall, hidden),
+                  FIELD(AdaptCall, rows), FIELD(AdaptCall, layer)}) +
         describe("ChooseCall", sizeof(ChooseCall),
                  {FIELD(ChooseCall, network), FIELD(ChooseCall, cache), FIELD(ChooseCall, embedding),
                   FIELD(ChooseCall, sampling), FIELD(ChooseCall, tokens), FIELD(ChooseCall, starts),
-                  FIELD(ChooseCall, hidden), FIELD(ChooseCall, chosen), FIELD(ChooseCall, rows),
-                  FIELD(ChooseCall, queries), FIELD(ChooseCall, start), FIELD(ChooseCall, stop)}) +
+                  FIELD(ChooseCall, counts), FIELD(ChooseCall, hidden), FIELD(ChooseCall, chosen),
+                  FIELD(ChooseCall, rows), FIELD(ChooseCall, start), FIELD(ChooseCall, stop),
+                  FIELD(ChooseCall, padding)}) +
         describe("DraftCall", sizeof(DraftCall),
                  {FIELD(DraftCall, network), FIELD(DraftCall, cache), FIELD(DraftCall, embedding),
                   FIELD(DraftCall, stop_rule), FIELD(DraftCall, sampling), FIELD(DraftCall, tokens),
-                  FIELD(DraftCall, starts), FIELD(DraftCall, hidden), FIELD(DraftCall, drafts),
-                  FIELD(DraftCall, confidences), FIELD(DraftCall, rows), FIELD(DraftCall, num_drafts),
-                  FIELD(DraftCall, exit_layer), FIELD(DraftCall, complete)}) +
+                  FIELD(DraftCall, starts), FIELD(DraftCall, limits), FIELD(DraftCall, written),
+                  FIELD(DraftCall, drawn), FIELD(DraftCall, hidden), FIELD(DraftCall, drafts),
+                  FIELD(DraftCall, confidences), FIELD(DraftCall, rows), FIELD(DraftCall, exit_layer),
+                  FIELD(DraftCall, complete), FIELD(DraftCall, padding)}) +
         describe("PackCall", sizeof(PackCall),
                  {FIELD(PackCall, weight), FIELD(PackCall, panels), FIELD(PackCall, scales), FIELD(PackCall, inputs),
                   FIELD(PackCall, outputs), FIELD(PackCall, format), FIELD(PackCall, first), FIELD(PackCall, step),

@@ -96,11 +96,13 @@ struct Embedding {
     float multiplier;
 };
 
-// Drafting ends once the chance that all drafts of a row are accepted, on average over the rows, falls below `least`.
+// A row's drafting ends once the chance that all of its drafts are accepted falls below `least`; a draft with which it
+// falls below `kept` is given up.
 constexpr int kConfidenceClasses = 8;
 struct StopRule {
     float rates[kConfidenceClasses];  // how often a draft is accepted, by class of its confidence
     float least;
+    float kept;
 };
 
 }  // namespace layerskip

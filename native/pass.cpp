@@ -31,6 +31,8 @@ struct Block {
         rows[tokens] = row;
         positions[tokens++] = position;
     }
+
+    void clear() { tokens = num_segments = 0; }
 };
 
 // Room for the results of a step, shared by the team.
@@ -307,42 +309,44 @@ class Pass {
 
 // Call body(pass, first token) on every member for blocks of the tokens.
 template <typename Body>
-void in_blocks(const Network& network, float* hidden, int32_t rows, int32_t queries, const int64_t* starts,
-               const Cache& cache, const Body& body) {
+void in_blocks(const Network& network, float* hidden, const Rows& rows, const Cache& cache, const Body& body) {
     Team& team = Team::of(network.threads);
     const Workspace shared = Pass::workspace(network);
-    const int64_t total = static_cast<int64_t>(rows) * queries;
-    for (int64_t begin = 0; begin < total; begin += kChunk) {
-        Block block;
-        for (int64_t token = begin; token < std::min(total, begin + kChunk); ++token)
-            block.add(token / queries, starts[token / queries] + token % queries);
+    const int64_t total = rows.total();
+    int64_t begin = 0;
+    Block block;
+    rows.each([&](int64_t token, int64_t row, int64_t position) {
+        block.add(row, position);
+        if (block.tokens < kChunk && token + 1 < total) return;
         team.run([&](int member, int) {
             Pass pass(network, cache, hidden + begin * network.hidden_size, block, shared, team, member);
             body(pass, begin);
         });
-    }
+        begin = token + 1;
+        block.clear();
+    });
 }
 
 }  // namespace
 
-void run_layers(const Network& network, float* hidden, int32_t rows, int32_t queries, const int64_t* starts,
-                const Cache& cache, int32_t start, int32_t stop) {
-    in_blocks(network, hidden, rows, queries, starts, cache, [&](Pass& pass, int64_t) { pass.run(start, stop); });
+void run_layers(const Network& network, float* hidden, const Rows& rows, const Cache& cache, int32_t start,
+                int32_t stop) {
+    in_blocks(network, hidden, rows, cache, [&](Pass& pass, int64_t) { pass.run(start, stop); });
 }
 
-void fuse(const Network& network, int32_t index, int32_t rows, int32_t queries, const int64_t* sources,
-          const Cache& cache, float* projected) {
+void fuse(const Network& network, int32_t index, const Rows& rows, const int64_t* sources, const Cache& cache,
+          float* projected) {
     const Layer& layer = network.layers[index];
     const int64_t part = static_cast<int64_t>(network.num_kv_heads) * network.head_dim, inputs = layer.values.inputs;
-    const int64_t total = static_cast<int64_t>(rows) * queries;
+    const int64_t total = rows.total();
     std::vector<float> values(total * inputs);
-    for (int64_t token = 0; token < total; ++token) {
+    rows.each([&](int64_t token, int64_t row, int64_t) {
         for (int64_t i = 0; sources[token] >= 0 && i < layer.num_value_layers; ++i) {
-            const float* from = cache.values + layer.value_layers[i] * cache.layer_stride +
-                                token / queries * cache.row_stride + sources[token] * part;
+            const float* from = cache.values + layer.value_layers[i] * cache.layer_stride + row * cache.row_stride +
+                                sources[token] * part;
             std::copy(from, from + part, values.data() + token * inputs + i * part);
         }
-    }
+    });
     Team::of(network.threads).run([&](int member, int size) {
         int start, stop;
         share(layer.values.outputs / kPanel, member, size, start, stop);
@@ -352,19 +356,18 @@ void fuse(const Network& network, int32_t index, int32_t rows, int32_t queries, 
     if (network.total != nullptr) network.total(projected, total * network.hidden_size);
 }
 
-void run_adapter(const Network& network, int32_t layer, float* hidden, int32_t rows, int32_t queries,
-                 const int64_t* starts, const Fused& fused, const Cache& cache) {
+void run_adapter(const Network& network, int32_t layer, float* hidden, const Rows& rows, const Fused& fused,
+                 const Cache& cache) {
     const int64_t size = network.hidden_size;
-    in_blocks(network, hidden, rows, queries, starts, cache, [&](Pass& pass, int64_t begin) {
+    in_blocks(network, hidden, rows, cache, [&](Pass& pass, int64_t begin) {
         const Fused part{fused.sources + begin, fused.projected + begin * size};
         pass.run(layer, layer + 1, network.layers[layer].values.panels == nullptr ? nullptr : &part);
     });
 }
 
-void write_keys(const Network& network, const float* hidden, int32_t rows, int32_t queries, const int64_t* starts,
-                const Cache& cache, int32_t layer) {
+void write_keys(const Network& network, const float* hidden, const Rows& rows, const Cache& cache, int32_t layer) {
     float* input = const_cast<float*>(hidden);  // a pass changes its input, but not here
-    in_blocks(network, input, rows, queries, starts, cache, [&](Pass& pass, int64_t) { pass.write_keys(layer); });
+    in_blocks(network, input, rows, cache, [&](Pass& pass, int64_t) { pass.write_keys(layer); });
 }
 
 void unembed(const Network& network, const float* hidden, int32_t tokens, float* logits) {

@@ -22,7 +22,17 @@ uint64_t mix(uint64_t x) {
     return x ^ x >> 31;
 }
 
-float largest(const float* scores, int64_t count) { return *std::max_element(scores, scores + count); }
+float largest(const float* scores, int64_t count) {
+    float most = -kInfinity;
+    int64_t i = 0;
+    if (count >= kLanes) {
+        Vector lanes = load(scores);
+        for (; i + kLanes <= count; i += kLanes) lanes = maximum(lanes, load(scores + i));
+        for (int lane = 0; lane < kLanes; ++lane) most = std::max(most, lanes[lane]);
+    }
+    for (; i < count; ++i) most = std::max(most, scores[i]);
+    return most;
+}
 
 // exp(scores - most) into `to`, 0 for -infinity; returns their sum.
 float exponentials(const float* scores, int64_t count, float most, float* to) {
@@ -118,6 +128,20 @@ void filter(const Sampling& sampling, int64_t row, float* scores, int64_t count)
     if (sampling.min_p[row] > 0.0f) keep_min_p(scores, count, sampling.min_p[row]);
 }
 
+int64_t likeliest(const float* scores, int64_t count) {
+    const float most = largest(scores, count);
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+        const IntVector same = load(scores + i) == most;
+        int32_t any = 0;
+        for (int lane = 0; lane < kLanes; ++lane) any |= same[lane];
+        if (any != 0) break;
+    }
+    for (; i < count; ++i)
+        if (scores[i] == most) return i;
+    return 0;
+}
+
 int64_t sample(const float* scores, int64_t count, uint64_t key, const int64_t* tokens) {
     int64_t best = 0;
     float most = -kInfinity;
@@ -151,7 +175,8 @@ bool any_not_a_number(const float* scores, int64_t count) {
 }
 
 float probability(const float* scores, int64_t count, int64_t chosen) {
-    std::vector<float> weights(count);
+    thread_local std::vector<float> weights;
+    if (static_cast<int64_t>(weights.size()) < count) weights.resize(count);
     const float total = exponentials(scores, count, largest(scores, count), weights.data());
     return weights[chosen] / total;
 }

@@ -32,6 +32,9 @@ bool any_not_a_number(const float* scores, int64_t count);
 // min-p leave out. Without a temperature they stay as they are.
 void filter(const Sampling& sampling, int64_t row, float* scores, int64_t count);
 
+// Index of the best of `count` scores, of several the first.
+int64_t likeliest(const float* scores, int64_t count);
+
 // Index of the best score with noise. tokens: ids of the scores; null: their numbers.
 int64_t sample(const float* scores, int64_t count, uint64_t key, const int64_t* tokens);
 

@@ -1,4 +1,4 @@
-"""Costs, batches and results for policies that are tried without a network."""
+"""Costs, batches and results for policies that are tried without a network, and a policy of random ragged rounds."""
 
 import random
 import time
@@ -23,6 +23,14 @@ class View:
     found: Sequence[Match | None] = (None,)
     remaining: int = 100
     samples: Sequence[bool] = (False,)
+    by_distribution: bool = False
+    context: int = 0
+    past: Sequence[tuple[float, float]] = ()
+    """As `BatchView.histories`; nothing if not given."""
+
+    @property
+    def histories(self) -> Sequence[tuple[float, float]]:
+        return self.past or [(0.0, 0.0)] * self.num_rows
 
     @property
     def num_rows(self) -> int:
@@ -86,6 +94,51 @@ def result(num_accepted: int, num_drafts: int, seconds: float, tokens: Sequence[
     return RoundResult(
         drafts=[drafts], num_accepted=[num_accepted], tokens=[gained[num_accepted]], seconds=seconds, **rest
     )
+
+
+class Ragged:
+    """Plans rounds in which every row has another number of drafts, at random, some rows none."""
+
+    def __init__(
+        self, seed: int, exits: Sequence[int], *, most: int = 5, text: bool = True, doubts: bool = True
+    ) -> None:
+        """Begin with the same seed, the same plans.
+
+        Args:
+            seed: Of the plans.
+            exits: Exits that draft.
+            most: Drafts of a row at most.
+            text: Whether some rounds draft from the text.
+            doubts: Whether some rounds stop early, and give up doubtful drafts.
+        """
+        self._pick, self._exits, self._most, self._text, self._doubts = random.Random(seed), exits, most, text, doubts
+        self.lengths: list[list[int]] = []
+        """Verified drafts of each row, by round."""
+
+    def prepare(self, view: BatchView) -> None:
+        """Nothing to measure."""
+
+    def plan(self, view: BatchView) -> Plan:
+        """A random one."""
+        pick = self._pick
+        lengths = tuple(pick.choice([0, pick.randint(0, self._most), self._most]) for _ in range(view.num_rows))
+        source: DraftSource = "text" if self._text and pick.random() < 0.25 else "layers"
+        stop = None
+        if self._doubts and pick.random() < 0.5:
+            rates = tuple(pick.random() for _ in range(CONFIDENCE_CLASSES))
+            stop = StopRule(rates=rates, least=pick.random() / 2, kept=pick.choice([0.0, 0.2, 0.5]))
+        exit_layer = pick.choice(self._exits) if source == "layers" else 0
+        return Plan(source=source, exit_layer=exit_layer, num_speculations=self._most, lengths=lengths, stop=stop)
+
+    def observe(self, plan: Plan, result: RoundResult) -> None:
+        """Note what rows had, which is no more than planned."""
+        self.lengths.append([len(row) for row in result.drafts])
+        assert all(found <= most for found, most in zip(self.lengths[-1], plan.lengths, strict=True))
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether rows of one round did have different numbers of drafts, and some none."""
+        return any(len(set(row)) > 2 and min(row) == 0 for row in self.lengths)
 
 
 def steps(policy: AdaptivePolicy, seconds: Sequence[float]) -> None:

@@ -136,7 +136,7 @@ def _tell(arguments: ServeArguments, service: "Service", address: str) -> None:
         print(to_json(facts), flush=True)
         return
     console = make_console(arguments.output)
-    console.print(f"{service.name} at [bold]{address}[/bold]", highlight=False)
+    console.print(f"{service.name} at {address}", style="bold", highlight=False, markup=False)
     console.print(
         f"{cache.rows} texts at once, of up to {cache.capacity} tokens; {cache.bytes / 2**30:.2f} GiB for their cache",
         highlight=False,

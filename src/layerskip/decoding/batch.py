@@ -158,6 +158,16 @@ class Batch:
         return self.needs.startswith("distributions")
 
     @property
+    def context(self) -> int:
+        """Tokens of all rows together."""
+        return sum(len(row.tokens) for row in self.rows)
+
+    @property
+    def histories(self) -> list[tuple[float, float]]:
+        """For each row, its latest drafts by early layers: accepted ones, and all up to the first that wasn't."""
+        return [row.history for row in self.rows]
+
+    @property
     def last_tokens(self) -> list[int]:
         """The last token of each row, on the host."""
         return [row.tokens[-1] for row in self.rows]
@@ -170,9 +180,14 @@ class Batch:
         """For each row, what followed its last tokens where they occurred before."""
         return [row.match() for row in self.rows]
 
-    def draft_lengths(self, num_speculations: int) -> list[int]:
+    def draft_lengths(self, plan: Plan) -> list[int]:
         """Drafts that each row can use: no more than it may still generate, less the token that verification adds."""
-        return [min(num_speculations, row.remaining - 1) for row in self.rows]
+        planned = self.planned_lengths(plan)
+        return [min(length, row.remaining - 1) for length, row in zip(planned, self.rows, strict=True)]
+
+    def planned_lengths(self, plan: Plan) -> Sequence[int]:
+        """Drafts that a plan gives each row at most."""
+        return plan.lengths or (plan.num_speculations,) * self.num_rows
 
     def masks(self, drafts: Sequence[Sequence[int]] | None = None) -> Masks | None:
         """What may follow each row's tokens and 0, 1, ... of its drafts; None if everything may."""

@@ -363,9 +363,11 @@ class Engine:
             row.recorder.layer_calls += calls
             row.recorder.record_tokens()
             row.recorder.record_round(len(drafts), num_accepted, drafter, certain)
-            event = Event(row=row, tokens=kept, num_accepted=num_accepted, drafts=drafts, drafter=drafter)
-            event.drafter = "grammar" if drafter is None and drafts else drafter
-            event.exit_layer = exit_layer if drafts else 0
+            by_layers = drafter is not None and drafter != "ngram"
+            row.remember(*(result.tried(place) if by_layers else (0, 0)))
+            event = Event(row=row, tokens=kept, num_accepted=num_accepted, drafts=drafts)
+            if drafts:
+                event.drafter, event.exit_layer = drafter or "grammar", exit_layer
             event.logprobs = logprobs[: len(kept)]
             events.append(event)
             length = batch.cache.lengths[place]

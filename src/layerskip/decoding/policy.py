@@ -22,6 +22,9 @@ class Plan:
     source: DraftSource
     exit_layer: int = 0
     num_speculations: int = 0
+    """Most drafts of a row."""
+    lengths: tuple[int, ...] = ()
+    """Drafts of each row at most, none above `num_speculations`, which is all rows' number if not given."""
     tokens_per_second: float = 0.0
     """Expected tokens/s of each row."""
     stop: StopRule | None = None
@@ -53,7 +56,7 @@ class RoundResult:
     tokens: Sequence[int]
     """The target's token after them."""
     confidences: Sequence[Sequence[float]] = ()
-    """Probabilities of each row's drafts, where the plan had a `StopRule`."""
+    """Probabilities of each row's drafts, where the plan had a `StopRule`; also of a last one that was given up."""
     agreement: Mapping[int, tuple[float, int]] = field(default_factory=dict)
     """Of a probe: by exit, tokens on which it agreed with the target, and tokens that were compared."""
     seconds: float = 0.0
@@ -101,6 +104,21 @@ class BatchView(Protocol):
     @property
     def samples(self) -> Sequence[bool]:
         """For each row, whether its tokens are drawn; otherwise the most likely ones are taken."""
+        ...
+
+    @property
+    def by_distribution(self) -> bool:
+        """Whether drafts are accepted by rejection sampling, and not by comparing tokens."""
+        ...
+
+    @property
+    def context(self) -> int:
+        """Tokens of all rows together."""
+        ...
+
+    @property
+    def histories(self) -> Sequence[tuple[float, float]]:
+        """For each row, its latest drafts by early layers: accepted ones, and all up to the first that wasn't."""
         ...
 
     def matches(self) -> Sequence[Match | None]:

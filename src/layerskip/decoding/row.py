@@ -10,6 +10,8 @@ from layerskip.decoding.rules.guide import Guide
 from layerskip.decoding.rules.logprobs import TokenLogprobs
 from layerskip.decoding.stats import StatsRecorder
 
+HISTORY_DECAY = 0.9
+"""Weight that a round's drafts keep with each round that follows."""
 FinishReason = Literal["stop", "length", "interrupted", "error"]
 
 
@@ -34,6 +36,8 @@ class Row:
     """Of the prompt's tokens so far, where the request asks for them; None for the first, which follows nothing."""
     suffixes: SuffixStore | None = None
     """Texts of other requests."""
+    history: tuple[float, float] = (0.0, 0.0)
+    """Latest drafts by early layers: accepted ones, and all up to the first that wasn't; older ones weigh less."""
     _ngrams: NgramIndex | None = None
     _found: tuple[tuple[int, int], Match | None] = ((0, 0), None)
     """The latest match, with the number of tokens and the version of the store that it is of."""
@@ -99,6 +103,11 @@ class Row:
     def fail(self, why: str) -> None:
         """End the row, because its constraint can't be kept."""
         self.finish_reason, self.stop_reason = "error", why
+
+    def remember(self, num_accepted: int, num_drafts: int) -> None:
+        """Note a round's drafts by early layers; without any, what is known of earlier ones grows old."""
+        accepted, tried = (HISTORY_DECAY * number for number in self.history)
+        self.history = accepted + num_accepted, tried + min(num_accepted + 1, num_drafts)
 
     def cut(self, length: int) -> None:
         """Keep the first `length` tokens of the output."""

@@ -29,7 +29,7 @@ from torch import Tensor
 from layerskip.model.blocks import BlockWeight
 from layerskip.model.cache import KVCache, cache_bytes
 from layerskip.model.config.model_config import ModelConfig
-from layerskip.model.drafts import DraftRequest, Drafts, RoundTokens
+from layerskip.model.drafts import DraftCounts, DraftRequest, Drafts, RoundTokens
 from layerskip.model.draw import Draw
 from layerskip.model.finite import check_finite
 from layerskip.model.network import Network
@@ -159,6 +159,18 @@ class Decoder:
         """Bytes of weights that this decoder's own adapter and the head after it read."""
         first = self.num_layers if self._adapter is None else self._adapter
         return self.weight_bytes(first, first + (self._adapter is not None))
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of keys and values of a token, in all layers."""
+        config = self._cache_config
+        width = config.num_key_value_heads * config.head_dim
+        return 2 * config.num_cached_layers * width * self.dtype.itemsize
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rounds run without padding: rows may have different numbers of tokens."""
+        return False
 
     @property
     def layer_calls(self) -> int:
@@ -397,31 +409,29 @@ class Decoder:
     def _draft(self, tokens: Tensor, cache: KVCache, request: DraftRequest, *, complete: bool) -> Drafts:
         """`draft` with this network's own layers; `complete`: run the last draft through the layers too."""
         first, exit_layer = cache.lengths, request.exit_layer
-        drafts: list[Tensor] = []
+        drafts = [tokens[:, :0]]
         hidden: list[Tensor] = []
-        confidences: list[list[float]] = [[] for _ in first]
-        while len(drafts) < request.num_drafts and not (
-            request.stop is not None and drafts and request.stop.ends(confidences)
-        ):
-            at = [length + len(drafts) for length in first]
+        counts = DraftCounts(request.limits(len(first)), request.stop)
+        while counts.goes_on:
+            at = [length + len(hidden) for length in first]
             positions = self.place(cache, at, 1)
             hidden.append(self.run_layers(self.embed(tokens), positions, cache, 0, exit_layer))
             state = self.read(hidden[-1], positions, cache)
             after = [position + 1 for position in at]
             tokens, probs = self.pick(state, request.draw, after, confident=request.stop is not None)
             drafts.append(tokens)
-            if probs is not None:
-                for row, confidence in zip(confidences, probs.flatten().tolist(), strict=True):
-                    row.append(confidence)
-        if complete:
-            positions = self.place(cache, [length + len(drafts) for length in first], 1)
+            counts.add(() if probs is None else probs.flatten().tolist())
+        longest = max(counts.counts)
+        if complete and longest == len(hidden):
+            positions = self.place(cache, [length + longest for length in first], 1)
             hidden.append(self.run_layers(self.embed(tokens), positions, cache, 0, exit_layer))
             self.write_adapter_keys(hidden[-1], positions, cache)
         return Drafts(
-            tokens=torch.cat(drafts, 1),
+            tokens=torch.cat(drafts[: longest + 1], 1),
+            lengths=counts.counts,
             exit_layer=exit_layer,
-            hidden=torch.cat(hidden, 1),
-            confidences=() if request.stop is None else confidences,
+            hidden=torch.cat(hidden, 1) if hidden else None,
+            confidences=counts.confidences if request.stop is not None else (),
         )
 
     def round(
@@ -430,7 +440,7 @@ class Decoder:
         cache: KVCache,
         request: DraftRequest,
         num_layers: int,
-        drafts: Drafts | None = None,
+        drafts: Sequence[Sequence[int]] | None = None,
     ) -> RoundTokens:
         """Draft with the first layers and verify with the others; without drafts, an autoregressive step.
 
@@ -440,14 +450,17 @@ class Decoder:
                 targets after them, mean nothing.
             request: What to draft, and how tokens are chosen.
             num_layers: Layers in all; fewer than L for early exit, without drafts.
-            drafts: Drafts from elsewhere, in place of the first layers'.
+            drafts: Each row's drafts from elsewhere, in place of the first layers'.
         """
         start = self.stopwatch.mark()
         pending = self.pending(tokens)
-        if drafts is None and request.exit_layer and request.num_drafts:
-            drafts = self.draft(pending, cache, request)
+        found: Drafts | None = None
+        if drafts is not None:
+            found = self.padded(drafts)
+        elif request.exit_layer and request.num_drafts:
+            found = self.draft(pending, cache, request)
         middle = self.stopwatch.mark()
-        if drafts is None:  # a step: every operator between two passes counts
+        if found is None:  # a step: every operator between two passes counts
             positions = self.place(cache, cache.lengths, 1)
             chosen = self.choose(pending, positions, cache, 0, num_layers, request.draw).tolist()
             return RoundTokens(
@@ -455,19 +468,25 @@ class Decoder:
                 targets=chosen,
                 seconds_verifying=self.stopwatch.between(middle, self.stopwatch.mark()),
             )
-        length = drafts.tokens.shape[1]
-        inputs = torch.cat((pending, drafts.tokens), 1) if drafts.hidden is None else drafts.hidden
+        length = found.tokens.shape[1]
+        inputs = torch.cat((pending, found.tokens), 1) if found.hidden is None else found.hidden
         positions = self.place(cache, cache.lengths, inputs.shape[1])
-        targets = self.choose(inputs, positions, cache, drafts.exit_layer, num_layers, request.draw)
-        both = torch.cat((drafts.tokens, targets), 1).tolist()  # the round's only device synchronisation
+        targets = self.choose(inputs, positions, cache, found.exit_layer, num_layers, request.draw)
+        both = torch.cat((found.tokens, targets), 1).tolist()  # the round's only device synchronisation
         end = self.stopwatch.mark()
         return RoundTokens(
-            drafts=[row[:length] for row in both],
+            drafts=[row[:number] for row, number in zip(both, found.lengths, strict=True)],
             targets=[row[length:] for row in both],
-            confidences=drafts.confidences,
+            confidences=found.confidences,
             seconds_drafting=self.stopwatch.between(start, middle) if length else 0.0,
             seconds_verifying=self.stopwatch.between(middle, end),
         )
+
+    def padded(self, drafts: Sequence[Sequence[int]]) -> Drafts:
+        """Drafts of each row as a rectangle on the device."""
+        longest = max(map(len, drafts))
+        tokens = torch.tensor([[*row, *[0] * (longest - len(row))] for row in drafts], device=self.device)
+        return Drafts(tokens=tokens.view(len(drafts), longest).long(), lengths=[len(row) for row in drafts])
 
     def pending(self, tokens: Sequence[int]) -> Tensor:
         """Token ids of B rows as [B, 1] on the device."""

@@ -29,12 +29,15 @@ class StopRule:
     rates: tuple[float, ...]
     """Acceptance rate of a draft, by class of its confidence."""
     least: float
-    """Drafting ends once the probability that all drafts of a row are accepted, on average, is below this."""
+    """A row's drafting ends once the probability that all of its drafts are accepted is below this."""
+    kept: float = 0.0
+    """A draft with which that probability falls below this is given up: it isn't verified. Only where drafts are
+    compared with the target's tokens; with rejection sampling, giving up drafts by what they are changes what is
+    written."""
 
-    def ends(self, confidences: Sequence[Sequence[float]]) -> bool:
-        """Whether drafting ends after drafts with these probabilities, given by row."""
-        chances = [math.prod(self.rates[confidence_class(x)] for x in row) for row in confidences]
-        return sum(chances) < self.least * len(chances)
+    def chance(self, confidences: Sequence[float]) -> float:
+        """The probability that drafts of a row with these confidences are all accepted."""
+        return math.prod(self.rates[confidence_class(x)] for x in confidences)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +48,57 @@ class DraftRequest:
     """E, layers to run; 0: no drafts."""
     num_drafts: int
     """K, tokens to draft in each row at most."""
+    lengths: tuple[int, ...] = ()
+    """The same for each row, none above K; K for all if not given."""
     planned: int = 0
     """Drafts of a round that is compiled for a fixed number, K or more: rows ignore those that they can't use."""
     stop: StopRule | None = None
     """When to draft fewer."""
     draw: Draw | None = None
     """How to choose tokens; the most likely ones if not given."""
+
+    def limits(self, num_rows: int) -> Sequence[int]:
+        """Tokens to draft in each row at most."""
+        return self.lengths or (self.num_drafts,) * num_rows
+
+
+class DraftCounts:
+    """How many drafts each row has, while one after the other is drawn."""
+
+    def __init__(self, limits: Sequence[int], stop: StopRule | None = None) -> None:
+        """Begin without drafts.
+
+        Args:
+            limits: Drafts of each row at most.
+            stop: When a row has fewer.
+        """
+        self._limits, self._stop = limits, stop
+        self.counts = [0] * len(limits)
+        """Drafts of each row that are worth being verified."""
+        self.confidences: list[list[float]] = [[] for _ in limits]
+        """Probabilities of each row's drafts, where there is a `StopRule`; also of a last one that was given up."""
+        self._open = [row for row, limit in enumerate(limits) if limit > 0]
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether any row drafts on."""
+        return bool(self._open)
+
+    def add(self, confidences: Sequence[float] = ()) -> None:
+        """Count another draft of each row that drafts on; probabilities are given for all rows."""
+        still_open = []
+        for row in self._open:
+            least = -math.inf
+            chance = 1.0
+            if self._stop is not None:
+                self.confidences[row].append(confidences[row])
+                chance, least = self._stop.chance(self.confidences[row]), self._stop.least
+                if chance < self._stop.kept:
+                    continue
+            self.counts[row] += 1
+            if chance >= least and self.counts[row] < self._limits[row]:
+                still_open.append(row)
+        self._open = still_open
 
 
 @dataclass(kw_only=True)
@@ -59,12 +107,14 @@ class Drafts:
 
     tokens: Tensor
     """[B, K] token ids, on the device."""
+    lengths: Sequence[int]
+    """Drafts of each row; what follows them in `tokens` is padding."""
     exit_layer: int = 0
     """E, layers that have run over the drafts; 0: verification begins with the embedding."""
     hidden: Tensor | None = None
     """[B, K + 1, D], outputs of layer E - 1 for the token before the drafts and for the drafts; None where E is 0."""
     confidences: Sequence[Sequence[float]] = ()
-    """B x K probabilities of the drafts, where a `StopRule` asked for them."""
+    """Probabilities of each row's drafts, where a `StopRule` asked for them; also of a last one that was given up."""
     exit_states: dict[int, Tensor] = field(default_factory=dict)
     """[B, K + 1, D] by exit: outputs of shallower exits, where they were asked for."""
     probs: list[Tensor] = field(default_factory=list)
@@ -75,11 +125,11 @@ class Drafts:
 class RoundTokens:
     """Tokens of a whole round, on the host."""
 
-    drafts: list[list[int]]
-    """B x K, those of the exit."""
-    targets: list[list[int]]
-    """B x (K + 1), those of the last layer after the pending token and after each draft."""
+    drafts: Sequence[Sequence[int]]
+    """Each row's drafts, those of the exit."""
+    targets: Sequence[Sequence[int]]
+    """Those of the last layer after the pending token and after each draft; there may be padding behind them."""
     confidences: Sequence[Sequence[float]] = ()
-    """B x K probabilities of the drafts, where a `StopRule` asked for them."""
+    """As for `Drafts`."""
     seconds_drafting: float = 0.0
     seconds_verifying: float = 0.0

@@ -140,6 +140,7 @@ class Scheduler:
         """Wait for something to do; False at the end."""
         with self._lock:
             while not (self._arrived or self._cancelled or self._waiting or self._writers or self._stopping):
+                self._observer.load(0, 0, self._engine)
                 self._lock.wait()
             if self._stopping:
                 return False

@@ -38,8 +38,11 @@ def test_what_rows_bring_along(batch: Batch) -> None:
     assert batch.seeds == [9, 8, 7, 6]
     assert batch.samples == [False] * 4
     assert batch.remaining == 3
-    assert batch.draft_lengths(9) == [2, 2, 2, 2]
-    assert batch.draft_lengths(1) == [1, 1, 1, 1]
+    assert batch.context == 2 + 3 + 4 + 5
+    assert batch.histories == [(0.0, 0.0)] * 4
+    for lengths, found in (((9,) * 4, [2, 2, 2, 2]), ((0, 1, 2, 3), [0, 1, 2, 2])):
+        assert batch.draft_lengths(Plan(source="layers", num_speculations=9, lengths=lengths)) == found
+    assert batch.draft_lengths(Plan(source="layers", num_speculations=1)) == [1, 1, 1, 1]
     assert batch.cache.lengths == [1, 2, 3, 4]
 
 

@@ -5,7 +5,7 @@ Shapes: B rows, n tokens of each row in one call, L layers, E exit, K drafts.
 
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any, TypeVar
 
@@ -15,7 +15,11 @@ from layerskip.model.decoder import Decoder
 from layerskip.model.drafts import DraftRequest
 
 MEASURED_QUERIES = (1, 2, 3, 5, 9)
-"""Tokens in one call that are timed; others lie on lines through these."""
+"""Tokens of each row in one call that are timed; others lie on lines through these."""
+MEASURED_TOKENS = (1, 2, 3, 5, 9, 17, 33)
+"""The same of a network without padding, where the tokens of all rows together count."""
+MEASURED_ROWS = 4
+"""Rows by which the cost of further rows in drafting is timed there."""
 FIRST_QUERIES = 3
 """Of these, the number that are timed first, with drafting: enough for costs that are better than estimates."""
 MOST_QUERIES = 13
@@ -25,6 +29,8 @@ CONTEXT = 64
 REPETITIONS = 3
 NEXT_EXIT = 4
 """Layers between the two exits at which drafting is timed, at most."""
+DRAFT_ROW_COST = 0.7
+"""Estimated cost of each further row in a pass of drafting without padding, as a share of the first one's."""
 ROW_COST_CPU, ROW_COST_INT8, ROW_COST_GPU = 0.22, 0.03, 0.01
 """Estimated cost of each further token in a call, as a share of the first one's: in float32 and int8 on a CPU."""
 BYTES_PER_SECOND = 1e10
@@ -35,7 +41,11 @@ SLOW_SECONDS = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Seconds of verification over n tokens of each row (index n - 1), and of drafting."""
+    """Seconds of verification over n tokens of each row (index n - 1), and of drafting.
+
+    Where nothing is padded, a round whose rows have different numbers of tokens costs what their mean says, and n need
+    not be a whole number. Costs for one row say then what those for several are (`for_rows`).
+    """
 
     num_layers: int
     layer: tuple[float, ...]
@@ -50,6 +60,12 @@ class Costs:
     """All else of drafting, once a round."""
     adapters: Mapping[int, float] = field(default_factory=dict)
     """By exit that has an adapter: adapter, norm, head and choice of a draft."""
+    ragged: bool = False
+    """Whether nothing is padded: rows may have different numbers of tokens, and each costs its own."""
+    draft_row: float = 0.0
+    """Where nothing is padded, the part of a pass of drafting that each of the rows adds, as a share of the whole."""
+    attention: float = 0.0
+    """A pass of all layers, for each token of all rows that attention reads."""
     shares_states: bool = True
     """Whether verification goes on from the states of drafting, which runs the last draft through its layers too."""
     complete: bool = True
@@ -69,26 +85,76 @@ class Costs:
     @property
     def most_drafts(self) -> int:
         """Drafts that a round may have at most for its costs to be known."""
-        return len(self.layer) - 1
+        return min(MOST_QUERIES, len(self.layer)) - 1
 
     def step(self) -> float:
         """One autoregressive step."""
         return self.fixed[0] + self.num_layers * self.layer[0]
 
-    def drafting(self, exit_layer: int, num_drafts: int) -> float:
-        """Write `num_drafts` tokens at an exit."""
-        passes = (num_drafts + self.shares_states) * exit_layer * self.draft_layer
-        return self.draft_fixed + passes + num_drafts * self.adapters.get(exit_layer, self.draft_head)
+    def drafting(self, exit_layer: int, num_drafts: float, drawn: float | None = None) -> float:
+        """Write tokens at an exit.
 
-    def verification(self, exit_layer: int, num_drafts: int) -> float:
-        """The layers from the exit on, and the head, over the drafts and the token before them."""
-        n = min(num_drafts + 1, len(self.layer))
-        return self.fixed[n - 1] + (self.num_layers - exit_layer) * self.layer[n - 1]
+        Args:
+            exit_layer: E.
+            num_drafts: K, those of the row that has most.
+            drawn: Those of a row on average; K if not given. It is less where rows have different numbers.
+        """
+        missing = 0.0 if drawn is None or not self.ragged else self.draft_row * (num_drafts - drawn)
+        passes, heads = num_drafts + self.shares_states - missing, num_drafts - missing
+        return (
+            self.draft_fixed
+            + passes * exit_layer * self.draft_layer
+            + heads * self.adapters.get(exit_layer, self.draft_head)
+        )
 
-    def round(self, exit_layer: int, num_drafts: int) -> float:
-        """Draft at an exit and verify; at exit 0 drafts come for nothing."""
-        drafting = self.drafting(exit_layer, num_drafts) if exit_layer else 0.0
+    def verification(self, exit_layer: int, num_drafts: float) -> float:
+        """The layers from the exit on, and the head, over the drafts of each row and the token before them."""
+        depth = self.num_layers - exit_layer
+        below = min(int(num_drafts), len(self.layer) - 1)
+        seconds = self.fixed[below] + depth * self.layer[below]
+        share = num_drafts - below
+        if share and below + 1 < len(self.layer):
+            above = self.fixed[below + 1] + depth * self.layer[below + 1]
+            seconds += min(1.0, share) * (above - seconds)
+        return seconds
+
+    def round(self, exit_layer: int, num_drafts: float, *, drawn: float | None = None, most: float = 0.0) -> float:
+        """Draft at an exit and verify; at exit 0 drafts come for nothing.
+
+        Args:
+            exit_layer: E.
+            num_drafts: Verified drafts of a row, on average where nothing is padded.
+            drawn: Drafts of a row that were drawn, on average; those that are verified if not given.
+            most: Passes of drafting: the drafts of the row that has most; those of all if not given.
+        """
+        drawn = num_drafts if drawn is None else drawn
+        drafting = self.drafting(exit_layer, max(most, drawn), drawn) if exit_layer else 0.0
         return drafting + self.verification(exit_layer if self.shares_states else 0, num_drafts)
+
+    def for_rows(self, num_rows: int) -> "Costs":
+        """Costs of several rows, from those of one without padding."""
+        if num_rows == 1:
+            return self
+        counts = range(num_rows, num_rows * MOST_QUERIES + 1, num_rows)
+        factor = 1 + (num_rows - 1) * self.draft_row
+        return replace(
+            self,
+            layer=tuple(_extended(self.layer, n) for n in counts),
+            fixed=tuple(_extended(self.fixed, n) for n in counts),
+            draft_layer=factor * self.draft_layer,
+            draft_head=factor * self.draft_head,
+            adapters={exit_layer: factor * seconds for exit_layer, seconds in self.adapters.items()},
+            draft_row=num_rows * self.draft_row / factor,
+        )
+
+
+def _extended(values: Sequence[float], n: int) -> float:
+    """The value at n, from the first one on; beyond the last one, on the line that the second half of them makes."""
+    last = len(values)
+    if n <= last:
+        return values[n - 1]
+    middle = max(1, last // 2)
+    return values[-1] + (n - last) * max(0.0, values[-1] - values[middle - 1]) / max(1, last - middle)
 
 
 def estimate_costs(decoder: Decoder) -> Costs:
@@ -105,7 +171,7 @@ def estimate_costs(decoder: Decoder) -> Costs:
     head = seconds(decoder.weight_bytes(0, 0))
     bare = next(exit_layer for exit_layer in range(1, depth + 2) if exit_layer not in decoder.adapted_exits)
     drafter = decoder.drafter(bare)
-    calls = range(MOST_QUERIES)
+    calls = range(MEASURED_TOKENS[-1] if decoder.ragged else MOST_QUERIES)
     return Costs(
         num_layers=depth,
         layer=tuple(layer * (1 + row * n) for n in calls),
@@ -117,13 +183,16 @@ def estimate_costs(decoder: Decoder) -> Costs:
             exit_layer: seconds(decoder.drafter(exit_layer).decoder.adapter_bytes())
             for exit_layer in decoder.adapted_exits
         },
+        ragged=decoder.ragged,
+        draft_row=DRAFT_ROW_COST if decoder.ragged else 0.0,
+        attention=seconds(decoder.token_bytes) if decoder.ragged else 0.0,
         shares_states=drafter.shares_states,
         complete=False,
     )
 
 
 def measure_costs(
-    decoder: Decoder, num_rows: int, *, context: int = CONTEXT, queries: Sequence[int] = MEASURED_QUERIES
+    decoder: Decoder, num_rows: int, *, context: int = CONTEXT, queries: Sequence[int] | None = None
 ) -> Costs:
     """Time the network's calls: some twenty passes, or ten of a slow network; arguments as for `measuring`."""
     with decoder.own_threads():
@@ -147,7 +216,7 @@ def finish(work: Measuring[Any, Result]) -> Result:
 
 
 def measuring(
-    decoder: Decoder, num_rows: int, *, context: int = CONTEXT, queries: Sequence[int] = MEASURED_QUERIES
+    decoder: Decoder, num_rows: int, *, context: int = CONTEXT, queries: Sequence[int] | None = None
 ) -> Measuring[Costs, Costs]:
     """Time the network's calls one by one; costs that are not complete come out as soon as they are better than none.
 
@@ -155,14 +224,20 @@ def measuring(
         decoder: The network.
         num_rows: B.
         context: Tokens of each row before those that are timed.
-        queries: Tokens in one call that are timed, ascending from 1; others lie on lines through these.
+        queries: Tokens in one call that are timed, ascending from 1; others lie on lines through these. If not given,
+            `MEASURED_QUERIES`, or `MEASURED_TOKENS` of a single row without padding, whose costs serve for all numbers
+            of rows.
     """
+    alone = decoder.ragged and num_rows == 1
+    queries = queries or (MEASURED_TOKENS if alone else MEASURED_QUERIES)
     counts = [n for n in queries if context + n <= decoder.max_context] or [1]
     timer = CallTimer(decoder, num_rows, counts[-1], context, summary=min)  # whatever disturbs a call makes it longer
     depth, most = decoder.num_layers, max(MOST_QUERIES, counts[-1])
     layer: list[float] = []
     fixed: list[float] = []
     drafts: _DraftCosts | None = None
+    draft_row = DRAFT_ROW_COST
+    weight_bytes = max(1, decoder.weight_bytes(0, depth))
     for n in counts:
         one = yield from timer.timing(depth - 1, depth, n)
         every = yield from timer.timing(0, depth, n)
@@ -171,6 +246,8 @@ def measuring(
         if n not in (counts[min(FIRST_QUERIES, len(counts)) - 1], counts[-1]):
             continue
         drafts = drafts or (yield from _measuring_drafts(timer, decoder, counts[-1], layer[0], fixed[0]))
+        if alone and n == counts[-1]:
+            draft_row = yield from _measuring_draft_row(decoder, counts[-1], context)
         costs = Costs(
             num_layers=depth,
             layer=_completed(counts, layer, most),
@@ -179,6 +256,10 @@ def measuring(
             draft_head=drafts.head,
             draft_fixed=drafts.fixed,
             adapters=drafts.adapters,
+            ragged=decoder.ragged,
+            draft_row=draft_row if alone else 0.0,
+            # Keys and values are read from memory as weights are.
+            attention=(fixed[0] + depth * layer[0]) * decoder.token_bytes / weight_bytes if alone else 0.0,
             shares_states=decoder.drafter(1).shares_states,
             complete=n == counts[-1],
         )
@@ -219,6 +300,16 @@ def _measuring_drafts(
         seconds = yield from timer.draft_timing(exit_layer, most)
         adapters[exit_layer] = max(0.0, (seconds - draft_fixed - passes) / most)
     return _DraftCosts(layer=draft_layer, head=draft_head, fixed=draft_fixed, adapters=adapters)
+
+
+def _measuring_draft_row(decoder: Decoder, most_queries: int, context: int) -> Measuring[Costs, float]:
+    """Time drafting with one row and with several: what each further one adds, as a share of the first."""
+    exit_layer = (*decoder.adapted_exits, 1)[0]
+    if most_queries < 2 or exit_layer >= decoder.num_layers:
+        return DRAFT_ROW_COST
+    alone = yield from CallTimer(decoder, 1, 2, context, summary=min).draft_timing(exit_layer, 1)
+    together = yield from CallTimer(decoder, MEASURED_ROWS, 2, context, summary=min).draft_timing(exit_layer, 1)
+    return min(1.0, max(0.0, together / alone - 1) / (MEASURED_ROWS - 1))
 
 
 class CallTimer:

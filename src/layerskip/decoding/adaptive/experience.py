@@ -104,7 +104,7 @@ class Experience:
 
     def recall(self, num_rows: int) -> None:
         """Look up the costs of batches of this size, unless they are known; estimate them if nobody has measured."""
-        size = size_of(num_rows)
+        size = self._measured_size(num_rows)
         if size in self._costs:
             return
         # Processes that share the network must not find different things in a cache that others write to.
@@ -114,8 +114,9 @@ class Experience:
         if not costs.complete:
             self._unmeasured[size] = _Meter(work=measuring(self._decoder, size))
         self._costs[size] = costs
-        for samples in (False, True):  # whatever was predicted from another size's costs
-            self._times.pop((samples, size), None)
+        for kind in list(self._times):  # whatever was predicted from another size's costs
+            if self._measured_size(kind[1]) == size:
+                del self._times[kind]
 
     def look(self, num_rows: int, budget: float) -> float:
         """Go on measuring the costs of batches of this size, as long as there is time.
@@ -127,7 +128,7 @@ class Experience:
         Returns:
             Seconds spent; 0 where nothing is left to measure.
         """
-        size = size_of(num_rows)
+        size = self._measured_size(num_rows)
         meter, spent = self._unmeasured.get(size), 0.0
         while meter is not None and spent + meter.latest < budget:
             started = time.perf_counter()
@@ -145,9 +146,13 @@ class Experience:
         self._costs[size] = costs
         if self._decoder.num_ranks == 1:
             write_costs(self._decoder, size, costs)
-        for samples in (False, True):
-            if (samples, size) in self._times:
-                self._times[samples, size].learn(costs)
+        for (_, rows), times in self._times.items():
+            if self._measured_size(rows) == size:
+                times.learn(costs.for_rows(rows) if self._decoder.ragged else costs)
+
+    def _measured_size(self, num_rows: int) -> int:
+        """The number of rows whose calls are measured for batches of this size."""
+        return 1 if self._decoder.ragged else size_of(num_rows)
 
     def since(self, started: float) -> float:
         """Seconds since a moment of `time.perf_counter`, the same in all processes that share the network."""
@@ -156,15 +161,19 @@ class Experience:
     def times(self, num_rows: int, *, samples: bool) -> RoundTimes:
         """Predicted seconds of rounds with this many rows.
 
-        Rows leave a batch while it runs, and measuring takes too long then: a size whose costs are unknown begins with
-        the costs of the next larger one that is known, and corrects them by its own rounds.
+        Where nothing is padded, they follow from the costs of a single row. Elsewhere, rows leave a batch while it
+        runs, and measuring takes too long then: a size whose costs are unknown begins with the costs of the next larger
+        one that is known, and corrects them by its own rounds.
         """
         size = size_of(num_rows)
         kind = samples, size
         if kind not in self._times:
-            larger = [known for known in self._costs if known >= size]
-            nearest = min(larger) if larger else max(self._costs)
-            self._times[kind] = RoundTimes(costs=self._costs[nearest])
+            if self._decoder.ragged and 1 in self._costs:
+                costs = self._costs[1].for_rows(size)
+            else:
+                larger = [known for known in self._costs if known >= size]
+                costs = self._costs[min(larger) if larger else max(self._costs)]
+            self._times[kind] = RoundTimes(costs=costs)
         return self._times[kind]
 
     def pace(self, num_rows: int, *, samples: bool) -> Pace:

@@ -9,11 +9,13 @@ Source: arXiv:2504.05598 (exit and length chosen each round from the agreement s
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from layerskip.decoding.adaptive.pace import COLD_ROUNDS, COLD_STEPS, FIRST_REST, TIMED_STEPS, Pace
+from layerskip.decoding.adaptive.budget import Budget, budget_of, share_out
+from layerskip.decoding.adaptive.outlook import Classes, Outlook, best_outlook
+from layerskip.decoding.adaptive.pace import COLD_ROUNDS, COLD_STEPS, FIRST_REST, LOOK_SHARE, TIMED_STEPS, Pace
 from layerskip.decoding.adaptive.rates import AcceptanceRates, Rate
 from layerskip.decoding.adaptive.round_times import RoundTimes
 from layerskip.decoding.ngrams.index import Match
@@ -24,8 +26,10 @@ MOST_DRAFTS = 12
 MARGIN, STAYING = 1.02, 0.98
 """Speedups that drafting must be expected to bring to begin, and to go on. They are underestimated, as drafts that stop
 early aren't considered; but the first rounds find cold caches."""
-PLAN_EVERY = 4
-"""Rounds that keep an exit and a length: rates don't move faster."""
+PLAN_EVERY, MOST_KEPT = 4, 64
+"""Rounds that keep an exit and its thresholds: rates don't move faster; more where planning would take too long."""
+ROW_WEIGHT = 12.0
+"""Drafts: the weight of what is known of all rows against a row's own latest drafts."""
 FIRST_ROUNDS = 8
 """Rounds before plain steps are timed, at the start of the first generation."""
 KNOWN_TOKENS = 6
@@ -85,10 +89,13 @@ class AdaptivePolicy:
     def __post_init__(self) -> None:
         self._num_rows, self._samples = 0, [False]
         self._matches: Sequence[Match | None] = ()
+        self._histories: Sequence[tuple[float, float]] = ((0.0, 0.0),)
+        self._gives_up = True
+        self._keep_for = PLAN_EVERY
         self._rounds = 0
         self._drafted_rounds = 0
         self._best: Plan | None = None
-        self._stale, self._planned_at = True, -PLAN_EVERY
+        self._stale, self._planned_at = True, -MOST_KEPT
         self._learning_seconds = 0.0
         self._rest = 0
 
@@ -120,6 +127,8 @@ class AdaptivePolicy:
             steps, self._rest = self._rest, 0
             return Plan(source="none", steps=steps)
         self._look()
+        self.times.context = view.context
+        self._histories, self._gives_up = view.histories, not view.by_distribution
         self._matches = view.matches() if self.uses_text else ()
         plan = self._choose(view.remaining)
         return replace(plan, probe=self.exits) if self._probe_is_due() else plan
@@ -154,7 +163,7 @@ class AdaptivePolicy:
         self._times = self.knowledge.times(self._num_rows, samples=draws)
         self.pace = self.knowledge.pace(self._num_rows, samples=draws)
         self.most_drafts = min(self.most_drafts, self._times.costs.most_drafts)
-        self._best, self._stale, self._planned_at = None, True, self._rounds - PLAN_EVERY
+        self._best, self._stale, self._planned_at = None, True, self._rounds - MOST_KEPT
 
     def _mean(self, value: Callable[[AcceptanceRates], float]) -> float:
         """A rate's mean over the rows."""
@@ -162,15 +171,24 @@ class AdaptivePolicy:
         parts = ((1 - draws, False), (draws, True))
         return sum(share * value(self.knowledge.rates(samples=samples)) for share, samples in parts if share)
 
-    def _chances(self, exit_layer: int, most: int) -> list[float]:
-        """Probability that the first 1, 2, ... `most` drafts of a round are all accepted: mean over the rows."""
-        kinds = set(self._samples)
+    def _chances(self, exit_layer: int, most: int) -> list[list[float]]:
+        """For each row the probability that the first 1, 2, ... `most` drafts of a round are all accepted."""
         chances = {
-            samples: list(self.knowledge.rates(samples=samples).of_exit(exit_layer).chances(most)) for samples in kinds
+            samples: list(self.knowledge.rates(samples=samples).of_exit(exit_layer).chances(most))
+            for samples in set(self._samples)
         }
-        if len(kinds) == 1:
-            return chances[self._samples[0]]
-        return [sum(chances[samples][i] for samples in self._samples) / len(self._samples) for i in range(most)]
+        factors = self._row_factors(exit_layer)
+        return [
+            [min(1.0, chance * factor**depth) for depth, chance in enumerate(chances[samples], start=1)]
+            for samples, factor in zip(self._samples, factors, strict=True)
+        ]
+
+    def _row_factors(self, exit_layer: int) -> list[float]:
+        """For each row, how much likelier its drafts are accepted than those of all rows, by its latest ones."""
+        if self._num_rows == 1:
+            return [1.0]  # all that is known is of this row
+        usual = max(0.01, self.rates_of(exit_layer))
+        return [(accepted + ROW_WEIGHT * usual) / (tried + ROW_WEIGHT) / usual for accepted, tried in self._histories]
 
     def _rate_of(self, match: Match, *, samples: bool) -> Rate:
         """Acceptance rate of what follows a match, in a row that samples or doesn't."""
@@ -195,10 +213,13 @@ class AdaptivePolicy:
         if remaining <= 1 or self._times_steps():
             return Plan(source="none")
         most = min(self.most_drafts, remaining - 1)
-        if self._stale and self._rounds - self._planned_at >= PLAN_EVERY:
+        step = self.times.seconds("none")
+        if self._stale and self._rounds - self._planned_at >= self._keep_for:
+            started = time.perf_counter()
             self._best = self._best_layers(most)
             self._stale, self._planned_at = False, self._rounds
-        step = self.times.seconds("none")
+            rounds = self.knowledge.since(started) / (LOOK_SHARE * step)
+            self._keep_for = int(min(MOST_KEPT, max(PLAN_EVERY, rounds)))
         if self._best is not None and self._drafts(self._best, step):
             best = self._best
         else:
@@ -234,15 +255,26 @@ class AdaptivePolicy:
         self._stale = self._stale or plan.source == "layers" or bool(others)
 
     def _observe_time(self, plan: Plan, result: RoundResult) -> None:
-        drafted, seconds = max((result.tried(row)[1] for row in range(len(result.drafts))), default=0), result.seconds
+        seconds, (verified, drawn, most) = result.seconds, self._work(result)
         if result.agreement:
-            self.pace.observe_probe(max(0.0, seconds - self.times.seconds(plan.source, plan.exit_layer, drafted)))
+            expected = self.times.seconds(plan.source, plan.exit_layer, verified, drawn, most)
+            self.pace.observe_probe(max(0.0, seconds - expected))
         elif plan.source == "none":
             self.pace.observe_steps([seconds])
         else:
             self.pace.observe_drafts(seconds, layers=plan.source == "layers")
             if result.settled and (plan.source == "text" or self._drafted_rounds > COLD_ROUNDS):
-                self.times.observe(plan.source, plan.exit_layer, drafted, seconds + self._learning_seconds)
+                seconds += self._learning_seconds
+                self.times.observe(plan.source, plan.exit_layer, verified, seconds, drawn=drawn, most=most)
+
+    def _work(self, result: RoundResult) -> tuple[float, float | None, float]:
+        """What a round did, as `Costs.round` takes it: drafts that were verified and drawn, and passes of drafting."""
+        verified = [len(row) for row in result.drafts]
+        drawn = [len(row) for row in result.confidences] or verified
+        most = max(drawn, default=0)
+        if not self.times.costs.ragged:
+            return max(verified, default=0), None, most
+        return sum(verified) / len(verified), sum(drawn) / len(drawn), most
 
     def _times_steps(self) -> bool:
         """Whether the next rounds should be without drafts, to know what drafting is compared with."""
@@ -251,48 +283,107 @@ class AdaptivePolicy:
         return self.pace.steps_are_due
 
     def _best_layers(self, most: int) -> Plan | None:
-        """The best exit and length, however they compare with a step."""
-        best: Plan | None = None
-        for exit_layer in self.exits:
-            times, tokens, speed = self.times.of_lengths("layers", exit_layer), 1.0, 0.0
-            for drafts, chance in enumerate(self._chances(exit_layer, most), start=1):
-                tokens += chance
-                if tokens / times[drafts] < speed:  # gains fall with depth
-                    break
-                speed = tokens / times[drafts]
-                if best is None or speed > best.tokens_per_second:
-                    best = Plan(
-                        source="layers", exit_layer=exit_layer, num_speculations=drafts, tokens_per_second=speed
-                    )
-        return self._with_stop(best, most) if best is not None and self.stops_early else best
+        """The best exit and its drafts, however they compare with a step."""
+        find = self._by_thresholds if self.stops_early else self._by_lengths
+        plans = [plan for exit_layer in self.exits if (plan := find(exit_layer, most)) is not None]
+        return max(plans, key=lambda plan: plan.tokens_per_second, default=None)
 
-    def _with_stop(self, plan: Plan, most: int) -> Plan:
-        """The same exit with as many drafts as are likely to be accepted: each must gain more time than it takes."""
-        times = self.times.of_lengths("layers", plan.exit_layer)
-        classes = {
-            samples: self.knowledge.rates(samples=samples).of_exit(plan.exit_layer).by_confidence()
-            for samples in set(self._samples)
-        }
-        by_row = [classes[samples] for samples in self._samples]
-        rates = by_row[0] if len(classes) == 1 else tuple(sum(row) / len(row) for row in zip(*by_row, strict=True))
-        slope = times[most] - times[1]
-        worth = slope / max(1, most - 1) * plan.tokens_per_second  # tokens that the time of another draft is worth
-        stop = StopRule(rates=rates, least=worth / max(0.05, self.rates_of(plan.exit_layer)))
-        return replace(plan, num_speculations=most, stop=stop)
+    def _by_lengths(self, exit_layer: int, most: int) -> Plan | None:
+        """The best numbers of drafts that are known before any is drawn; one for each row where none gain."""
+        chances, seconds = self._chances(exit_layer, most), self._seconds_of("layers", exit_layer)
+        plan = self._plan_of(share_out(chances, seconds), "layers", exit_layer)
+        return plan or self._plan_of(budget_of(chances, (1,) * self._num_rows, seconds), "layers", exit_layer)
+
+    def _by_thresholds(self, exit_layer: int, most: int) -> Plan:
+        """As many drafts as are likely to be accepted: each must be worth more than its time."""
+        num_rows, times = self._num_rows, self.times
+        ragged = times.costs.ragged
+        gives_up = self._gives_up and (ragged or num_rows == 1)
+        classes = self._classes(exit_layer)
+        correction = times.correction("layers")
+        start = exit_layer if times.costs.shares_states else 0
+
+        def seconds(outlook: Outlook) -> float:
+            if not ragged and num_rows > 1:
+                return times.seconds("layers", exit_layer, outlook.passes)
+            return times.seconds("layers", exit_layer, outlook.verified, outlook.drawn, outlook.passes)
+
+        def prices(outlook: Outlook) -> tuple[float, float]:
+            costs, verified = times.costs, max(1.0, outlook.verified if ragged else outlook.passes)
+            verify = costs.verification(start, verified) - costs.verification(start, verified - 1)
+            return correction * (costs.drafting(exit_layer, 2) - costs.drafting(exit_layer, 1)), correction * verify
+
+        found = best_outlook(
+            classes,
+            seconds,
+            prices,
+            most=most,
+            num_rows=num_rows,
+            speed=1 / times.seconds("none"),
+            gives_up=gives_up,
+        )
+        lengths: tuple[int, ...] = ()
+        if num_rows > 1 and ragged:
+            draw = found.tokens_per_second * prices(found)[0]
+            lengths = tuple(
+                most if classes.worth(factor, found.kept, gives_up=gives_up) >= draw else 0
+                for factor in self._row_factors(exit_layer)
+            )
+            if not any(lengths):
+                lengths = ()
+        return Plan(
+            source="layers",
+            exit_layer=exit_layer,
+            num_speculations=most,
+            lengths=lengths,
+            tokens_per_second=found.tokens_per_second,
+            stop=StopRule(rates=tuple(classes.rates), least=found.least, kept=found.kept),
+        )
+
+    def _classes(self, exit_layer: int) -> Classes:
+        """Drafts by confidence, over the rows that run at present."""
+        exits = {samples: self.knowledge.rates(samples=samples).of_exit(exit_layer) for samples in set(self._samples)}
+        rates = {samples: each.by_confidence() for samples, each in exits.items()}
+        shares = {samples: each.shares() for samples, each in exits.items()}
+        return Classes(rates=self._over_rows(rates), shares=self._over_rows(shares))
+
+    def _over_rows(self, values: Mapping[bool, tuple[float, ...]]) -> tuple[float, ...]:
+        """The mean over the rows, by whether they sample."""
+        if len(values) == 1:
+            return next(iter(values.values()))
+        by_row = [values[samples] for samples in self._samples]
+        return tuple(sum(row) / len(row) for row in zip(*by_row, strict=True))
+
+    def _seconds_of(self, source: DraftSource, exit_layer: int) -> Callable[[int, int], float]:
+        """What rounds take, by the drafts of all rows together and those of the row that has most."""
+        known, num_rows = self.times.of_lengths(source, exit_layer), self._num_rows
+        if not self.times.costs.ragged or num_rows == 1:
+            return lambda _, longest: known[longest]
+
+        def seconds(total: int, _: int) -> float:
+            below, more = divmod(total, num_rows)
+            return known[below] + (more * (known[below + 1] - known[below]) / num_rows if more else 0.0)
+
+        return seconds
+
+    def _plan_of(self, budget: Budget, source: DraftSource, exit_layer: int = 0) -> Plan | None:
+        """None without drafts."""
+        most = max(budget.lengths)
+        if not most:
+            return None
+        return Plan(
+            source=source,
+            exit_layer=exit_layer,
+            num_speculations=most,
+            lengths=() if min(budget.lengths) == most else budget.lengths,
+            tokens_per_second=budget.speed / self._num_rows,
+        )
 
     def _better_text(self, best: Plan, most: int) -> Plan:
-        """The best number of drafts from the sequences themselves, if it is better than `best`."""
-        rates = [
-            self.knowledge.rates(samples=samples).of_match(match.length, foreign=match.foreign).value
-            if match is not None
-            else 0.0
-            for match, samples in zip(self._matches, self._samples, strict=True)
-        ]
-        tokens, chances, times = float(len(rates)), [1.0] * len(rates), self.times.of_lengths("text", 0)
-        for drafts in range(1, most + 1):
-            chances = [chance * rate for chance, rate in zip(chances, rates, strict=True)]
-            tokens += sum(chances)
-            speed = tokens / len(rates) / times[drafts]
-            if speed > best.tokens_per_second:
-                best = Plan(source="text", num_speculations=drafts, tokens_per_second=speed)
-        return best
+        """The best numbers of drafts from the sequences themselves, if they are better than `best`."""
+        chances = []
+        for match, samples in zip(self._matches, self._samples, strict=True):
+            rate = 0.0 if match is None else self._rate_of(match, samples=samples).value
+            chances.append([rate**drafts for drafts in range(1, most + 1)] if rate else [])
+        plan = self._plan_of(share_out(chances, self._seconds_of("text", 0)), "text")
+        return plan if plan is not None and plan.tokens_per_second > best.tokens_per_second else best

@@ -14,6 +14,8 @@ LONG_WEIGHT = 12.0
 """Observations: the long-term rate counts as this many observations of the rows that run at present."""
 PRIOR_RATE, PRIOR_WEIGHT = 0.6, 2.0
 """The rate that is assumed before anything is observed, and the observations that it counts as."""
+SHARE_WEIGHT = 0.25
+"""Drafts of each class that are assumed to have been drawn before any was."""
 PART_WEIGHT = 4.0
 """Observations: how strongly rates by depth and by confidence are pulled towards the exit's overall rate."""
 
@@ -73,10 +75,14 @@ class ExitRates:
     """Of the first, second, ... draft of a round, given that those before it were accepted."""
     classes: list[Rate] = field(default_factory=lambda: [Rate() for _ in range(CONFIDENCE_CLASSES)])
     """By confidence."""
+    drawn: list[float] = field(default_factory=lambda: [0.0] * CONFIDENCE_CLASSES)
+    """Drafts of each class that were drawn, also those that weren't verified; older ones weigh less."""
 
     def observe(self, accepted: int, drafted: int, confidences: Sequence[float]) -> None:
         """Learn from a row's drafts, up to the first that was rejected."""
         tried = min(accepted + 1, drafted)
+        for confidence in confidences[: accepted + 1]:  # what follows a rejected draft is another text
+            self._draw(confidence_class(confidence), 1.0)
         self.overall.observe(accepted, tried)
         self.depths += [Rate() for _ in range(tried - len(self.depths))]
         for depth in range(tried):
@@ -94,8 +100,9 @@ class ExitRates:
         total = sum(tokens for _, tokens in seen)
         if not total:
             return
-        for rate, (agreed, tokens) in zip(self.classes, seen, strict=True):
+        for place, (rate, (agreed, tokens)) in enumerate(zip(self.classes, seen, strict=True)):
             rate.observe(agreed * weight / total, tokens * weight / total)
+            self._draw(place, tokens * weight / total)
         self.overall.observe(weight * sum(agreed for agreed, _ in seen) / total, weight)
 
     def chances(self, most: int) -> Iterator[float]:
@@ -104,6 +111,16 @@ class ExitRates:
         for depth in range(most):
             chance *= self.depths[depth].within(overall) if depth < len(self.depths) else overall
             yield chance
+
+    def shares(self) -> tuple[float, ...]:
+        """Share of all drafts that each class of confidence has; equal ones before anything is known."""
+        known = sum(self.drawn) + CONFIDENCE_CLASSES * SHARE_WEIGHT
+        return tuple((number + SHARE_WEIGHT) / known for number in self.drawn)
+
+    def _draw(self, place: int, weight: float) -> None:
+        kept = LONG_DECAY**weight
+        self.drawn = [kept * number for number in self.drawn]
+        self.drawn[place] += weight
 
     def by_confidence(self) -> tuple[float, ...]:
         """Acceptance rate of a draft by its class of confidence."""

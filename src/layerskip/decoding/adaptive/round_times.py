@@ -27,6 +27,8 @@ class RoundTimes:
     """Predicted seconds of rounds of one batch size, on one machine."""
 
     costs: Costs
+    context: float = 0.0
+    """Tokens of all rows that attention reads at present."""
 
     def __post_init__(self) -> None:
         self.learn(self.costs)
@@ -49,17 +51,38 @@ class RoundTimes:
         lengths = range(self.costs.most_drafts + 1)
         self._uncorrected = [[self.costs.round(exit_, n) for n in lengths] for exit_ in range(self.costs.num_layers)]
 
-    def seconds(self, source: DraftSource, exit_layer: int = 0, num_drafts: int = 0) -> float:
-        """Predicted seconds of a round."""
-        return self._uncorrected[exit_layer][num_drafts] * self.correction(source, num_drafts)
+    def seconds(
+        self,
+        source: DraftSource,
+        exit_layer: int = 0,
+        num_drafts: float = 0,
+        drawn: float | None = None,
+        most: float = 0,
+    ) -> float:
+        """Predicted seconds of a round; arguments as for `Costs.round`."""
+        return self._predicted(exit_layer, num_drafts, drawn, most) * self.correction(source, round(num_drafts))
 
     def of_lengths(self, source: DraftSource, exit_layer: int) -> list[float]:
         """Predicted seconds of rounds with 0, 1, ... drafts."""
         common, known, slowness = self.correction(source), self._factors, self._slowness
         return [
-            uncorrected * (slowness * known[source, drafts] if (source, drafts) in known else common)
+            (uncorrected + self._attention(exit_layer, drafts))
+            * (slowness * known[source, drafts] if (source, drafts) in known else common)
             for drafts, uncorrected in enumerate(self._uncorrected[exit_layer])
         ]
+
+    def _predicted(self, exit_layer: int, num_drafts: float, drawn: float | None, most: float) -> float:
+        """By the costs alone."""
+        if drawn is None and num_drafts == int(num_drafts):
+            seconds = self._uncorrected[exit_layer][int(num_drafts)]
+        else:
+            seconds = self.costs.round(exit_layer, num_drafts, drawn=drawn, most=most)
+        return seconds + self._attention(exit_layer, max(most, num_drafts if drawn is None else drawn))
+
+    def _attention(self, exit_layer: int, passes: float) -> float:
+        """Seconds that reading the cache takes, by all layers once and by those that draft in each of their passes."""
+        share = passes * exit_layer / self.costs.num_layers if exit_layer else 0.0
+        return self.costs.attention * self.context * (1 + share)
 
     def correction(self, source: DraftSource, num_drafts: int | None = None) -> float:
         """Ratio of measured to predicted seconds of rounds with this source, and this many drafts if they were timed.
@@ -72,9 +95,19 @@ class RoundTimes:
         """Number of the latest rounds that were timed."""
         return len(self._by_source.get(source, ()))
 
-    def observe(self, source: DraftSource, exit_layer: int, num_drafts: int, seconds: float) -> None:
-        """Learn from a round."""
-        ratio, length = seconds / self._uncorrected[exit_layer][num_drafts], (source, num_drafts)
+    def observe(
+        self,
+        source: DraftSource,
+        exit_layer: int,
+        num_drafts: float,
+        seconds: float,
+        *,
+        drawn: float | None = None,
+        most: float = 0,
+    ) -> None:
+        """Learn from a round; the other arguments are as for `Costs.round`."""
+        ratio = seconds / self._predicted(exit_layer, num_drafts, drawn, most)
+        length = source, round(num_drafts)
         if self._latest is None:
             self._slowness = ratio
         if source != self._latest:
@@ -90,7 +123,7 @@ class RoundTimes:
         if self._left:
             self._left -= 1
         else:
-            self._present.append(ratio / self._factor(source, num_drafts))
+            self._present.append(ratio / self._factor(*length))
             self._slowness = median(self._present)
 
     def _factor(self, source: DraftSource, num_drafts: int | None) -> float:

@@ -66,16 +66,23 @@ class NgramIndex:
         """The longest run that ends the text and occurred before, of several the latest; None without any."""
         if self._match is _UNKNOWN:
             best = (0, 0)
+            latest = self._tokens[: -MAX_MATCH - 1 : -1]
             for end in reversed(self._ends.get(tuple(self._tokens[-MIN_MATCH:]), [])[-MAX_CANDIDATES:]):
-                length = self._common(end)
+                length = self._common(end, latest)
                 if length > best[0]:
                     best = (length, end)
+                if length == MAX_MATCH:
+                    break
             self._match = Match(length=best[0], tokens=self._tokens[best[1] :]) if best[0] else None
         return self._match
 
-    def _common(self, end: int) -> int:
-        """Length of the run that ends both at `end` and at the text's end."""
-        tokens, length = self._tokens, MIN_MATCH
-        while length < min(MAX_MATCH, end) and tokens[end - length - 1] == tokens[-length - 1]:
+    def _common(self, end: int, latest: Sequence[int]) -> int:
+        """Length of the run that ends both at `end` and at the text's end, whose last tokens are given backwards."""
+        length = MIN_MATCH
+        earlier = self._tokens[max(0, end - MAX_MATCH) : end]
+        earlier.reverse()
+        for token, other in zip(earlier[MIN_MATCH:], latest[MIN_MATCH:], strict=False):
+            if token != other:
+                break
             length += 1
         return length

@@ -6,27 +6,33 @@ Shapes: B rows, K drafts a row, D width, V vocabulary.
 """
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from layerskip.decoding.batch import Batch
 from layerskip.decoding.ngrams.index import Match
-from layerskip.model.drafts import Drafts, StopRule
+from layerskip.decoding.policy import Plan
+from layerskip.model.drafts import DraftCounts, Drafts, StopRule
 from layerskip.model.noise import Purpose
 
 
 def draft_from_layers(
-    batch: Batch, exit_layer: int, num_drafts: int, exits: Collection[int] = (), stop: StopRule | None = None
+    batch: Batch,
+    exit_layer: int,
+    lengths: Sequence[int],
+    exits: Collection[int] = (),
+    stop: StopRule | None = None,
 ) -> Drafts:
     """Draft with the first layers, through the logits of every draft; nothing is committed.
 
     Args:
         batch: The rows.
         exit_layer: E.
-        num_drafts: K, at most.
+        lengths: Drafts of each row at most; the longest is K.
         exits: Exits whose states are kept as well, where they are on the way.
-        stop: When to draft fewer.
+        stop: When to draft fewer. With rejection sampling no draft is given up by what it is.
     """
     drafter = batch.decoder.drafter(exit_layer)
     decoder, shares = drafter.decoder, drafter.shares_states
@@ -35,20 +41,26 @@ def draft_from_layers(
     token = batch.pending()
     tokens = [token[:, :0]]
     hidden: list[Tensor] = []
-    while len(tokens) <= num_drafts and not (stop is not None and len(tokens) > 1 and stop.ends(choices.confidences)):
+    if stop is not None and batch.by_distribution:
+        stop = replace(stop, kept=0.0)
+    counts = DraftCounts(lengths, stop)
+    while counts.goes_on:
         hidden.append(states.run(token, len(hidden)))
         token = choices.next(decoder.own_logits(states.read()), confident=stop is not None)
         tokens.append(token)
-    if shares:
+        counts.add(choices.confidences)
+    longest = max(counts.counts)
+    if shares and longest == len(hidden):
         hidden.append(states.run(token, len(hidden)))
         states.write_keys()
     return Drafts(
-        tokens=torch.cat(tokens, 1),
+        tokens=torch.cat(tokens[: longest + 1], 1),
+        lengths=counts.counts,
         exit_layer=exit_layer if shares else 0,
         hidden=torch.cat(hidden, 1) if shares else None,
-        confidences=choices.confidences if stop is not None else (),
+        confidences=counts.confidences if stop is not None else (),
         exit_states={exit_: torch.cat(parts, 1) for exit_, parts in states.kept.items()},
-        probs=choices.probs,
+        probs=choices.probs[:longest],
     )
 
 
@@ -98,7 +110,8 @@ class _Choices:
         self._drafts: list[list[int]] = [[] for _ in batch.rows]
         self._offset = 0
         self.probs: list[Tensor] = []
-        self.confidences: list[list[float]] = [[] for _ in batch.rows]
+        self.confidences: list[float] = []
+        """Probability of each row's latest draft, where it was asked for."""
 
     def next(self, logits: Tensor, *, confident: bool) -> Tensor:
         """[B, 1, V] -> [B, 1]; `confident`: note the probability of each draft."""
@@ -115,28 +128,25 @@ class _Choices:
             self.probs.append(vocabulary.softmax(scores).squeeze(1))
         if confident:
             chosen = vocabulary.at(vocabulary.softmax(scores), token).flatten()
-            for row, confidence in zip(self.confidences, chosen.tolist(), strict=True):
-                row.append(confidence)
+            self.confidences = chosen.tolist()
         if sampler.needs_context:
             for drafts, (new,) in zip(self._drafts, token.tolist(), strict=True):
                 drafts.append(new)
         return token
 
 
-def draft_from_text(batch: Batch, matches: Sequence[Match | None], num_speculations: int) -> tuple[Drafts, list[int]]:
-    """Drafts of each row from its own tokens, and how many each row has; rows without a match have none.
-
-    Verification runs all layers over them: nothing has run yet.
-    """
-    lengths = batch.draft_lengths(num_speculations)
-    continued = [
+def continuations(batch: Batch, matches: Sequence[Match | None], plan: Plan) -> list[list[int]]:
+    """What followed each row's last tokens where they occurred before; nothing for rows without a match."""
+    lengths = batch.draft_lengths(plan)
+    return [
         match.continuation(length) if match is not None else [] for match, length in zip(matches, lengths, strict=True)
     ]
-    longest = max(map(len, continued))
-    padded = [drafts + [0] * (longest - len(drafts)) for drafts in continued]
-    tokens = torch.tensor(padded, device=batch.decoder.device).view(len(continued), longest).long()
-    probs: list[Tensor] = []
+
+
+def draft_from_text(batch: Batch, matches: Sequence[Match | None], plan: Plan) -> Drafts:
+    """Drafts of each row from its own tokens. Verification runs all layers over them: nothing has run yet."""
+    drafts = batch.decoder.padded(continuations(batch, matches, plan))
     if batch.by_distribution:  # each draft is certain
-        part = torch.arange(len(vocabulary := batch.decoder.vocabulary.tokens), device=tokens.device)
-        probs = [(column.unsqueeze(-1) - vocabulary.start == part).float() for column in tokens.unbind(1)]
-    return Drafts(tokens=tokens, probs=probs), [len(drafts) for drafts in continued]
+        part = torch.arange(len(vocabulary := batch.decoder.vocabulary.tokens), device=drafts.tokens.device)
+        drafts.probs = [(column.unsqueeze(-1) - vocabulary.start == part).float() for column in drafts.tokens.unbind(1)]
+    return drafts

@@ -72,7 +72,6 @@ class GuidedDrafts:
 
     drafts: Drafts
     """Padded on the right."""
-    num_drafts: list[int]
     certain: list[list[bool]]
     """For each row and draft, whether it was forced."""
 
@@ -85,11 +84,11 @@ def draft_forced(batch: Batch) -> GuidedDrafts:
     return _without_layers(batch, rows)
 
 
-def draft_guided_text(batch: Batch, matches: Sequence[Match | None], num_speculations: int) -> GuidedDrafts:
+def draft_guided_text(batch: Batch, matches: Sequence[Match | None], lengths: Sequence[int]) -> GuidedDrafts:
     """Drafts from the rows' own tokens, up to one that a constraint forbids, and what it forces on the way."""
-    rows = [RowDrafts(row=row, limit=num_speculations) for row in batch.rows]
+    rows = [RowDrafts(row=row, limit=length) for row, length in zip(batch.rows, lengths, strict=True)]
     for row, match in zip(rows, matches, strict=True):
-        _follow(row, match.continuation(num_speculations) if match is not None else [])
+        _follow(row, match.continuation(row.limit) if match is not None else [])
     return _without_layers(batch, rows)
 
 
@@ -115,36 +114,41 @@ def _without_layers(batch: Batch, rows: Sequence[RowDrafts]) -> GuidedDrafts:
     if batch.by_distribution:  # each draft is certain
         part = torch.arange(len(vocabulary := batch.decoder.vocabulary.tokens), device=tokens.device)
         probs = [(column.unsqueeze(-1) - vocabulary.start == part).float() for column in tokens.unbind(1)]
-    return _guided(rows, Drafts(tokens=tokens, probs=probs))
+    return _guided(rows, Drafts(tokens=tokens, lengths=_lengths(rows), probs=probs))
 
 
 def draft_guided(
-    batch: Batch, exit_layer: int, num_drafts: int, exits: Collection[int] = (), stop: StopRule | None = None
+    batch: Batch,
+    exit_layer: int,
+    lengths: Sequence[int],
+    exits: Collection[int] = (),
+    stop: StopRule | None = None,
 ) -> GuidedDrafts:
     """Draft with the first layers; nothing is committed.
 
     Args:
         batch: The rows.
         exit_layer: E.
-        num_drafts: Drafts of each row that the layers choose, at most; what is forced comes on top.
+        lengths: Drafts of each row that the layers choose, at most; what is forced comes on top.
         exits: Exits whose states are kept as well, where they are on the way.
-        stop: When to draft fewer.
+        stop: When a row drafts fewer; no draft that was chosen is given up.
     """
     drafter = batch.decoder.drafter(exit_layer)
     shares = drafter.shares_states
-    rows = [RowDrafts(row=row, limit=num_drafts) for row in batch.rows]
+    rows = [RowDrafts(row=row, limit=length) for row, length in zip(batch.rows, lengths, strict=True)]
     for row in rows:
         row.add_forced()
     blocks = _Blocks(batch, exit_layer, exits if shares else ())
-    choices = _RaggedChoices(batch, rows)
-    while any(row.chooses for row in rows) and not choices.ends(stop):
-        choices.next(drafter.decoder.own_logits(blocks.read(rows)), confident=stop is not None)
+    choices = _RaggedChoices(batch, rows, stop)
+    while any(row.chooses for row in rows):
+        choices.next(drafter.decoder.own_logits(blocks.read(rows)))
     if shares:
         blocks.finish(rows)
     return _guided(
         rows,
         Drafts(
             tokens=_padded(rows, batch.decoder.device),
+            lengths=_lengths(rows),
             exit_layer=exit_layer if shares else 0,
             hidden=_stack(blocks.hidden) if shares else None,
             confidences=choices.confidences if stop is not None else (),
@@ -215,8 +219,8 @@ class _Blocks:
 class _RaggedChoices:
     """Chooses the next draft of the rows that take one, by their rules."""
 
-    def __init__(self, batch: Batch, rows: Sequence[RowDrafts]) -> None:
-        self._batch, self._rows = batch, rows
+    def __init__(self, batch: Batch, rows: Sequence[RowDrafts], stop: StopRule | None) -> None:
+        self._batch, self._rows, self._stop = batch, rows, stop
         by_distribution = batch.by_distribution
         self._purpose = Purpose.DRAFT if by_distribution else Purpose.TARGET
         self._counters = [row.recorder.rounds for row in batch.rows] if by_distribution else None
@@ -224,13 +228,10 @@ class _RaggedChoices:
         """By row, of the drafts that were chosen."""
         self._probs: list[list[Tensor]] = [[] for _ in rows]
 
-    def ends(self, stop: StopRule | None) -> bool:
-        """Whether drafts have become doubtful."""
-        return stop is not None and any(self.confidences) and stop.ends(self.confidences)
-
-    def next(self, logits: Tensor, *, confident: bool) -> None:
+    def next(self, logits: Tensor) -> None:
         """Give rows a draft, and what is forced after it, by logits [B, 1, V]."""
         batch, sampler, vocabulary = self._batch, self._batch.sampler, self._batch.decoder.vocabulary
+        confident = self._stop is not None
         steps = [row.step() if row.chooses else None for row in self._rows]
         contexts = [[row.row.tokens + row.tokens] for row in self._rows] if sampler.needs_context else None
         scores = sampler.scores(logits, contexts, [[step] for step in steps])
@@ -247,6 +248,8 @@ class _RaggedChoices:
                 self.confidences[place].append(chosen[place])
                 self._probs[place].append(probs[place, 0])
             row.add_forced()
+            if self._stop is not None and self._stop.chance(self.confidences[place]) < self._stop.least:
+                row.ended = True
 
     def probs(self) -> list[Tensor]:
         """K x [B, V], the distributions that drafts were drawn from; a forced one is certain."""
@@ -282,8 +285,8 @@ def _padded(rows: Sequence[RowDrafts], device: torch.device) -> Tensor:
 
 
 def _guided(rows: Sequence[RowDrafts], drafts: Drafts) -> GuidedDrafts:
-    return GuidedDrafts(
-        drafts=drafts,
-        num_drafts=[len(row.tokens) for row in rows],
-        certain=[row.certain for row in rows],
-    )
+    return GuidedDrafts(drafts=drafts, certain=[row.certain for row in rows])
+
+
+def _lengths(rows: Sequence[RowDrafts]) -> list[int]:
+    return [len(row.tokens) for row in rows]

@@ -94,14 +94,11 @@ def step(batch: Batch) -> RoundResult:
         logits = decoder.own_logits(hidden, batch.depth)
         scores = sampler.scores(logits, batch.contexts(), batch.masks())
         chosen = sampler.choose(scores, [len(row.tokens) for row in batch.rows]).tolist()
-        told = tell_tokens(decoder, batch.rows, logits, chosen)
+        told, tokens = tell_tokens(decoder, batch.rows, logits, chosen), [token for (token,) in chosen]
     else:
-        chosen = decoder.round(batch.last_tokens, cache, batch.step_request, batch.depth).targets
+        targets = decoder.round(batch.last_tokens, cache, batch.step_request, batch.depth).targets
+        tokens = [token for (token,) in targets]
     for row in range(batch.num_rows):
         cache.commit(row, 1)
-    return RoundResult(
-        drafts=[()] * batch.num_rows,
-        num_accepted=[0] * batch.num_rows,
-        tokens=[token for (token,) in chosen],
-        logprobs=told,
-    )
+    nothing = [0] * batch.num_rows
+    return RoundResult(drafts=[()] * batch.num_rows, num_accepted=nothing, tokens=tokens, logprobs=told)

@@ -18,7 +18,7 @@ from torch import Tensor
 from layerskip.decoding.batch import Batch
 from layerskip.decoding.policy import Plan, RoundResult
 from layerskip.decoding.rounds.acceptance import accept_block, accept_matching, accept_rejection
-from layerskip.decoding.rounds.drafting import draft_from_layers, draft_from_text
+from layerskip.decoding.rounds.drafting import continuations, draft_from_layers, draft_from_text
 from layerskip.decoding.rounds.guided import GuidedDrafts, draft_forced, draft_guided, draft_guided_text
 from layerskip.decoding.rounds.telling import tell_tokens
 from layerskip.decoding.sampler import Sampler
@@ -38,12 +38,15 @@ def run_round(batch: Batch, plan: Plan) -> RoundResult:
 
 def _through_tokens(batch: Batch, plan: Plan) -> RoundResult:
     """A round of rows that need tokens only."""
-    drafts, num_drafts = None, batch.draft_lengths(plan.num_speculations if plan.source == "layers" else 0)
+    drafts, num_drafts = None, [0] * batch.num_rows
     if plan.source == "text":
-        drafts, num_drafts = draft_from_text(batch, batch.matches(), plan.num_speculations)
+        drafts = continuations(batch, batch.matches(), plan)
+    elif plan.source == "layers":
+        num_drafts = batch.draft_lengths(plan)
     request = DraftRequest(
         exit_layer=plan.exit_layer,
         num_drafts=max(num_drafts),
+        lengths=tuple(num_drafts),
         planned=plan.num_speculations,
         stop=plan.stop,
         draw=batch.sampler.draw,
@@ -51,7 +54,7 @@ def _through_tokens(batch: Batch, plan: Plan) -> RoundResult:
     tokens = batch.decoder.round(batch.last_tokens, batch.cache, request, batch.depth, drafts)
     return _accepted(
         tokens.drafts,
-        num_drafts,
+        num_drafts if drafts is None else [len(row) for row in drafts],
         tokens.targets,
         confidences=tokens.confidences,
         seconds_drafting=tokens.seconds_drafting,
@@ -73,7 +76,7 @@ def _through_logits(batch: Batch, plan: Plan) -> RoundResult:
     """A round of rows whose drafts or targets depend on more than tokens, or one that probes exits."""
     decoder, cache, watch = batch.decoder, batch.cache, batch.decoder.stopwatch
     start = watch.mark()
-    drafts, num_drafts, certain = _draft(batch, plan)
+    drafts, certain = _draft(batch, plan)
     middle = watch.mark()
     inputs = torch.cat((batch.pending(), drafts.tokens), 1) if drafts.hidden is None else drafts.hidden
     positions = decoder.place(cache, cache.lengths, inputs.shape[1])
@@ -81,7 +84,7 @@ def _through_logits(batch: Batch, plan: Plan) -> RoundResult:
     first, last = drafts.exit_layer, decoder.num_layers
     hidden, states = decoder.run_exits(hidden, positions, cache, first, last, plan.probe)
     logits = decoder.own_logits(hidden)
-    judge = _Judge(batch, drafts, num_drafts, logits, certain)
+    judge = _Judge(batch, drafts, logits, certain)
     result = judge.result()  # the round's only device synchronisation, unless exits are probed
     told = tell_tokens(decoder, batch.rows, logits, [result.gained(row) for row in range(batch.num_rows)])
     agreement = {
@@ -100,56 +103,46 @@ def _through_logits(batch: Batch, plan: Plan) -> RoundResult:
     )
 
 
-def _draft(batch: Batch, plan: Plan) -> tuple[Drafts, list[int], Sequence[Sequence[bool]]]:
-    """Drafts by a plan, how many each row can use, and for each whether it is certain, where rows have constraints."""
-    if batch.guides is not None:
-        guided = _draft_guided(batch, plan)
-        return guided.drafts, guided.num_drafts, guided.certain
-    drafts, num_drafts = _draft_freely(batch, plan)
-    return drafts, num_drafts, ()
+def _draft(batch: Batch, plan: Plan) -> tuple[Drafts, Sequence[Sequence[bool]]]:
+    """Drafts by a plan, and for each whether it is certain, where rows have constraints."""
+    if batch.guides is None:
+        return _draft_freely(batch, plan), ()
+    guided = _draft_guided(batch, plan)
+    return guided.drafts, guided.certain
 
 
 def _draft_guided(batch: Batch, plan: Plan) -> GuidedDrafts:
     """Drafts of rows of which some have a constraint."""
     match plan.source:
         case "layers":
-            return draft_guided(batch, plan.exit_layer, plan.num_speculations, plan.probe, plan.stop)
+            return draft_guided(batch, plan.exit_layer, batch.planned_lengths(plan), plan.probe, plan.stop)
         case "text":
-            return draft_guided_text(batch, batch.matches(), plan.num_speculations)
+            return draft_guided_text(batch, batch.matches(), batch.planned_lengths(plan))
         case _:
             return draft_forced(batch)
 
 
-def _draft_freely(batch: Batch, plan: Plan) -> tuple[Drafts, list[int]]:
+def _draft_freely(batch: Batch, plan: Plan) -> Drafts:
     """Drafts of rows without constraints."""
     match plan.source:
         case "layers":
-            usable = batch.draft_lengths(plan.num_speculations)
-            drafts = draft_from_layers(batch, plan.exit_layer, max(usable), plan.probe, plan.stop)
-            return drafts, [min(number, drafts.tokens.shape[1]) for number in usable]
+            return draft_from_layers(batch, plan.exit_layer, batch.draft_lengths(plan), plan.probe, plan.stop)
         case "text":
-            return draft_from_text(batch, batch.matches(), plan.num_speculations)
+            return draft_from_text(batch, batch.matches(), plan)
         case _:
-            return Drafts(tokens=batch.pending()[:, :0]), [0] * batch.num_rows
+            return Drafts(tokens=batch.pending()[:, :0], lengths=[0] * batch.num_rows)
 
 
 class _Judge:
     """What the target says of the drafts, and of what other exits would have drafted."""
 
-    def __init__(
-        self,
-        batch: Batch,
-        drafts: Drafts,
-        num_drafts: Sequence[int],
-        logits: Tensor,
-        certain: Sequence[Sequence[bool]] = (),
-    ) -> None:
-        self._batch, self._drafts, self._num_drafts, self._certain = batch, drafts, num_drafts, certain
+    def __init__(self, batch: Batch, drafts: Drafts, logits: Tensor, certain: Sequence[Sequence[bool]] = ()) -> None:
+        self._batch, self._drafts, self._num_drafts, self._certain = batch, drafts, drafts.lengths, certain
         self._contexts, self._masks = None, None
         if batch.sampler.needs_context or batch.guides is not None:
             tokens = drafts.tokens.tolist()
             self._contexts = batch.contexts(tokens)
-            self._masks = batch.masks([row[:number] for row, number in zip(tokens, num_drafts, strict=True)])
+            self._masks = batch.masks([row[:number] for row, number in zip(tokens, drafts.lengths, strict=True)])
         self._first = [len(row.tokens) for row in batch.rows]
         self._vocabulary = batch.decoder.vocabulary
         self._scores = batch.sampler.scores(logits, self._contexts, self._masks)

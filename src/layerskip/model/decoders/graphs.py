@@ -5,7 +5,7 @@ from typing import Any
 
 from layerskip.model.cache import KVCache
 from layerskip.model.decoder import Decoder
-from layerskip.model.drafts import DraftRequest, Drafts, RoundTokens
+from layerskip.model.drafts import DraftRequest, RoundTokens
 from layerskip.model.graphs.compiled import CompiledRound, CompiledRounds, RoundMode
 from layerskip.model.graphs.static import AdaptedExit, RoundParts
 from layerskip.model.torch.network import TorchNetwork
@@ -67,7 +67,7 @@ class GraphDecoder(Decoder):
         cache: KVCache,
         request: DraftRequest,
         num_layers: int,
-        drafts: Drafts | None = None,
+        drafts: Sequence[Sequence[int]] | None = None,
     ) -> RoundTokens:
         """As `Decoder.round`, in one call where the round is greedy, of a fixed length, and compiled."""
         exit_layer, planned = request.exit_layer, max(request.planned, request.num_drafts)

@@ -1,16 +1,18 @@
 """A decoder whose compositions are single calls into compiled code, where these can do what is asked."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from layerskip.model.cache import KVCache
 from layerskip.model.decoder import Decoder
-from layerskip.model.drafts import DraftRequest, Drafts
+from layerskip.model.drafts import DraftRequest, Drafts, RoundTokens
 from layerskip.model.draw import Draw
-from layerskip.model.native.network import NativeNetwork
+from layerskip.model.native.network import NativeNetwork, split
 from layerskip.model.native.threads import torch_at_rest
 from layerskip.model.positions import Positions
 
@@ -29,6 +31,11 @@ class NativeDecoder(Decoder):
     def compute(self) -> str:
         """As `Decoder.compute`."""
         return self._native.compute
+
+    @property
+    def ragged(self) -> bool:
+        """As `Decoder.ragged`."""
+        return self._can_choose and self._native.embeds
 
     def own_threads(self) -> AbstractContextManager[None]:
         """As `Decoder.own_threads`."""
@@ -51,20 +58,94 @@ class NativeDecoder(Decoder):
         """As `Decoder.choose`."""
         if not self._can_choose or (inputs.dtype == torch.long and not self._native.embeds):
             return super().choose(inputs, positions, cache, start, stop, draw)
+        rows, queries = inputs.shape[:2]
+        flat = inputs.flatten(0, 1).contiguous()
+        if flat.data_ptr() == inputs.data_ptr() and inputs.dtype != torch.long:
+            flat = flat.clone()  # states are overwritten
+        counts = [queries] * rows
+        return self._choose(flat, positions.first, counts, cache, start, stop, draw).view(rows, queries)
+
+    def _choose(
+        self,
+        inputs: Tensor,
+        starts: Sequence[int],
+        counts: Sequence[int],
+        cache: KVCache,
+        start: int,
+        stop: int,
+        draw: Draw | None,
+    ) -> Tensor:
+        """As `NativeNetwork.choose`; a pass is counted once, by the number of rows and the tokens of the longest."""
         adapter = self._adapters.get(stop, self)
         assert isinstance(adapter, NativeDecoder)
-        self.calls.add(start, stop, *inputs.shape[:2])
+        self.calls.add(start, stop, len(counts), max(counts))
         if adapter._adapter is not None:
-            self.calls.add(adapter._adapter, adapter._adapter + 1, *inputs.shape[:2])
-        return adapter._native.choose(inputs, positions, cache, start, stop, draw)
+            self.calls.add(adapter._adapter, adapter._adapter + 1, len(counts), max(counts))
+        return adapter._native.choose(inputs, starts, counts, cache, start, stop, draw)
 
     def _draft(self, tokens: Tensor, cache: KVCache, request: DraftRequest, *, complete: bool) -> Drafts:
-        # The most likely draft stays the most likely one under a cap.
-        if not self._native.embeds or not (self._can_choose or request.draw is None):
+        if not self._can_draft(request):
             return super()._draft(tokens, cache, request, complete=complete)
-        drafts = self._native.draft(tokens, cache, request, complete=complete)
-        for _ in range(drafts.tokens.shape[1] + complete):
-            self.calls.add(0, request.exit_layer, cache.num_rows, 1)
+        drafts, hidden, confidences = self._draft_rows(tokens.flatten().tolist(), cache, request, complete=complete)
+        found = self.padded(drafts)
+        found.exit_layer, found.confidences = request.exit_layer, confidences
+        if complete:
+            states = hidden.split([length + 1 for length in found.lengths])  # type: ignore[no-untyped-call]
+            found.hidden = pad_sequence(list(states), batch_first=True)
+        return found
+
+    def _can_draft(self, request: DraftRequest) -> bool:
+        """Whether kernels can draft; the most likely draft stays the most likely one under a cap."""
+        return self._native.embeds and (self._can_choose or request.draw is None)
+
+    def _draft_rows(
+        self, tokens: Sequence[int], cache: KVCache, request: DraftRequest, *, complete: bool
+    ) -> tuple[list[list[int]], Tensor, Sequence[Sequence[float]]]:
+        """As `NativeNetwork.draft`; passes are counted as if rows that have their drafts took part in the others."""
+        drafts, hidden, confidences = self._native.draft(tokens, cache, request, complete=complete)
+        longest = max(map(len, drafts))
+        drawn = max([longest, *map(len, confidences)])
+        for _ in range(drawn + (complete and drawn == longest)):
+            self.calls.add(0, request.exit_layer, len(tokens), 1)
             if self._adapter is not None:
-                self.calls.add(self._adapter, self._adapter + 1, cache.num_rows, 1)
-        return drafts
+                self.calls.add(self._adapter, self._adapter + 1, len(tokens), 1)
+        return drafts, hidden, confidences
+
+    def round(
+        self,
+        tokens: Sequence[int],
+        cache: KVCache,
+        request: DraftRequest,
+        num_layers: int,
+        drafts: Sequence[Sequence[int]] | None = None,
+    ) -> RoundTokens:
+        """As `Decoder.round`, without padding: each row's own number of tokens runs through the layers."""
+        drafter = self.drafter(request.exit_layer)
+        by_layers = drafts is None and request.exit_layer > 0 and request.num_drafts > 0
+        own = isinstance(drafter.decoder, NativeDecoder) and drafter.decoder._can_draft(request)
+        if not (self.ragged and (own or not by_layers)):
+            return super().round(tokens, cache, request, num_layers, drafts)
+        start = self.stopwatch.mark()
+        found, states = drafts, None
+        confidences: Sequence[Sequence[float]] = ()
+        if by_layers:
+            assert isinstance(drafter.decoder, NativeDecoder)
+            found, states, confidences = drafter.decoder._draft_rows(
+                tokens, cache, request, complete=drafter.shares_states
+            )
+        if found is None:
+            found = [[]] * len(tokens)
+        middle = self.stopwatch.mark()
+        counts, first = [len(row) + 1 for row in found], request.exit_layer
+        if states is None or not drafter.shares_states:
+            flat = [token for last, row in zip(tokens, found, strict=True) for token in (last, *row)]
+            states, first = torch.tensor(flat), 0
+        chosen = self._choose(states, cache.lengths, counts, cache, first, num_layers, request.draw)
+        end = self.stopwatch.mark()
+        return RoundTokens(
+            drafts=found,
+            targets=split(chosen.tolist(), counts),
+            confidences=confidences,
+            seconds_drafting=self.stopwatch.between(start, middle) if max(counts) > 1 else 0.0,
+            seconds_verifying=self.stopwatch.between(middle, end),
+        )

@@ -15,7 +15,7 @@ from typing import Any
 from layerskip.errors import InvalidArgumentError
 from layerskip.model.drafts import CONFIDENCE_CLASSES
 
-INTERFACE = 14
+INTERFACE = 15
 """Version of what the functions do; `layerskip_interface` must return it."""
 NAMES = ("_native_avx512vnni.so", "_native_avx512.so", "_native.so")
 LIBRARIES = tuple(Path(__file__).parents[2] / name for name in NAMES)
@@ -137,7 +137,7 @@ class EmbeddingView(Structure):
 class StopRuleView(Structure):
     """`StopRule` of native/network.h."""
 
-    _fields_ = (("rates", c_float * CONFIDENCE_CLASSES), ("least", c_float))
+    _fields_ = (("rates", c_float * CONFIDENCE_CLASSES), ("least", c_float), ("kept", c_float))
 
 
 class SamplingView(Structure):
@@ -159,11 +159,12 @@ class RunLayersCall(Structure):
         ("network", c_void_p),
         ("cache", c_void_p),
         ("starts", c_void_p),
+        ("counts", c_void_p),
         ("hidden", c_void_p),
         ("rows", c_int32),
-        ("queries", c_int32),
         ("start", c_int32),
         ("stop", c_int32),
+        ("padding", c_int32),
     )
 
 
@@ -174,12 +175,11 @@ class AdaptCall(Structure):
         ("network", c_void_p),
         ("cache", c_void_p),
         ("starts", c_void_p),
+        ("counts", c_void_p),
         ("sources", c_void_p),
         ("hidden", c_void_p),
         ("rows", c_int32),
-        ("queries", c_int32),
         ("layer", c_int32),
-        ("padding", c_int32),
     )
 
 
@@ -193,12 +193,13 @@ class ChooseCall(Structure):
         ("sampling", c_void_p),
         ("tokens", c_void_p),
         ("starts", c_void_p),
+        ("counts", c_void_p),
         ("hidden", c_void_p),
         ("chosen", c_void_p),
         ("rows", c_int32),
-        ("queries", c_int32),
         ("start", c_int32),
         ("stop", c_int32),
+        ("padding", c_int32),
     )
 
 
@@ -213,13 +214,16 @@ class DraftCall(Structure):
         ("sampling", c_void_p),
         ("tokens", c_void_p),
         ("starts", c_void_p),
+        ("limits", c_void_p),
+        ("written", c_void_p),
+        ("drawn", c_void_p),
         ("hidden", c_void_p),
         ("drafts", c_void_p),
         ("confidences", c_void_p),
         ("rows", c_int32),
-        ("num_drafts", c_int32),
         ("exit_layer", c_int32),
         ("complete", c_int32),
+        ("padding", c_int32),
     )
 
 

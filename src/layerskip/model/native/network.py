@@ -5,13 +5,14 @@ number of layers is one call. Weights that bfloat16 holds exactly are stored in 
 token and changes no result. A token's result doesn't depend, to the last bit, on the tokens computed with it: verifying
 several tokens at once gives the same results as computing one after the other.
 
-Shapes: B rows, Q query tokens a row, D width, V vocabulary, I input width, O output width.
+Shapes: B rows, Q query tokens a row, N tokens of rows that may have different numbers of them, one row after the other,
+D width, V vocabulary, I input width, O output width.
 """
 
 import ctypes
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from layerskip.model.blocks import BlockWeight
 from layerskip.model.cache import KVCache
 from layerskip.model.config.model_config import SLIDING, ModelConfig
-from layerskip.model.drafts import DraftRequest, Drafts
+from layerskip.model.drafts import DraftRequest
 from layerskip.model.draw import Draw
 from layerskip.model.finite import not_finite
 from layerskip.model.native.library import (
@@ -48,6 +49,7 @@ from layerskip.model.positions import Positions, ValueSource
 from layerskip.model.rope import RopeTable
 from layerskip.model.torch.network import LayerWeights
 
+Thing = TypeVar("Thing")
 LANES = 8
 """Number of channels that kernels take at once."""
 EMBEDDING_FORMATS = ("float32", "bfloat16", "q8_0", "q4_0", "q4_1")
@@ -163,16 +165,17 @@ class NativeNetwork:
         out = hidden.clone(memory_format=torch.contiguous_format)
         slots = [slot for row in positions.source_slots(cache.lengths, source) for slot in row]
         view, starts, sources = self._cache_view(cache), _int64s(positions.first), _int64s(slots)
+        counts = _int32s([positions.num_queries] * len(positions.first))
         self._network.threads = kernel_threads()
         self._run_adapter(
             AdaptCall(
                 network=address(self._network),
                 cache=address(view),
                 starts=address(starts),
+                counts=address(counts),
                 sources=address(sources),
                 hidden=out.data_ptr(),
                 rows=len(positions.first),
-                queries=positions.num_queries,
                 layer=layer,
             )
         )
@@ -187,15 +190,16 @@ class NativeNetwork:
         self, function: Any, hidden: Tensor, positions: Positions, cache: KVCache, start: int, stop: int
     ) -> None:
         view, starts = self._cache_view(cache), _int64s(positions.first)
+        counts = _int32s([positions.num_queries] * len(positions.first))
         self._network.threads = kernel_threads()
         function(
             RunLayersCall(
                 network=address(self._network),
                 cache=address(view),
                 starts=address(starts),
+                counts=address(counts),
                 hidden=hidden.data_ptr(),
                 rows=len(positions.first),
-                queries=positions.num_queries,
                 start=start,
                 stop=stop,
             )
@@ -221,17 +225,35 @@ class NativeNetwork:
         return self._embedding is not None
 
     def choose(
-        self, inputs: Tensor, positions: Positions, cache: KVCache, start: int, stop: int, draw: Draw | None
+        self,
+        inputs: Tensor,
+        starts: Sequence[int],
+        counts: Sequence[int],
+        cache: KVCache,
+        start: int,
+        stop: int,
+        draw: Draw | None,
     ) -> Tensor:
-        """`Decoder.choose` in one call; of token ids only if `embeds`, and not where logits are capped."""
-        rows, queries = len(positions.first), positions.num_queries
-        tokens = None
+        """`Decoder.choose` in one call, of rows with different numbers of tokens; not where logits are capped.
+
+        Args:
+            inputs: Token ids [N], only if `embeds`; or [N, D], the input of layer `start`, which is overwritten.
+            starts: Position of each row's first token.
+            counts: Tokens of each row.
+            cache: As for `run_layers`.
+            start: First layer, from 0.
+            stop: One past the last layer.
+            draw: How to choose; the most likely token if not given.
+
+        Returns:
+            [N] token ids; `NO_TOKEN` where no logit is a finite number.
+        """
+        tokens, hidden = None, inputs
         if inputs.dtype == torch.long:
-            tokens, hidden = inputs.contiguous(), torch.empty(rows, queries, self.config.hidden_size)
-        else:
-            hidden = inputs.clone(memory_format=torch.contiguous_format)
-        chosen = torch.empty(rows, queries, dtype=torch.long)
-        view, starts = self._cache_view(cache), _int64s(positions.first)
+            tokens, hidden = inputs, torch.empty(len(inputs), self.config.hidden_size)
+        assert inputs.is_contiguous() and len(inputs) == sum(counts), (inputs.shape, counts)
+        chosen = torch.empty(len(inputs), dtype=torch.long)
+        view, places, numbers = self._cache_view(cache), _int64s(starts), _int32s(counts)
         sampling = None if draw is None else sampling_view(draw)
         self._network.threads = kernel_threads()
         self._choose(
@@ -241,58 +263,68 @@ class NativeNetwork:
                 embedding=address(self._embedding),
                 sampling=address(sampling),
                 tokens=None if tokens is None else tokens.data_ptr(),
-                starts=address(starts),
+                starts=address(places),
+                counts=address(numbers),
                 hidden=hidden.data_ptr(),
                 chosen=chosen.data_ptr(),
-                rows=rows,
-                queries=queries,
+                rows=len(counts),
                 start=start,
                 stop=stop,
             )
         )
         return chosen
 
-    def draft(self, tokens: Tensor, cache: KVCache, request: DraftRequest, *, complete: bool) -> Drafts:
+    def draft(
+        self, tokens: Sequence[int], cache: KVCache, request: DraftRequest, *, complete: bool
+    ) -> tuple[list[list[int]], Tensor, Sequence[Sequence[float]]]:
         """`Decoder.draft` in one call; only if `embeds`.
 
         Args:
-            tokens: [B, 1].
+            tokens: B token ids, the last of each row.
             cache: Holds the committed tokens of the rows.
             request: What to draft.
-            complete: Run the last draft through the layers as well.
+            complete: Run each row's last draft through the layers as well.
+
+        Returns:
+            Each row's drafts; if `complete`, [N, D], the outputs of the exit for each row's last token and its drafts;
+            and with a `StopRule` the probabilities of each row's drafts, also of a last one that was given up.
         """
-        rows, most, stop = cache.num_rows, request.num_drafts, request.stop
-        tokens, view, starts = tokens.contiguous(), self._cache_view(cache), _int64s(cache.lengths)
-        hidden = torch.empty(most + 1, rows, self.config.hidden_size)
-        drafts, confidences = torch.empty(most, rows, dtype=torch.long), torch.empty(most, rows)
-        stop_rule = None if stop is None else StopRuleView(rates=stop.rates, least=stop.least)
+        rows, stop = len(tokens), request.stop
+        limits = request.limits(rows)
+        total = sum(limits)
+        view, last, starts = self._cache_view(cache), _int64s(tokens), _int64s(cache.lengths)
+        most, written, drawn = _int32s(limits), (ctypes.c_int32 * rows)(), (ctypes.c_int32 * rows)()
+        hidden = torch.empty(total + rows if complete else 0, self.config.hidden_size)
+        drafts, confidences = (ctypes.c_int64 * total)(), (ctypes.c_float * total)()
+        stop_rule = None if stop is None else StopRuleView(rates=stop.rates, least=stop.least, kept=stop.kept)
         sampling = None if request.draw is None else sampling_view(request.draw)
         self._network.threads = kernel_threads()
-        num_drafts = self._draft(
+        problem = self._draft(
             DraftCall(
                 network=address(self._network),
                 cache=address(view),
                 embedding=address(self._embedding),
                 stop_rule=address(stop_rule),
                 sampling=address(sampling),
-                tokens=tokens.data_ptr(),
+                tokens=address(last),
                 starts=address(starts),
+                limits=address(most),
+                written=address(written),
+                drawn=address(drawn),
                 hidden=hidden.data_ptr(),
-                drafts=drafts.data_ptr(),
-                confidences=confidences.data_ptr(),
+                drafts=address(drafts),
+                confidences=address(confidences),
                 rows=rows,
-                num_drafts=most,
                 exit_layer=request.exit_layer,
                 complete=complete,
             )
         )
-        if num_drafts < 0:
+        if problem:
             raise not_finite(torch.float32)
-        return Drafts(
-            tokens=drafts[:num_drafts].t(),
-            exit_layer=request.exit_layer,
-            hidden=hidden[: num_drafts + 1].transpose(0, 1),
-            confidences=() if stop is None else confidences[:num_drafts].t().tolist(),
+        return (
+            split(list(drafts), written),
+            hidden[: sum(written) + rows] if complete else hidden,
+            () if stop is None else split(list(confidences), drawn),
         )
 
     def _cache_view(self, cache: KVCache) -> CacheView:
@@ -343,6 +375,19 @@ class NativeNetwork:
 
 def _int64s(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+def _int32s(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_int32]:
+    return (ctypes.c_int32 * len(numbers))(*numbers)
+
+
+def split(things: list[Thing], counts: Iterable[int]) -> list[list[Thing]]:
+    """What belongs to each row, of a list of one row after the other; there may be more behind them."""
+    parts, start = [], 0
+    for count in counts:
+        parts.append(things[start : start + count])
+        start += count
+    return parts
 
 
 def _embedding_view(table: Tensor | BlockWeight, config: ModelConfig) -> EmbeddingView | None:

@@ -4,7 +4,15 @@ import math
 
 import pytest
 
-from layerskip.decoding.adaptive.costs import MOST_QUERIES, CallTimer, estimate_costs, finish, measure_costs
+from layerskip.decoding.adaptive.costs import (
+    MEASURED_TOKENS,
+    MOST_QUERIES,
+    CallTimer,
+    Costs,
+    estimate_costs,
+    finish,
+    measure_costs,
+)
 from layerskip.language_model import LanguageModel
 
 
@@ -15,7 +23,8 @@ def test_all_that_a_round_needs_is_measured(text_lm: LanguageModel, num_rows: in
     costs = measure_costs(decoder, num_rows)
     assert decoder.layer_calls == calls  # not counted as work
     assert costs.num_layers == decoder.num_layers
-    assert len(costs.layer) == len(costs.fixed) == MOST_QUERIES
+    known = MEASURED_TOKENS[-1] if costs.ragged and num_rows == 1 else MOST_QUERIES
+    assert len(costs.layer) == len(costs.fixed) == known
     assert costs.most_drafts == MOST_QUERIES - 1
     values = (costs.step(), costs.round(1, 4), costs.round(0, 4), costs.drafting(2, 3), costs.verification(2, 100))
     assert all(math.isfinite(value) and value > 0 for value in values)
@@ -35,3 +44,41 @@ def test_estimates_compare_calls_as_measurements_do(text_lm: LanguageModel) -> N
     assert costs.most_drafts == MOST_QUERIES - 1
     assert costs.step() < costs.verification(0, 4) < 3 * costs.step()
     assert 0 < costs.drafting(1, 1) < costs.drafting(2, 1) < costs.drafting(2, 4)
+
+
+def ragged_costs() -> Costs:
+    """Of one row: a layer takes 1 and 0.1 more for each further token, a head 2 and 1 more."""
+    return Costs(
+        num_layers=10,
+        layer=tuple(1 + 0.1 * n for n in range(33)),
+        fixed=tuple(2.0 + n for n in range(33)),
+        draft_layer=1.0,
+        draft_head=0.5,
+        draft_fixed=0.25,
+        adapters={2: 3.0},
+        ragged=True,
+        draft_row=0.5,
+    )
+
+
+@pytest.mark.parametrize("num_rows", [1, 4, 16])
+def test_costs_of_rows_follow_from_those_of_tokens(num_rows: int) -> None:
+    """Also beyond what was measured, and for rows with different numbers of drafts."""
+    costs = ragged_costs().for_rows(num_rows)
+    for total in (0, 1, 3, num_rows, 3 * num_rows + 1, 12 * num_rows):
+        tokens = num_rows + total
+        expected = (10 - 2) * (1 + 0.1 * (tokens - 1)) + 2 + tokens - 1
+        assert costs.verification(2, total / num_rows) == pytest.approx(expected)
+    assert costs.most_drafts == MOST_QUERIES - 1
+
+
+def test_rows_that_have_their_drafts_drop_out_of_drafting() -> None:
+    costs = ragged_costs().for_rows(4)
+    whole = 1 + 3 * 0.5  # a pass of four rows, in passes of one
+    # Four rows draft 3, 1, 1 and 1 tokens: passes of 4, 4, 1 and 1 rows, of which the last drafts of rows are the last.
+    tokens = [4, 4, 1, 1]
+    layers = sum(2 * (1 + 0.5 * (rows - 1)) for rows in tokens)
+    heads = sum(3.0 * (1 + 0.5 * (rows - 1)) for rows in (4, 1, 1))
+    assert costs.drafting(2, 3, 6 / 4) == pytest.approx(0.25 + layers + heads)
+    assert costs.drafting(2, 3) == pytest.approx(0.25 + 4 * 2 * whole + 3 * 3 * whole)
+    assert costs.round(2, 1.0, drawn=6 / 4, most=3) == pytest.approx(0.25 + layers + heads + costs.verification(2, 1.0))

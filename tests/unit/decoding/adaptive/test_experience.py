@@ -17,13 +17,16 @@ from layerskip.decoding.engine import Engine
 from layerskip.decoding.policy import DraftSource
 from layerskip.decoding.request import make_request
 from layerskip.language_model import LanguageModel
+from layerskip.model.decoders.native import NativeDecoder
+from layerskip.model.native.library import load_library
 
 COSTS = {size: make_costs(num_layers=5, row=0.05 * size) for size in (1, 2, 4, 8, 16)}
 
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Batch sizes that are looked up, as it happens; their costs are those of `COSTS`."""
+    """Batch sizes that are looked up, as it happens; their costs are those of `COSTS`. Rows are padded."""
+    monkeypatch.setattr(NativeDecoder, "ragged", False)
     sizes: list[int] = []
 
     def find(decoder: Any, num_rows: int) -> Costs:
@@ -121,6 +124,22 @@ def test_sizes_share_costs_and_kinds_of_rows_share_nothing(text_lm: LanguageMode
     assert (policies[1].exits, policies[1].most_drafts) == ((2,), 3)
 
 
+@pytest.mark.skipif(load_library() is None, reason="the compiled kernels weren't built")
+def test_without_padding_costs_of_one_row_serve_for_all_sizes(text_lm: LanguageModel, nothing_known: Path) -> None:
+    experience = Experience(text_lm.decoder)
+    for num_rows in (16, 1, 4):
+        experience.recall(num_rows)
+    four, one = experience.times(4, samples=False), experience.times(1, samples=False)
+    assert four.costs == estimate_costs(text_lm.decoder).for_rows(4)
+    while experience.look(16, 100.0) > 0:
+        pass
+    assert one.costs.complete
+    assert one.costs.ragged
+    assert four.costs == one.costs.for_rows(4)
+    assert experience.times(3, samples=True).costs == four.costs
+    assert len(list(nothing_known.iterdir())) == 1
+
+
 def test_a_size_that_was_not_measured_borrows_the_next_larger_ones_costs(
     text_lm: LanguageModel, measured: list[int]
 ) -> None:
@@ -162,8 +181,8 @@ class Noted(RoundTimes):
     """Rows of the last entry into layers."""
     rows: list[int] = field(default_factory=list)
 
-    def observe(self, source: DraftSource, exit_layer: int, num_drafts: int, seconds: float) -> None:
-        super().observe(source, exit_layer, num_drafts, seconds)
+    def observe(self, source: DraftSource, exit_layer: int, num_drafts: float, seconds: float, **rest: Any) -> None:
+        super().observe(source, exit_layer, num_drafts, seconds, **rest)
         self.rows.append(Noted.last_entry)
 
 

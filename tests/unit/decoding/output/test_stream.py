@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerFast
 from layerskip import DraftEvent, FinishEvent, GenerationResult, GenerationStream, TokenEvent
 from layerskip.decoding import engine
 from layerskip.language_model import LanguageModel
-from layerskip.model.decoder import Decoder
 from layerskip.text.detokenizer import REPLACEMENT
 
 PROMPTS = [[9], [2, 3, 4], [5, 6, 7, 2, 3]]
@@ -204,11 +203,11 @@ class TestStopStrings:
 
 class TestInterruption:
     @pytest.fixture
-    def interrupt_at(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
+    def interrupt_at(self, text_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
         """Makes the n-th call of a decoding function raise KeyboardInterrupt, as Ctrl-C does."""
 
         def set_up(name: str, number: int) -> None:
-            owner: Any = engine if name in ("step", "read_chunk") else Decoder
+            owner: Any = engine if name in ("step", "read_chunk", "run_round") else type(text_lm.decoder)
             original, calls = getattr(owner, name), itertools.count(1)
 
             def raising(*arguments: Any) -> Any:
@@ -220,7 +219,7 @@ class TestInterruption:
 
         return set_up
 
-    @pytest.mark.parametrize("place", [("draft", 3), ("round", 3), ("step", 5), ("read_chunk", 1)])
+    @pytest.mark.parametrize("place", [("run_round", 3), ("round", 3), ("step", 5), ("read_chunk", 1)])
     def test_ctrl_c_while_decoding_ends_the_stream(
         self, text_lm: LanguageModel, interrupt_at: Callable[[str, int], None], place: tuple[str, int]
     ) -> None:
@@ -285,7 +284,7 @@ def test_other_exceptions_are_not_swallowed(text_lm: LanguageModel, monkeypatch:
     def broken(*arguments: Any) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(Decoder, "round", broken)
+    monkeypatch.setattr(type(text_lm.decoder), "round", broken)
     with pytest.raises(RuntimeError, match="broken"):
         list(text_lm.stream([PROMPTS[0]], **SPECULATIVE))
 

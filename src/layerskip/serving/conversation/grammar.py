@@ -49,9 +49,14 @@ def call_grammar(
 
 
 def closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A schema of arguments without others than those that it names, where it doesn't speak of others."""
+    """A schema of arguments; where it lists properties and doesn't speak of others, without others."""
     made = dict(schema) if "$ref" in schema else {"type": "object", **schema}
-    return {**made, "additionalProperties": False} if OPEN_SCHEMA.isdisjoint(made) else made
+    listed, required = made.get("properties"), made.get("required", ())
+    if not isinstance(listed, dict) or not OPEN_SCHEMA.isdisjoint(made):
+        return made
+    if isinstance(required, list | tuple) and all(isinstance(name, str) and name in listed for name in required):
+        return {**made, "additionalProperties": False}
+    return made
 
 
 class _Rules:

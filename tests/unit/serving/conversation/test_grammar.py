@@ -144,10 +144,12 @@ def test_marks_that_are_tokens(form: CallFormat, marks: str) -> None:
 
 def test_schemas_are_closed_unless_they_speak_of_others() -> None:
     assert closed(CITY) == {**CITY, "additionalProperties": False}
-    assert closed({}) == {"type": "object", "additionalProperties": False}
+    assert closed({}) == {"type": "object"}
+    assert closed({"properties": {}}) == {"type": "object", "properties": {}, "additionalProperties": False}
     for open_schema in (
         {"type": "object", "additionalProperties": {"type": "integer"}},
         {"type": "object", "anyOf": [CITY]},
+        {"type": "object", "properties": {"a": {}}, "required": ["b"]},
         {"type": "object", "patternProperties": {"^x": {}}},
     ):
         assert closed(open_schema) == open_schema

@@ -146,7 +146,7 @@ class AdaptivePolicy:
                 tokens = result.gained(row)
                 accepted = match.agreement(tokens)
                 rates = self.knowledge.rates(samples=self._samples[row])
-                rates.of_match(match.length).observe(accepted, min(accepted + 1, len(tokens)))
+                rates.observe_match(match.length, accepted, min(accepted + 1, len(tokens)))
         self._observe_time(plan, result)
         if plan.source == "none" and not result.agreement:
             step = self.times.seconds("none")
@@ -377,9 +377,9 @@ class AdaptivePolicy:
 
     def _better_text(self, best: Plan, most: int) -> Plan:
         """The best numbers of drafts from the sequences themselves, if they are better than `best`."""
-        chances = []
-        for match, samples in zip(self._matches, self._samples, strict=True):
-            rate = 0.0 if match is None else self.knowledge.rates(samples=samples).of_match(match.length).value
-            chances.append([rate**drafts for drafts in range(1, most + 1)] if rate else [])
+        chances = [
+            self.knowledge.rates(samples=samples).match_chances(match.length, most) if match is not None else []
+            for match, samples in zip(self._matches, self._samples, strict=True)
+        ]
         plan = self._plan_of(share_out(chances, self._seconds_of("text", 0)), "text")
         return plan if plan is not None and plan.tokens_per_second > best.tokens_per_second else best

@@ -135,8 +135,8 @@ class AcceptanceRates:
     prior: float = PRIOR_RATE
     """The rate of an exit before anything is observed."""
     exits: dict[int, ExitRates] = field(default_factory=dict)
-    matches: dict[int, Rate] = field(default_factory=dict)
-    """Of drafts from the sequence itself, by the class of their match's length."""
+    matches: dict[tuple[int, bool], Rate] = field(default_factory=dict)
+    """Of drafts from the sequence itself, by the class of their match's length, and whether others precede them."""
 
     def of_exit(self, exit_layer: int) -> ExitRates:
         """Rates of an exit."""
@@ -144,12 +144,25 @@ class AcceptanceRates:
             self.exits[exit_layer] = ExitRates(overall=Rate(assumed=self.prior))
         return self.exits[exit_layer]
 
-    def of_match(self, length: int) -> Rate:
-        """Rate of drafts that follow a match of this many tokens."""
-        length_class = min(length, 16).bit_length()
-        if length_class not in self.matches:
-            self.matches[length_class] = Rate()
-        return self.matches[length_class]
+    def of_match(self, length: int, *, further: bool = False) -> Rate:
+        """Rate of drafts that follow a match of this many tokens: of the first of a round, or of `further` ones.
+
+        Plain steps tell of the first ones only, which hold more often.
+        """
+        kind = min(length, 16).bit_length(), further
+        if kind not in self.matches:
+            self.matches[kind] = Rate()
+        return self.matches[kind]
+
+    def observe_match(self, length: int, accepted: int, tried: int) -> None:
+        """Learn from the tokens that came after a match: those that followed it before, and all that were compared."""
+        self.of_match(length).observe(min(accepted, 1), min(tried, 1))
+        self.of_match(length, further=True).observe(max(0, accepted - 1), max(0, tried - 1))
+
+    def match_chances(self, length: int, most: int) -> list[float]:
+        """Probability that the first 1, 2, ... `most` drafts that follow a match are all accepted."""
+        first, further = self.of_match(length).value, self.of_match(length, further=True).value
+        return [first * further**drafts for drafts in range(most)]
 
     def observe_exits(self, agreement: Mapping[int, tuple[float, float]]) -> None:
         """Learn from a probe: by exit, tokens on which it agreed with the target, and tokens that were compared."""

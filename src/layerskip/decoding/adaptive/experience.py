@@ -7,7 +7,7 @@ from typing import Protocol
 
 from layerskip.decoding.adaptive.cost_cache import read_costs, write_costs
 from layerskip.decoding.adaptive.costs import Costs, Measuring, estimate_costs, measuring
-from layerskip.decoding.adaptive.pace import Pace
+from layerskip.decoding.adaptive.pace import TRIAL_ROUNDS, TRIAL_ROUNDS_OF_SEVERAL, Pace
 from layerskip.decoding.adaptive.policy import MOST_DRAFTS, AdaptivePolicy, candidate_exits
 from layerskip.decoding.adaptive.rates import PRIOR_RATE, AcceptanceRates
 from layerskip.decoding.adaptive.round_times import RoundTimes
@@ -178,7 +178,10 @@ class Experience:
 
     def pace(self, num_rows: int, *, samples: bool) -> Pace:
         """Counts of rounds and seconds since the alternatives were evaluated, with this many rows."""
-        return self._paces.setdefault((samples, size_of(num_rows)), Pace())
+        kind = samples, size_of(num_rows)
+        if kind not in self._paces:
+            self._paces[kind] = Pace(trial_rounds=TRIAL_ROUNDS if num_rows == 1 else TRIAL_ROUNDS_OF_SEVERAL)
+        return self._paces[kind]
 
     def rates(self, *, samples: bool) -> AcceptanceRates:
         """Acceptance rates of rows that sample, or of rows that don't."""

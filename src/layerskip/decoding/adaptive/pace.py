@@ -10,6 +10,8 @@ FIRST_REST = 16
 """Plain steps that a generation begins with at most, where the last one ended with plain steps."""
 LOOK_SHARE = 0.005
 """Share of all time that evaluations may take: planning, and a step that finds the caches cold after it."""
+LOOK_WEIGHT = 0.2
+"""Weight of the latest evaluation's time: single ones vary by more than they take."""
 STEPS_EVERY = 192
 """Rounds with drafts after which a few plain steps are timed: what drafting is compared with."""
 COLD_STEPS, TIMED_STEPS = 2, 4
@@ -18,6 +20,8 @@ COLD_ROUNDS = 2
 """Rounds with drafts after plain steps that are not timed, for the same reason."""
 TRIAL_ROUNDS = 8
 """Rounds of a trial: drafting goes on for this long although plain steps are expected to be faster."""
+TRIAL_ROUNDS_OF_SEVERAL = 5
+"""The same of several rows, each round of which says more."""
 TRIAL_TOKENS = 1.5
 """Tokens that a round of a trial is expected to bring."""
 TRIAL_SHARE = 0.0075
@@ -34,6 +38,8 @@ MEASURING_SHARE = 0.01
 class Pace:
     """Counts of rounds and seconds since the alternatives were evaluated, for batches of one kind and size."""
 
+    trial_rounds: int = TRIAL_ROUNDS
+    """Rounds of a trial."""
     probe_seconds: float = 0.0
     """Seconds that the last probe took beyond those of its round."""
     since_probe: float = 0.0
@@ -49,12 +55,16 @@ class Pace:
     measuring_seconds: float = 0.0
     """Seconds that timing calls took."""
 
+    look_seconds: float | None = None
+    """Seconds of an evaluation, smoothed; less than none where the steps before it were slow."""
     rest: int = 0
     """Plain steps that were last planned at once; the next time, if nothing comes between, there are more."""
 
     def lengthen_rest(self, look_seconds: float, step_seconds: float) -> int:
         """Plain steps to plan at once, since they are best; both arguments in seconds: an evaluation, and a step."""
-        enough = look_seconds / (LOOK_SHARE * step_seconds)
+        known = look_seconds if self.look_seconds is None else self.look_seconds
+        self.look_seconds = known + LOOK_WEIGHT * (look_seconds - known)
+        enough = self.look_seconds / (LOOK_SHARE * step_seconds)
         self.rest = int(min(MOST_REST, max(2, 2 * self.rest), max(1, enough)))
         return self.rest
 
@@ -93,9 +103,9 @@ class Pace:
             step_seconds: Expected seconds of a plain step.
             gain: Expected speed of drafting, as a ratio to that of plain steps.
         """
-        lost_steps = COLD_STEPS / 2 + TRIAL_ROUNDS * TRIAL_TOKENS * max(0.0, 1.0 / gain - 1.0)
+        lost_steps = COLD_STEPS / 2 + self.trial_rounds * TRIAL_TOKENS * max(0.0, 1.0 / gain - 1.0)
         if not self.trial and self.since_trial * TRIAL_SHARE > lost_steps * step_seconds:
-            self.trial, self.since_trial = TRIAL_ROUNDS, 0.0
+            self.trial, self.since_trial = self.trial_rounds, 0.0
         return self.trial > 0
 
     def observe_probe(self, seconds: float) -> None:

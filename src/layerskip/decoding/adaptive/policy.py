@@ -16,7 +16,7 @@ from typing import Protocol
 from layerskip.decoding.adaptive.budget import Budget, budget_of, share_out
 from layerskip.decoding.adaptive.outlook import Classes, Outlook, best_outlook
 from layerskip.decoding.adaptive.pace import COLD_ROUNDS, COLD_STEPS, FIRST_REST, LOOK_SHARE, TIMED_STEPS, Pace
-from layerskip.decoding.adaptive.rates import AcceptanceRates, Rate
+from layerskip.decoding.adaptive.rates import AcceptanceRates
 from layerskip.decoding.adaptive.round_times import RoundTimes
 from layerskip.decoding.ngrams.index import Match
 from layerskip.decoding.policy import BatchView, DraftSource, Plan, RoundResult
@@ -145,8 +145,8 @@ class AdaptivePolicy:
             if match is not None:  # observed where it wasn't used, too
                 tokens = result.gained(row)
                 accepted, guesses = match.agreement(tokens), match.continuation(len(tokens))
-                rate = self._rate_of(match, samples=self._samples[row])
-                rate.observe(accepted, min(accepted + 1, len(guesses)))
+                rates, tried = self.knowledge.rates(samples=self._samples[row]), min(accepted + 1, len(guesses))
+                rates.observe_match(match.length, accepted, tried, foreign=match.foreign)
         self._observe_time(plan, result)
         if plan.source == "none" and not result.agreement:
             step = self.times.seconds("none")
@@ -189,10 +189,6 @@ class AdaptivePolicy:
             return [1.0]  # all that is known is of this row
         usual = max(0.01, self.rates_of(exit_layer))
         return [(accepted + ROW_WEIGHT * usual) / (tried + ROW_WEIGHT) / usual for accepted, tried in self._histories]
-
-    def _rate_of(self, match: Match, *, samples: bool) -> Rate:
-        """Acceptance rate of what follows a match, in a row that samples or doesn't."""
-        return self.knowledge.rates(samples=samples).of_match(match.length, foreign=match.foreign)
 
     def _look(self) -> None:
         """Measure costs, where drafting might win, within the share of the time that this may take."""
@@ -383,7 +379,7 @@ class AdaptivePolicy:
         """The best numbers of drafts from the sequences themselves, if they are better than `best`."""
         chances = []
         for match, samples in zip(self._matches, self._samples, strict=True):
-            rate = 0.0 if match is None else self._rate_of(match, samples=samples).value
-            chances.append([rate**drafts for drafts in range(1, most + 1)] if rate else [])
+            rates = self.knowledge.rates(samples=samples)
+            chances.append([] if match is None else rates.match_chances(match.length, most, foreign=match.foreign))
         plan = self._plan_of(share_out(chances, self._seconds_of("text", 0)), "text")
         return plan if plan is not None and plan.tokens_per_second > best.tokens_per_second else best

@@ -135,8 +135,9 @@ class AcceptanceRates:
     prior: float = PRIOR_RATE
     """The rate of an exit before anything is observed."""
     exits: dict[int, ExitRates] = field(default_factory=dict)
-    matches: dict[tuple[bool, int], Rate] = field(default_factory=dict)
-    """Of drafts from the sequence itself, or from foreign ones, by the class of their match's length."""
+    matches: dict[tuple[bool, int, bool], Rate] = field(default_factory=dict)
+    """Of drafts from texts: whether that is another request's, the class of their match's length, and whether others
+    precede them in the round."""
 
     def of_exit(self, exit_layer: int) -> ExitRates:
         """Rates of an exit."""
@@ -144,15 +145,33 @@ class AcceptanceRates:
             self.exits[exit_layer] = ExitRates(overall=Rate(assumed=self.prior))
         return self.exits[exit_layer]
 
-    def of_match(self, length: int, *, foreign: bool = False) -> Rate:
-        """Rate of drafts that follow a match of this many tokens, in the text itself or in another request's.
+    def of_match(self, length: int, *, foreign: bool = False, further: bool = False) -> Rate:
+        """Rate of drafts that follow a match.
 
-        They are told apart, so that texts that have nothing in common don't spoil the rate of those that repeat.
+        Texts that have nothing in common must not spoil the rate of those that repeat; and plain steps tell of the
+        first drafts only, which hold more often.
+
+        Args:
+            length: Tokens of the match.
+            foreign: Whether they occurred in another request's text.
+            further: Of drafts behind the first of a round.
         """
-        kind = foreign, min(length, 16).bit_length()
+        kind = foreign, min(length, 16).bit_length(), further
         if kind not in self.matches:
             self.matches[kind] = Rate()
         return self.matches[kind]
+
+    def observe_match(self, length: int, accepted: int, tried: int, *, foreign: bool = False) -> None:
+        """Learn from the tokens that came after a match: those that followed it before, and all that were compared."""
+        self.of_match(length, foreign=foreign).observe(min(accepted, 1), min(tried, 1))
+        further = self.of_match(length, foreign=foreign, further=True)
+        further.observe(max(0, accepted - 1), max(0, tried - 1))
+
+    def match_chances(self, length: int, most: int, *, foreign: bool = False) -> list[float]:
+        """Probability that the first 1, 2, ... `most` drafts that follow a match are all accepted."""
+        first = self.of_match(length, foreign=foreign).value
+        further = self.of_match(length, foreign=foreign, further=True).value
+        return [first * further**drafts for drafts in range(most)]
 
     def observe_exits(self, agreement: Mapping[int, tuple[float, float]]) -> None:
         """Learn from a probe: by exit, tokens on which it agreed with the target, and tokens that were compared."""

@@ -127,8 +127,9 @@ def test_what_lies_beyond_a_foreign_text_was_not_tried() -> None:
     policy = make_policy({4: 0.6})
     policy.plan(View([Match(length=6, tokens=[7, 8], foreign=True)]))
     policy.observe(Plan(source="text"), result(2, 2, 16.5, (7, 8, 9)))
-    rate = rates_of(policy).of_match(6, foreign=True)
-    assert (rate.long.accepted, rate.long.tried) == (2, 2)
+    for further in (False, True):  # of three tokens two were compared: the first, and one behind it
+        rate = rates_of(policy).of_match(6, foreign=True, further=further)
+        assert (rate.long.accepted, rate.long.tried) == (1, 1)
 
 
 def test_a_text_that_changes_its_kind_changes_the_plan() -> None:

@@ -76,3 +76,29 @@ def test_probes_and_matches() -> None:
     assert rates.of_exit(2).overall.value < 0.1 < 0.9 < rates.of_exit(4).overall.value
     assert rates.of_match(2).value < 0.3 < 0.8 < rates.of_match(5).value
     assert rates.of_match(100) is rates.of_match(16)
+
+
+def test_further_drafts_of_a_match_have_a_rate_of_their_own() -> None:
+    """Plain steps say how often the first holds, and nothing of those after it."""
+    rates = AcceptanceRates()
+    for _ in range(100):
+        rates.observe_match(6, 1, 1)
+    assert rates.of_match(6).value > 0.95
+    assert rates.of_match(6, further=True).value == PRIOR_RATE
+    for _ in range(100):
+        rates.observe_match(6, 3, 4)
+    first, further = rates.of_match(6).value, rates.of_match(6, further=True).value
+    assert further == pytest.approx(2 / 3, abs=0.03)
+    assert rates.match_chances(6, 3) == pytest.approx([first, first * further, first * further**2])
+
+
+def test_classes_of_drafts_are_counted_whether_verified_or_not() -> None:
+    rates = ExitRates()
+    assert rates.shares() == pytest.approx([1 / CONFIDENCE_CLASSES] * CONFIDENCE_CLASSES)
+    for _ in range(60):
+        rates.observe(1, 1, [0.99, 0.2])  # the second draft was given up
+    shares = rates.shares()
+    assert sum(shares) == pytest.approx(1)
+    assert shares[-1] == pytest.approx(shares[0], rel=0.05)
+    assert shares[-1] > 0.4
+    assert rates.classes[0].long.tried == 0

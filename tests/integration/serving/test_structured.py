@@ -7,9 +7,9 @@ from typing import Any
 import jsonschema
 import openai
 import pytest
+from answer_schemas import SCHEMAS
 from chat_templates import PLAIN
 from openai import OpenAI
-from schemas import SCHEMAS
 
 pytest.importorskip("llguidance")
 QUESTION = [{"role": "user", "content": "Tell me about the weather in Paris, as JSON."}]

@@ -3,11 +3,12 @@
     python benchmarks/serving_throughput.py
     python benchmarks/serving_throughput.py --clients 1 4 --rounds 5 --llama-cpp
 
-Speculation is switched off in the requests (`generation_strategy: autoregressive`), so that both ways run in one server
-with one copy of the weights. llama.cpp's server is llama-cpp-python's (pip install 'llama-cpp-python[server]') with the
-same GGUF file and as many threads. In each round every server takes the same prompts with every number of clients,
-one after the other, and ratios are taken within a round; other work on the machine then disturbs all of them alike.
-All requests are greedy and end after the same number of tokens. Speculation must not change any text.
+Speculation is switched off in the requests (`generation_strategy: autoregressive`). Both ways have a server of their
+own all the same: one would draft from the other's answers to the same prompts, and find their prefixes. llama.cpp's
+server is llama-cpp-python's (pip install 'llama-cpp-python[server]') with the same GGUF file and as many threads. In
+each round every server takes the same prompts with every number of clients, one after the other, and ratios are taken
+within a round; other work on the machine then disturbs all of them alike. No prompt comes twice. All requests are
+greedy; speculation must not change any text.
 """
 
 import contextlib
@@ -74,7 +75,7 @@ class Throughput:
         """
         self._arguments, self._targets = arguments, targets
         lines = arguments.prompts.read_text("utf-8").splitlines()
-        self._prompts = [str(json.loads(line)[arguments.field]) for line in lines]
+        self._unseen = iter(dict.fromkeys(str(json.loads(line)[arguments.field]) for line in lines))
         self.speeds: dict[int, dict[str, list[float]]] = {}
         self.acceptance: dict[int, list[float | None]] = {}
         self.problems: list[str] = []
@@ -84,24 +85,29 @@ class Throughput:
         """All rounds; the first warms up and isn't counted."""
         for number in range(self._arguments.rounds + 1):
             for clients in self._arguments.clients:
+                prompts = self._next_prompts(max(4, clients * self._arguments.requests_per_client))
                 for way in self._order(number):
                     if way != LLAMA or clients in self._arguments.llama_clients:
-                        self._measure(way, clients, number)
+                        self._measure(way, clients, number, prompts)
 
     def _order(self, number: int) -> list[str]:
         """The ways, each of them first in its turn."""
         ways = list(self._targets)
         return ways[number % len(ways) :] + ways[: number % len(ways)]
 
-    def _measure(self, way: str, clients: int, number: int) -> None:
+    def _next_prompts(self, count: int) -> list[str]:
+        """Prompts that no server has seen."""
+        taken = [next(self._unseen, None) for _ in range(count)]
+        if None in taken:
+            raise SystemExit(f"{self._arguments.prompts} has too few prompts; give fewer rounds or another file")
+        return [prompt for prompt in taken if prompt is not None]
+
+    def _measure(self, way: str, clients: int, number: int, prompts: list[str]) -> None:
         target, extra = self._targets[way]
-        count = max(4, clients * self._arguments.requests_per_client)
-        start = number * count  # prompts that no earlier round has left in the prefix cache
-        prompts = [self._prompts[(start + i) % len(self._prompts)] for i in range(count)]
+        count = len(prompts)
         config = LoadConfig(
             endpoint=self._arguments.endpoint,  # type: ignore[arg-type]
             max_tokens=self._arguments.max_tokens,
-            ignore_eos=way != LLAMA,  # which doesn't know it
             concurrency=clients,
             num_requests=count,
             warm_up=0,
@@ -150,11 +156,11 @@ def main(arguments: Arguments) -> None:
         folder = Path(servers.enter_context(tempfile.TemporaryDirectory()))
         most = str(max(arguments.clients))
         flags = ("--max-concurrency", most, "--max-model-len", "1024")
-        ours = servers.enter_context(
-            layerskip_server(arguments.model, folder / "ours.log", *flags, threads=arguments.threads)
-        )
-        target = find_target(ours.address, None, LoadConfig())
-        targets = {ON: (target, json.loads(arguments.extra)), OFF: (target, {"generation_strategy": OFF})}
+        targets = {}
+        for way, extra in ((ON, json.loads(arguments.extra)), (OFF, {"generation_strategy": OFF})):
+            log, threads = folder / f"{way}.log", arguments.threads
+            ours = servers.enter_context(layerskip_server(arguments.model, log, *flags, threads=threads))
+            targets[way] = (find_target(ours.address, None, LoadConfig()), extra)
         if arguments.llama_cpp:
             file = gguf_file(arguments.model)
             if file is None:
@@ -162,7 +168,7 @@ def main(arguments: Arguments) -> None:
             theirs = servers.enter_context(
                 llama_cpp_server(file, folder / "llama.log", context=1024, threads=arguments.threads)
             )
-            targets[LLAMA] = (find_target(theirs.address, None, LoadConfig()), {})
+            targets[LLAMA] = (find_target(theirs.address, None, LoadConfig()), {"repeat_penalty": 1.0})
         measured = Throughput(arguments, targets)
         measured.run()
     report(arguments, measured, list(targets))

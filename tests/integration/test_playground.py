@@ -345,10 +345,8 @@ def real() -> Iterator[Served]:
     from layerskip import load
     from layerskip.serving.app import create_app
     from layerskip.serving.config import ServerConfig
-    from layerskip.serving.playground.routes import make_router
 
     app = create_app(load("demo", dtype="float32"), ServerConfig(cache_memory=0.2))
-    app.include_router(make_router())
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))

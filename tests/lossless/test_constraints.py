@@ -15,6 +15,7 @@ from policies import Erratic
 import layerskip
 from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.engine import Engine
+from layerskip.decoding.prefix.blocks import PrefixBlocks
 from layerskip.decoding.request import make_request
 from layerskip.decoding.row import Row
 from layerskip.language_model import LanguageModel
@@ -336,3 +337,38 @@ def test_rows_that_join_and_leave(lm: LanguageModel, prompts: list[list[int]], p
     for number, row in rows.items():
         text = alone[number].output
         assert row.output == (text[: len(row.output)] if row is victim else text)
+
+
+@pytest.mark.parametrize("rules", RULES[:2], ids=str)
+@pytest.mark.parametrize("way", [WAYS[4], WAYS[-2], WAYS[-1]], ids=str)
+def test_an_engine_that_serves_many(lm: LanguageModel, way: dict[str, Any], rules: dict[str, Any]) -> None:
+    """Prompts come again, with and without constraints: prefixes in blocks, and drafts from texts of others."""
+    pick = random.Random(3)
+    prompts = [[3, 1, 4, 1, 5, 9, 2, 6] * 3, [3, 1, 4, 1, 5, 9, 2, 6] * 2 + [7], [20, 21, 22]]
+    kinds: list[Maze | None] = [None, *MAZES]
+    cases = [(prompt, maze) for prompt in range(3) for maze in range(4)]
+    options = {"max_new_tokens": 16, "eos_token_ids": (5, 11), "logprobs": 0, **rules}
+    plain = {(p, m): outcome(run(lm, [prompts[p]], [kinds[m]], **WAYS[0], **options)[0]) for p, m in cases}
+    config = GenerationConfig(**way, **options)
+    engine = Engine(
+        lm.decoder,
+        max_rows=3,
+        capacity=lm.decoder.max_context,
+        experience=lm._experience,
+        prefix_blocks=PrefixBlocks(max_bytes=1 << 20, block_tokens=4),
+        shares_suffixes=True,
+        prefill_chunk=8,
+    )
+    waiting, rows = pick.sample(cases * 4, len(cases) * 4), list[tuple[tuple[int, int], Row]]()
+    while waiting or engine.rows:
+        while waiting and engine.free_rows:
+            prompt, kind = case = waiting.pop()
+            maze = kinds[kind]
+            constraint = maze.fresh() if maze is not None else None
+            request = make_request(lm.decoder, prompts[prompt], config, seed=config.seed or 0, constraint=constraint)
+            rows.append((case, engine.add(request)))
+        engine.step()
+    assert len(rows) == 48
+    assert sum(row.recorder.cached_tokens for _, row in rows) > 100
+    for case, row in rows:
+        assert outcome(row) == plain[case], case

@@ -261,6 +261,18 @@ def test_prompts_that_begin_alike_share_what_the_first_has_read(plain: LanguageM
     assert engine.prefix_counts.usage == len(blocks_of(engine)._chains) / 60
 
 
+def test_a_prompt_that_waits_finds_more(plain: LanguageModel) -> None:
+    """It has found its first two blocks, and while it waits, another request reads the same prompt to its end."""
+    engine = make_engine(plain, paces_reading=True, prefill_chunk=24)
+    add(engine, BEGINNINGS[1][:9])
+    drain(engine)
+    prompt = [*BEGINNINGS[1], *range(20, 30)]
+    rows = [add(engine, prompt) for _ in range(2)]
+    drain(engine)
+    assert [row.recorder.cached_tokens for row in rows] == [8, 20]
+    assert [row.output for row in rows] == [alone(plain, prompt)] * 2
+
+
 def test_a_request_may_read_its_whole_prompt(plain: LanguageModel) -> None:
     engine = make_engine(plain)
     prompt = BEGINNINGS[3]

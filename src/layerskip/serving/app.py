@@ -16,6 +16,7 @@ from layerskip.serving.config import ServerConfig
 from layerskip.serving.observability.metrics import ServerMetrics
 from layerskip.serving.observability.recorder import Recorder
 from layerskip.serving.observability.tracing import make_tracer
+from layerskip.serving.playground.routes import make_router
 from layerskip.serving.protocol.errors import ApiError, api_error
 from layerskip.serving.protocol.invalid import explain
 from layerskip.serving.routes import chat, completions, models, pages, responses, tokens
@@ -50,15 +51,23 @@ def create_app(lm: LanguageModel, config: ServerConfig) -> FastAPI:
         if tracer is not None:
             tracer.close()
 
-    app = FastAPI(title="layerskip", version=__version__, lifespan=lifespan, redirect_slashes=False)
+    app = FastAPI(
+        title="layerskip",
+        version=__version__,
+        lifespan=lifespan,
+        redirect_slashes=False,
+        docs_url=None,  # a page of ours is in its place: FastAPI's fetches scripts from elsewhere
+        redoc_url=None,
+    )
     app.state.service, app.state.metrics = service, metrics
     answering = (models.router, completions.router, chat.router, responses.router, tokens.router)
-    for router in (*answering, pages.router, pages.pages()):
+    for router in (*answering, pages.router, make_router()):
         app.include_router(router)
     app.add_exception_handler(ApiError, _answer_error)
     app.add_exception_handler(LayerSkipError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http)
+    app.add_exception_handler(Exception, _answer_error)  # which uvicorn logs as well
     app.add_middleware(Gate, config=config, keys=keys)
     return app
 

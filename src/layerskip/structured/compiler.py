@@ -107,12 +107,12 @@ class GrammarCompiler:
         try:
             limits = llguidance.LLParserLimits(verbose_errors=False)
             matcher = llguidance.LLMatcher(tokenizer, _definition(checked), log_level=0, limits=limits)
-            if not matcher.is_error():
-                matcher.deep_copy().compute_bitmask()  # what is too complex from the start is found here
+            tried = matcher.deep_copy()
+            tried.compute_bitmask()  # what is too complex from the start, or has no beginning, is found here
         except ValueError as error:
             raise GrammarError(_told(brief(error))) from error
-        if matcher.is_error():
-            raise GrammarError(_told(brief(ValueError(matcher.get_error()))))
+        if tried.is_error():
+            raise GrammarError(_told(brief(ValueError(tried.get_error()))))
         return Grammar(matcher, end, tokenizer.vocab_size)
 
 
@@ -136,4 +136,8 @@ def _told(problem: str) -> str:
     if "Unimplemented keys" in problem:
         keys = problem.partition("[")[2].partition("]")[0]
         return f"the JSON schema has keywords that can't be enforced: {keys}; leave them out"
+    if "oneOf" in problem:
+        return "the JSON schema has a oneOf whose cases might hold at once, which can't be enforced; use anyOf"
+    if problem.startswith("NoExtension"):
+        problem = "no text has this form"
     return f"the grammar can't be compiled: {problem}"

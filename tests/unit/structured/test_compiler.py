@@ -67,6 +67,11 @@ class TestRefusals:
             (GrammarSpec.regex("(a"), ["can't be compiled", "regex"]),
             (GrammarSpec.regex("a(?=b)"), ["can't be compiled", "regex"]),
             (GrammarSpec.regex("\ud800"), ["can't be compiled"]),
+            (
+                GrammarSpec.json_schema({"oneOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]}),
+                ["oneOf", "use anyOf"],
+            ),
+            (GrammarSpec.json_schema({"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}), ["no text"]),
             (GrammarSpec.json_schema({"const": "\ud800"}), ["can't be compiled"]),
             (GrammarSpec.lark("start: foo"), ["can't be compiled", "foo"]),
             (GrammarSpec.lark("start: @missing"), ["can't be compiled", "missing"]),

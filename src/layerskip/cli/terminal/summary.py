@@ -73,7 +73,8 @@ def result_record(
         "seed": result.seed,
         "eos_token_ids": list(eos),
     }
-    return {**asdict(result), "model": lm.checkpoint.name, "config": asdict(config) | resolved}
+    told = {name: value for name, value in asdict(result).items() if value is not None or "logprobs" not in name}
+    return {**told, "model": lm.checkpoint.name, "config": asdict(config) | resolved}
 
 
 def describe(lm: LanguageModel, config: GenerationConfig, seed: int) -> str:

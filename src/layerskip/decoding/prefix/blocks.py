@@ -105,25 +105,24 @@ class BlockPool:
 
     @torch.inference_mode()
     def fetch(self, tokens: Sequence[int], cache: KVCache, place: int) -> int:
-        """Begin an empty row with the longest known beginning of a prompt.
+        """Begin a row with the longest known beginning of a prompt.
 
         Args:
             tokens: The prompt; its last token is never taken, as it has to be run.
             cache: The rows.
-            place: The row.
+            place: The row; it holds nothing, or what was fetched before.
 
         Returns:
             Tokens whose keys and values the row has now.
         """
         chain, size = self._chains.find(tokens[:-1]), self._chains.block_tokens
-        for number, block in enumerate(chain):
+        found, held = len(chain) * size, cache.lengths[place]
+        for number, block in enumerate(chain[held // size :], start=held // size):
             keys, values = _part(cache, place, number * size, size)
             keys.copy_(self._keys[block])
             values.copy_(self._values[block])
-        found = len(chain) * size
-        cache.rollback(place, 0)
-        cache.commit(place, found)
-        return found
+        cache.commit(place, max(0, found - held))  # nothing new where blocks were thrown out meanwhile
+        return max(found, held)
 
     def count(self, queries: int, hits: int) -> None:
         """Count a prompt that has been read.

@@ -102,15 +102,16 @@ class Slots:
         return common
 
     def fetch(self, row: Row) -> int:
-        """Let a row begin with what blocks hold of its prompt, right before the first token of it is read.
+        """Let a row begin with what blocks hold of its prompt, unless it has begun to read.
 
-        Not when the row is claimed: until its turn comes, others may have read the same beginning.
+        Not when the row is claimed: until its turn comes, others may have read the same beginning, or more of it.
 
         Returns:
             Tokens of the row that are read or needn't be.
         """
         place = self._users.index(row)
-        if self.blocks is None or self.cache.lengths[place] or not row.request.reuses_prefix:
+        begun = self.cache.lengths[place] > row.recorder.cached_tokens
+        if self.blocks is None or begun or not row.request.reuses_prefix:
             return self.cache.lengths[place]
         row.recorder.cached_tokens = self.blocks.fetch(row.tokens, self.cache, place)
         return row.recorder.cached_tokens

@@ -7,8 +7,9 @@ have been timed, so that a wrong expectation costs little.
 from collections import deque
 from collections.abc import Sequence
 
-LEAST_TOKENS = 16
-"""Tokens that a step reads in any case."""
+LEAST_TOKENS = 4
+"""Tokens that a step reads in any case. Where the weights decide, so few take about as long as one, and the next step
+reads more; where attention to a long text decides, more at once aren't faster."""
 READING_ROUNDS = 2.0
 """Rounds that reading may take as long as."""
 KNOWN_ROUNDS = 32

@@ -38,10 +38,10 @@ def adjust(
         prompt_length: Tokens of the context that are the prompt's.
         first: The token that the first score is of, where there are those of a part of the vocabulary.
     """
-    if config.logit_bias:
-        for token, bias in config.logit_bias:
-            if 0 <= token - first < len(scores):
-                scores[token - first] += bias
+    here = [(token - first, bias) for token, bias in config.logit_bias if 0 <= token - first < len(scores)]
+    if here:
+        places, biases = zip(*here, strict=True)
+        scores[torch.tensor(places, device=scores.device)] += torch.tensor(biases).to(scores)
     if config.repetition_penalty != 1.0 or config.no_repeat_ngram_size:
         penalize(scores, context, config.repetition_penalty, config.no_repeat_ngram_size, first)
     if config.frequency_penalty or config.presence_penalty:

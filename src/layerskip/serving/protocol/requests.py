@@ -19,7 +19,7 @@ Tokens = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
 class Body(BaseModel):
     """A JSON object whose fields have exactly the types that are declared."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
 class StreamOptions(Body):
@@ -37,33 +37,53 @@ class GenerationBody(Body):
     """What completions and chats have in common."""
 
     model: Annotated[str, Field(max_length=1024)] | None = None
+    """Name of the model; that of this server if not given."""
     stream: bool | None = None
+    """Answer in server-sent events, a chunk for each round."""
     stream_options: StreamOptions | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    """Divides the logits; 0 is greedy. 1 if not given."""
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    """Sample among the most likely tokens that together have this probability."""
     n: Annotated[int, Field(ge=1, le=128)] | None = None
+    """Texts for each prompt."""
     seed: Seed | None = None
+    """Seed of sampling; text i of n has seed + i."""
     stop: str | list[str] | None = None
+    """Texts that end the answer, and are not part of it."""
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    """Taken from a token's logit for each time that it was generated."""
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    """Taken from a token's logit if it was generated at all."""
     logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None
+    """Added to the logits of tokens, by their ids."""
     user: str | None = None
     # Not OpenAI's:
     top_k: Annotated[int, Field(ge=0, le=MOST_TOKENS)] | None = None
+    """Sample among the k most likely tokens."""
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    """Sample among tokens with at least this share of the likeliest one's probability."""
     repetition_penalty: Annotated[Number, Field(gt=0, le=100)] | None = None
+    """Above 1, tokens of prompt and answer become less likely."""
     generation_strategy: Strategy | None = None
+    """Who drafts; adaptive if not given."""
     exit_layer: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    """Layers that draft; adaptive decoding chooses if not given."""
     num_speculations: Annotated[int, Field(ge=1, le=128)] | None = None
+    """Most tokens to draft in a round."""
     ignore_eos: bool | None = None
+    """Write on after an end-of-sequence token."""
 
 
 class CompletionBody(GenerationBody):
     """Body of `/v1/completions`."""
 
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    """Texts or lists of token ids, one or several."""
     max_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)] | None = None
+    """Tokens to generate at most, 16 if not given; 0 only with echo."""
     echo: bool | None = None
+    """Give the prompt too, with its log-probabilities if they are asked for."""
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
     suffix: str | None = None

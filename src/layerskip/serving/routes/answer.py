@@ -91,17 +91,16 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], at_end: Callable[[], None], *, send_seconds: float) -> None:
+    def __init__(self, events: AsyncIterator[bytes], at_end: Callable[[], None]) -> None:
         """Take the events.
 
         Args:
             events: Whole events.
             at_end: Called once, however the stream ends.
-            send_seconds: Seconds that the client may take to receive an event.
         """
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._at_end, self._send_seconds = events, at_end, send_seconds
+        self._events, self._at_end = events, at_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send."""
@@ -111,8 +110,6 @@ class EventStream(Response):
             await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
                 sending.result()
-        except TimeoutError:  # nobody reads
-            pass
         finally:
             self._at_end()
             for each in (sending, gone):
@@ -122,6 +119,5 @@ class EventStream(Response):
         start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         await send(start)
         async for event in self._events:
-            async with asyncio.timeout(self._send_seconds):
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -48,11 +48,7 @@ async def complete(body: CompletionBody, http: Request, service: ServiceOf) -> R
     if asked.stream:
         deliveries = await begin(http, service.scheduler, ticket)
         events = answer.events(deliveries)
-        return EventStream(
-            events,
-            lambda: service.scheduler.cancel(ticket),
-            send_seconds=service.config.limits.send_seconds,
-        )
+        return EventStream(events, lambda: service.scheduler.cancel(ticket))
     return JSONResponse(answer.whole(await all_ends(http, service.scheduler, ticket)))
 
 

@@ -1,27 +1,9 @@
-"""The page to try the model at, and metrics."""
-
-from collections.abc import Awaitable, Callable
+"""Metrics, and a page that describes the routes."""
 
 from fastapi import APIRouter, Request
-from fastapi.responses import Response
+from fastapi.responses import HTMLResponse, Response
 
-from layerskip.serving.playground import playground_files
-
-
-def pages() -> APIRouter:
-    """Routes of the playground's files, which are read once."""
-    router = APIRouter(include_in_schema=False)
-    for path, (content, kind) in playground_files().items():
-        router.add_api_route(path, _page(content, kind), methods=["GET"])
-    return router
-
-
-def _page(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:
-    async def page() -> Response:
-        return Response(content, media_type=kind, headers={"Cache-Control": "no-cache"})
-
-    return page
-
+from layerskip.serving.routes.reference import reference_page
 
 router = APIRouter(tags=["server"])
 
@@ -31,3 +13,9 @@ async def metrics(http: Request) -> Response:
     """Text in Prometheus's format."""
     content, kind = http.app.state.metrics.render()
     return Response(content, media_type=kind)
+
+
+@router.get("/docs", include_in_schema=False)
+async def reference(http: Request) -> HTMLResponse:
+    """What `/openapi.json` says, for people; nothing is fetched from elsewhere."""
+    return HTMLResponse(reference_page(http.app.openapi()))

@@ -52,11 +52,7 @@ async def respond(body: ResponsesBody, http: Request, service: ServiceOf) -> Res
     ticket = service.submit(requests, asked, origin_of(http, body, answer.id, "chat"), shown=turn.shown)
     if asked.stream:
         events = answer.events(await begin(http, service.scheduler, ticket))
-        return EventStream(
-            events,
-            lambda: service.scheduler.cancel(ticket),
-            send_seconds=service.config.limits.send_seconds,
-        )
+        return EventStream(events, lambda: service.scheduler.cancel(ticket))
     (end,) = await all_ends(http, service.scheduler, ticket)
     return JSONResponse(answer.whole(end))
 

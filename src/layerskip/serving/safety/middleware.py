@@ -3,6 +3,7 @@
 import asyncio
 import ipaddress
 import json
+import logging
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from layerskip.serving.config import ServerConfig
 from layerskip.serving.protocol.errors import ApiError
 from layerskip.serving.safety.keys import Keys
 
+log = logging.getLogger("layerskip.serving")
 OPEN_PATHS = ("/health",)
 """Routes that need no key."""
 DRAINED = 8
@@ -53,7 +55,10 @@ class Gate:
         except ApiError as error:
             await refuse(send, error)
             return
-        await self._app(scope, receive, _guarded(send))
+        try:
+            await self._app(scope, receive, _guarded(send, self._config.limits.send_seconds))
+        except TimeoutError:  # a client that doesn't read what it asked for; its connection is closed
+            log.info("a client took longer than %g s to receive its answer", self._config.limits.send_seconds)
 
     def _check_host(self, headers: MutableMapping[bytes, bytes]) -> None:
         """Without a key, pages of other sites must not be able to ask in a visitor's name."""
@@ -196,12 +201,18 @@ def _name(host: str) -> str:
     return host.rpartition(":")[0] if ":" in host else host
 
 
-def _guarded(send: Send) -> Send:
-    """Add the headers that keep a browser from doing more with an answer than showing it."""
+def _guarded(send: Send, seconds: float) -> Send:
+    """Add the headers that keep a browser from doing more with an answer than showing it, and wait no longer than that.
+
+    Args:
+        send: Sends a part of an answer.
+        seconds: Time that a client may take to receive one.
+    """
 
     async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":
             message["headers"] = [*message.get("headers", ()), *PAGE_HEADERS]
-        await send(message)
+        async with asyncio.timeout(seconds):
+            await send(message)
 
     return sending

@@ -63,6 +63,7 @@ def test_whole_blocks_are_copied(cache: KVCache) -> None:
     assert pool.counts.usage == 2 / 8
     write(cache, 0, [9] * 12)
     write(cache, 2, [9] * 12)
+    cache.rollback(2, 0)
     assert pool.fetch([*tokens, 7], cache, 2) == 8
     check(cache, 2, tokens[:8])
     assert torch.equal(cache.keys[:, 2, 8:], torch.cat((cache.keys[:, 0, 8:12], cache.keys[:, 2, 12:]), 1))
@@ -79,6 +80,22 @@ def test_the_last_token_is_always_run(cache: KVCache, length: int, found: int) -
     check(cache, 1, tokens[:found])
 
 
+def test_a_row_that_waits_gets_what_comes_meanwhile(cache: KVCache) -> None:
+    pool, tokens = make_pool(cache, 4), list(range(14))
+    write(cache, 0, tokens)
+    pool.keep(tokens[:4], cache, 0)
+    assert pool.fetch(tokens, cache, 1) == 4
+    assert pool.fetch(tokens, cache, 1) == 4
+    pool.keep(tokens, cache, 0)
+    assert pool.fetch(tokens, cache, 1) == 12
+    check(cache, 1, tokens[:12])
+    others = [50] * 16
+    write(cache, 0, others)
+    pool.keep(others, cache, 0)  # throws all of it out, but the row has its copy
+    assert pool.fetch(tokens, cache, 1) == 12
+    check(cache, 1, tokens[:12])
+
+
 @pytest.mark.parametrize("hash_", [chain_hash, lambda parent, tokens: 0])
 @pytest.mark.parametrize("seed", range(8))
 def test_contents_stay_right_under_pressure(cache: KVCache, hash_: ChainHash, seed: int) -> None:
@@ -91,6 +108,7 @@ def test_contents_stay_right_under_pressure(cache: KVCache, hash_: ChainHash, se
             write(cache, place, tokens)
             pool.keep(tokens, cache, place)
         else:
+            cache.rollback(place, 0)
             length = pool.fetch(tokens, cache, place)
             check(cache, place, tokens[:length])
             found += length

@@ -1,105 +1,98 @@
-"""JSON schemas whose texts end: strings, lists and numbers have limits."""
+"""Ten JSON schemas of different kinds, and texts in their forms."""
 
 from typing import Any
 
-TEXT = {"type": "string", "maxLength": 12}
 SCHEMAS: dict[str, dict[str, Any]] = {
     "flat": {
         "type": "object",
-        "properties": {
-            "name": TEXT,
-            "age": {"type": "integer", "minimum": 0, "maximum": 120},
-            "alive": {"type": "boolean"},
-        },
-        "required": ["name", "age", "alive"],
-        "additionalProperties": False,
-    },
-    "optional": {
-        "type": "object",
-        "properties": {"a": TEXT, "b": {"type": "null"}, "c": {"type": "boolean"}},
-        "required": ["b"],
-        "additionalProperties": False,
-    },
-    "enums": {
-        "type": "object",
-        "properties": {"unit": {"enum": ["C", "F", None, 7]}, "kind": {"const": "weather"}},
-        "required": ["unit", "kind"],
+        "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0}},
+        "required": ["name", "age"],
         "additionalProperties": False,
     },
     "nested": {
         "type": "object",
         "properties": {
-            "place": {
+            "user": {
                 "type": "object",
                 "properties": {
-                    "city": TEXT,
-                    "at": {
+                    "id": {"type": "integer", "minimum": 1, "maximum": 999},
+                    "address": {
                         "type": "object",
-                        "properties": {"x": {"enum": [1, 2]}},
-                        "required": ["x"],
+                        "properties": {"city": {"type": "string", "maxLength": 10}, "zip": {"type": "string"}},
+                        "required": ["city"],
                         "additionalProperties": False,
                     },
                 },
-                "required": ["city", "at"],
+                "required": ["id", "address"],
                 "additionalProperties": False,
             }
         },
-        "required": ["place"],
+        "required": ["user"],
         "additionalProperties": False,
     },
-    "list": {"type": "array", "items": {"type": "integer", "minimum": -9, "maximum": 9}, "minItems": 2, "maxItems": 5},
-    "objects": {
+    "array with bounds": {
+        "type": "array",
+        "items": {"type": "integer", "minimum": -50, "maximum": 50},
+        "minItems": 2,
+        "maxItems": 4,
+    },
+    "enum": {
+        "type": "object",
+        "properties": {"color": {"enum": ["red", "green", "blue", None, 7]}, "sure": {"type": "boolean"}},
+        "required": ["color", "sure"],
+        "additionalProperties": False,
+    },
+    "anyOf": {
+        "type": "object",
+        "properties": {"value": {"anyOf": [{"type": "integer", "maximum": 9}, {"const": "none"}, {"type": "boolean"}]}},
+        "required": ["value"],
+        "additionalProperties": False,
+    },
+    "numbers with ranges": {
         "type": "object",
         "properties": {
-            "items": {
-                "type": "array",
-                "items": {
-                    "type": "object",
-                    "properties": {"id": {"type": "integer", "minimum": 0, "maximum": 99}},
-                    "required": ["id"],
-                    "additionalProperties": False,
-                },
-                "maxItems": 3,
-            }
+            "share": {"type": "number", "minimum": 0, "maximum": 1},
+            "level": {"type": "integer", "exclusiveMinimum": 3, "exclusiveMaximum": 17},
         },
-        "required": ["items"],
+        "required": ["share", "level"],
         "additionalProperties": False,
     },
-    "choice": {
-        "anyOf": [
-            {
-                "type": "object",
-                "properties": {"yes": {"const": True}},
-                "required": ["yes"],
-                "additionalProperties": False,
-            },
-            {"type": "object", "properties": {"no": TEXT}, "required": ["no"], "additionalProperties": False},
-        ]
+    "patterns": {
+        "type": "object",
+        "properties": {
+            "code": {"type": "string", "pattern": "^[A-Z]{2}-[0-9]{3}$"},
+            "day": {"type": "string", "format": "date"},
+        },
+        "required": ["code", "day"],
+        "additionalProperties": False,
     },
-    "tree": {
+    "definitions": {
         "$defs": {
-            "leaf": {
+            "node": {
                 "type": "object",
-                "properties": {"v": {"type": "boolean"}},
-                "required": ["v"],
+                "properties": {
+                    "value": {"type": "integer", "minimum": 0, "maximum": 9},
+                    "next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]},
+                },
+                "required": ["value", "next"],
                 "additionalProperties": False,
             }
         },
+        "$ref": "#/$defs/node",
+    },
+    "const": {
         "type": "object",
-        "properties": {"left": {"$ref": "#/$defs/leaf"}, "right": {"$ref": "#/$defs/leaf"}},
-        "required": ["left", "right"],
+        "properties": {"kind": {"const": "a long constant that nobody has to choose"}, "ok": {"type": "boolean"}},
+        "required": ["kind", "ok"],
         "additionalProperties": False,
     },
-    "pattern": {
+    "nullable": {
         "type": "object",
-        "properties": {"code": {"type": "string", "pattern": "^[A-Z]{2}-[0-9]{3}$"}},
-        "required": ["code"],
-        "additionalProperties": False,
-    },
-    "quotes": {
-        "type": "object",
-        "properties": {'a "b"': {"enum": ['say "hi"', "a\\b", "日本 é 😀"]}, "plain": {"type": "boolean"}},
-        "required": ['a "b"', "plain"],
+        "properties": {
+            "title": {"type": ["string", "null"], "maxLength": 8},
+            "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 3},
+        },
+        "required": ["title", "tags"],
         "additionalProperties": False,
     },
 }

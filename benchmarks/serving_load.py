@@ -243,8 +243,11 @@ def stalls(arguments: Arguments, folder: Path) -> dict[str, Any]:
         times = asyncio.run(_read_while_streaming(arguments, server))
     gaps = [[later - earlier for earlier, later in pairwise(each)] for each in times["streams"]]
     ratios = [max(each) / statistics.median(each) for each in gaps]
+    longest = max(range(len(gaps[0])), key=gaps[0].__getitem__)
     return {
+        "longest_gap_began_s": times["streams"][0][longest] + times["began"] - times["sent"],
         "first_token_of_the_long_prompt_s": times["long"],
+        "gaps_s": gaps,
         "median_gap_s": [statistics.median(each) for each in gaps],
         "longest_gap_s": [max(each) for each in gaps],
         "ratios": ratios,
@@ -258,6 +261,7 @@ async def _read_while_streaming(arguments: Arguments, server: ServerProcess) -> 
     async with Client(server.address) as client:
         await client.send("/v1/completions", {**body, "prompt": "Once", "max_tokens": 32}, Answer())  # warms up
         answers = [Answer() for _ in range(arguments.stall_streams)]
+        began = time.perf_counter()
         running = [
             asyncio.ensure_future(
                 client.send("/v1/completions", {**body, "prompt": f"{n}. A story:", "max_tokens": tokens}, answer)
@@ -266,6 +270,7 @@ async def _read_while_streaming(arguments: Arguments, server: ServerProcess) -> 
         ]
         while min(len(answer.times) for answer in answers) < 20:
             await asyncio.sleep(0.05)
+        sent = time.perf_counter()
         prompt, long = [pick.randrange(1000, 20000) for _ in range(arguments.stall_prompt)], Answer()
         await client.send("/v1/completions", {**body, "prompt": prompt, "max_tokens": 4}, long)
         if any(each.done() for each in running):
@@ -274,7 +279,7 @@ async def _read_while_streaming(arguments: Arguments, server: ServerProcess) -> 
         for each in running:
             each.cancel()
         await asyncio.gather(*running, return_exceptions=True)
-    return {"streams": [answer.times for answer in answers], "long": long.times[0]}
+    return {"streams": [answer.times for answer in answers], "long": long.times[0], "began": began, "sent": sent}
 
 
 def main(arguments: Arguments) -> None:
@@ -298,7 +303,7 @@ def _print(results: dict[str, dict[str, Any]], path: Path) -> None:
         table = Table("", "", title=name)
         for key, value in part.items():
             shown = value[:: max(1, len(value) // 8)] if key == "resident_mib" else value
-            if key != "checks":
+            if key not in ("checks", "gaps_s"):
                 table.add_row(key, str(shown))
         for check, ok in part["checks"].items():
             table.add_row(check, "[green]yes[/green]" if ok else "[red]NO[/red]")

@@ -176,8 +176,8 @@ class Scheduler:
             if known is None:
                 continue
             job, writer = known
-            box = mail.setdefault(job.ticket.loop, [])
-            box += [(job.ticket, delivery) for delivery in self._deliveries(job, writer, event, seconds)]
+            for delivery in self._deliveries(job, writer, event, seconds):
+                mail.setdefault(job.ticket.loop, []).append((job.ticket, delivery))
         for loop, box in mail.items():
             _post(loop, box)
 
@@ -199,14 +199,15 @@ class Scheduler:
         self._observer.gained(job, piece)
         job.last_token_at = time.monotonic()
         job.first_token_at = job.first_token_at or job.last_token_at
+        pieces: list[Delivery] = [piece] if job.ticket.in_pieces else []
         if event.row.finish_reason is None:
-            return [piece]
+            return pieces
         del self._writers[event.row]
         end = JobEnd(place=job.place, text=writer.finish().text, result=writer.result())
         job.ticket.ends.append(end)
         self._end(job)
         self._observer.ended(job, end)
-        return [piece, _unless_stuck(end)]
+        return [*pieces, _unless_stuck(end)]
 
     def _drop(self, tickets: Iterable[Ticket]) -> None:
         """Take the jobs of some tickets out of the queue and of the engine."""

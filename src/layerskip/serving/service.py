@@ -141,8 +141,14 @@ class Service:
         Raises:
             ApiError: The server is full or stops.
         """
-        timeout, drafts = self.config.request_timeout, wanted.include_drafts
-        ticket = Ticket.of(requests, origin, timeout=timeout, show_drafts=drafts, shown=shown)
+        ticket = Ticket.of(
+            requests,
+            origin,
+            timeout=self.config.request_timeout,
+            in_pieces=wanted.stream,
+            show_drafts=wanted.include_drafts,
+            shown=shown,
+        )
         self.scheduler.submit(ticket)
         return ticket
 

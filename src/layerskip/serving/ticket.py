@@ -87,6 +87,8 @@ class Job:
 class Ticket:
     """The texts that one client's request asks for, and what becomes of them."""
 
+    in_pieces: bool = True
+    """Whether each round's piece is delivered; else there are ends only, and nobody is woken in between."""
     show_drafts: bool = False
     """Whether the client wants to see drafts."""
     shown: Mapping[int, str] = field(default_factory=dict)
@@ -108,11 +110,12 @@ class Ticket:
         origin: Origin,
         *,
         timeout: float,
+        in_pieces: bool = True,
         show_drafts: bool = False,
         shown: Mapping[int, str] | None = None,
     ) -> "Ticket":
         """A ticket for some requests; call it in the event loop that will wait for it."""
-        ticket = cls(origin=origin, timeout=timeout, show_drafts=show_drafts, shown=shown or {})
+        ticket = cls(origin=origin, timeout=timeout, in_pieces=in_pieces, show_drafts=show_drafts, shown=shown or {})
         ticket.jobs = [Job(ticket=ticket, place=place, request=request) for place, request in enumerate(requests)]
         return ticket
 

@@ -45,9 +45,9 @@ def create_app(lm: LanguageModel, config: ServerConfig) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.scheduler.start()
+        service.start()
         yield
-        service.scheduler.stop()
+        service.stop()
         if tracer is not None:
             tracer.close()
 

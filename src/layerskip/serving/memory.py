@@ -52,8 +52,8 @@ def plan_cache(decoder: Decoder, config: ServerConfig) -> CachePlan:
     fitting = int(budget // (each * config.max_concurrency)) - 1
     shared = int((1 - PREFIX_SHARE) * budget // (each * config.max_concurrency)) - 1
     capacity = config.max_model_len or min(longest, max(shared, min(fitting, LEAST_TOKENS), 0))
-    if capacity > fitting or capacity < min(LEAST_TOKENS, longest):
-        wanted = config.max_model_len or min(LEAST_TOKENS, longest)
+    wanted = config.max_model_len or min(LEAST_TOKENS, longest)
+    if capacity > fitting or capacity < wanted:
         needed = decoder.cache_bytes(config.max_concurrency, wanted)
         raise OutOfMemoryError(
             f"{config.max_concurrency} texts of {wanted} tokens need {needed / GIBIBYTE:.2f} GiB for keys and values, "

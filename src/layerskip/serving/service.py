@@ -2,7 +2,8 @@
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -20,6 +21,9 @@ from layerskip.serving.protocol.options import Wanted
 from layerskip.serving.scheduler import Scheduler
 from layerskip.serving.ticket import Origin, Ticket
 
+COMPILING = 4
+"""Requests whose grammars are compiled at once; others wait for them."""
+
 Result = TypeVar("Result")
 
 
@@ -35,6 +39,10 @@ class Service:
     """What the model is called."""
     created: int
     """Unix time at which it was loaded."""
+    compiling: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(COMPILING, thread_name_prefix="layerskip-compiling")
+    )
+    """Threads that wait for grammars."""
 
     @classmethod
     def of(
@@ -152,9 +160,25 @@ class Service:
         self.scheduler.submit(ticket)
         return ticket
 
-    async def aside(self, work: Callable[[], Result]) -> Result:
-        """Do something that takes a while, such as rendering and splitting a long prompt, outside the event loop."""
-        return await asyncio.to_thread(work)
+    def start(self) -> None:
+        """Let the engine run, and prepare what the first conversation with a schema or tools would wait for."""
+        self.scheduler.start()
+        self.compiling.submit(self.conversations.prepare)
+
+    def stop(self) -> None:
+        """End what runs, and all threads."""
+        self.scheduler.stop()
+        self.compiling.shutdown(wait=False, cancel_futures=True)
+        self.conversations.close()
+
+    async def aside(self, work: Callable[[], Result], *, compiles: bool = False) -> Result:
+        """Do something that takes a while outside the event loop, such as rendering and splitting a long prompt.
+
+        Args:
+            work: What to do.
+            compiles: Whether a grammar is compiled, which may take seconds; others don't wait behind such work.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self.compiling if compiles else None, work)
 
 
 def make_engine(lm: LanguageModel, cache: CachePlan) -> Engine:

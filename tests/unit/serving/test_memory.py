@@ -63,5 +63,9 @@ def test_what_does_not_fit_is_refused(free: dict[str, int]) -> None:
         plan_cache(decoder(), ServerConfig())
 
 
+def test_a_short_length_may_be_asked_for() -> None:
+    assert plan_cache(decoder(), ServerConfig(max_model_len=64)).capacity == 64
+
+
 def test_a_short_context_needs_no_more_than_itself() -> None:
     assert plan_cache(decoder(64), ServerConfig()).capacity == 64

@@ -1,12 +1,13 @@
 """From a conversation to what the engine is asked, and from the engine's text to an answer."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any
 
 from layerskip.decoding.request import Request
-from layerskip.errors import GrammarError
+from layerskip.errors import GrammarError, LayerSkipError
 from layerskip.language_model import LanguageModel
 from layerskip.serving.config import RequestLimits
 from layerskip.serving.conversation.grammar import call_grammar, closed
@@ -73,6 +74,16 @@ class Conversations:
         allowed = GrammarLimits(max_bytes=SCHEMAS * limits.schema_bytes)
         self._compiler = GrammarCompiler(lm.text_tokenizer, allowed)
         self._style: ToolStyle | None = None
+
+    def prepare(self) -> None:
+        """Look at template and tokenizer now; what is wrong with them is said when they are needed."""
+        with suppress(LayerSkipError):
+            _ = self.style
+            self._compiler.prepare()
+
+    def close(self) -> None:
+        """Let the threads of the compiler end."""
+        self._compiler.close()
 
     @property
     def style(self) -> ToolStyle:

@@ -39,7 +39,7 @@ async def chat(body: ChatBody, http: Request, service: ServiceOf) -> Response:
     def prepare() -> Turn:
         return service.conversations.turn(to_messages(body.messages), tools=tools, answer=form, variables=variables)
 
-    turn = await service.aside(prepare)
+    turn = await service.aside(prepare, compiles=form is not None or tools is not None)
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     asked = wanted(
         body,

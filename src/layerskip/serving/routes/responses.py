@@ -37,7 +37,8 @@ async def respond(body: ResponsesBody, http: Request, service: ServiceOf) -> Res
     tools = response_tools(body, service.config.limits)
     form = answer_format(body)
     turn = await service.aside(
-        lambda: service.conversations.turn(input_messages(body.input, body.instructions), tools=tools, answer=form)
+        lambda: service.conversations.turn(input_messages(body.input, body.instructions), tools=tools, answer=form),
+        compiles=form is not None or tools is not None,
     )
     has_logprobs = LOGPROBS in (body.include or ()) or bool(body.top_logprobs)
     asked = wanted(

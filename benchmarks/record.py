@@ -8,7 +8,7 @@ from typing import Any
 from layerskip.machine import describe_machine
 from layerskip.model.native.library import load_library, target_of
 
-__all__ = ["environment", "write_record"]
+__all__ = ["environment", "processor", "write_record"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -17,6 +17,12 @@ def environment() -> dict[str, Any]:
     """Machine, versions, commit, and the instruction set of the compiled kernels."""
     library = load_library()
     return {**describe_machine(), "kernels": None if library is None else target_of(library)}
+
+
+def processor() -> str:
+    """The processor and the kernels for it, in words: without kernels, numbers are those of torch."""
+    found = environment()
+    return f"{found['cpu']}, {found['kernels'] or 'NO'} kernels"
 
 
 def write_record(name: str, content: dict[str, Any]) -> Path:

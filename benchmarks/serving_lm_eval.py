@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import tyro
-from record import environment, write_record
+from record import environment, processor, write_record
 from rich.console import Console
 from rich.table import Table
 from serving_process import layerskip_server
@@ -205,7 +205,7 @@ def main(arguments: Arguments) -> None:
             console.print({key: value for key, value in each.items() if key not in ("scores", "other_texts")})
             for ours, theirs in each.get("other_texts", [])[:3]:
                 console.print(f"[red]other text:[/red] {ours!r}\n{theirs!r}", markup=True)
-        console.print(f"{environment()['cpu']}; record: {path}")
+        console.print(f"{processor()}; record: {path}")
     sys.exit(0 if all(ok for each in found.values() for ok in each["checks"].values()) else 1)
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import httpx
 import torch
 import tyro
-from record import environment, write_record
+from record import environment, processor, write_record
 from rich.console import Console
 from rich.table import Table
 from serving_process import ServerProcess, layerskip_server
@@ -308,7 +308,7 @@ def _print(results: dict[str, dict[str, Any]], path: Path) -> None:
         for check, ok in part["checks"].items():
             table.add_row(check, "[green]yes[/green]" if ok else "[red]NO[/red]")
         console.print(table)
-    console.print(f"{environment()['cpu']}; record: {path}")
+    console.print(f"{processor()}; record: {path}")
 
 
 if __name__ == "__main__":

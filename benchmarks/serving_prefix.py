@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from record import environment, write_record
+from record import environment, processor, write_record
 from rich.console import Console
 from rich.table import Table
 from serving_process import layerskip_server
@@ -129,7 +129,7 @@ def _print(arguments: Arguments, content: dict[str, Any], path: Path) -> None:
         f"{content['least_cached_tokens']} tokens found again; {content['same_texts']} of {len(rows)} texts as without "
         "a server"
     )
-    console.print(f"{environment()['cpu']}, {arguments.threads} threads; record: {path}")
+    console.print(f"{processor()}, {arguments.threads} threads; record: {path}")
 
 
 if __name__ == "__main__":

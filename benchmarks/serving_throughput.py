@@ -23,7 +23,7 @@ from typing import Any
 
 import tyro
 from models import gguf_file
-from record import environment, write_record
+from record import environment, processor, write_record
 from rich.console import Console
 from rich.table import Table
 from serving_process import layerskip_server, llama_cpp_server
@@ -211,7 +211,7 @@ def _print(
         console.print(f"{way}: {same} of {of} texts are those without speculation")
     for problem in measured.problems[:10]:
         console.print(f"[red]{problem}[/red]")
-    console.print(f"{environment()['cpu']}, {arguments.threads} threads; record: {path}")
+    console.print(f"{processor()}, {arguments.threads} threads; record: {path}")
 
 
 def _span(values: list[float], digits: int) -> str:

@@ -137,9 +137,11 @@ def test_a_full_queue_and_a_scheduler_that_stops_refuse(lm: LanguageModel, sched
     asyncio.run(run())
 
 
-def test_late_tickets_are_given_up(lm: LanguageModel, scheduler: Scheduler) -> None:
+def test_late_tickets_are_given_up(lm: LanguageModel, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerskip.serving.scheduler.CHECK_SECONDS", 0.01)
+
     async def run() -> list[Exception]:
-        late = ticket(lm, PROMPTS[:3], timeout=0.4, max_new_tokens=550, ignore_eos=True)
+        late = ticket(lm, PROMPTS[:3], timeout=0.05, max_new_tokens=550, ignore_eos=True)
         scheduler.submit(late)
         return (await outcome(late))[2]
 

@@ -40,10 +40,12 @@ ON, OFF, LLAMA = "speculation", "autoregressive", "llama.cpp"
 class Arguments:
     """Options of the benchmark."""
 
+    prompts: Path
+    """JSON lines with questions, which are sent as chats."""
     model: str = "smollm2"
     """A name, a folder or a GGUF file; llama.cpp's server needs a GGUF file, as smollm2 is one."""
-    prompts: Path = Path("/work/shared/data/gsm8k_train_500.jsonl")
-    """JSON lines with questions, which are sent as chats."""
+    compute: str | None = None
+    """As for our server: int8, or the numbers of the dtype if not given."""
     field: str = "question"
     clients: Sequence[int] = (1, 4, 16)
     requests_per_client: int = 2
@@ -156,6 +158,8 @@ def main(arguments: Arguments) -> None:
         folder = Path(servers.enter_context(tempfile.TemporaryDirectory()))
         most = str(max(arguments.clients))
         flags = ("--max-concurrency", most, "--max-model-len", "1024")
+        if arguments.compute is not None:
+            flags = (*flags, "--compute", arguments.compute)
         targets = {}
         for way, extra in ((ON, json.loads(arguments.extra)), (OFF, {"generation_strategy": OFF})):
             log, threads = folder / f"{way}.log", arguments.threads

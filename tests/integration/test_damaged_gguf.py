@@ -125,7 +125,7 @@ def test_damaged_files(content: bytes, tmp_path: Path) -> None:
     assert attempt(path) is None  # also imports what reading files needs, before memory is counted
 
     @settings(
-        max_examples=2000, deadline=20_000, derandomize=True, suppress_health_check=list(HealthCheck), database=None
+        max_examples=3000, deadline=20_000, derandomize=True, suppress_health_check=list(HealthCheck), database=None
     )
     @given(damages())
     def check(damage: Damage) -> None:

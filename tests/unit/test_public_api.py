@@ -12,7 +12,7 @@ SIGNATURES = {
     "LanguageModel.score": "self, prompts, continuations, *, exit_layer",
     "LanguageModel.logits": "self, token_ids, exit_layer",
     "LanguageModel.encode": "self, prompts, *, special_tokens",
-    "LanguageModel.encode_chat": "self, messages, *, template, tools, name",
+    "LanguageModel.encode_chat": "self, messages, *, template, tools, variables, name",
     "LanguageModel.end_tokens": "self, prompt, template",
     "LanguageModel.new_session": "self, slots",
     "LayerSkipRecipe": "model, config, *, seed",

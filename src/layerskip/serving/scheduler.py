@@ -95,8 +95,10 @@ class Scheduler:
             ApiError: The server is stopping, or too many requests wait; the client may try again.
         """
         with self._lock:
-            if self._draining or not self._thread.is_alive():
+            if self._draining:
                 raise busy("the server is shutting down; ask another one, or try again later", "shutting_down")
+            if not self._thread.is_alive():
+                raise busy("the server's engine has stopped; its log says why", "engine_stopped")
             waiting = len(self._arrived) + len({job.ticket for job in self._waiting})
             free = self._engine.free_rows - len(self._waiting) - sum(len(other.jobs) for other in self._arrived)
             if waiting >= self._max_queue and free < len(ticket.jobs):
@@ -126,8 +128,10 @@ class Scheduler:
             self._thread.join(timeout)
 
     def _run(self) -> None:
-        while self._take_mail():
+        while True:
             try:
+                if not self._take_mail():
+                    break
                 self._admit()
                 if self._writers:
                     started = time.perf_counter()
@@ -145,9 +149,9 @@ class Scheduler:
             if self._stopping:
                 return False
             arrived, self._arrived = self._arrived, deque()
-            cancelled, self._cancelled = self._cancelled, set()
+            cancelled, self._cancelled = self._cancelled & self._tickets, set()  # others have ended meanwhile
             self._waiting.extend(job for ticket in arrived for job in ticket.jobs)
-        for ticket in cancelled & self._tickets:  # others have ended meanwhile
+        for ticket in cancelled:
             self._observer.cancelled(ticket)
         self._drop(cancelled)
         self._give_up_late()
@@ -156,7 +160,8 @@ class Scheduler:
     def _admit(self) -> None:
         """Let jobs join in the order of their arrival."""
         while self._waiting and self._engine.free_rows:
-            job = self._waiting.popleft()
+            with self._lock:  # others count what waits
+                job = self._waiting.popleft()
             try:
                 row = self._engine.add(job.request)
             except LayerSkipError as error:  # of this request only
@@ -214,7 +219,8 @@ class Scheduler:
         dropped = set(tickets)
         if not dropped:
             return
-        self._waiting = deque(job for job in self._waiting if job.ticket not in dropped)
+        with self._lock:
+            self._waiting = deque(job for job in self._waiting if job.ticket not in dropped)
         for row, (job, _) in list(self._writers.items()):
             if job.ticket in dropped:
                 del self._writers[row]
@@ -229,7 +235,8 @@ class Scheduler:
         if now < self._checked_at + CHECK_SECONDS:
             return
         self._checked_at = now
-        late = [ticket for ticket in self._tickets if ticket.is_late]
+        with self._lock:  # others add tickets
+            late = [ticket for ticket in self._tickets if ticket.is_late]
         if late:
             timeout = late[0].timeout
             self._fail(late, ApiError(504, f"the request took longer than {timeout:g} s", code="timeout"))

@@ -175,6 +175,31 @@ def test_a_step_that_fails_ends_what_runs_and_the_rest_is_served(
     assert scheduler.num_tickets == 0
 
 
+def test_requests_that_come_and_go_while_the_engine_looks_at_them(
+    lm: LanguageModel, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine's thread goes through collections that others add to."""
+    monkeypatch.setattr("layerskip.serving.scheduler.CHECK_SECONDS", 0.0)
+    monkeypatch.setattr(scheduler, "_max_queue", 400)
+    monkeypatch.setattr(Ticket, "is_late", property(lambda _: bool(time.sleep(0))))  # lets another thread run
+
+    async def run() -> int:
+        answered = 0
+        for number in range(10):
+            tickets = [ticket(lm, PROMPTS[:1], max_new_tokens=20) for _ in range(60)]
+            for place, each in enumerate(tickets):
+                scheduler.submit(each)
+                if place % 3 == number % 3:
+                    scheduler.cancel(each)
+                await asyncio.sleep(0)
+            last = tickets[(number + 1) % 3 :: 3][-1]
+            answered += len((await outcome(last))[1])
+        return answered
+
+    assert asyncio.run(asyncio.wait_for(run(), 120)) == 10
+    assert scheduler.is_ready
+
+
 def test_a_request_that_does_not_fit_fails_alone(lm: LanguageModel, scheduler: Scheduler) -> None:
     async def run() -> tuple[list[Exception], dict[int, JobEnd]]:
         large, small = ticket(lm, PROMPTS[:1], max_new_tokens=900), ticket(lm, PROMPTS[:1])

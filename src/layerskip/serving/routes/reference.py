@@ -7,7 +7,8 @@ from typing import Any
 PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}: the API</title><link rel="stylesheet" href="/reference.css">
+<title>{title}: the API</title>
+<link rel="stylesheet" href="/playground.css"><link rel="stylesheet" href="/reference.css">
 <header><p class="kind">layerskip {version}</p><h1>The API</h1>
 <p>Routes of this server, and what they take. For programs: <a href="/openapi.json">openapi.json</a>.
 To try the model: <a href="/">the playground</a>.</p></header>

@@ -6,6 +6,8 @@ have been timed, so that a wrong expectation costs little.
 
 from collections import deque
 from collections.abc import Sequence
+from itertools import islice
+from statistics import median
 
 LEAST_TOKENS = 4
 """Tokens that a step reads in any case. Where the weights decide, so few take about as long as one, and the next step
@@ -15,6 +17,11 @@ READING_ROUNDS = 2.0
 KNOWN_ROUNDS = 32
 """Latest rounds of which the lower quartile counts: some measure costs, and some wait for other work of the machine.
 If those counted, reading would take longer just when everything does."""
+USUAL_ROUNDS = 4.0
+"""Times the usual round that reading may take at most. Rounds become long for a while, as when a text repeats itself and
+drafts itself: reading isn't to double what is unusual already."""
+REMEMBERED_ROUNDS = 512
+"""Latest rounds whose median is the usual one."""
 NEW_WEIGHT = 0.5
 """Weight of the latest time against the ones before it."""
 
@@ -29,7 +36,7 @@ class ReadingPace:
             most_tokens: Tokens that a step reads at most, whoever waits.
         """
         self._most_tokens = most_tokens
-        self._rounds: deque[float] = deque(maxlen=KNOWN_ROUNDS)
+        self._rounds: deque[float] = deque(maxlen=REMEMBERED_ROUNDS)
         self._seconds: dict[int, float] = {}
         """Of a token, by the class of size of what is read at once: class c has 2^c to 2^(c + 1) - 1 tokens."""
 
@@ -45,7 +52,8 @@ class ReadingPace:
     def tokens(self) -> int:
         """Tokens to read in a step in which other rows generate."""
         if self._rounds:
-            wanted = READING_ROUNDS * sorted(self._rounds)[len(self._rounds) // 4]
+            latest = sorted(islice(reversed(self._rounds), KNOWN_ROUNDS))
+            wanted = min(READING_ROUNDS * latest[len(latest) // 4], USUAL_ROUNDS * median(self._rounds))
             for size in sorted(self._seconds, reverse=True):
                 affordable = int(wanted / max(self._seconds[size], 1e-12))
                 if affordable >= 1 << size:  # fewer tokens at once take longer each: a smaller class has to tell

@@ -9,7 +9,13 @@ import pytest
 from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.engine import Engine, Event
 from layerskip.decoding.request import Request, make_request
-from layerskip.decoding.rounds.pacing import LEAST_TOKENS, READING_ROUNDS, ReadingPace, choose_prompts
+from layerskip.decoding.rounds.pacing import (
+    LEAST_TOKENS,
+    READING_ROUNDS,
+    USUAL_ROUNDS,
+    ReadingPace,
+    choose_prompts,
+)
 from layerskip.language_model import LanguageModel
 
 
@@ -34,6 +40,14 @@ def test_reading_takes_about_two_rounds(fixed: float, each: float) -> None:
     assert all(fixed + each * chunk <= READING_ROUNDS * 0.01 * 1.1 for chunk in chunks)
     best = min(1024, (READING_ROUNDS * 0.01 - fixed) / each)
     assert max(chunks) >= best / 2
+
+
+def test_rounds_that_have_become_long_do_not_lengthen_reading_without_bound() -> None:
+    pace = ReadingPace(1024)
+    for seconds in (*[0.01] * 200, *[0.2] * 40):  # as when rows begin to draft long repetitions
+        pace.observe_round(seconds)
+    chunks = read_all(pace, 8000, 0.0, 0.001)
+    assert USUAL_ROUNDS * 10 / 2 <= max(chunks) <= USUAL_ROUNDS * 10
 
 
 def test_the_least_is_read_however_long_it_takes() -> None:

@@ -18,8 +18,8 @@ KNOWN_ROUNDS = 32
 """Latest rounds of which the lower quartile counts: some measure costs, and some wait for other work of the machine.
 If those counted, reading would take longer just when everything does."""
 USUAL_ROUNDS = 4.0
-"""Times the usual round that reading may take at most. Rounds become long for a while, as when a text repeats itself and
-drafts itself: reading isn't to double what is unusual already."""
+"""Times the usual round that reading may take at most. Rounds become long for a while, as when a text repeats itself
+and drafts itself: reading isn't to double what is unusual already."""
 REMEMBERED_ROUNDS = 512
 """Latest rounds whose median is the usual one."""
 NEW_WEIGHT = 0.5

@@ -35,6 +35,8 @@ ROW_COST_CPU, ROW_COST_INT8, ROW_COST_GPU = 0.22, 0.03, 0.01
 """Estimated cost of each further token in a call, as a share of the first one's: in float32 and int8 on a CPU."""
 BYTES_PER_SECOND = 1e10
 """Estimated; what counts is how plans compare, and rounds correct it."""
+DISTURBED = 1.3
+"""Ratio of a call's seconds to those of a larger one above which it must have been disturbed while it was timed."""
 SLOW_SECONDS = 0.1
 """Calls that take longer are timed once: they vary less, and nobody wants to wait."""
 
@@ -86,6 +88,12 @@ class Costs:
     def most_drafts(self) -> int:
         """Drafts that a round may have at most for its costs to be known."""
         return min(MOST_QUERIES, len(self.layer)) - 1
+
+    @property
+    def is_plausible(self) -> bool:
+        """Whether no call takes much longer than a larger one, as it seems to if something disturbed its timing."""
+        seconds = [self.verification(0, n) for n in range(len(self.layer))]
+        return all(each <= DISTURBED * min(seconds[n:]) for n, each in enumerate(seconds))
 
     def step(self) -> float:
         """One autoregressive step."""

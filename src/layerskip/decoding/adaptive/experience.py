@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from layerskip.decoding.adaptive.cost_cache import read_costs, write_costs
@@ -22,6 +22,8 @@ ADAPTER_TOKENS = 64
 
 FIRST_CALL_SECONDS = 0.003
 """What the first timed call is expected to take, a cache for it included."""
+MOST_ATTEMPTS = 3
+"""Times that costs are measured if what comes out can't be true: the machine did something else meanwhile."""
 
 
 class Tuned(Protocol):
@@ -109,7 +111,7 @@ class Experience:
             return
         # Processes that share the network must not find different things in a cache that others write to.
         costs = read_costs(self._decoder, size) if self._decoder.num_ranks == 1 else None
-        if costs is None:
+        if costs is None or not costs.is_plausible:
             costs = estimate_costs(self._decoder)
         if not costs.complete:
             self._unmeasured[size] = _Meter(work=measuring(self._decoder, size))
@@ -141,10 +143,15 @@ class Experience:
         return spent
 
     def _learn(self, size: int, costs: Costs) -> None:
-        if costs.complete:
+        meter = self._unmeasured[size]
+        if costs.complete and not costs.is_plausible and meter.attempt < MOST_ATTEMPTS:
+            costs = replace(costs, complete=False)
+            again = measuring(self._decoder, size)
+            self._unmeasured[size] = _Meter(work=again, latest=meter.latest, attempt=meter.attempt + 1)
+        elif costs.complete:
             del self._unmeasured[size]
         self._costs[size] = costs
-        if self._decoder.num_ranks == 1:
+        if self._decoder.num_ranks == 1 and costs.is_plausible:
             write_costs(self._decoder, size, costs)
         for (_, rows), times in self._times.items():
             if self._measured_size(rows) == size:
@@ -200,6 +207,8 @@ class _Meter:
     """Measures costs call by call."""
 
     work: Measuring[Costs, Costs]
+    attempt: int = 1
+    """How many times they have been measured, this time included."""
     latest: float = FIRST_CALL_SECONDS
     """Seconds that the latest call took."""
 

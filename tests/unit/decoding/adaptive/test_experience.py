@@ -1,7 +1,7 @@
 """What is known of a model from one call to the next, by the number of rows that run."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,6 +9,7 @@ import pytest
 from engines import drain
 from policies import View, make_costs
 
+from layerskip.decoding.adaptive.cost_cache import read_costs, write_costs
 from layerskip.decoding.adaptive.costs import Costs, estimate_costs
 from layerskip.decoding.adaptive.experience import FIRST_CALL_SECONDS, Experience, size_of
 from layerskip.decoding.adaptive.round_times import RoundTimes
@@ -81,6 +82,44 @@ def test_costs_are_used_and_kept_before_all_are_measured(text_lm: LanguageModel,
     assert later.times(1, samples=False).costs == times.costs
     assert later.look(1, 100.0) > 0  # goes on measuring
     assert later.times(1, samples=False).costs.complete
+
+
+def disturbed(costs: Costs) -> Costs:
+    """As if the machine had done something else while a single token was timed."""
+    return replace(costs, layer=(20 * costs.layer[0], *costs.layer[1:]), complete=True)
+
+
+def test_costs_that_can_not_be_true_are_measured_again_and_not_kept(
+    text_lm: LanguageModel, nothing_known: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = text_lm.decoder
+    good = replace(estimate_costs(decoder), complete=True)
+    assert good.is_plausible
+    assert not disturbed(good).is_plausible
+    results = [disturbed(good), good]
+    attempts = []
+
+    def measuring(*_: Any) -> Iterator[None]:
+        attempts.append(len(attempts))
+        yield None
+        return results[min(len(attempts), len(results)) - 1]
+
+    monkeypatch.setattr("layerskip.decoding.adaptive.experience.measuring", measuring)
+    experience = Experience(decoder)
+    experience.recall(1)
+    experience.look(1, 10.0)
+    assert attempts == [0, 1]
+    assert experience.look(1, 10.0) == 0
+    assert experience.times(1, samples=False).costs == good
+    assert read_costs(decoder, 1) == good
+    results[1] = disturbed(good)
+    write_costs(decoder, 1, disturbed(good))
+    again = Experience(decoder)
+    again.recall(1)  # what an earlier process has kept is no better
+    assert again.times(1, samples=False).costs == estimate_costs(decoder)
+    again.look(1, 10.0)
+    assert again.look(1, 10.0) == 0  # there is an end to it
+    assert len(attempts) == 2 + 3
 
 
 def test_the_first_call_measures_nothing_before_it_begins(text_lm: LanguageModel, nothing_known: Path) -> None:

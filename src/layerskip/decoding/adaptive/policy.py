@@ -258,7 +258,9 @@ class AdaptivePolicy:
             self.pace.observe_steps([seconds])
         else:
             self.pace.observe_drafts(seconds, layers=plan.source == "layers")
-            if result.settled and (plan.source == "text" or self._drafted_rounds > COLD_ROUNDS):
+            # The first rounds find everything cold; what is drafted from text is the same work after plain steps too.
+            warm = self._rounds if plan.source == "text" else self._drafted_rounds
+            if result.settled and warm > COLD_ROUNDS:
                 seconds += self._learning_seconds
                 self.times.observe(plan.source, plan.exit_layer, verified, seconds, drawn=drawn, most=most)
 

@@ -132,6 +132,16 @@ def test_what_lies_beyond_a_foreign_text_was_not_tried() -> None:
         assert (rate.long.accepted, rate.long.tried) == (1, 1)
 
 
+def test_a_cold_first_round_does_not_make_drafts_from_text_seem_slow() -> None:
+    policy = make_policy({4: 0.6})
+    for number in range(6):
+        policy.plan(View([MATCH]))
+        slow = 40.0 if number < COLD_ROUNDS else 1.0
+        seconds = slow * policy.times.costs.round(0, 2)
+        policy.observe(Plan(source="text", num_speculations=2), result(2, 2, seconds, MATCH.tokens[:3]))
+    assert policy.times.correction("text") == pytest.approx(1.0, rel=0.2)
+
+
 def test_a_text_that_changes_its_kind_changes_the_plan() -> None:
     policy = make_policy({4: 0.95})
     plan = policy.plan(View())

@@ -111,7 +111,7 @@ class Experience:
             return
         # Processes that share the network must not find different things in a cache that others write to.
         costs = read_costs(self._decoder, size) if self._decoder.num_ranks == 1 else None
-        if costs is None or not costs.is_plausible:
+        if costs is None or not (costs.complete and costs.is_plausible):
             costs = estimate_costs(self._decoder)
         if not costs.complete:
             self._unmeasured[size] = _Meter(work=measuring(self._decoder, size))
@@ -151,7 +151,8 @@ class Experience:
         elif costs.complete:
             del self._unmeasured[size]
         self._costs[size] = costs
-        if self._decoder.num_ranks == 1 and costs.is_plausible:
+        # Half-measured costs would keep a later process from drafting, and so from measuring the rest.
+        if self._decoder.num_ranks == 1 and costs.complete and costs.is_plausible:
             write_costs(self._decoder, size, costs)
         for (_, rows), times in self._times.items():
             if self._measured_size(rows) == size:

@@ -190,9 +190,12 @@ class AdaptivePolicy:
         return [(accepted + ROW_WEIGHT * usual) / (tried + ROW_WEIGHT) / usual for accepted, tried in self._histories]
 
     def _look(self) -> None:
-        """Measure costs, where drafting might win, within the share of the time that this may take."""
-        best = self._best
-        if best is not None and best.tokens_per_second * self.times.seconds("none") > WORTH_MEASURING:
+        """Measure costs, where drafting might win, within the share of the time that this may take.
+
+        What has begun goes on: half of the costs, one of them disturbed, must not be the last word.
+        """
+        best, begun = self._best, self.pace.measuring_seconds > 0
+        if begun or (best is not None and best.tokens_per_second * self.times.seconds("none") > WORTH_MEASURING):
             self.pace.measuring_seconds += self.knowledge.look(self._num_rows, self.pace.measuring_budget)
 
     def _probe_is_due(self) -> bool:

@@ -42,9 +42,9 @@ NO_DIFFERENCE = 1e-4
 class Arguments:
     """Options of the benchmark."""
 
-    model: str = "smollm2"
-    data: Path = Path("/work/shared/data/gsm8k_train_500.jsonl")
+    data: Path
     """JSON lines with the fields question and answer, which ends with #### and a number."""
+    model: str = "smollm2"
     limit: int = 20
     """Documents of each task."""
     max_tokens: int = 64

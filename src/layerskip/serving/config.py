@@ -21,13 +21,10 @@ class RequestLimits:
     """Levels of lists and objects in a body."""
     choices: int = 128
     """Texts that one request may generate: prompts times `n`."""
-    logprobs: int = 20
-    """Most likely tokens whose log-probabilities are given at each place."""
     stop_strings: int = 16
     stop_characters: int = 256
     """Characters of each stop string."""
     logit_biases: int = 1024
-    messages: int = 2048
     tools: int = 128
     schema_bytes: int = 65_536
     """Bytes of a JSON schema."""

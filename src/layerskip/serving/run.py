@@ -2,7 +2,6 @@
 
 import asyncio
 import resource
-import signal
 import socket
 import sys
 import time
@@ -111,8 +110,3 @@ def _raise_file_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def ignore_interrupts() -> None:
-    """Before the server handles signals itself: a Ctrl-C while it starts ends the process as usual."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from layerskip.decoding.config import Strategy
 
 MOST_TOKENS = 1_000_000
+MOST_MESSAGES = 2048
 Number = Annotated[float, Field(allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -192,7 +193,7 @@ class ResponseFormat(Body):
 class ChatBody(GenerationBody):
     """Body of `/v1/chat/completions`."""
 
-    messages: Annotated[list[MessageBody], Field(min_length=1)]
+    messages: Annotated[list[MessageBody], Field(min_length=1, max_length=MOST_MESSAGES)]
     max_tokens: Tokens | None = None
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
@@ -226,7 +227,7 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[MessageBody] | None = None
+    messages: Annotated[list[MessageBody], Field(max_length=MOST_MESSAGES)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
 

@@ -11,6 +11,7 @@ from pydantic_core import from_json
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from layerskip.serving.config import ServerConfig
+from layerskip.serving.playground import POLICY
 from layerskip.serving.protocol.errors import ApiError
 from layerskip.serving.safety.keys import Keys
 
@@ -20,7 +21,7 @@ OPEN_PATHS = ("/health",)
 DRAINED = 8
 """Times the allowed length of a body up to which one that is too long is read, and dropped."""
 PAGE_HEADERS = (
-    (b"content-security-policy", b"default-src 'self'; img-src 'self' data:; frame-ancestors 'none'"),
+    (b"content-security-policy", POLICY.encode()),
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
 )

@@ -1,7 +1,7 @@
 """The engine: requests join, every step gives tokens, rows leave. It knows tokens only; text is `output`'s."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from layerskip.decoding.adaptive.experience import Experience
@@ -205,7 +205,7 @@ class Engine:
             for batch in list(self._reading):
                 for row in batch.rows:
                     self._slots.fetch(row)
-                events += self._read(batch, range(batch.num_rows), self._prefill_chunk)
+                events += self._read(batch, dict.fromkeys(range(batch.num_rows), self._prefill_chunk))
         return events
 
     def finish(
@@ -268,34 +268,37 @@ class Engine:
             pace.observe_round(watch.since(started))
             budget = pace.tokens()
         if self._reading:
-            batch, places, size = self._next_prompts(budget)
+            batch, counts = self._next_prompts(budget)
             started = time.perf_counter()
-            events += self._read(batch, places, size)
+            events += self._read(batch, counts)
             watch.wait()
-            pace.observe_reading(len(places) * size, watch.since(started))
+            size = sum(counts.values()) if self.decoder.ragged else len(counts) * max(counts.values())
+            pace.observe_reading(size, watch.since(started))
         return events
 
-    def _next_prompts(self, budget: int) -> tuple[Batch, range, int]:
-        """The prompts that are read next: their batch, their rows in it, and tokens of each to read at most."""
+    def _next_prompts(self, budget: int) -> tuple[Batch, dict[int, int]]:
+        """The prompts that are read next: their batch, and by row of it, tokens to read."""
         batches = {row: batch for batch in self._reading for row in batch.rows}
         waiting = [row for row in self._homes if row in batches]
         batch = batches[waiting[0]]
-        unread: list[int] = []
-        places: list[int] = []
+        unread: dict[Row, int] = {}
         for row in waiting:
-            if batches[row] is batch and sum(unread) < budget:  # what isn't read in this step may be found in the next
-                places.append(batch.rows.index(row))
-                unread.append(len(row.tokens) - self._slots.fetch(row))
-        return batch, *choose_prompts(unread, places, budget)
+            if batches[row] is batch and sum(unread.values()) < budget:  # the next step may find more of the others
+                left = len(row.tokens) - self._slots.fetch(row)
+                if self._slots.finds_more(row, list(unread)):
+                    break
+                unread[row] = left
+        places = [batch.rows.index(row) for row in unread]
+        return batch, choose_prompts(list(unread.values()), places, budget, ragged=self.decoder.ragged)
 
-    def _read(self, batch: Batch, places: range, size: int) -> list[Event]:
+    def _read(self, batch: Batch, counts: Mapping[int, int]) -> list[Event]:
         """Read a chunk of prompts; rows that are done with theirs get their first token and join their batches."""
         calls = self.decoder.calls.count
-        first = read_chunk(batch, size, places)
+        first = read_chunk(batch, counts)
         rows = [batch.rows[place] for place in first]
         calls = self.decoder.calls.count - calls
-        for row in batch.rows[places.start : places.stop]:
-            row.recorder.layer_calls += calls
+        for place in counts:
+            batch.rows[place].recorder.layer_calls += calls
         events = []
         for row, given in zip(rows, first.values(), strict=True):
             kept = self._gain(row, (given.token,), given.logprobs)

@@ -264,6 +264,27 @@ class Decoder:
         self.calls.add(start, stop, *hidden.shape[:2])
         return self._network.run_layers(hidden, positions, cache, start, stop)
 
+    def read_rows(self, tokens: Sequence[Sequence[int]], cache: KVCache, num_layers: int) -> list[Tensor]:
+        """Run the next tokens of each row's text, and write their keys and values. Nothing is committed.
+
+        Rows are padded on the right: what padding writes lies beyond a row's tokens, is never attended to, and is
+        overwritten by the tokens that come.
+
+        Args:
+            tokens: Of each of B rows, after what its row of the cache has committed; rows without any take no part.
+            cache: Holds the committed tokens of the rows.
+            num_layers: Layers to run, from the first on.
+
+        Returns:
+            Of each row [its tokens, D], what norm and head read.
+        """
+        longest = max(map(len, tokens))
+        block = torch.tensor([[*row, *[0] * (longest - len(row))] for row in tokens], device=self.device)
+        positions = self.place(cache, cache.lengths, longest)
+        hidden = self.run_layers(self.embed(block), positions, cache, 0, num_layers)
+        hidden = self.adapt(hidden, positions, cache, num_layers, ValueSource.NONE)
+        return [states[: len(row)] for states, row in zip(hidden, tokens, strict=True)]
+
     def adapt(
         self, hidden: Tensor, positions: Positions, cache: KVCache, exit_layer: int, source: ValueSource
     ) -> Tensor:

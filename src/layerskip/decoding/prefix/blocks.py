@@ -98,6 +98,11 @@ class BlockPool:
         return self._chains.num_blocks
 
     @property
+    def block_tokens(self) -> int:
+        """P."""
+        return self._chains.block_tokens
+
+    @property
     def counts(self) -> PrefixCounts:
         """What was looked up and found so far, and how full the pool is."""
         usage = len(self._chains) / self._chains.num_blocks

@@ -4,6 +4,8 @@ A batch runs as one block over consecutive rows of the cache. Rows that join or 
 most one of each batch behind them.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from layerskip.decoding.batch import Batch
@@ -115,6 +117,19 @@ class Slots:
             return self.cache.lengths[place]
         row.recorder.cached_tokens = self.blocks.fetch(row.tokens, self.cache, place)
         return row.recorder.cached_tokens
+
+    def finds_more(self, row: Row, others: Sequence[Row]) -> bool:
+        """Whether a row that waits until others have read their prompts can begin with more of them than it has."""
+        place = self._users.index(row)
+        known = row.recorder.cached_tokens
+        if self.blocks is None or self.cache.lengths[place] > known or not row.request.reuses_prefix:
+            return False
+        size, tokens = self.blocks.block_tokens, row.tokens[:-1]
+        for other in others:
+            beginning = min(len(tokens), len(other.tokens), known + size) // size * size
+            if beginning > known and other.request.reuses_prefix and tokens[:beginning] == other.tokens[:beginning]:
+                return True
+        return False
 
     def keep_prompt(self, row: Row, batch: Batch) -> None:
         """Share a prompt that has been read to its end, if there are blocks for it."""

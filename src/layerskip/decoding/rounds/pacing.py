@@ -61,17 +61,32 @@ class ReadingPace:
         return LEAST_TOKENS
 
 
-def choose_prompts(unread: Sequence[int], places: Sequence[int], budget: int) -> tuple[range, int]:
-    """Which prompts a step reads, as one block: the first one, and those after it that fit whole beside it.
+def choose_prompts(unread: Sequence[int], places: Sequence[int], budget: int, *, ragged: bool) -> dict[int, int]:
+    """Which prompts a step reads, in the order in which they arrived.
 
     Args:
         unread: Tokens of each prompt that aren't read yet, in the order in which the prompts arrived.
         places: Row of each in its batch.
         budget: Tokens of the block at most, padding included; exceeded for none but the first prompt's token.
+        ragged: Whether rows of a block may have different numbers of tokens.
 
     Returns:
-        Rows of the batch, one behind the other, and tokens of each to read at most.
+        By row of the batch, tokens to read. A ragged block is as many as the budget has room for. In a rectangle, rows
+        lie one behind the other: the first prompt, and those after it that fit whole beside it.
     """
+    if not ragged:
+        return _rectangle(unread, places, budget)
+    counts: dict[int, int] = {}
+    left = max(1, budget)
+    for number, place in zip(unread, places, strict=True):
+        if left == 0:
+            break
+        counts[place] = min(number, left)
+        left -= counts[place]
+    return counts
+
+
+def _rectangle(unread: Sequence[int], places: Sequence[int], budget: int) -> dict[int, int]:
     size, rows = max(1, min(unread[0], budget)), range(places[0], places[0] + 1)
     if size == unread[0]:
         for rest, place in zip(unread[1:], places[1:], strict=True):
@@ -79,4 +94,5 @@ def choose_prompts(unread: Sequence[int], places: Sequence[int], budget: int) ->
             if (len(rows) + 1) * widest > budget or place not in (rows.start - 1, rows.stop):
                 break
             size, rows = widest, range(min(rows.start, place), max(rows.stop, place + 1))
-    return rows, size
+    numbers = dict(zip(places, unread, strict=True))
+    return {place: min(size, numbers[place]) for place in rows}

@@ -3,7 +3,7 @@
 Shapes: B rows, Q query tokens a row, D width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,38 +28,31 @@ class FirstToken:
 
 
 @torch.inference_mode()
-def read_chunk(batch: Batch, chunk: int = PREFILL_CHUNK, places: range | None = None) -> dict[int, FirstToken]:
+def read_chunk(batch: Batch, counts: Mapping[int, int]) -> dict[int, FirstToken]:
     """Read the next tokens of the rows' prompts, and choose the first token after prompts that are read to their end.
 
     Rows that ask for it are told how likely the tokens are that were read.
 
-    Rows are padded on the right: what padding writes lies beyond a row's length, is never attended to, and is
-    overwritten by the tokens that come.
-
     Args:
         batch: Rows whose prompts aren't read to their end.
-        chunk: Tokens of each row to read at most.
-        places: The rows to read, one behind the other; all if not given.
+        counts: By row, tokens to read at most. Unless the decoder is `ragged`, rows lie one behind the other.
 
     Returns:
         The first token after the prompt, by the row's place in the batch; only rows whose prompt has been read.
     """
-    places = range(batch.num_rows) if places is None else places
+    places = range(min(counts), max(counts) + 1)
     decoder, cache = batch.decoder, batch.cache.view(places.start, places.stop)
     starts, rows = cache.lengths, batch.rows[places.start : places.stop]
-    unread = [row.tokens[start : start + chunk] for row, start in zip(rows, starts, strict=True)]
-    size = max(map(len, unread))
-    tokens = torch.tensor([part + [0] * (size - len(part)) for part in unread], device=decoder.device)
-    positions = decoder.place(cache, starts, size)
-    hidden = decoder.run_layers(decoder.embed(tokens), positions, cache, 0, batch.depth)
-    hidden = decoder.adapt(hidden, positions, cache, batch.depth, ValueSource.NONE)
+    sizes = [counts.get(place, 0) for place in places]
+    unread = [row.tokens[start : start + size] for row, start, size in zip(rows, starts, sizes, strict=True)]
+    hidden = decoder.read_rows(unread, cache, batch.depth)
     tell_prompts(decoder, rows, starts, hidden, batch.depth)
     for row, part in enumerate(unread):
         cache.commit(row, len(part))
-    done = [i for i, row in enumerate(rows) if starts[i] + len(unread[i]) == len(row.tokens)]
+    done = [i for i, row in enumerate(rows) if unread[i] and starts[i] + len(unread[i]) == len(row.tokens)]
     if not done:
         return {}
-    last = torch.stack([hidden[row, len(unread[row]) - 1] for row in done]).unsqueeze(1)
+    last = torch.stack([hidden[row][-1:] for row in done])
     done_places = [places.start + row for row in done]
     sampler = batch.sampler_of(done_places)
     ready = [rows[row] for row in done]

@@ -36,25 +36,27 @@ def tell_tokens(
     ]
 
 
-def tell_prompts(decoder: Decoder, rows: Sequence[Row], starts: Sequence[int], hidden: Tensor, num_layers: int) -> None:
+def tell_prompts(
+    decoder: Decoder, rows: Sequence[Row], starts: Sequence[int], hidden: Sequence[Tensor], num_layers: int
+) -> None:
     """Note how likely the tokens of prompts are, after a chunk of them was run.
 
     Args:
         decoder: The network.
         rows: B rows whose prompts are read; those that don't ask aren't touched.
         starts: First position of each row's chunk.
-        hidden: [B, Q, D], what norm and head read, padded on the right.
+        hidden: Of each row [tokens of its chunk, D], what norm and head read.
         num_layers: Layers that have run.
     """
     for place, (row, start) in enumerate(zip(rows, starts, strict=True)):
         number = row.request.prompt_logprobs
-        if number is None:
+        if number is None or len(hidden[place]) == 0:
             continue
         if start == 0:
             row.prompt_logprobs = [None]
-        following = row.tokens[start + 1 : start + 1 + hidden.shape[1]]
+        following = row.tokens[start + 1 : start + 1 + len(hidden[place])]
         for first in range(0, len(following), UNEMBED_CHUNK):
             tokens = following[first : first + UNEMBED_CHUNK]
-            states = hidden[place : place + 1, first : first + len(tokens)]
+            states = hidden[place][None, first : first + len(tokens)]
             logits = decoder.unembed(states, num_layers)[0]
             row.prompt_logprobs += token_logprobs(logits, tokens, number)

@@ -46,6 +46,16 @@ class NativeDecoder(Decoder):
         with torch_at_rest():  # filling it with zeros would wake torch's threads right before the first prompt
             return super().new_cache(num_rows, capacity)
 
+    def read_rows(self, tokens: Sequence[Sequence[int]], cache: KVCache, num_layers: int) -> list[Tensor]:
+        """As `Decoder.read_rows`, without padding."""
+        if num_layers in self._adapters:
+            return super().read_rows(tokens, cache, num_layers)
+        counts = [len(row) for row in tokens]
+        self.calls.add(0, num_layers, sum(map(bool, counts)), max(counts))
+        hidden = self.embed(torch.tensor([token for row in tokens for token in row]))
+        hidden = self._native.run_rows(hidden.contiguous(), cache.lengths, counts, cache, 0, num_layers)
+        return list(hidden.split(counts))  # type: ignore[no-untyped-call]
+
     def choose(
         self,
         inputs: Tensor,

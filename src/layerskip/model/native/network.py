@@ -186,11 +186,40 @@ class NativeNetwork:
         """Write a layer's keys and values for its input [B, Q, D]."""
         self._call_layers(self._write_keys, hidden.contiguous(), positions, cache, layer, layer + 1)
 
+    def run_rows(
+        self, hidden: Tensor, starts: Sequence[int], counts: Sequence[int], cache: KVCache, start: int, stop: int
+    ) -> Tensor:
+        """`run_layers` of rows with different numbers of tokens.
+
+        Args:
+            hidden: [N, D], the input of layer `start`; is overwritten and returned.
+            starts: Position of each row's first token.
+            counts: Tokens of each row.
+            cache: As for `run_layers`.
+            start: First layer, from 0.
+            stop: One past the last layer.
+        """
+        assert hidden.is_contiguous() and len(hidden) == sum(counts), (hidden.shape, counts)
+        self._call_rows(self._run_layers, hidden, starts, counts, cache, start, stop)
+        return hidden
+
     def _call_layers(
         self, function: Any, hidden: Tensor, positions: Positions, cache: KVCache, start: int, stop: int
     ) -> None:
-        view, starts = self._cache_view(cache), _int64s(positions.first)
-        counts = _int32s([positions.num_queries] * len(positions.first))
+        counts = [positions.num_queries] * len(positions.first)
+        self._call_rows(function, hidden, positions.first, counts, cache, start, stop)
+
+    def _call_rows(
+        self,
+        function: Any,
+        hidden: Tensor,
+        first: Sequence[int],
+        numbers: Sequence[int],
+        cache: KVCache,
+        start: int,
+        stop: int,
+    ) -> None:
+        view, starts, counts = self._cache_view(cache), _int64s(first), _int32s(numbers)
         self._network.threads = kernel_threads()
         function(
             RunLayersCall(
@@ -199,7 +228,7 @@ class NativeNetwork:
                 starts=address(starts),
                 counts=address(counts),
                 hidden=hidden.data_ptr(),
-                rows=len(positions.first),
+                rows=len(first),
                 start=start,
                 stop=stop,
             )

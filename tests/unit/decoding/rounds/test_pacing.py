@@ -77,31 +77,57 @@ def test_long_rounds_allow_whole_chunks() -> None:
 @pytest.mark.parametrize(
     ("unread", "places", "budget", "chosen"),
     [
-        ([50], [0], 16, (range(1), 16)),
-        ([50], [3], 100, (range(3, 4), 50)),
-        ([50, 5], [0, 1], 99, (range(1), 50)),  # beside it, the short one would take 50 as well
-        ([50, 5], [0, 1], 100, (range(2), 50)),
-        ([5, 6, 4, 3], [1, 2, 0, 3], 20, (range(3), 6)),
-        ([5, 6, 4, 3], [1, 2, 0, 3], 24, (range(4), 6)),
-        ([5, 6, 4], [0, 2, 1], 100, (range(1), 5)),  # not next to each other: the second one comes in the next step
-        ([5, 50, 4], [0, 1, 2], 20, (range(1), 5)),  # nor does anyone overtake
-        ([1], [0], 0, (range(1), 1)),
+        ([50], [0], 16, {0: 16}),
+        ([50], [3], 100, {3: 50}),
+        ([50, 5], [0, 1], 99, {0: 50}),  # beside it, the short one would take 50 as well
+        ([50, 5], [0, 1], 100, {0: 50, 1: 5}),
+        ([5, 6, 4, 3], [1, 2, 0, 3], 20, {0: 4, 1: 5, 2: 6}),
+        ([5, 6, 4, 3], [1, 2, 0, 3], 24, {0: 4, 1: 5, 2: 6, 3: 3}),
+        ([5, 6, 4], [0, 2, 1], 100, {0: 5}),  # not next to each other: the second one comes in the next step
+        ([5, 50, 4], [0, 1, 2], 20, {0: 5}),  # nor does anyone overtake
+        ([1], [0], 0, {0: 1}),
     ],
 )
-def test_which_prompts_are_read(unread: list[int], places: list[int], budget: int, chosen: tuple[range, int]) -> None:
-    assert choose_prompts(unread, places, budget) == chosen
+def test_which_prompts_are_read_in_a_rectangle(
+    unread: list[int], places: list[int], budget: int, chosen: dict[int, int]
+) -> None:
+    assert choose_prompts(unread, places, budget, ragged=False) == chosen
 
 
-def test_a_budget_holds_whatever_waits() -> None:
+@pytest.mark.parametrize(
+    ("unread", "places", "budget", "chosen"),
+    [
+        ([50], [0], 16, {0: 16}),
+        ([50, 5], [0, 1], 99, {0: 50, 1: 5}),
+        ([50, 5], [0, 1], 53, {0: 50, 1: 3}),
+        ([50, 5], [0, 1], 50, {0: 50}),
+        ([5, 6, 4], [0, 4, 1], 100, {0: 5, 4: 6, 1: 4}),
+        ([1], [0], 0, {0: 1}),
+    ],
+)
+def test_which_prompts_are_read_without_padding(
+    unread: list[int], places: list[int], budget: int, chosen: dict[int, int]
+) -> None:
+    assert choose_prompts(unread, places, budget, ragged=True) == chosen
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_budget_holds_whatever_waits(ragged: bool) -> None:
     pick = random.Random(0)
     for _ in range(300):
         number, budget = pick.randrange(1, 7), pick.randrange(1, 60)
         places = pick.sample(range(number), number)
         unread = [pick.randrange(1, 40) for _ in range(number)]
-        rows, size = choose_prompts(unread, places, budget)
-        assert places[0] in rows
-        assert len(rows) * size <= budget
-        assert size == min(budget, unread[0]) or all(unread[places.index(place)] <= size for place in rows)
+        counts = choose_prompts(unread, places, budget, ragged=ragged)
+        assert places[0] in counts
+        left = dict(zip(places, unread, strict=True))
+        assert all(0 < counts[place] <= left[place] for place in counts)
+        if ragged:
+            assert sum(counts.values()) == min(budget, sum(unread))
+        else:
+            size = max(counts.values())
+            assert len(counts) * size <= budget
+            assert size == min(budget, unread[0]) or all(counts[place] == left[place] for place in counts)
 
 
 class Clock:
@@ -154,7 +180,9 @@ def test_prompts_are_read_in_whole_chunks_where_nobody_waits(
     engine.add(request(text_lm, [7] * 12, max_new_tokens=1))
     while engine.rows:
         engine.step()
-    assert clock.blocks == [(1, 40), (1, 30), (2, 12)]  # the first first; the others together
+    # The first first. Without padding, the next one fits beside its rest; in a rectangle, the others come together.
+    ragged = [(1, 40), (2, 30), (1, 12)]
+    assert clock.blocks == (ragged if text_lm.decoder.ragged else [(1, 40), (1, 30), (2, 12)])
 
 
 def test_first_tokens_come_in_the_order_of_arrival(text_lm: LanguageModel) -> None:

@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 import layerskip
 
-__all__ = ["COLUMNS", "Comparison", "Run", "Spread", "Way", "common_length", "interleave", "our_prompt", "our_text"]
+__all__ = ["Comparison", "Run", "Spread", "Way", "common_length", "interleave", "our_prompt", "our_text", "show"]
 
 PAUSE = 0.02
 """Seconds before each run: threads of OpenMP spin for milliseconds after their last work, on cores that others need."""
@@ -96,7 +99,7 @@ class Comparison:
 
 
 COLUMNS = ("way", "tokens/s", "min - max", "ratio", "min - max", "same texts", "until")
-"""Of `Comparison.rows`; `until`: tokens until texts differ."""
+"""Of `Comparison.rows`."""
 
 
 def interleave(ways: Mapping[str, Way], prompts: Sequence[list[int]], repetitions: int) -> Comparison:
@@ -123,11 +126,22 @@ def interleave(ways: Mapping[str, Way], prompts: Sequence[list[int]], repetition
     return Comparison(speeds=speeds, texts=texts)
 
 
-def our_text(lm: layerskip.LanguageModel, max_new_tokens: int, **options: Any) -> Way:
-    """Greedy text of this package, past its end; its first token belongs to the prompt and is not measured."""
+def our_text(lm: layerskip.LanguageModel, max_new_tokens: int, *, with_prompt: bool = False, **options: Any) -> Way:
+    """Greedy text of this package, past its end.
+
+    Args:
+        lm: The model.
+        max_new_tokens: Tokens to generate.
+        with_prompt: Whether all tokens and the whole call are measured; else not the first token, which belongs to the
+            prompt, nor the time until it is there.
+        **options: Of `LanguageModel.generate`.
+    """
 
     def run(prompt: list[int]) -> Run:
+        start = time.perf_counter()
         result = lm.generate([prompt], max_new_tokens=max_new_tokens, do_sample=False, ignore_eos=True, **options)[0]
+        if with_prompt:
+            return Run(tokens=result.token_ids, work=result.stats.tokens, seconds=time.perf_counter() - start)
         seconds = result.stats.seconds - result.stats.time_to_first_token_s
         return Run(tokens=result.token_ids, work=result.stats.tokens - 1, seconds=seconds)
 
@@ -143,6 +157,14 @@ def our_prompt(lm: layerskip.LanguageModel) -> Way:
         return Run(tokens=result.token_ids, work=len(prompt), seconds=result.stats.time_to_first_token_s)
 
     return run
+
+
+def show(console: Console, title: str, comparison: Comparison, reference: str) -> None:
+    """Print a comparison as a table."""
+    table = Table(*COLUMNS, title=title, caption=f"ratios to {reference}; until: tokens until texts differ")
+    for row in comparison.rows(reference):
+        table.add_row(*row)
+    console.print(table)
 
 
 def common_length(one: Sequence[int], other: Sequence[int]) -> int:

@@ -33,10 +33,9 @@ from arguments import DraftingArguments
 from gguf_formats import Format, write_format
 from llama_cpp_model import Drafts, LlamaCpp, ModelDrafts, PhraseDrafts, describe_build
 from models import gguf_file, load_prompts, long_prompts, prepare
-from peers import COLUMNS, Comparison, Run, Way, interleave, our_prompt, our_text
+from peers import Run, Way, interleave, our_prompt, our_text, show
 from record import environment, processor, write_record
 from rich.console import Console
-from rich.table import Table
 
 import layerskip
 from layerskip.checkpoint.loading.placement import check_compute
@@ -150,12 +149,12 @@ def measure(
                 with closing(LlamaCpp(draft_file, context, arguments.threads)) as drafting:
                     ways |= their_speculation(arguments, theirs, drafting) | our_speculation(arguments, ours)
                     comparison = interleave(ways, prompts, arguments.repetitions)
-            show(console, f"{arguments.model}, {name}: decoding", comparison)
+            show(console, f"{arguments.model}, {name}: decoding", comparison, LLAMA)
             found["decoding"] = comparison.record(LLAMA)
         if "prompts" in arguments.measure:
             ways = {LLAMA: their_prompt(theirs), **{f"ours, {compute}": our_prompt(lm) for compute, lm in ours.items()}}
             comparison = interleave(ways, texts, arguments.repetitions)
-            show(console, f"{arguments.model}, {name}: prompts of {arguments.prompt_tokens} tokens", comparison)
+            show(console, f"{arguments.model}, {name}: prompts of {arguments.prompt_tokens} tokens", comparison, LLAMA)
             found["prompts"] = comparison.record(LLAMA)
     return found
 
@@ -229,14 +228,6 @@ def our_speculation(arguments: Arguments, ours: Mapping[str, layerskip.LanguageM
         )
         ways[f"ours, {compute}, adaptive"] = our_text(lm, arguments.max_new_tokens, generation_strategy="adaptive")
     return ways
-
-
-def show(console: Console, title: str, comparison: Comparison) -> None:
-    """Print a table; ratios are to llama.cpp's plain decoding."""
-    table = Table(*COLUMNS, title=title)
-    for row in comparison.rows(LLAMA):
-        table.add_row(*row)
-    console.print(table)
 
 
 if __name__ == "__main__":

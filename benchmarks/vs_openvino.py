@@ -23,10 +23,9 @@ import torch
 import tyro
 from arguments import PromptArguments
 from models import gguf_file, load_prompts, long_prompts
-from peers import COLUMNS, Comparison, Run, Way, interleave, our_prompt, our_text
+from peers import Run, Way, interleave, our_prompt, our_text, show
 from record import environment, processor, write_record
 from rich.console import Console
-from rich.table import Table
 
 import layerskip
 from layerskip.checkpoint.checkpoint import open_checkpoint
@@ -191,14 +190,6 @@ def generate(pipeline: Any, prompt: list[int], max_new_tokens: int) -> tuple[lis
     result = pipeline.generate(openvino.Tensor(np.array([prompt], dtype=np.int64)), config)
     metrics = result.perf_metrics
     return list(result.tokens[0]), metrics.get_ttft().mean / 1e3, metrics.get_generate_duration().mean / 1e3
-
-
-def show(console: Console, title: str, comparison: Comparison, reference: str) -> None:
-    """Print a table; ratios are to OpenVINO's first setting."""
-    table = Table(*COLUMNS, title=title)
-    for row in comparison.rows(reference):
-        table.add_row(*row)
-    console.print(table)
 
 
 if __name__ == "__main__":

@@ -52,8 +52,11 @@ def write_format(model: str, name: str, folder: Path, threads: int, exit_layer: 
 
 def quantize(source: Path, target: Path, name: str, threads: int) -> None:
     """Write a file in another format; it is complete or absent."""
-    import llama_cpp
-    from llama_cpp_model import silence
+    try:
+        import llama_cpp
+        from llama_cpp_model import silence
+    except ImportError as error:
+        raise SystemExit(f"writing {name} needs llama.cpp ({error}): pip install llama-cpp-python") from error
 
     silence()
     parameters = llama_cpp.llama_model_quantize_default_params()

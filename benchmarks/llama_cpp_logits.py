@@ -80,7 +80,7 @@ class Difference:
         """Compare place by place."""
         gap = np.abs(found - expected)
         other = found.argmax(-1) != expected.argmax(-1)
-        ours, theirs = (torch.log_softmax(torch.from_numpy(x), -1).double() for x in (expected, found))
+        ours, theirs = (torch.log_softmax(torch.from_numpy(x).double(), -1) for x in (expected, found))
         return cls(
             largest=float(gap.max()),
             mean=float(gap.mean()),

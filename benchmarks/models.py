@@ -15,6 +15,8 @@ from layerskip.errors import TokenizerError
 UNTRAINED = {"untrained": None, "untrained-240m": "240m"}
 """Names of models with random weights, none of whose exits agrees, and their shapes; None is the embedded model's
 shape."""
+LARGE = ("1b", "8b")
+"""Shapes whose weights benchmarks make in bfloat16, to save memory."""
 
 MODEL_HELP = (
     f"demo, {', '.join(MODELS)}, a shape with random weights ({', '.join(SHAPES)}; {', '.join(UNTRAINED)}: no exit "

@@ -32,7 +32,7 @@ import tyro
 from arguments import DraftingArguments
 from gguf_formats import Format, write_format
 from llama_cpp_model import Drafts, LlamaCpp, ModelDrafts, PhraseDrafts, describe_build
-from models import gguf_file, load_prompts, long_prompts, prepare
+from models import LARGE, gguf_file, load_prompts, long_prompts, prepare
 from peers import Run, Way, interleave, our_prompt, our_text, show
 from record import environment, processor, write_record
 from rich.console import Console
@@ -43,8 +43,6 @@ from layerskip.errors import InvalidArgumentError
 
 LLAMA = "llama.cpp"
 Part = Literal["decoding", "speculation", "prompts"]
-LARGE = ("1b", "8b")
-"""Shapes that are made in bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,8 @@ from layerskip.errors import TokenizerError
 UNTRAINED = {"untrained": None, "untrained-240m": "240m"}
 """Names of models with random weights, none of whose exits agrees, and their shapes; None is the embedded model's
 shape."""
+LARGE = ("1b", "8b")
+"""Shapes whose weights benchmarks make in bfloat16, to save memory."""
 
 MODEL_HELP = (
     f"demo, {', '.join(MODELS)}, a shape with random weights ({', '.join(SHAPES)}; {', '.join(UNTRAINED)}: no exit "
@@ -43,12 +45,14 @@ def prepare(
 
     Args:
         model: A `ModelName`.
-        scratch: An empty folder.
+        scratch: A folder; a model with random weights that is there already isn't made again.
         exit_layer: Exit layer of a shape that is to agree with the last layer; a quarter of the layers if not given.
         agreement: Share of random tokens on which the exit agrees.
         dtype: Type of a shape's weights.
         device: Device on which a shape's agreement is calibrated.
     """
+    if (model in SHAPES or model in UNTRAINED) and (scratch / "config.json").exists():
+        return str(scratch)
     if model in SHAPES:
         reached = make_synthetic(
             scratch,
@@ -82,6 +86,26 @@ def load_prompts(lm: layerskip.LanguageModel, file: Path, count: int) -> list[li
     chats = [[{"role": "user", "content": REQUEST.format(prompt=prompt)}] for prompt in prompts]
     texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
     return lm.encode(texts, special_tokens=False)
+
+
+def long_prompts(lm: layerskip.LanguageModel, file: Path, count: int, length: int) -> list[list[int]]:
+    """Prompts of a number of tokens: the texts of a file one after another, each prompt from another one on.
+
+    A model without a tokenizer gets random tokens.
+    """
+    texts = [json.loads(line)["prompt"] for line in file.read_text("utf-8").splitlines()]
+    prompts = []
+    for i in range(count):
+        begin = i % len(texts)
+        text = "\n\n".join(texts[begin:] + texts[:begin])
+        try:
+            tokens = lm.encode([text])[0]
+        except TokenizerError:
+            return random_prompts(lm.config.vocab_size, count, length)
+        while len(tokens) < length:
+            tokens = [*tokens, *tokens]
+        prompts.append(tokens[:length])
+    return prompts
 
 
 def gguf_file(model: str) -> Path | None:

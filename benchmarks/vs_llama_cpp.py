@@ -1,128 +1,231 @@
-"""Speed against llama.cpp on the same weights: greedy, batch 1, CPU, everything interleaved in one process.
+"""Speed against llama.cpp, format by format, both of the same file: greedy, batch 1, CPU, interleaved in one process.
 
-    pip install llama-cpp-python gguf
-    python benchmarks/vs_llama_cpp.py --model demo
-    python benchmarks/vs_llama_cpp.py --model 240m --num-speculations 4
-    python benchmarks/vs_llama_cpp.py --model smollm2 --exit-layer 2 --num-speculations 2 --compute int8
+    CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary llama-cpp-python llama-cpp-python
+    python benchmarks/vs_llama_cpp.py --model smollm2 --folder files
+    python benchmarks/vs_llama_cpp.py --model smollm2 --formats file --exit-layer 2 --num-speculations 2
+    python benchmarks/vs_llama_cpp.py --model 240m --folder files --measure decoding prompts --formats bf16 q4_k_m
 
-llama.cpp runs a GGUF file as it is; another checkpoint is exported as a float32 GGUF file first. It gets tokens one by
-one through its C interface. Tokens of the prompt are not counted. With the same weights, both engines
-generate the same text, up to near-ties.
+The model is exported as float32, and llama.cpp's own quantizer writes each format from that; `file` is the model's own
+GGUF file. Three things are measured for each format:
+
+- decoding: tokens/s after the prompt, ours once for each `--compute`;
+- speculation: llama.cpp with drafts of a second model (the first `--exit-layer` layers, exported in the same format;
+  see docs/export.md) and from the text (llama-cpp-python's prompt lookup); ours at a fixed exit, and adaptive;
+- prompts: tokens/s of reading `--prompt-tokens` tokens until the next one is known.
+
+llama.cpp is called through its C interface. Its drafts are verified by code of this benchmark, which does what
+`llama-server --spec-type draft-simple` does: the program itself isn't part of llama-cpp-python. llama.cpp rounds
+activations to 8 bits with quantized files, as ours do with `--compute int8`, and keeps keys and values in float16. So
+texts differ after some tokens (`llama_cpp_logits.py` shows by how much).
 """
 
 import json
-import statistics
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import llama_cpp
 import torch
 import tyro
 from arguments import DraftingArguments
-from llama_cpp_model import LlamaCpp
-from models import gguf_file, load_prompts, prepare
-from record import environment, write_record
+from gguf_formats import Format, write_format
+from llama_cpp_model import Drafts, LlamaCpp, ModelDrafts, PhraseDrafts, describe_build
+from models import LARGE, gguf_file, load_prompts, long_prompts, prepare
+from peers import Run, Way, interleave, our_prompt, our_text, show
+from record import environment, processor, write_record
 from rich.console import Console
-from rich.table import Table
 
 import layerskip
-from layerskip.checkpoint.transformers_model import load_transformers_model
-from layerskip.export.gguf.write import export_gguf
+from layerskip.checkpoint.loading.placement import check_compute
+from layerskip.errors import InvalidArgumentError
 
-LLAMA, OURS, SPECULATIVE, ADAPTIVE = "llama.cpp", "autoregressive", "self-speculative", "adaptive"
+LLAMA = "llama.cpp"
+Part = Literal["decoding", "speculation", "prompts"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(DraftingArguments):
     """Options of the benchmark."""
 
-    bfloat16_weights: bool = False
-    """Round our weights to bfloat16, which the native kernels keep. Without this option both engines have the same
-    numbers: a GGUF file as it is, other models in float32."""
-    compute: Literal["float32", "int8"] = "float32"
-    """Whether our products take their inputs in 8 bits, as llama.cpp's do with quantized files."""
+    formats: tuple[Format, ...] = ("bf16", "q8_0", "q4_0", "q4_1", "q4_k_m")
+    """What llama.cpp's quantizer makes of the weights; `file`: the model's GGUF file as it is."""
+    compute: tuple[str, ...] = ("float32", "int8")
+    """How our products are computed: values of the option of `layerskip.load`. One that a format doesn't allow is
+    left out there."""
+    load: dict[str, str] = field(default_factory=dict)
+    """Further options of `layerskip.load` as pairs, such as `cache_dtype bfloat16`."""
+    measure: tuple[Part, ...] = ("decoding", "speculation", "prompts")
+    """What to measure."""
+    prompt_tokens: int = 512
+    """Length of the prompts whose reading is measured."""
+    num_long_prompts: int = 2
+    """Number of these prompts."""
+    folder: Path | None = None
+    """Where the files are kept; a temporary folder if not given. They take up to 13 bytes a weight."""
+    only_files: bool = False
+    """Write the files, and measure nothing."""
+    json: bool = False
+    """Print the record, and nothing else."""
 
 
 def main(arguments: Arguments) -> None:
     """Measure, print and record."""
+    for compute in arguments.compute:
+        check_compute(compute, native=True)  # an unknown one is refused before files are written
     torch.set_num_threads(arguments.threads)
+    console = Console(quiet=arguments.json, width=130)
     with tempfile.TemporaryDirectory() as scratch:
-        model = prepare(arguments.model, Path(scratch), exit_layer=arguments.exit_layer, agreement=arguments.agreement)
-        lm = layerskip.load(model, dtype="float32", device="cpu", compute=arguments.compute)
-        file = gguf_file(model) or Path(scratch) / "model.gguf"
-        if not file.exists():
-            export_gguf(lm.checkpoint, file, type_name="f32")
-        prompts = load_prompts(lm, arguments.prompts, arguments.num_prompts)
-        context = max(map(len, prompts)) + arguments.max_new_tokens + 8
-        theirs = LlamaCpp(file, context, arguments.threads)
-        if arguments.bfloat16_weights:
-            lm = in_bfloat16(lm, Path(scratch) / "bfloat16")
-        measure(arguments, lm, theirs, prompts)
-
-
-def in_bfloat16(lm: layerskip.LanguageModel, folder: Path) -> layerskip.LanguageModel:
-    """The model with its weights rounded to bfloat16, as most checkpoints are published."""
-    load_transformers_model(lm.checkpoint, torch.bfloat16).save_pretrained(folder)
-    return layerskip.load(str(folder), dtype="float32", device="cpu")
-
-
-def measure(arguments: Arguments, lm: layerskip.LanguageModel, theirs: LlamaCpp, prompts: list[list[int]]) -> None:
-    """Run everything in turn and report."""
-    options = {
-        OURS: {"generation_strategy": "autoregressive"},
-        SPECULATIVE: {
-            "generation_strategy": "self_speculative",
-            "exit_layer": arguments.exit_layer,
-            "num_speculations": arguments.num_speculations,
-        },
-        ADAPTIVE: {"generation_strategy": "adaptive"},
-    }
-    speeds: dict[str, list[float]] = {LLAMA: [], **{name: [] for name in options}}
-    same = dict.fromkeys(speeds, 0)
-    for repetition in range(arguments.repetitions + 1):
-        tokens, seconds = dict.fromkeys(speeds, 0), dict.fromkeys(speeds, 0.0)
-        for prompt in prompts:
-            expected, spent = theirs.write(prompt, arguments.max_new_tokens)
-            tokens[LLAMA] += len(expected) - 1
-            seconds[LLAMA] += spent
-            same[LLAMA] += repetition == 0
-            for name, strategy in options.items():
-                result = lm.generate(
-                    [prompt], max_new_tokens=arguments.max_new_tokens, do_sample=False, ignore_eos=True, **strategy
-                )[0]
-                tokens[name] += result.stats.tokens - 1
-                seconds[name] += result.stats.seconds - result.stats.time_to_first_token_s
-                same[name] += repetition == 0 and result.token_ids == expected
-        if repetition:  # the first warms up
-            for name, values in speeds.items():
-                values.append(tokens[name] / seconds[name])
-    report(arguments, speeds, same, len(prompts))
-
-
-def report(arguments: Arguments, speeds: dict[str, list[float]], same: dict[str, int], num_prompts: int) -> None:
-    """Print a table and write the record."""
-    table = Table(title=f"{arguments.model}: exit {arguments.exit_layer}, {arguments.num_speculations} drafts")
-    for column in ("decoder", "tokens/s (median)", "min - max", "over llama.cpp", "same texts"):
-        table.add_column(column)
-    ratios = {}
-    for name, values in speeds.items():
-        ratios[name] = statistics.median(a / b for a, b in zip(values, speeds[LLAMA], strict=True))
-        span = f"{min(values):.1f} - {max(values):.1f}"
-        equal = f"{same[name]} of {num_prompts}"
-        table.add_row(name, f"{statistics.median(values):.1f}", span, f"{ratios[name]:.2f}", equal)
-    console = Console()
-    console.print(table)
+        folder = (arguments.folder or Path(scratch)) / Path(arguments.model).stem
+        dtype = torch.bfloat16 if arguments.model in LARGE else torch.float32
+        model = prepare(
+            arguments.model,
+            folder / f"exit{arguments.exit_layer}",
+            exit_layer=arguments.exit_layer,
+            agreement=arguments.agreement,
+            dtype=dtype,
+        )
+        build = describe_build()
+        console.print(", ".join(f"{key} {value}" for key, value in build.items()), markup=False)
+        console.print(f"{processor()}, {arguments.threads} threads", markup=False)
+        formats = {}
+        for name in arguments.formats:
+            files = find_files(arguments, name, model, folder)
+            console.print(f"{files[0]}: {files[0].stat().st_size / 1e6:.1f} MB", markup=False, soft_wrap=True)
+            if not arguments.only_files:
+                formats[name] = measure(arguments, console, name, model, *files)
+    if arguments.only_files:
+        return
     content = {
         "arguments": json.loads(json.dumps(asdict(arguments), default=str)),
-        "llama_cpp_python": llama_cpp.__version__,
-        "tokens_per_second": speeds,
-        "same_texts": same,
-        "ratios": ratios,
+        "build": build,
+        "formats": formats,
     }
     path = write_record(f"vs_llama_cpp-{Path(arguments.model).name}", content)
-    console.print(f"{environment()['cpu']}, {arguments.threads} threads; record: {path}")
+    if arguments.json:
+        print(json.dumps({"environment": environment(), **content}, indent=2))
+    console.print(f"record: {path}", markup=False, soft_wrap=True)
+
+
+def find_files(arguments: Arguments, name: Format, model: str, folder: Path) -> tuple[Path, Path | None]:
+    """The file of a format, and that of a model that drafts, if it is asked for."""
+    if name == "file":
+        file = gguf_file(model)
+        if file is None:
+            raise InvalidArgumentError(f"{model} is not a GGUF file; leave out --formats file")
+    else:
+        file = write_format(model, name, folder, arguments.threads)
+    if "speculation" not in arguments.measure:
+        return file, None
+    kind = "q8_0" if name == "file" else name
+    return file, write_format(model, kind, folder, arguments.threads, arguments.exit_layer)
+
+
+def measure(
+    arguments: Arguments, console: Console, name: Format, model: str, file: Path, draft_file: Path | None
+) -> dict[str, Any]:
+    """Measure one format, and print tables; returns what belongs in the record."""
+    source = model if name == "file" else str(file)  # by its name, the model has its exit adapters
+    ours = dict(load_ours(arguments, console, source))
+    if not ours:
+        raise InvalidArgumentError(f"no --compute of {', '.join(arguments.compute)} can be used with {file}")
+    lm = next(iter(ours.values()))
+    prompts = load_prompts(lm, arguments.prompts, arguments.num_prompts)
+    texts = long_prompts(lm, arguments.prompts, arguments.num_long_prompts, arguments.prompt_tokens)
+    context = max(max(map(len, prompts)) + arguments.max_new_tokens + 16, arguments.prompt_tokens + 8)
+    found: dict[str, Any] = {"file_bytes": file.stat().st_size}
+    found["bytes_a_token"] = {
+        compute: each.decoder.weight_bytes(0, each.config.num_layers) for compute, each in ours.items()
+    }
+    with closing(LlamaCpp(file, context, arguments.threads)) as theirs:
+        if "decoding" in arguments.measure or draft_file is not None:
+            ways: dict[str, Way] = {LLAMA: their_text(theirs, arguments.max_new_tokens), **our_plain(arguments, ours)}
+            if draft_file is None:
+                comparison = interleave(ways, prompts, arguments.repetitions)
+            else:
+                with closing(LlamaCpp(draft_file, context, arguments.threads)) as drafting:
+                    ways |= their_speculation(arguments, theirs, drafting) | our_speculation(arguments, ours)
+                    comparison = interleave(ways, prompts, arguments.repetitions)
+            show(console, f"{arguments.model}, {name}: decoding", comparison, LLAMA)
+            found["decoding"] = comparison.record(LLAMA)
+        if "prompts" in arguments.measure:
+            ways = {LLAMA: their_prompt(theirs), **{f"ours, {compute}": our_prompt(lm) for compute, lm in ours.items()}}
+            comparison = interleave(ways, texts, arguments.repetitions)
+            show(console, f"{arguments.model}, {name}: prompts of {arguments.prompt_tokens} tokens", comparison, LLAMA)
+            found["prompts"] = comparison.record(LLAMA)
+    return found
+
+
+def load_ours(arguments: Arguments, console: Console, source: str) -> Iterator[tuple[str, layerskip.LanguageModel]]:
+    """The file in each way to compute that its format allows."""
+    for compute in arguments.compute:
+        options: Mapping[str, Any] = {"dtype": "float32", "device": "cpu", **arguments.load, "compute": compute}
+        try:
+            yield compute, layerskip.load(source, **options)
+        except InvalidArgumentError as error:
+            if "compute" not in str(error):
+                raise
+            console.print(f"left out: {error}", markup=False, soft_wrap=True)
+
+
+def their_text(theirs: LlamaCpp, max_new_tokens: int) -> Way:
+    """llama.cpp's text, token by token."""
+
+    def run(prompt: list[int]) -> Run:
+        tokens, seconds = theirs.write(prompt, max_new_tokens)
+        return Run(tokens=tokens, work=len(tokens) - 1, seconds=seconds)
+
+    return run
+
+
+def their_prompt(theirs: LlamaCpp) -> Way:
+    """A prompt in llama.cpp, until its next token."""
+
+    def run(prompt: list[int]) -> Run:
+        seconds, token = theirs.read(prompt)
+        return Run(tokens=[token], work=len(prompt), seconds=seconds)
+
+    return run
+
+
+def their_speculation(arguments: Arguments, theirs: LlamaCpp, drafting: LlamaCpp) -> dict[str, Way]:
+    """llama.cpp's text with drafts."""
+
+    def way(drafts: Drafts) -> Way:
+        def run(prompt: list[int]) -> Run:
+            tokens, seconds, _ = theirs.write_with(drafts, prompt, arguments.max_new_tokens, arguments.num_speculations)
+            return Run(tokens=tokens, work=len(tokens) - 1, seconds=seconds)
+
+        return run
+
+    exit_layer, most = arguments.exit_layer, arguments.num_speculations
+    return {
+        f"{LLAMA}, a draft model of {exit_layer} layers": way(ModelDrafts(drafting)),
+        f"{LLAMA}, drafts from the text": way(PhraseDrafts(most)),
+    }
+
+
+def our_plain(arguments: Arguments, ours: Mapping[str, layerskip.LanguageModel]) -> dict[str, Way]:
+    """Autoregressive decoding in each way to compute."""
+    options = {"generation_strategy": "autoregressive"}
+    return {f"ours, {compute}": our_text(lm, arguments.max_new_tokens, **options) for compute, lm in ours.items()}
+
+
+def our_speculation(arguments: Arguments, ours: Mapping[str, layerskip.LanguageModel]) -> dict[str, Way]:
+    """Drafts at a fixed exit, and adaptive decoding."""
+    fixed: dict[str, Any] = {
+        "generation_strategy": "self_speculative",
+        "exit_layer": arguments.exit_layer,
+        "num_speculations": arguments.num_speculations,
+    }
+    ways = {}
+    for compute, lm in ours.items():
+        ways[f"ours, {compute}, drafts at exit {arguments.exit_layer}"] = our_text(
+            lm, arguments.max_new_tokens, **fixed
+        )
+        ways[f"ours, {compute}, adaptive"] = our_text(lm, arguments.max_new_tokens, generation_strategy="adaptive")
+    return ways
 
 
 if __name__ == "__main__":

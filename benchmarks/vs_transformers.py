@@ -1,38 +1,43 @@
-"""Speed against transformers on the same checkpoint: greedy, float32, batch 1, one run with everything interleaved.
+"""Speed against transformers on the same checkpoint: greedy, batch 1, one run with everything interleaved.
 
     python benchmarks/vs_transformers.py --model demo
     python benchmarks/vs_transformers.py --model 240m --num-speculations 6
+    python benchmarks/vs_transformers.py --model smollm2 --dtype bfloat16
+    python benchmarks/vs_transformers.py --model smollm2 --measure prompts --compute float32 int8 --torch bfloat16
 
 `240m` is a random Llama of 16 layers, width 1024 and vocabulary 32,000 (238M parameters to read for each token). Each
-repetition runs the four decoders one after the other on every prompt; the result is the median of the ratios within a
-repetition. All four must generate the same tokens.
+repetition runs everything one after the other on every prompt; ratios are medians of the ratios within a repetition.
+
+- decoding: transformers and ours, autoregressive and with drafts at an exit (`assistant_early_exit` there). In float32
+  all must generate the same tokens; `same texts` says whether they do. Prompts count, on both sides.
+- prompts: reading `--prompt-tokens` tokens until the next one is known; transformers computes logits for the last token
+  only, and fills a cache, as ours does.
+
+Weights of transformers have the type `--dtype`, and its products the same. Ours are native kernels in each
+`--compute` (with weights that bfloat16 holds exactly kept in it), and torch's in each type of `--torch`.
 """
 
 import json
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import tyro
 from arguments import DraftingArguments
-from models import load_prompts, prepare
-from record import environment, write_record
+from models import load_prompts, long_prompts, prepare
+from peers import Run, Way, interleave, our_prompt, our_text, show
+from record import environment, processor, write_record
 from rich.console import Console
-from rich.table import Table
 
 import layerskip
+from layerskip.checkpoint.loading.placement import check_compute
 from layerskip.checkpoint.transformers_model import load_transformers_model
 
-DECODERS = (
-    "transformers, autoregressive",
-    "layerskip, autoregressive",
-    "transformers, assistant_early_exit",
-    "layerskip, self-speculative",
-)
+DType = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,123 +45,162 @@ class Arguments(DraftingArguments):
     """Options of the benchmark."""
 
     num_prompts: int = 6
+    dtype: tuple[DType, ...] = ("float32",)
+    """Types of transformers' weights; ratios are to the first."""
+    caches: tuple[Literal["dynamic", "static"], ...] = ("dynamic",)
+    """transformers' caches in autoregressive decoding; the first must be dynamic, its default and the faster one on a
+    CPU."""
+    compute: tuple[str, ...] = ("float32",)
+    """How our native kernels multiply: values of the option of `layerskip.load`."""
+    torch: tuple[DType, ...] = ()
+    """Types in which our torch network is measured too."""
+    load: dict[str, str] = field(default_factory=dict)
+    """Further options of `layerskip.load` for the native kernels as pairs, such as `quantize int8`."""
+    measure: tuple[Literal["decoding", "prompts"], ...] = ("decoding", "prompts")
+    """What to measure."""
+    prompt_tokens: int = 512
+    """Length of the prompts whose reading is measured."""
+    num_long_prompts: int = 2
+    """Number of these prompts."""
+    json: bool = False
+    """Print the record, and nothing else."""
 
 
 def main(arguments: Arguments) -> None:
     """Measure, print and record."""
+    for compute in arguments.compute:
+        check_compute(compute, native=True)
     torch.set_num_threads(arguments.threads)
+    console = Console(quiet=arguments.json, width=120)
+    console.print(f"{processor()}, {arguments.threads} threads", markup=False)
     with tempfile.TemporaryDirectory() as scratch:
         model = prepare(arguments.model, Path(scratch), exit_layer=arguments.exit_layer, agreement=arguments.agreement)
-        measure(arguments, model)
+        content = measure(arguments, console, model)
+    path = write_record(f"vs_transformers-{Path(arguments.model).name}", content)
+    if arguments.json:
+        print(json.dumps({"environment": environment(), **content}, indent=2))
+    console.print(f"record: {path}", markup=False, soft_wrap=True)
 
 
-def measure(arguments: Arguments, model: str) -> None:
-    """Run all decoders in turn and report."""
+def measure(arguments: Arguments, console: Console, model: str) -> dict[str, Any]:
+    """Run everything in turn, and print tables; returns the record."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    lm = layerskip.load(model, dtype="float32", device="cpu")
-    reference = load_transformers_model(lm.checkpoint, torch.float32)
-    prompts = load_prompts(lm, arguments.prompts, arguments.num_prompts)
-    run = make_runners(arguments, lm, reference)
-    outputs = {name: [run[name](prompt) for prompt in prompts] for name in DECODERS}  # a warm-up, then compared
-    same = {name: outputs[name] == outputs[DECODERS[0]] for name in DECODERS}
-    speeds: dict[str, list[float]] = {name: [] for name in DECODERS}
-    for _ in range(arguments.repetitions):
-        tokens, seconds = dict.fromkeys(DECODERS, 0), dict.fromkeys(DECODERS, 0.0)
-        for prompt in prompts:
-            for name in DECODERS:
-                start = time.perf_counter()
-                tokens[name] += len(run[name](prompt))
-                seconds[name] += time.perf_counter() - start
-        for name in DECODERS:
-            speeds[name].append(tokens[name] / seconds[name])
-    report(arguments, speeds, same, acceptance(arguments, lm, prompts))
+    ours = load_ours(arguments, model)
+    lm = next(iter(ours.values()))
+    theirs = {
+        f"transformers, {name}": load_transformers_model(lm.checkpoint, getattr(torch, name)).eval()
+        for name in arguments.dtype
+    }
+    reference = next(iter(theirs))
+    record: dict[str, Any] = {"arguments": json.loads(json.dumps(asdict(arguments), default=str))}
+    record["reference"] = reference
+    if "decoding" in arguments.measure:
+        prompts = load_prompts(lm, arguments.prompts, arguments.num_prompts)
+        decoding = interleave(text_ways(arguments, theirs, ours), prompts, arguments.repetitions)
+        title = f"{arguments.model}, decoding: exit {arguments.exit_layer}, {arguments.num_speculations} drafts"
+        show(console, title, decoding, reference)
+        accepted = {name: acceptance(arguments, each, prompts) for name, each in ours.items()}
+        console.print("accepted drafts: " + ", ".join(f"{name} {rate:.3f}" for name, rate in accepted.items()))
+        record |= {"decoding": decoding.record(reference), "acceptance": accepted}
+    if "prompts" in arguments.measure:
+        texts = long_prompts(lm, arguments.prompts, arguments.num_long_prompts, arguments.prompt_tokens)
+        ways = {name: their_prompt(each) for name, each in theirs.items()}
+        ways |= {name: our_prompt(each) for name, each in ours.items()}
+        reading = interleave(ways, texts, arguments.repetitions)
+        show(console, f"{arguments.model}, prompts of {arguments.prompt_tokens} tokens", reading, reference)
+        record["prompts"] = reading.record(reference)
+    return record
 
 
-def make_runners(
-    arguments: Arguments, lm: "layerskip.LanguageModel", reference: torch.nn.Module
-) -> dict[str, Callable[[list[int]], list[int]]]:
-    """Functions from a prompt to new tokens, one for each decoder."""
+def load_ours(arguments: Arguments, model: str) -> dict[str, layerskip.LanguageModel]:
+    """The model with native kernels in each way to compute, and in torch in each type."""
+    options: dict[str, Any] = {"dtype": "float32", "device": "cpu", **arguments.load}
+    ours = {f"ours, {name}": layerskip.load(model, **options, compute=name) for name in arguments.compute}
+    for name in arguments.torch:
+        ours[f"ours, torch {name}"] = layerskip.load(model, dtype=name, device="cpu", kernels="torch")
+    return ours
 
-    def theirs(prompt: list[int], **options: object) -> list[int]:
-        ids = torch.tensor([prompt])
-        out = reference.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=arguments.max_new_tokens,
-            do_sample=False,
-            **options,
-        )
-        return out[0, len(prompt) :].tolist()
 
-    def ours(prompt: list[int], **options: object) -> list[int]:
-        return lm.generate([prompt], max_new_tokens=arguments.max_new_tokens, do_sample=False, **options)[0].token_ids
-
+def text_ways(
+    arguments: Arguments, theirs: Mapping[str, Any], ours: Mapping[str, layerskip.LanguageModel]
+) -> dict[str, Way]:
+    """Autoregressive decoding, and drafts at an exit."""
     early = {
         "assistant_early_exit": arguments.exit_layer,
         "num_assistant_tokens": arguments.num_speculations,
         "num_assistant_tokens_schedule": "constant",
         "assistant_confidence_threshold": 0.0,
     }
-    drafting = {"exit_layer": arguments.exit_layer, "num_speculations": arguments.num_speculations}
-    return {
-        DECODERS[0]: theirs,
-        DECODERS[1]: lambda prompt: ours(prompt, generation_strategy="autoregressive"),
-        DECODERS[2]: lambda prompt: theirs(prompt, **early),
-        DECODERS[3]: lambda prompt: ours(prompt, generation_strategy="self_speculative", **drafting),
+    fixed: dict[str, Any] = {
+        "generation_strategy": "self_speculative",
+        "exit_layer": arguments.exit_layer,
+        "num_speculations": arguments.num_speculations,
     }
+    most = arguments.max_new_tokens
+    ways: dict[str, Way] = {}
+    for name, model in theirs.items():
+        for cache in arguments.caches:
+            label = name if cache == "dynamic" else f"{name}, {cache} cache"
+            ways[label] = their_text(model, most, cache_implementation=cache)
+        ways[f"{name}, assistant_early_exit"] = their_text(model, most, **early)
+    for name, lm in ours.items():
+        ways[name] = our_text(lm, most, with_prompt=True, generation_strategy="autoregressive")
+        ways[f"{name}, self-speculative"] = our_text(lm, most, with_prompt=True, **fixed)
+    return ways
 
 
-def acceptance(arguments: Arguments, lm: "layerskip.LanguageModel", prompts: list[list[int]]) -> float:
+def their_text(model: Any, max_new_tokens: int, **options: Any) -> Way:
+    """transformers' text, past its end, with the prompt's time."""
+
+    def run(prompt: list[int]) -> Run:
+        ids = torch.tensor([prompt])
+        start = time.perf_counter()
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            **options,
+        )
+        seconds = time.perf_counter() - start
+        tokens = out[0, len(prompt) :].tolist()
+        return Run(tokens=tokens, work=len(tokens), seconds=seconds)
+
+    return run
+
+
+def their_prompt(model: Any) -> Way:
+    """A prompt in transformers, until its next token."""
+
+    @torch.inference_mode()
+    def run(prompt: list[int]) -> Run:
+        ids = torch.tensor([prompt])
+        start = time.perf_counter()
+        token = int(model(ids, use_cache=True, logits_to_keep=1).logits[0, -1].argmax())
+        return Run(tokens=[token], work=len(prompt), seconds=time.perf_counter() - start)
+
+    return run
+
+
+def acceptance(arguments: Arguments, lm: layerskip.LanguageModel, prompts: list[list[int]]) -> float:
     """Share of drafts that are accepted."""
     results = [
         lm.generate(
             [prompt],
             max_new_tokens=arguments.max_new_tokens,
             do_sample=False,
+            ignore_eos=True,
             exit_layer=arguments.exit_layer,
             num_speculations=arguments.num_speculations,
         )[0]
         for prompt in prompts
     ]
     return sum(r.stats.accepted for r in results) / sum(r.stats.drafted for r in results)
-
-
-def report(arguments: Arguments, speeds: dict[str, list[float]], same: dict[str, bool], accepted: float) -> None:
-    """Print a table and write the record."""
-    table = Table(title=f"{arguments.model}: exit {arguments.exit_layer}, {arguments.num_speculations} drafts")
-    for column in ("decoder", "tokens/s (median)", "min - max", "same tokens"):
-        table.add_column(column)
-    for name in DECODERS:
-        low, high = min(speeds[name]), max(speeds[name])
-        table.add_row(
-            name, f"{statistics.median(speeds[name]):.1f}", f"{low:.1f} - {high:.1f}", "yes" if same[name] else "NO"
-        )
-    plain, speculative = _ratio(speeds, 1, 0), _ratio(speeds, 3, 2)
-    console = Console()
-    console.print(table)
-    console.print(f"acceptance {accepted:.3f}")
-    console.print(f"autoregressive, ours / transformers:   {plain:.2f} x")
-    console.print(f"speculative, ours / transformers:      {speculative:.2f} x")
-    console.print(f"ours, speculative / autoregressive:    {_ratio(speeds, 3, 1):.2f} x")
-    path = write_record(
-        f"vs_transformers-{Path(arguments.model).name}",
-        {
-            "arguments": json.loads(json.dumps(vars(arguments), default=str)),
-            "tokens_per_second": speeds,
-            "same_tokens": same,
-            "acceptance": accepted,
-            "ratios": {"autoregressive": plain, "speculative": speculative, "speedup": _ratio(speeds, 3, 1)},
-        },
-    )
-    console.print(f"{environment()['cpu']}, {arguments.threads} threads; record: {path}")
-
-
-def _ratio(speeds: dict[str, list[float]], one: int, other: int) -> float:
-    pairs = zip(speeds[DECODERS[one]], speeds[DECODERS[other]], strict=True)
-    return statistics.median(a / b for a, b in pairs)
 
 
 if __name__ == "__main__":

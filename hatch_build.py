@@ -1,7 +1,8 @@
 """Compiles native/ into libraries in src/layerskip when the package is built or installed, where there is a compiler.
 
-Without one, or if compiling fails, the package is complete all the same: it runs in torch. On x86 there are three
-libraries; the package loads the one that suits the processor.
+There is one library for each instruction set of this kind of processor, whether or not the machine that builds has it:
+the package takes the best one where it runs. Without a compiler, or if compiling fails, the package is complete all the
+same: it runs in torch.
 """
 
 import os
@@ -21,30 +22,62 @@ try:
 except ImportError:  # compiling in a checkout that isn't installed needs no build tool
     BuildHookInterface = object
 
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-Wall", "-Wextra"]
-
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-pthread", "-fno-math-errno", "-Wall", "-Wextra"]
+BASELINE = ("kernels/target.cpp",)
+"""Sources that run before it is known whether the processor has the instruction set: compiled without its flags."""
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 AVX512VNNI = [*AVX512, "-mavx512vnni"]
+AVX512BF16 = [*AVX512VNNI, "-mavx512bf16"]
+X86 = {
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512vnni": AVX512VNNI,
+    "avx512bf16": AVX512BF16,
+}
+"""Instruction sets of x86-64 and their flags; without AVX2 everything runs in torch."""
+ARM = {
+    "neon": [],  # which every 64-bit ARM has
+    "dotprod": ["-march=armv8.2-a+dotprod"],
+}
+"""Those of 64-bit ARM."""
 
 
-def targets() -> dict[str, list[str]]:
-    """The libraries for this kind of processor, and the flags of their instruction sets; every 64-bit ARM has NEON."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return {"_native.so": []}
-    information = Path("/proc/cpuinfo")
-    if information.exists() and not {"avx2", "fma", "f16c"} <= set(information.read_text().split()):
-        return {"_native.so": []}
-    return {"_native.so": AVX2, "_native_avx512.so": AVX512, "_native_avx512vnni.so": AVX512VNNI}
+def targets(machine: str | None = None) -> dict[str, list[str]]:
+    """Files to compile for a kind of processor, and the flags of their instruction sets.
+
+    Args:
+        machine: The processor's name as `platform.machine` has it; this machine's if not given.
+    """
+    name = (machine or platform.machine()).lower()
+    known = X86 if name in ("x86_64", "amd64") else ARM if name in ("aarch64", "arm64") else {"generic": []}
+    return {f"_native_{target}.so": flags for target, flags in known.items()}
 
 
 def compile_libraries(sources: Path, folder: Path) -> dict[str, str | None]:
     """Compile all libraries for this kind of processor; returns for each file why it didn't work, or None."""
     wanted = targets()
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         problems = pool.map(lambda name: compile_library(sources, folder / name, wanted[name]), wanted)
         return dict(zip(wanted, problems, strict=True))
+
+
+def find_compiler() -> list[str]:
+    """The C++ compiler's command; empty if there is none."""
+    found = [name for name in ("c++", "g++", "clang++") if shutil.which(name)]
+    return shlex.split(os.environ.get("CXX", "")) or found[:1]
+
+
+def needs(target: Sequence[str]) -> str:
+    """Instruction sets that flags ask for, as `native/kernels/target.cpp` reads them: each behind a space."""
+    names = []
+    for flag in target:
+        if flag.startswith("-march="):
+            names += flag.split("+")[1:]
+        elif flag.startswith("-m"):
+            names.append(flag.removeprefix("-m"))
+    return "".join(f" {name}" for name in names)
 
 
 def compile_library(sources: Path, library: Path, target: Sequence[str]) -> str | None:
@@ -58,23 +91,39 @@ def compile_library(sources: Path, library: Path, target: Sequence[str]) -> str 
     Returns:
         Why it didn't work, or None.
     """
-    found = [name for name in ("c++", "g++", "clang++") if shutil.which(name)]
-    compiler = shlex.split(os.environ.get("CXX", "")) or found[:1]
+    compiler = find_compiler()
     if not compiler:
         return "no C++ compiler was found"
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        built = Path(folder) / library.name
+        built, empty = Path(folder) / library.name, Path(folder) / "empty.cpp"
+        empty.touch()
+        if target and _run([*compiler, *target, "-fsyntax-only", str(empty)]) is not None:
+            return f"the compiler {compiler[0]} doesn't know {' '.join(target)}"
         files = sorted(map(str, sources.rglob("*.cpp")))
-        flags = [*FLAGS, *target, f"-I{sources}"]
-        command = [*compiler, *flags, *files, "-o", str(built)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except OSError as error:
-            return f"{compiler[0]}: {error}"
-        if done.returncode != 0:
-            return f"{shlex.join(command)}\n{done.stderr}"
+        first = [str(sources / name) for name in BASELINE if str(sources / name) in files]
+        flags = [*FLAGS, f"-I{sources}"]
+        objects = []
+        for place, file in enumerate(first):
+            objects.append(str(Path(folder) / f"baseline{place}.o"))
+            asked = f'-DLAYERSKIP_NEEDS="{needs(target)}"'
+            problem = _run([*compiler, *flags, asked, "-c", file, "-o", objects[-1]])
+            if problem is not None:
+                return problem
+        others = [file for file in files if file not in first]
+        problem = _run([*compiler, *flags, "-shared", *target, *objects, *others, "-o", str(built)])
+        if problem is not None:
+            return problem
         built.replace(library)
     return None
+
+
+def _run(command: Sequence[str]) -> str | None:
+    """Run a compiler; returns what it says if it fails, else None."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        return f"{command[0]}: {error}"
+    return f"{shlex.join(command)}\n{done.stderr}" if done.returncode else None
 
 
 class NativeBuildHook(BuildHookInterface):
@@ -90,7 +139,9 @@ class NativeBuildHook(BuildHookInterface):
             if problem is None:
                 built.append(f"src/layerskip/{name}")
             else:
-                print(f"layerskip: {name} wasn't built, which slows everything down: {problem}", file=sys.stderr)
+                print(
+                    f"layerskip: {name} isn't built, and its processors run slower: {problem}", file=sys.stderr
+                )
         if not built:
             return
         build_data["pure_python"] = False

@@ -142,6 +142,9 @@ const char* layerskip_target();
 
 // Whether this processor has the instructions that the library was compiled with; asked before anything else is called.
 int32_t layerskip_runs_here();
+
+// Names of those that it lacks, or that the system doesn't allow, with spaces between them; may be asked at any time.
+const char* layerskip_missing();
 }
 
 }  // namespace layerskip

@@ -3,10 +3,14 @@
 
 namespace layerskip {
 
-// Its name: avx512, avx2, neon, or generic.
+// Its name: avx512, avx2, neon, ..., or generic.
 const char* target();
 
-// Whether this processor has it.
+// What it needs that this processor lacks, or the system doesn't allow: names behind one another, with a space between
+// them.
+const char* missing();
+
+// Whether nothing is missing.
 bool runs_here();
 
 }  // namespace layerskip

@@ -11,7 +11,6 @@ from layerskip.checks import whole_number
 from layerskip.errors import InvalidArgumentError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-Kernels = Literal["auto", "native", "torch"]
 Quantization = Literal["int8", "int4", "fp8"]
 Compile = Literal["auto", "off", "max"]
 Compute = Literal["float32", "int8"]
@@ -28,8 +27,9 @@ class LoadingConfig:
     max_context: int | None = None
     """Longest sequence in tokens, prompt included; the model's own context if not given.
     For LongRoPE models that is the context before scaling; ask for more to select the long factors."""
-    kernels: Kernels = "auto"
-    """native: compiled, for float32 on a CPU; torch: all else; auto: native where it can run the model."""
+    kernels: str = "auto"
+    """native: compiled, for float32 on a CPU; torch: all else; auto: native where it can run the model. native:avx2
+    and the like insist on an instruction set, for all models of the process; layerskip info names them."""
     quantize: Quantization | None = None
     """Keep weights in fewer bits (fp8 on CUDA only): less memory, more tokens/s, and another model."""
     compute: Compute = "float32"

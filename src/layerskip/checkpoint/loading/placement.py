@@ -9,7 +9,7 @@ from layerskip.checkpoint.loading.adapters import AdapterSet
 from layerskip.errors import InvalidArgumentError
 from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.graphs.compiled import RoundMode, why_not_compile
-from layerskip.model.native.library import COMPUTE
+from layerskip.model.native.library import COMPUTE, insist_on
 from layerskip.model.native.network import why_not_native
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,24 +53,28 @@ def choose_kernels(
     """Whether compiled kernels run the network: `native` insists on them, `auto` takes them where they can.
 
     Args:
-        kernels: `auto`, `native` or `torch`.
+        kernels: `auto`, `native`, `torch`, or `native:avx2` to insist on an instruction set.
         configs: The network, or the part of it that each process has.
         device: Where it runs.
         dtype: Of hidden states.
         replicates: Whether some layers are whole in every process, and others aren't.
 
     Raises:
-        InvalidArgumentError: An unknown value, or `native` where that isn't possible.
+        InvalidArgumentError: An unknown value, `native` where that isn't possible, or an instruction set that can't be
+            used.
     """
-    if kernels not in ("auto", "native", "torch"):
-        raise InvalidArgumentError(f"kernels {kernels!r} are not known; use auto, native or torch")
+    kind, colon, target = kernels.partition(":")
+    if kind not in ("auto", "native", "torch") or (colon and (kind != "native" or not target)):
+        raise InvalidArgumentError(f"kernels {kernels!r} are not known; use auto, native, native:TARGET or torch")
     obstacles = (why_not_native(config, device, dtype) for config in configs)
     obstacle = next((found for found in obstacles if found is not None), None)
     if replicates:
         obstacle = "all of its layers must have the same sizes, and replicate_layers makes some of them larger"
-    if kernels == "native" and obstacle is not None:
-        raise InvalidArgumentError(f"kernels 'native' can't run this model: {obstacle}; use auto or torch")
-    return kernels != "torch" and obstacle is None
+    if kind == "native" and obstacle is not None:
+        raise InvalidArgumentError(f"kernels {kernels!r} can't run this model: {obstacle}; use auto or torch")
+    if target:
+        insist_on(target)
+    return kind != "torch" and obstacle is None
 
 
 def check_replication(num_layers: int, config: ModelConfig, adapters: AdapterSet | None) -> None:
@@ -127,7 +131,7 @@ def choose_rounds(
         return None
     if compile != "max":
         return "graphs" if compile == "auto" and device.type == "cuda" and not config.sparse_layers else None
-    if kernels == "native":
+    if kernels.partition(":")[0] == "native":
         raise InvalidArgumentError("compile 'max' compiles torch's operators, and kernels 'native' has none; drop one")
     experts = "which of the model's experts run depends on the tokens" if config.sparse_layers else None
     obstacle = experts or why_not_compile(device)

@@ -187,7 +187,8 @@ def _check_offloading(config: LoadingConfig) -> None:
     wrong = {"kernels": "native", "compile": "max"}
     for name in ("kernels", "compile", "quantize", "quantize_draft"):
         value = getattr(config, name)
-        if value is not None and value == wrong.get(name, value):
+        kind = value if name != "kernels" else value.partition(":")[0]
+        if value is not None and kind == wrong.get(name, kind):
             raise InvalidArgumentError(
                 f"device_memory keeps layers in the CPU's memory as torch has them, and {name} {value!r} needs them in "
                 "another form; leave one of them out"

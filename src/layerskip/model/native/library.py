@@ -1,27 +1,34 @@
 """The compiled kernels (`native/`), their structures and functions as ctypes sees them.
 
-They are built when the package is installed, where a C++ compiler is at hand: on x86 one library for processors with
-AVX-512 and VNNI, one for AVX-512 alone and one for AVX2, which give the same numbers. Without any, or on a processor
-that lacks the instructions, `load_library` returns None, and everything runs in torch.
+They are built when the package is installed, where a C++ compiler is at hand, one library for each instruction set
+(`variants.py`). Without any, or on a processor that lacks the instructions of all, `load_library` returns None, and
+everything runs in torch.
 """
 
 import ctypes
 import functools
-import os
+import warnings
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
-from layerskip.errors import InvalidArgumentError
 from layerskip.model.drafts import CONFIDENCE_CLASSES
+from layerskip.model.native.variants import (
+    TARGET_VARIABLE,
+    TARGETS,
+    Expected,
+    Variant,
+    open_variant,
+    outdated_text,
+    pick,
+    process_choice,
+)
 
-INTERFACE = 15
+INTERFACE = 16
 """Version of what the functions do; `layerskip_interface` must return it."""
-NAMES = ("_native_avx512vnni.so", "_native_avx512.so", "_native.so")
-LIBRARIES = tuple(Path(__file__).parents[2] / name for name in NAMES)
+LIBRARIES = tuple(Path(__file__).parents[2] / f"_native_{target}.so" for target in TARGETS)
 """Files to try, the fastest instruction set first."""
-TARGET_VARIABLE = "LAYERSKIP_CPU"
-"""Environment variable that insists on an instruction set, for measurements and tests."""
 PANEL = 16
 """Number of outputs that lie side by side; weights are filled up to a multiple of it."""
 GROUP = 32
@@ -277,6 +284,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "interface": (c_int32, []),
     "target": (c_char_p, []),
     "runs_here": (c_int32, []),
+    "missing": (c_char_p, []),
     "layout": (c_char_p, []),
 }
 """Result and parameters of each function of native/interface.h, whose name begins with `layerskip_`."""
@@ -284,27 +292,53 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 
 @functools.cache
 def load_library(paths: tuple[Path, ...] = LIBRARIES, target: str | None = None) -> ctypes.CDLL | None:
-    """The first of the files that can be used, with its functions declared, or None if there is none.
+    """The library that this process uses, with its functions declared, or None if there is none.
+
+    Warns once if a file was built for another version.
 
     Args:
-        paths: Files to try.
-        target: Instruction set to insist on: `avx512vnni`, `avx512` or `avx2`; the environment's `LAYERSKIP_CPU` if not
-            given.
+        paths: Files to try, the best first.
+        target: Instruction set to insist on, such as `avx512` or `avx2`; what `insist_on` or the environment's
+            `LAYERSKIP_CPU` names if not given.
 
     Raises:
-        InvalidArgumentError: No library is for this instruction set.
+        InvalidArgumentError: No library is for this instruction set, or it can't run here.
     """
-    wanted = target or os.environ.get(TARGET_VARIABLE)
-    libraries = (library for path in paths if (library := _load(path)) is not None)
-    if not wanted:
-        return next(libraries, None)
-    found = {target_of(library): library for library in libraries}
-    if wanted not in found:
-        raise InvalidArgumentError(
-            f"there are no kernels for {wanted!r} ({TARGET_VARIABLE}) that can run here, but for: "
-            f"{', '.join(found) or 'nothing'}"
-        )
-    return found[wanted]
+    variants = find_variants(paths)
+    warning = outdated_text(variants)
+    if warning is not None:
+        warnings.warn(warning, RuntimeWarning, stacklevel=2)
+    wanted, asked_by = process_choice().wanted() if target is None else (target, TARGET_VARIABLE)
+    found = pick(variants, wanted, asked_by)
+    return None if found is None else found.library
+
+
+def find_variants(paths: Sequence[Path] = LIBRARIES) -> list[Variant]:
+    """The libraries, the best first, and for each whether it can be used here."""
+    expected = Expected(interface=INTERFACE, functions=FUNCTIONS, layout=layout)
+    return [open_variant(path, expected) for path in paths]
+
+
+def insist_on(target: str) -> None:
+    """Use the library for an instruction set, in this process from now on.
+
+    Raises:
+        InvalidArgumentError: It can't run here, or the process already uses another.
+    """
+    choice = process_choice()
+    choice.check(target)
+    pick(find_variants(), target, f"kernels 'native:{target}'")
+    if choice.forced != target:
+        choice.forced = target
+        load_library.cache_clear()
+
+
+def settle_library() -> ctypes.CDLL:
+    """The library for a network: from now on, this process can't be asked to use another."""
+    library = load_library()
+    assert library is not None, "why_not_native says whether there is one"
+    process_choice().settled = target_of(library)
+    return library
 
 
 def target_of(library: ctypes.CDLL) -> str:
@@ -316,22 +350,6 @@ def kernels_version() -> str | None:
     """What the speed of the compiled kernels depends on, None if there are none."""
     library = load_library()
     return None if library is None else f"{target_of(library)}, interface {INTERFACE}"
-
-
-def _load(path: Path) -> ctypes.CDLL | None:
-    """A library, or None if it doesn't exist, or is another version's, another system's or another processor's."""
-    if not path.exists():
-        return None
-    try:
-        library = ctypes.CDLL(str(path))
-        for name, (result, parameters) in FUNCTIONS.items():
-            function = getattr(library, f"layerskip_{name}")
-            function.restype, function.argtypes = result, parameters
-    except (OSError, AttributeError):
-        return None
-    if not library.layerskip_runs_here() or library.layerskip_interface() != INTERFACE:
-        return None
-    return library if library.layerskip_layout().decode() == layout() else None
 
 
 def layout() -> str:

@@ -39,6 +39,7 @@ from layerskip.model.native.library import (
     StopRuleView,
     address,
     load_library,
+    settle_library,
 )
 from layerskip.model.native.linear import NativeLinear
 from layerskip.model.native.sampling import sampling_view
@@ -61,7 +62,10 @@ def why_not_native(config: ModelConfig, device: torch.device, dtype: torch.dtype
     if device.type != "cpu" or dtype != torch.float32:
         return f"they compute in float32 on a CPU, not in {dtype} on {device}"
     if load_library() is None:
-        return "they weren't built when the package was installed (this needs a C++ compiler), or for another processor"
+        return (
+            "they weren't built when the package was installed (this needs a C++ compiler), or not for this processor; "
+            "layerskip info tells more"
+        )
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
     if config.hidden_size % PANEL or config.head_dim % LANES or heads * config.head_dim % PANEL:
         return f"its width {config.hidden_size} or its heads of {config.head_dim} channels aren't multiples of {PANEL}"
@@ -99,8 +103,7 @@ class NativeNetwork:
             adapter: The layer that adapts what norm and head read in `choose` and `draft`.
             member: The processes that share the network, if several do; `choose` and `draft` then can't be called.
         """
-        library = load_library()
-        assert library is not None
+        library = settle_library()
         self.config = config
         self.layers = list(layers)
         self.final_norm = final_norm

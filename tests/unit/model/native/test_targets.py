@@ -11,22 +11,13 @@ from gguf.quants import quantize
 from torch import Tensor
 
 import layerskip
-from layerskip.errors import InvalidArgumentError
 from layerskip.model.blocks import BlockWeight
 from layerskip.model.native import sampling
-from layerskip.model.native.library import FORMATS, LIBRARIES, load_library
+from layerskip.model.native.library import FORMATS, find_variants, load_library
 from layerskip.model.native.linear import INT8_STORAGES, NativeLinear
 from layerskip.model.noise import Purpose, make_key
 
-
-def can_run(target: str) -> bool:
-    try:
-        return load_library(LIBRARIES, target) is not None
-    except InvalidArgumentError:
-        return False
-
-
-TARGETS = [target for target in ("avx2", "avx512", "avx512vnni") if can_run(target)]
+TARGETS = [variant.target for variant in find_variants() if variant.library is not None]
 pytestmark = pytest.mark.skipif(len(TARGETS) < 2, reason="this processor runs one library")
 Result = TypeVar("Result")
 WithAll = Callable[[Callable[[], Result]], list[Result]]

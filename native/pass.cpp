@@ -15,6 +15,8 @@ namespace layerskip {
 namespace {
 
 constexpr int kChunk = 64;  // tokens that go through the layers together: enough to be limited by arithmetic
+constexpr int kFewTokens = 4;  // up to so many, preparing a product's inputs takes a member less time than waiting
+constexpr int64_t kLine = 64;  // bytes
 
 // Tokens that go through the layers together.
 struct Block {
@@ -63,6 +65,9 @@ class Pass {
         inner_ = gate_up_ + kChunk * 2 * static_cast<int64_t>(net_.intermediate_size);
         normed_ = inner_ + kChunk * static_cast<int64_t>(net_.intermediate_size);
         out_ = normed_ + kChunk * static_cast<int64_t>(net_.hidden_size);
+        const auto after = reinterpret_cast<uintptr_t>(out_ + kChunk * static_cast<int64_t>(net_.hidden_size));
+        prepared_ = reinterpret_cast<char*>((after + kLine - 1) / kLine * kLine);
+        prepared_inner_ = prepared_ + prepared_room(net_);
     }
 
     // Room that the members share; callers hold `Team::in_use`.
@@ -78,7 +83,15 @@ class Pass {
         const int64_t qkv = static_cast<int64_t>(net.num_heads + 2 * net.num_kv_heads) * net.head_dim;
         const int64_t attended = static_cast<int64_t>(net.num_heads) * net.head_dim;
         const int64_t mlp = 3 * static_cast<int64_t>(net.intermediate_size);
-        return Attention::kPartialFloats + kChunk * (qkv + attended + mlp + 2 * net.hidden_size);
+        return Attention::kPartialFloats + kChunk * (qkv + attended + mlp + 2 * net.hidden_size) +
+               (kLine + 2 * prepared_room(net)) / static_cast<int64_t>(sizeof(float));
+    }
+
+    // Bytes for the prepared inputs of any product; a multiple of a line.
+    static int64_t prepared_room(const Network& net) {
+        const int64_t attended = static_cast<int64_t>(net.num_heads) * net.head_dim;
+        const int64_t most = std::max<int64_t>({net.hidden_size, net.intermediate_size, attended});
+        return (most_prepared_bytes(most, kChunk) + kLine - 1) / kLine * kLine;
     }
 
     // `fused`, of this block's tokens, is what the exit adapter that is run adds; null where none is.
@@ -86,16 +99,17 @@ class Pass {
         for (int index = start; index < stop; ++index) {
             const Layer& layer = net_.layers[index];
             if (layer.input.panels != nullptr) project_input(layer);
-            product(layer.qkv, norm_tokens(hidden_, layer.attention_norm), qkv_, false);
+            const float* input = norm_tokens(hidden_, layer.attention_norm, &layer.qkv);
+            product(layer.qkv, input, qkv_, false, prepared_);
             team_.barrier();
             norm_heads_together(layer, 0);
             place_keys(layer, index, 0);
             team_.barrier();
             attention_.run(qkv_, attended_, index, layer.window);
-            add_product(layer.o, attended_, layer.post_attention_norm);
+            add_product(layer.o, attended_, layer.post_attention_norm, prepare_together(layer.o, attended_));
             team_.barrier();
             if (fused != nullptr) add_fused(layer, *fused);
-            const float* x = norm_tokens(hidden_, layer.mlp_norm);
+            const float* x = norm_tokens(hidden_, layer.mlp_norm, layer.experts == nullptr ? &layer.gate_up : nullptr);
             if (layer.experts != nullptr) {
                 experts_.run(layer, x, out_);
                 total(out_, net_.hidden_size);
@@ -103,7 +117,7 @@ class Pass {
             } else {
                 mlp_inner(layer, x);
                 team_.barrier();
-                add_product(layer.down, inner_, layer.post_mlp_norm);
+                add_product(layer.down, inner_, layer.post_mlp_norm, prepared_inner_);
             }
             team_.barrier();
             if (index + 1 < stop) write_adapter_keys(index + 1);
@@ -119,19 +133,20 @@ class Pass {
             team_.barrier();
             x = out_;
         }
-        x = norm_tokens(x, layer.attention_norm);
+        x = norm_tokens(x, layer.attention_norm, &layer.qkv);
         int start, stop;
         const int first = net_.num_heads * net_.head_dim / kPanel, panels = layer.qkv.outputs / kPanel;
         share(panels - first, member_, team_.size(), start, stop);
         multiply(layer.qkv, x, layer.qkv.inputs, tokens_, qkv_, layer.qkv.outputs, first + start, first + stop,
-                 false);
+                 false, prepared_);
         team_.barrier();
         norm_heads_together(layer, net_.num_heads);
         place_keys(layer, index, net_.num_heads);
     }
 
     void logits(float* to) {
-        product(net_.head, norm_tokens(hidden_, net_.final_norm), to, false);
+        const float* x = norm_tokens(hidden_, net_.final_norm, &net_.head);
+        product(net_.head, x, to, false, prepared_);
     }
 
   private:
@@ -162,27 +177,48 @@ class Pass {
         team_.barrier();
     }
 
-    // The norms of all tokens, or the tokens themselves where there is no norm; ends with a barrier.
-    const float* norm_tokens(const float* x, const float* weight) {
+    // The norms of all tokens, or the tokens themselves where there is no norm, prepared for a product in `prepared_`
+    // if one is given; ends with a barrier.
+    const float* norm_tokens(const float* x, const float* weight, const Linear* next) {
         const int64_t size = net_.hidden_size;
-        for (int token = member_; weight != nullptr && token < tokens_; token += team_.size())
-            normalize(x + token * size, weight, size, net_.rms_norm_eps, normed_ + token * size);
+        const float* result = weight == nullptr ? x : normed_;
+        int first, last;
+        share(tokens_, member_, team_.size(), first, last);
+        for (int token = first; token < last; ++token) {
+            if (weight != nullptr)
+                normalize(x + token * size, weight, size, net_.rms_norm_eps, normed_ + token * size);
+            if (next != nullptr) prepare_tokens(*next, result, token, token + 1, prepared_);
+        }
         team_.barrier();
-        return weight == nullptr ? x : normed_;
+        return result;
+    }
+
+    void prepare_tokens(const Linear& w, const float* x, int first, int last, char* to) {
+        prepare(w, x, w.inputs, tokens_, {first, last, 0, (w.inputs + kGroup - 1) / kGroup}, to);
+    }
+
+    // Prepare the inputs of a product that are complete, each member its tokens. Null where members do so by themselves.
+    const void* prepare_together(const Linear& w, const float* x) {
+        if (tokens_ <= kFewTokens || prepared_bytes(w, tokens_) == 0) return nullptr;
+        int first, last;
+        share(tokens_, member_, team_.size(), first, last);
+        prepare_tokens(w, x, first, last, prepared_inner_);
+        team_.barrier();
+        return prepared_inner_;
     }
 
     // This member's outputs of all tokens.
-    void product(const Linear& w, const float* x, float* y, bool add) {
+    void product(const Linear& w, const float* x, float* y, bool add, const void* prepared = nullptr) {
         int start, stop;
         share(w.outputs / kPanel, member_, team_.size(), start, stop);
-        multiply(w, x, w.inputs, tokens_, y, w.outputs, start, stop, add);
+        multiply(w, x, w.inputs, tokens_, y, w.outputs, start, stop, add, prepared);
     }
 
     // hidden += norm(x W^T), with the norm and the factor only where there are some.
-    void add_product(const Linear& w, const float* x, const float* norm) {
+    void add_product(const Linear& w, const float* x, const float* norm, const void* prepared) {
         if (norm == nullptr && net_.residual_multiplier == 1.0f && net_.total == nullptr)
-            return product(w, x, hidden_, true);
-        product(w, x, out_, false);
+            return product(w, x, hidden_, true, prepared);
+        product(w, x, out_, false, prepared);
         if (net_.total == nullptr) team_.barrier();
         total(out_, net_.hidden_size);
         add_output(norm);
@@ -206,17 +242,21 @@ class Pass {
         }
     }
 
+    // What a member computes, it prepares for the next product: whole groups of its inputs.
     void mlp_inner(const Layer& layer, const float* x) {
-        int start, stop;
-        share(net_.intermediate_size / kPanel, member_, team_.size(), start, stop);
         const int64_t outputs = layer.gate_up.outputs, size = net_.intermediate_size;
-        multiply(layer.gate_up, x, net_.hidden_size, tokens_, gate_up_, outputs, 2 * start, 2 * stop, false);
+        int first, last;
+        share((net_.intermediate_size + kGroup - 1) / kGroup, member_, team_.size(), first, last);
+        const int start = first * (kGroup / kPanel);
+        const int stop = std::min(last * (kGroup / kPanel), net_.intermediate_size / kPanel);
+        multiply(layer.gate_up, x, net_.hidden_size, tokens_, gate_up_, outputs, 2 * start, 2 * stop, false, prepared_);
         for (int token = 0; token < tokens_; ++token) {
             for (int panel = start; panel < stop; ++panel) {
                 const float* gate = gate_up_ + token * outputs + 2 * panel * kPanel;
                 activate(gate, gate + kPanel, kPanel, net_.activation, inner_ + token * size + panel * kPanel);
             }
         }
+        prepare(layer.down, inner_, size, tokens_, {0, tokens_, first, last}, prepared_inner_);
     }
 
     // Norms that span all heads of a token, of queries (unless the first head is that of the keys) and keys, in place;
@@ -303,6 +343,9 @@ class Pass {
     Team& team_;
     const int member_;
     float *qkv_, *attended_, *gate_up_, *inner_, *normed_, *out_;
+    // What products read besides their inputs: norms, and the outputs of attention and the MLP's inner part, which may
+    // be written while other members still read the former.
+    char *prepared_, *prepared_inner_;
     Attention attention_;
     Experts experts_;
 };

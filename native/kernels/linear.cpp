@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "kernels/formats.h"
+#include "kernels/int8/inputs.h"
 #include "kernels/int8/product.h"
 #include "kernels/tiles.h"
 
@@ -67,7 +68,7 @@ struct FloatProduct {
                 if constexpr (Type::kMinimum) {
                     const Wide minimum = Type::minimum(w.scales, first + group);
                     for (int t = 0; t < Count; ++t)
-                        add_product(sums[t][p], minimum, broadcast_wide(tokens.group_sums[t * groups + group]));
+                        add_product(sums[t][p], minimum, broadcast_wide(tokens.group_sums[group * tokens.all + t]));
                 }
             }
         }
@@ -89,33 +90,84 @@ struct FloatProduct {
     }
 };
 
-// Sums of x over each group of inputs, which minima are multiplied by. Each token's are computed by themselves, so that
-// they don't depend on the tokens beside it.
-const float* sum_groups(const float* x, int64_t ldx, int tokens, int64_t groups) {
-    thread_local std::vector<float> sums;
-    if (static_cast<int64_t>(sums.size()) < tokens * groups) sums.resize(tokens * groups);
-    for (int token = 0; token < tokens; ++token) {
-        for (int64_t group = 0; group < groups; ++group) {
+// Sums of x over groups of inputs, which minima are multiplied by. Each token's are computed by themselves, so that they
+// don't depend on the tokens beside it.
+void sum_groups(const float* x, int64_t ldx, int tokens, const Part& part, float* sums) {
+    for (int64_t token = part.first; token < part.last; ++token) {
+        for (int64_t group = part.start; group < part.stop; ++group) {
             const float* from = x + token * ldx + group * kGroup;
-            sums[token * groups + group] =
+            sums[group * tokens + token] =
                 sum((load(from) + load(from + kLanes)) + (load(from + 2 * kLanes) + load(from + 3 * kLanes)));
         }
     }
-    return sums.data();
+}
+
+// What a product reads of its inputs besides the numbers themselves.
+enum class Preparation { kNothing, kGroupSums, kQuantized };
+
+Preparation preparation_of(const Linear& w) {
+    if (w.compute == kComputeInt8) return Preparation::kQuantized;
+    return w.format == kQ4_0 || w.format == kQ4_1 ? Preparation::kGroupSums : Preparation::kNothing;
+}
+
+// Memory of the calling thread, until its next call.
+void* own_memory(int64_t bytes) {
+    constexpr int64_t kLine = 64;
+    thread_local std::vector<char> memory;
+    if (static_cast<int64_t>(memory.size()) < bytes + kLine) memory.resize(bytes + kLine);
+    const auto place = reinterpret_cast<uintptr_t>(memory.data());
+    return memory.data() + (kLine - place % kLine) % kLine;
 }
 
 }  // namespace
 
+int64_t prepared_bytes(const Linear& w, int64_t tokens) {
+    switch (preparation_of(w)) {
+        case Preparation::kQuantized: return QuantizedInputs::bytes(w.inputs, tokens);
+        case Preparation::kGroupSums: return tokens * (w.inputs / kGroup) * sizeof(float);
+        default: return 0;
+    }
+}
+
+int64_t most_prepared_bytes(int64_t inputs, int64_t tokens) {
+    constexpr int64_t kHalf = 2, kSlack = 256;
+    return tokens * (inputs + kGroup) * kHalf + kSlack;
+}
+
+void prepare(const Linear& w, const float* x, int64_t ldx, int tokens, const Part& part, void* to) {
+    switch (preparation_of(w)) {
+        case Preparation::kQuantized:
+            return QuantizedInputs::at(to, w.inputs, tokens)
+                .quantize(x, ldx, part.first, part.last, part.start, part.stop);
+        case Preparation::kGroupSums: return sum_groups(x, ldx, tokens, part, static_cast<float*>(to));
+        default: return;
+    }
+}
+
 void multiply(const Linear& w, const float* x, int64_t ldx, int tokens, float* y, int64_t ldy, int start, int stop,
-              bool add) {
+              bool add, const void* prepared) {
+    const Preparation preparation = preparation_of(w);
+    if (prepared == nullptr && preparation != Preparation::kNothing) {
+        void* memory = own_memory(prepared_bytes(w, tokens));
+        prepare(w, x, ldx, tokens, {0, tokens, 0, w.inputs / kGroup}, memory);
+        prepared = memory;
+    }
     Tokens all{};
     all.x = x;
     all.ldx = ldx;
     all.y = y;
     all.ldy = ldy;
     all.add = add;
-    if (w.compute == kComputeInt8) return multiply_int8(w, all, tokens, start, stop);
-    if (w.format == kQ4_0 || w.format == kQ4_1) all.group_sums = sum_groups(x, ldx, tokens, w.inputs / kGroup);
+    all.all = tokens;
+    if (preparation == Preparation::kGroupSums) all.group_sums = static_cast<const float*>(prepared);
+    if (preparation == Preparation::kQuantized) {
+        const auto inputs = QuantizedInputs::at(const_cast<void*>(prepared), w.inputs, tokens);
+        all.numbers = inputs.numbers;
+        all.steps = inputs.steps;
+        all.group_sums = inputs.real_sums;
+        all.negative_sums = inputs.negative_sums;
+        return multiply_int8(w, all, tokens, start, stop);
+    }
     switch (w.format) {
         case kFloat32: return multiply_as<FloatProduct<Float32>>(w, all, tokens, start, stop);
         case kBFloat16: return multiply_as<FloatProduct<BFloat16>>(w, all, tokens, start, stop);

@@ -64,9 +64,26 @@ bool fits_float16(const float* numbers, int64_t count);
 // Whether bfloat16 holds all of these numbers exactly.
 bool fits_bfloat16(const float* numbers, int64_t count);
 
-// Panels start..stop-1 of y = x W^T + b, or y += where `add`. x: [tokens, ldx], y: [tokens, ldy].
+// A part of a product's inputs.
+struct Part {
+    int64_t first, last;   // tokens
+    int64_t start, stop;   // groups of inputs
+};
+
+// What products read besides the inputs themselves: inputs in other numbers, sums of groups. Members of a team prepare
+// a part of it each. Bytes, 0 where the product reads nothing else:
+int64_t prepared_bytes(const Linear& w, int64_t tokens);
+
+// At most so many for this number of inputs.
+int64_t most_prepared_bytes(int64_t inputs, int64_t tokens);
+
+// Fill in a part of it, for x [tokens, ldx]. to: prepared_bytes(), aligned to 64 bytes.
+void prepare(const Linear& w, const float* x, int64_t ldx, int tokens, const Part& part, void* to);
+
+// Panels start..stop-1 of y = x W^T + b, or y += where `add`. x: [tokens, ldx], y: [tokens, ldy]. prepared: from
+// prepare(), complete; null: it is done here.
 void multiply(const Linear& w, const float* x, int64_t ldx, int tokens, float* y, int64_t ldy, int start, int stop,
-              bool add);
+              bool add, const void* prepared = nullptr);
 
 // Which of `count` things member `member` of `size` does: [start, stop).
 inline void share(int count, int member, int size, int& start, int& stop) {

@@ -11,7 +11,8 @@
 
 namespace layerskip {
 
-// The tokens of a product: y = x W^T, or y += where `add`.
+// The tokens of a product: y = x W^T, or y += where `add`. What belongs to a group of inputs lies beside that of the other
+// tokens.
 struct Tokens {
     const float* x;
     int64_t ldx;
@@ -19,22 +20,22 @@ struct Tokens {
     int64_t ldy;
     bool add;
     bool fetch_panels;        // fetch the next panels instead of later inputs, as these are in the cache already
-    const float* group_sums;  // of x, [tokens, I / 32], for formats with minima
+    int64_t all;              // tokens of a group in what follows
+    const float* group_sums;  // of x, [I / 32, all], for formats with minima
     // Where inputs have eight bits (int8/inputs.h):
-    const int8_t* numbers;        // [tokens, I]
-    const float* steps;           // [tokens, I / 32], between neighbouring numbers
-    const int32_t* number_sums;   // [tokens, I / 32]
+    const int8_t* numbers;            // [I / 32, all, 32]
+    const float* steps;               // [I / 32, all], between neighbouring numbers
+    const int32_t* negative_sums;     // [I / 32, all], minus the sums of the numbers
 
     // From the `count`-th token on.
-    Tokens from(int64_t count, int64_t inputs) const {
-        const int64_t groups = count * (inputs / kGroup);
+    Tokens from(int64_t count) const {
         Tokens part = *this;
         part.x += count * ldx;
         part.y += count * ldy;
-        part.group_sums += groups;
-        part.numbers += count * inputs;
-        part.steps += groups;
-        part.number_sums += groups;
+        part.group_sums += count;
+        part.numbers += count * kGroup;
+        part.steps += count;
+        part.negative_sums += count;
         return part;
     }
 };
@@ -97,7 +98,7 @@ void multiply_as(const Linear& w, const Tokens& tokens, int count, int start, in
         for (int block = 0; block < blocks; ++block) {
             int from, to;
             share(count, block, blocks, from, to);
-            Tokens part = tokens.from(from, w.inputs);
+            Tokens part = tokens.from(from);
             part.fetch_panels = blocks > 1 && block == blocks - 1;
             multiply_block<Product>(w, part, to - from, panel, std::min(stop, panel + step));
         }

@@ -11,7 +11,11 @@ namespace layerskip {
 
 typedef int32_t Ints __attribute__((vector_size(64)));
 
-inline Ints broadcast_ints(int32_t value) { return (Ints)_mm512_set1_epi32(value); }
+// All lanes value * 2^bits.
+template <int Bits>
+inline Ints broadcast_shifted(int32_t value) {
+    return (Ints)_mm512_set1_epi32(value) << Bits;
+}
 
 inline WideWords load_wide_words(const uint32_t* from) { return (WideWords)_mm512_loadu_si512(from); }
 
@@ -50,7 +54,11 @@ inline WideWords operator&(WideWords a, uint32_t b) { return {a.low & b, a.high 
 inline WideWords operator^(WideWords a, uint32_t b) { return {a.low ^ b, a.high ^ b}; }
 inline WideWords operator>>(WideWords a, int b) { return {a.low >> b, a.high >> b}; }
 
-inline Ints broadcast_ints(int32_t value) { return {IntVector{} + value, IntVector{} + value}; }
+template <int Bits>
+inline Ints broadcast_shifted(int32_t value) {
+    const IntVector half = (IntVector{} + value) << Bits;
+    return {half, half};
+}
 
 inline WideWords load_wide_words(const uint32_t* from) { return {load_words(from), load_words(from + kLanes)}; }
 

@@ -1,6 +1,7 @@
 #include "kernels/int8/inputs.h"
 
-#include <vector>
+#include <algorithm>
+#include <limits>
 
 #include "kernels/linear.h"
 #include "kernels/vector.h"
@@ -8,67 +9,101 @@
 namespace layerskip {
 namespace {
 
-constexpr int kParts = kGroup / kLanes;
+#if defined(__AVX2__)
 
-float largest(Vector v) {
-    float found = v[0];
-    for (int i = 1; i < kLanes; ++i) found = v[i] > found ? v[i] : found;
-    return found;
+// The largest magnitude of a group: bits of positive floats are ordered as the floats are.
+inline float largest(const float* from) {
+    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+    const auto part = [&](int i) {
+        return _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i * kLanes)), magnitude);
+    };
+    const __m256i eight = _mm256_max_epi32(_mm256_max_epi32(part(0), part(1)), _mm256_max_epi32(part(2), part(3)));
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1));
+    return _mm_cvtss_f32(_mm_castsi128_ps(four));
 }
 
-void narrow(IntVector from, int8_t* to) {
-#if defined(__AVX512VL__) && defined(__AVX512F__)
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm256_cvtepi32_epi8((__m256i)from));
+// Write a group's inputs times `inverse`, rounded to the nearest whole numbers; returns their sum.
+inline int32_t write_numbers(const float* from, float inverse, int8_t* to) {
+    const __m256 factor = _mm256_set1_ps(inverse);
+    const auto part = [&](int i) {
+        return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from + i * kLanes), factor));
+    };
+    const __m256i low = _mm256_packs_epi32(part(0), part(1)), high = _mm256_packs_epi32(part(2), part(3));
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bytes);
+    // Sums of eight bytes each, which are 128 greater than the numbers.
+    const __m256i sums = _mm256_sad_epu8(_mm256_xor_si256(bytes, _mm256_set1_epi8(-128)), _mm256_setzero_si256());
+    const __m128i pairs = _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+    return _mm_cvtsi128_si32(_mm_add_epi64(pairs, _mm_unpackhi_epi64(pairs, pairs))) - 128 * kGroup;
+}
+
 #else
-    for (int i = 0; i < kLanes; ++i) to[i] = static_cast<int8_t>(from[i]);
-#endif
+
+inline float largest(const float* from) {
+    IntVector most = {};
+    for (int i = 0; i < kGroup; i += kLanes) {
+        const IntVector bits = (IntVector)load(from + i) & 0x7fffffff;
+        most = bits > most ? bits : most;
+    }
+    int32_t bits = most[0];
+    for (int i = 1; i < kLanes; ++i) bits = most[i] > bits ? most[i] : bits;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
 }
 
-int32_t total(IntVector v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
+inline int32_t write_numbers(const float* from, float inverse, int8_t* to) {
+    const Vector magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+    const Vector most = broadcast(127.0f);        // where an input isn't finite, products can be anything
+    int32_t total = 0;
+    for (int i = 0; i < kGroup; i += kLanes) {
+        const Vector scaled = maximum(minimum(load(from + i) * inverse, most), -most);
+        const IntVector rounded = (IntVector)(scaled + magic) - (IntVector)magic;
+        for (int j = 0; j < kLanes; ++j) {
+            to[i + j] = static_cast<int8_t>(rounded[j]);
+            total += rounded[j];
+        }
+    }
+    return total;
+}
+
+#endif
+
+int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 }  // namespace
 
-QuantizedInputs quantize_inputs(const float* x, int64_t ldx, int tokens, int64_t inputs) {
-    thread_local std::vector<int8_t> numbers;
-    thread_local std::vector<float> steps, real_sums;
-    thread_local std::vector<int32_t> sums;
-    const int64_t groups = inputs / kGroup;
-    if (static_cast<int64_t>(numbers.size()) < tokens * inputs) numbers.resize(tokens * inputs);
-    if (static_cast<int64_t>(steps.size()) < tokens * groups) {
-        steps.resize(tokens * groups);
-        sums.resize(tokens * groups);
-        real_sums.resize(tokens * groups);
-    }
-    const Vector magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
-    const Vector most_number = broadcast(127.0f);
-    const IntVector magnitude = IntVector{} + 0x7fffffff;
-    for (int token = 0; token < tokens; ++token) {
-        for (int64_t group = 0; group < groups; ++group) {
+int64_t QuantizedInputs::bytes(int64_t inputs, int64_t tokens) {
+    return aligned(tokens * inputs) + 3 * aligned(tokens * (inputs / kGroup) * sizeof(float));
+}
+
+QuantizedInputs QuantizedInputs::at(void* memory, int64_t inputs, int64_t tokens) {
+    auto* numbers = static_cast<int8_t*>(memory);
+    char* after = static_cast<char*>(memory) + aligned(tokens * inputs);
+    const int64_t step = aligned(tokens * (inputs / kGroup) * sizeof(float));
+    return {numbers, reinterpret_cast<float*>(after), reinterpret_cast<float*>(after + step),
+            reinterpret_cast<int32_t*>(after + 2 * step), tokens};
+}
+
+void QuantizedInputs::quantize(const float* x, int64_t ldx, int64_t first, int64_t last, int64_t start,
+                               int64_t stop) const {
+    for (int64_t token = first; token < last; ++token) {
+        for (int64_t group = start; group < stop; ++group) {
             const float* from = x + token * ldx + group * kGroup;
-            int8_t* to = numbers.data() + token * inputs + group * kGroup;
-            Vector parts[kParts], most = {}, nothing = {};
-            for (int i = 0; i < kParts; ++i) {
-                parts[i] = load(from + i * kLanes);
-                most = maximum((Vector)((IntVector)parts[i] & magnitude), most);
-                nothing += parts[i] * 0.0f;  // not a number where an input isn't finite
-            }
-            const float step = largest(most) * (1.0f / 127.0f) + sum(nothing);
-            const float inverse = step > 0 ? 1.0f / step : 0.0f;
-            IntVector added = {};
-            for (int i = 0; i < kParts; ++i) {
-                // Within the limits whatever the input is; where it isn't finite, the step isn't a number.
-                const Vector scaled = maximum(minimum(parts[i] * inverse, most_number), -most_number);
-                const IntVector rounded = (IntVector)(scaled + magic) - (IntVector)magic;
-                narrow(rounded, to + i * kLanes);
-                added += rounded;
-            }
-            const int64_t place = token * groups + group;
+            const int64_t place = group * tokens + token;
+            const float most = largest(from);
+            const float step = most * (1.0f / 127.0f) + most * 0.0f;  // not a number where `most` isn't finite
+            // One over the smallest steps would be infinite.
+            const float inverse = step > 0 ? std::min(1.0f / step, std::numeric_limits<float>::max()) : 0.0f;
+            const int32_t total = write_numbers(from, inverse, numbers + place * kGroup);
             steps[place] = step;
-            sums[place] = total(added);
-            real_sums[place] = step * static_cast<float>(sums[place]);
+            real_sums[place] = step * static_cast<float>(total);
+            negative_sums[place] = -total;
         }
     }
-    return {numbers.data(), steps.data(), sums.data(), real_sums.data()};
 }
 
 }  // namespace layerskip

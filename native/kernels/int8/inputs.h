@@ -5,15 +5,20 @@
 
 namespace layerskip {
 
+// A group's numbers of all tokens lie side by side, then those of the next group.
 struct QuantizedInputs {
-    const int8_t* numbers;   // [tokens, I], from -127 to 127
-    const float* steps;      // [tokens, I / 32]; not a number where an input isn't finite
-    const int32_t* sums;     // [tokens, I / 32], of the numbers
-    const float* real_sums;  // [tokens, I / 32], sums times steps
-};
+    int8_t* numbers;         // [I / 32, tokens, 32], from -127 to 127
+    float* steps;            // [I / 32, tokens]; not a number where an input isn't finite
+    float* real_sums;        // [I / 32, tokens], sums of a group's numbers times its step
+    int32_t* negative_sums;  // [I / 32, tokens], minus the sums of the numbers
+    int64_t tokens;
 
-// Of x [tokens, ldx], whose I inputs are a multiple of 32. Each token's are computed by themselves. What is returned is
-// the calling thread's, until its next call.
-QuantizedInputs quantize_inputs(const float* x, int64_t ldx, int tokens, int64_t inputs);
+    // Bytes of all of them, and where they are from `memory` on, which is aligned to 64 bytes.
+    static int64_t bytes(int64_t inputs, int64_t tokens);
+    static QuantizedInputs at(void* memory, int64_t inputs, int64_t tokens);
+
+    // Fill in tokens first..last-1 of groups start..stop-1 of x [tokens, ldx]. Each group of a token by itself.
+    void quantize(const float* x, int64_t ldx, int64_t first, int64_t last, int64_t start, int64_t stop) const;
+};
 
 }  // namespace layerskip

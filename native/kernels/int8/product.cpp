@@ -3,22 +3,23 @@
 #include <cstring>
 
 #include "kernels/int8/dot.h"
-#include "kernels/int8/inputs.h"
 
 namespace layerskip {
 namespace {
 
-// Four inputs' weights as unsigned bytes, which are `kOffset` greater than the weights, for each format.
+// Four inputs' weights as unsigned bytes, for each format. They are 2^kOffsetBits greater than the weights where `kOffset`.
 struct BytesOf {
-    static constexpr int32_t kOffset = 128;
+    static constexpr bool kOffset = true;
+    static constexpr int kOffsetBits = 7;
     static constexpr bool kFull = true;      // eight bits, not only seven
     static constexpr bool kMinimum = false;  // besides what the offset takes away
     static WideWords bytes(const uint32_t* words, int) { return load_wide_words(words) ^ 0x80808080u; }
 };
 
-template <int32_t Offset, uint32_t Flipped>
+template <bool Offset, uint32_t Flipped>
 struct NibblesOf {
-    static constexpr int32_t kOffset = Offset;
+    static constexpr bool kOffset = Offset;
+    static constexpr int kOffsetBits = 3;
     static constexpr bool kFull = false;
     static constexpr bool kMinimum = false;
     static WideWords bytes(const uint32_t* words, int half) {
@@ -33,11 +34,11 @@ struct Four<Int8> : BytesOf {};
 template <>
 struct Four<Q8_0> : BytesOf {};
 template <>
-struct Four<Int4> : NibblesOf<8, 0x08080808u> {};  // signs: -8 to 7 become 0 to 15
+struct Four<Int4> : NibblesOf<true, 0x08080808u> {};  // signs: -8 to 7 become 0 to 15
 template <>
-struct Four<Q4_0> : NibblesOf<8, 0> {};
+struct Four<Q4_0> : NibblesOf<true, 0> {};
 template <>
-struct Four<Q4_1> : NibblesOf<0, 0> {
+struct Four<Q4_1> : NibblesOf<false, 0> {
     static constexpr bool kMinimum = true;
 };
 
@@ -51,13 +52,38 @@ struct Int8Product {
     static constexpr int most_panels(int tokens) { return tokens == 1 ? 2 : 1; }
 #endif
 
+    using Bytes = Four<Type>;
+    using Unit = typename Type::Unit;
+    static constexpr int kWords = kGroup / 4;  // of a group's inputs, for each output
+
+    // What a group's sums begin with: it takes away what the offset of the weights adds.
+    static Ints first_sum(const Tokens& tokens, int64_t place) {
+        if constexpr (!Bytes::kOffset) return Ints{};
+        return broadcast_shifted<Bytes::kOffsetBits>(tokens.negative_sums[place]);
+    }
+
+    static uint32_t four_numbers(const Tokens& tokens, int64_t place, int word) {
+        uint32_t numbers;
+        std::memcpy(&numbers, tokens.numbers + place * kGroup + 4 * word, sizeof numbers);
+        return numbers;
+    }
+
+    // sum += a group's sum for a panel, times scale and step, and its minimum.
+    static void add_group_sum(Wide& sum, const Linear& w, const Tokens& tokens, int64_t place, int64_t group, Ints dot) {
+        Wide value = to_wide(dot);
+        if constexpr (Type::kGrouped) value = value * Type::scale(w.scales, group);
+        add_product(sum, value, broadcast_wide(tokens.steps[place]));
+        if constexpr (Bytes::kMinimum)
+            add_product(sum, Type::minimum(w.scales, group), broadcast_wide(tokens.group_sums[place]));
+    }
+
     // Exact sums of one group, for `Panels` panels and `Count` tokens.
     template <int Count, int Panels>
-    __attribute__((always_inline)) static inline void add_group(const typename Type::Unit* units, const Tokens& tokens,
-                                                                int64_t inputs, int64_t start,
+    __attribute__((always_inline)) static inline void add_group(const Unit* units, const Tokens& tokens,
+                                                                int64_t inputs, int64_t group,
                                                                 Ints (&dots)[Count][Panels]) {
         constexpr int kInputs = Type::kInputs;
-        const int64_t panel = inputs / kInputs;
+        const int64_t panel = inputs / kInputs, start = group * kGroup;
         const auto* ahead = units + (place_ahead<Type, Panels>(tokens, inputs, start) - start) / kInputs;
 #pragma GCC unroll 8
         for (int64_t i = start; i < start + kGroup; i += kInputs) {
@@ -65,64 +91,140 @@ struct Int8Product {
 #pragma GCC unroll 2
             for (int part = 0; part < kInputs / 4; ++part) {
                 for (int p = 0; p < Panels; ++p) {
-                    const WideWords bytes = Four<Type>::bytes(units[p * panel + i / kInputs].values, part);
-                    for (int t = 0; t < Count; ++t) {
-                        uint32_t numbers;
-                        std::memcpy(&numbers, tokens.numbers + t * inputs + i + 4 * part, sizeof numbers);
-                        add_dot<Four<Type>::kFull>(dots[t][p], bytes, numbers);
-                    }
+                    const WideWords bytes = Bytes::bytes(units[p * panel + i / kInputs].values, part);
+                    for (int t = 0; t < Count; ++t)
+                        add_dot<Bytes::kFull>(dots[t][p], bytes,
+                                              four_numbers(tokens, group * tokens.all + t, (i - start) / 4 + part));
                 }
             }
         }
     }
 
+    template <int Panels>
+    static void fetch_scales(const Linear& w, int64_t panel, int64_t ahead) {
+        const int64_t groups = w.inputs / kGroup;
+        for (int p = 0; Type::kGrouped && p < Panels; ++p)
+            __builtin_prefetch(static_cast<const uint16_t*>(w.scales) + ((panel + p) * groups + ahead) * Type::kHalves);
+    }
+
     template <int Count, int Panels>
     static void tile(const Linear& w, const Tokens& tokens, int64_t panel) {
         const int64_t inputs = w.inputs, groups = inputs / kGroup;
-        const auto* units = static_cast<const typename Type::Unit*>(w.panels) + panel * inputs / Type::kInputs;
+        const auto* units = static_cast<const Unit*>(w.panels) + panel * inputs / Type::kInputs;
         Wide sums[Count][Panels] = {};
         for (int64_t group = 0; group < groups; ++group) {
-            const int64_t start = group * kGroup, ahead = place_ahead<Type, Panels>(tokens, inputs, start) / kGroup;
+            const int64_t place = group * tokens.all;
             Ints dots[Count][Panels];
-            for (int t = 0; t < Count; ++t) {
-                const Ints before = broadcast_ints(-Four<Type>::kOffset * tokens.number_sums[t * groups + group]);
-                for (int p = 0; p < Panels; ++p) dots[t][p] = before;
-            }
-            add_group<Count, Panels>(units, tokens, inputs, start, dots);
-            for (int p = 0; p < Panels; ++p) {
-                const int64_t first = (panel + p) * groups;
-                if constexpr (Type::kGrouped)
-                    __builtin_prefetch(static_cast<const uint16_t*>(w.scales) + (first + ahead) * Type::kHalves);
-                for (int t = 0; t < Count; ++t) {
-                    const int64_t place = t * groups + group;
-                    Wide value = to_wide(dots[t][p]);
-                    if constexpr (Type::kGrouped) value = value * Type::scale(w.scales, first + group);
-                    add_product(sums[t][p], value, broadcast_wide(tokens.steps[place]));
-                    if constexpr (Four<Type>::kMinimum)
-                        add_product(sums[t][p], Type::minimum(w.scales, first + group),
-                                    broadcast_wide(tokens.group_sums[place]));
-                }
-            }
+            for (int t = 0; t < Count; ++t)
+                for (int p = 0; p < Panels; ++p) dots[t][p] = first_sum(tokens, place + t);
+            add_group<Count, Panels>(units, tokens, inputs, group, dots);
+            fetch_scales<Panels>(w, panel, place_ahead<Type, Panels>(tokens, inputs, group * kGroup) / kGroup);
+            for (int p = 0; p < Panels; ++p)
+                for (int t = 0; t < Count; ++t)
+                    add_group_sum(sums[t][p], w, tokens, place + t, (panel + p) * groups + group, dots[t][p]);
         }
         store_tile<Type>(w, tokens, panel, sums);
+    }
+
+#if defined(__AVX512F__)
+    // With many tokens, a group's bytes stay in registers while all tokens are multiplied with them, and sums lie in the
+    // first cache. From this many tokens on that is faster.
+    static constexpr int kMany = 7;
+    static constexpr int kSums = 64;  // tokens
+
+    template <int Panels>
+    using Group = WideWords[kWords][Panels];
+    template <int Panels>
+    using Sums = Wide[kSums][Panels];
+
+    // A group's bytes times tokens first..first+Count-1.
+    template <int Count, int Panels>
+    __attribute__((always_inline)) static inline void add_tokens(const Linear& w, const Tokens& tokens, int first,
+                                                                 int64_t panel, int64_t group,
+                                                                 const Group<Panels>& bytes, Sums<Panels>& sums) {
+        const int64_t groups = w.inputs / kGroup, place = group * tokens.all + first;
+        Ints dots[Count][Panels];
+        for (int t = 0; t < Count; ++t)
+            for (int p = 0; p < Panels; ++p) dots[t][p] = first_sum(tokens, place + t);
+#pragma GCC unroll 8
+        for (int word = 0; word < kWords; ++word)
+            for (int t = 0; t < Count; ++t)
+                for (int p = 0; p < Panels; ++p)
+                    add_dot<Bytes::kFull>(dots[t][p], bytes[word][p], four_numbers(tokens, place + t, word));
+        for (int t = 0; t < Count; ++t)
+            for (int p = 0; p < Panels; ++p)
+                add_group_sum(sums[first + t][p], w, tokens, place + t, (panel + p) * groups + group, dots[t][p]);
+    }
+
+    // All tokens, `Most` at a time, and those that are left over.
+    template <int Most, int Panels>
+    __attribute__((always_inline)) static inline void add_all(const Linear& w, const Tokens& tokens, int first,
+                                                              int count, int64_t panel, int64_t group,
+                                                              const Group<Panels>& bytes, Sums<Panels>& sums) {
+        for (; first + Most <= count; first += Most) add_tokens<Most, Panels>(w, tokens, first, panel, group, bytes, sums);
+        if constexpr (Most > 1) add_all<Most - 1, Panels>(w, tokens, first, count, panel, group, bytes, sums);
+    }
+
+    template <int Panels>
+    static void strip(const Linear& w, const Tokens& tokens, int count, int64_t panel) {
+        const int64_t inputs = w.inputs, groups = inputs / kGroup, step = inputs / Type::kInputs;
+        const auto* units = static_cast<const Unit*>(w.panels) + panel * step;
+        Sums<Panels> sums;
+        for (int t = 0; t < count; ++t)
+            for (int p = 0; p < Panels; ++p) sums[t][p] = Wide{};
+        for (int64_t group = 0; group < groups; ++group) {
+            const int64_t ahead = place_ahead<Type, Panels>(tokens, inputs, group * kGroup);
+            Group<Panels> bytes;
+            constexpr int kUnits = kGroup / Type::kInputs, kParts = Type::kInputs / 4;
+            for (int i = 0; i < kUnits; ++i) {
+                for (int p = 0; p < Panels; ++p) {
+                    __builtin_prefetch(units + p * step + ahead / Type::kInputs + i);
+                    for (int part = 0; part < kParts; ++part)
+                        bytes[kParts * i + part][p] = Bytes::bytes(units[p * step + group * kUnits + i].values, part);
+                }
+            }
+            fetch_scales<Panels>(w, panel, ahead / kGroup);
+            add_all<8 / Panels, Panels>(w, tokens, 0, count, panel, group, bytes, sums);
+        }
+        for (int t = 0; t < count; ++t) {
+            Wide of_token[1][Panels];
+            for (int p = 0; p < Panels; ++p) of_token[0][p] = sums[t][p];
+            store_tile<Type>(w, tokens.from(t), panel, of_token);
+        }
+    }
+
+    static void multiply_many(const Linear& w, const Tokens& tokens, int count, int start, int stop) {
+        const int blocks = (count + kSums - 1) / kSums;
+        for (int panel = start; panel < stop; panel += 2) {
+            for (int block = 0; block < blocks; ++block) {
+                int from, to;
+                share(count, block, blocks, from, to);
+                Tokens part = tokens.from(from);
+                part.fetch_panels = blocks > 1 && block == blocks - 1;
+                if (panel + 2 <= stop) strip<2>(w, part, to - from, panel);
+                else strip<1>(w, part, to - from, panel);
+            }
+        }
+    }
+#endif
+
+    static void multiply(const Linear& w, const Tokens& tokens, int count, int start, int stop) {
+#if defined(__AVX512F__)
+        if (count >= kMany) return multiply_many(w, tokens, count, start, stop);
+#endif
+        multiply_as<Int8Product>(w, tokens, count, start, stop);
     }
 };
 
 }  // namespace
 
 void multiply_int8(const Linear& w, const Tokens& tokens, int count, int start, int stop) {
-    const QuantizedInputs inputs = quantize_inputs(tokens.x, tokens.ldx, count, w.inputs);
-    Tokens all = tokens;
-    all.numbers = inputs.numbers;
-    all.steps = inputs.steps;
-    all.number_sums = inputs.sums;
-    all.group_sums = inputs.real_sums;
     switch (w.format) {
-        case kInt8: return multiply_as<Int8Product<Int8>>(w, all, count, start, stop);
-        case kQ8_0: return multiply_as<Int8Product<Q8_0>>(w, all, count, start, stop);
-        case kQ4_0: return multiply_as<Int8Product<Q4_0>>(w, all, count, start, stop);
-        case kQ4_1: return multiply_as<Int8Product<Q4_1>>(w, all, count, start, stop);
-        default: return multiply_as<Int8Product<Int4>>(w, all, count, start, stop);
+        case kInt8: return Int8Product<Int8>::multiply(w, tokens, count, start, stop);
+        case kQ8_0: return Int8Product<Q8_0>::multiply(w, tokens, count, start, stop);
+        case kQ4_0: return Int8Product<Q4_0>::multiply(w, tokens, count, start, stop);
+        case kQ4_1: return Int8Product<Q4_1>::multiply(w, tokens, count, start, stop);
+        default: return Int8Product<Int4>::multiply(w, tokens, count, start, stop);
     }
 }
 

@@ -50,7 +50,7 @@ def _leave_out(scores: Tensor, top_k: Tensor, left_out: Tensor) -> Tensor:
     scores = scores.masked_fill_(scores < lowest, -torch.inf)
     ascending = ascending.masked_fill_(ascending < lowest, -torch.inf)
     unlikely = ascending.softmax(-1).cumsum(-1) <= left_out
-    unlikely[:, -1] = False
+    unlikely[:, -1].fill_(False)
     return scores.masked_fill_(unlikely.scatter(1, tokens, unlikely), -torch.inf)
 
 

@@ -290,6 +290,8 @@ def test_adaptive_decoding_learns_no_times_of_such_rounds(load_decoder: Callable
 
     policy = Watching(fixed=Plan(source="layers", exit_layer=2, num_speculations=2))
     drain(start(load_decoder(uses_before=3), [[5, 9]], max_new_tokens=40, policy=policy))
+    while not seen[-1]:  # the last drafts of a row that ends are made one by one
+        seen.pop()
     assert len(seen) > 6
     assert seen == [False] * 4 + [True] * (len(seen) - 4)
 

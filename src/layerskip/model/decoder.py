@@ -146,6 +146,11 @@ class Decoder:
         return self._network.kernels
 
     @property
+    def rounds(self) -> str:
+        """What rounds are made of: `calls`; or `graphs` or `max` where they are captured or compiled."""
+        return "calls"
+
+    @property
     def compute(self) -> str:
         """The numbers that products multiply by: those of `dtype`, or `int8` (`checkpoint.loading.config`)."""
         return str(self.dtype).removeprefix("torch.")

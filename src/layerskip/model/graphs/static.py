@@ -1,20 +1,22 @@
-"""A whole greedy round as one function of tensors: what a CUDA graph can hold and `torch.compile` can see through.
+"""A whole round as one function of tensors: what a CUDA graph can hold and `torch.compile` can see through.
 
-No shape, slice or branch depends on what the host learns during a round: positions, masks and rotary factors are
-computed on the device from the rows' lengths, and attention reads a fixed number of slots.
+No shape, slice or branch depends on what the host learns during a round: positions, masks, rotary factors and noise are
+computed on the device from what it is told of the rows (`rows.py`), and attention reads a fixed number of slots.
 
 Shapes: B rows, Q query tokens a row, K drafts a row, D width, V vocabulary, L layers, S slots that attention reads.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from layerskip.model.cache import KVCache, Slots
 from layerskip.model.config.model_config import SLIDING, ModelConfig
-from layerskip.model.finite import best_tokens
+from layerskip.model.graphs.choosing import choose, filtered, noise_after
+from layerskip.model.graphs.rows import Draws, RowTensors
 from layerskip.model.positions import AttentionSpan, ValueSource, causal_mask
 from layerskip.model.rope import RopeTable
 from layerskip.model.torch.network import TorchNetwork
@@ -37,18 +39,25 @@ def slots_for(live: int, capacity: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundShape:
-    """All that a round's function is made for."""
+    """All that a function is made for."""
 
+    kind: Literal["round", "pass", "draft", "last"] = "round"
+    """A whole round (`StaticRound`); layers over given tokens or states (`StaticPass`); a draft, or the pass over the
+    last one that completes its state (`drafting.StaticDraft`)."""
     exit_layer: int
-    """E, layers that draft; 0 where nothing is drafted."""
+    """E, layers that draft; 0 where nothing is drafted. Of a pass, the layers that have run already."""
     num_drafts: int
-    """K."""
+    """K. Of a pass, its tokens less one; of a draft, the most that a row may have."""
     stop: int
     """Layers in all."""
     num_rows: int
     """B, rows without a text included."""
     num_slots: int
     """S."""
+    draws: Draws = "no"
+    """How tokens are chosen."""
+    asks: bool = False
+    """Of a draft, whether its confidence is computed, and whether its row drafts on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +87,7 @@ class RoundParts:
 
 
 class DevicePositions:
-    """`attention.Positions` for rows whose lengths only the device knows (`attention.Placement`)."""
+    """`Positions` for rows whose lengths only the device knows (`positions.Placement`)."""
 
     def __init__(
         self, parts: RoundParts, first: Tensor, num_queries: int, num_slots: int, capacity: int, committed: Tensor
@@ -105,9 +114,14 @@ class DevicePositions:
         return self._spans[kind]
 
     def sources(self, cache: KVCache, source: ValueSource) -> tuple[Tensor, Tensor]:
-        """As `Positions.sources`, for the only source that a round needs: the last committed token."""
-        assert source is ValueSource.COMMITTED
-        return self._positions, torch.minimum(self._positions, self._committed) - 1
+        """As `Positions.sources`."""
+        match source:
+            case ValueSource.COMMITTED:
+                return self._positions, torch.minimum(self._positions, self._committed) - 1
+            case ValueSource.BEFORE:
+                return self._positions, self._positions - 1
+            case _:
+                return self._positions, torch.full_like(self._positions, -1)
 
 
 def _span(parts: RoundParts, kind: str, positions: Tensor, num_slots: int) -> AttentionSpan:
@@ -122,15 +136,15 @@ def _span(parts: RoundParts, kind: str, positions: Tensor, num_slots: int) -> At
     return AttentionSpan(first_slot=0, last_slot=num_slots, mask=mask, cos=cos, sin=sin)
 
 
-class StaticRound:
-    """Drafts and verification of one shape, over one pair of cache buffers."""
+class StaticPart:
+    """What functions over one pair of cache buffers have in common."""
 
     def __init__(self, parts: RoundParts, shape: RoundShape, cache: KVCache) -> None:
         """Fix what doesn't change.
 
         Args:
             parts: The model.
-            shape: Sizes of the round.
+            shape: Sizes.
             cache: Its buffers are used; the cache itself isn't kept.
         """
         self.shape = shape
@@ -140,49 +154,93 @@ class StaticRound:
         """Position of the scratch slot."""
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """Run the round; the same inputs give the same outputs, however often.
+        """Run the function; nothing in it waits for the host, or for the device.
 
         Args:
-            inputs: [B, 2], long: each row's pending token, and its position.
+            inputs: [B, C], long: what `rows.RowInputs` holds.
+        """
+        raise NotImplementedError
+
+    def _run(self, hidden: Tensor, first: Tensor, start: int, stop: int, committed: Tensor) -> Tensor:
+        """Layers start..stop-1 over a block whose rows begin at `first` [B]."""
+        positions = self._place(first, hidden.shape[1], committed)
+        return self._parts.network.run_layers(hidden, positions, self._buffers, start, stop)
+
+    def _read(self, state: Tensor, first: Tensor, exit_layer: int, committed: Tensor, source: ValueSource) -> Tensor:
+        """Logits [B, Q, V] of states [B, Q, D] at an exit, through its adapter if it has one."""
+        adapter = self._parts.adapters.get(exit_layer)
+        if adapter is None:
+            return self._parts.unembed(state)
+        positions = self._place(first, state.shape[1], committed)
+        return adapter.unembed(self._parts.network.run_adapter(adapter.layer, state, positions, self._buffers, source))
+
+    def _write_keys(self, state: Tensor, first: Tensor, committed: Tensor) -> None:
+        """The adapter's keys for tokens of which nothing is drafted."""
+        adapter = self._parts.adapters.get(self.shape.exit_layer)
+        if adapter is not None:
+            positions = self._place(first, state.shape[1], committed)
+            self._parts.network.write_keys(adapter.layer, state, positions, self._buffers)
+
+    def _noise(self, rows: RowTensors, offset: Tensor | int, num_queries: int) -> Tensor | None:
+        """Noise of the tokens that follow Q tokens from `first + offset` on, if any row draws."""
+        size = self._parts.config.vocab_size
+        return None if self.shape.draws == "no" else noise_after(rows, offset, num_queries, size)
+
+    def _targets(self, hidden: Tensor, rows: RowTensors, noise: Tensor | None) -> Tensor:
+        """[B, Q], what the last layer's outputs say follows each token of a block from `first` on."""
+        logits = self._read(hidden, rows.first, self.shape.stop, rows.first, ValueSource.NONE)
+        return choose(filtered(logits, rows, self.shape.draws), rows, noise)
+
+    def _place(self, first: Tensor, num_queries: int, committed: Tensor) -> DevicePositions:
+        capacity, slots = self._buffers.capacity, self.shape.num_slots
+        return DevicePositions(self._parts, first, num_queries, slots, capacity, committed)
+
+
+class StaticRound(StaticPart):
+    """Drafts and verification of one shape."""
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Run the round; the same inputs give the same outputs, however often.
 
         Returns:
             [B, 2K + 1], long: the drafts, then the targets after the pending token and after each draft.
         """
-        parts, shape = self._parts, self.shape
-        token, first = inputs[:, :1], inputs[:, 1]
-        self._committed = first  # the pending token comes right after what is committed
+        parts, shape, rows = self._parts, self.shape, RowTensors.of(inputs)
+        token, first = rows.token, rows.first
+        noise = self._noise(rows, 0, shape.num_drafts + 1)  # drafts and targets share it
         drafts: list[Tensor] = []
         states = [] if shape.exit_layer else [parts.embed(token)]
         if shape.exit_layer:
             for i in range(shape.num_drafts + 1):
-                states.append(self._run(parts.embed(token), first + i, 0, shape.exit_layer))
+                states.append(self._run(parts.embed(token), first + i, 0, shape.exit_layer, first))
                 if i < shape.num_drafts:
-                    token = self._draft(states[-1], first + i)
+                    logits = self._read(states[-1], first + i, shape.exit_layer, first, ValueSource.COMMITTED)
+                    scores = filtered(logits, rows, shape.draws)
+                    token = choose(scores, rows, None if noise is None else noise[:, i : i + 1])
                     drafts.append(token)
-            if shape.exit_layer in parts.adapters:
-                self._write_keys(states[-1], first + shape.num_drafts)
-        hidden = self._run(torch.cat(states, 1), first, shape.exit_layer, shape.stop)
-        return torch.cat((*drafts, best_tokens(parts.unembed(hidden))), 1)
+            self._write_keys(states[-1], first + shape.num_drafts, first)
+        hidden = self._run(torch.cat(states, 1), first, shape.exit_layer, shape.stop, first)
+        return torch.cat((*drafts, self._targets(hidden, rows, noise)), 1)
 
-    def _draft(self, state: Tensor, first: Tensor) -> Tensor:
-        """The draft that the state at the exit [B, 1, D] gives, for a token at `first` [B]."""
-        adapter = self._parts.adapters.get(self.shape.exit_layer)
-        if adapter is None:
-            return best_tokens(self._parts.unembed(state))
-        positions = self._place(first, 1)
-        network, source = self._parts.network, ValueSource.COMMITTED
-        return best_tokens(adapter.unembed(network.run_adapter(adapter.layer, state, positions, self._buffers, source)))
 
-    def _run(self, hidden: Tensor, first: Tensor, start: int, stop: int) -> Tensor:
-        """Layers start..stop-1 over a block whose rows begin at `first` [B]."""
-        positions = self._place(first, hidden.shape[1])
-        return self._parts.network.run_layers(hidden, positions, self._buffers, start, stop)
+class StaticPass(StaticPart):
+    """Layers over given tokens, or over the states of drafts, and the choice after each."""
 
-    def _write_keys(self, state: Tensor, first: Tensor) -> None:
-        """The adapter's keys for a token of which nothing is drafted."""
-        layer = self._parts.adapters[self.shape.exit_layer].layer
-        self._parts.network.write_keys(layer, state, self._place(first, state.shape[1]), self._buffers)
+    def __init__(self, parts: RoundParts, shape: RoundShape, cache: KVCache) -> None:
+        """As `StaticPart`; a pass that begins with the first layer takes tokens, and any other one states."""
+        super().__init__(parts, shape, cache)
+        size = (shape.num_rows, shape.num_drafts + 1)
+        device = cache.keys.device
+        with torch.inference_mode(False):
+            if shape.exit_layer:
+                self.block = torch.zeros(*size, parts.config.hidden_size, dtype=parts.dtype, device=device)
+            else:
+                self.block = torch.zeros(size, dtype=torch.long, device=device)
+        """[B, K + 1], tokens, or [B, K + 1, D], the states after E layers; written before each call."""
 
-    def _place(self, first: Tensor, num_queries: int) -> DevicePositions:
-        capacity, slots = self._buffers.capacity, self.shape.num_slots
-        return DevicePositions(self._parts, first, num_queries, slots, capacity, self._committed)
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """[B, K + 1], the token after each."""
+        shape, rows = self.shape, RowTensors.of(inputs)
+        hidden = self.block if shape.exit_layer else self._parts.embed(self.block)
+        hidden = self._run(hidden, rows.first, shape.exit_layer, shape.stop, rows.first)
+        return self._targets(hidden, rows, self._noise(rows, 0, shape.num_drafts + 1))

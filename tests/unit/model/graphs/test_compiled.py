@@ -20,7 +20,9 @@ from layerskip.model.decoders.graphs import GraphDecoder
 from layerskip.model.drafts import CONFIDENCE_CLASSES, DraftRequest, RoundTokens, StopRule
 from layerskip.model.draw import Draw
 from layerskip.model.graphs import compiled as compiled_rounds
-from layerskip.model.graphs.compiled import CompiledRounds, _Program, _Recorder
+from layerskip.model.graphs.compiled import CompiledRounds
+from layerskip.model.graphs.program import Program, Recorder
+from layerskip.model.graphs.rows import RowInputs
 from layerskip.model.graphs.static import StaticRound
 from layerskip.model.torch.network import TorchNetwork
 
@@ -147,21 +149,28 @@ class TestRounds:
         assert made == [0, 0, 0, 1, 1, 1, 2]
 
     @pytest.mark.parametrize(
-        "options",
+        ("options", "kinds"),
         [
-            {"stop": StopRule(rates=(1.0,) * CONFIDENCE_CLASSES, least=0.0)},
-            {"draw": Draw(temperatures=(1.0,), top_k=(0,), top_p=(1.0,), min_p=(0.0,), seeds=(3,))},
-            {"planned": 7},  # most drafts would be in vain: the rows are about to end
+            ({"stop": StopRule(rates=(1.0,) * CONFIDENCE_CLASSES, least=0.0)}, ["draft", "last", "pass"]),
+            ({"draw": Draw(temperatures=(1.0,), top_k=(0,), top_p=(1.0,), min_p=(0.0,), seeds=(3,))}, ["round"]),
+            ({"planned": 7}, ["draft", "last", "pass"]),  # most drafts of a whole round would be in vain
         ],
-        ids=lambda options: next(iter(options)),
+        ids=["stop", "draw", "planned"],
     )
-    def test_rounds_that_are_not_greedy_and_of_a_fixed_length_run_by_the_other_verbs(
-        self, decoder: GraphDecoder, options: dict[str, Any]
+    def test_rounds_of_no_fixed_length_are_made_of_parts(
+        self, decoder: GraphDecoder, options: dict[str, Any], kinds: list[str]
     ) -> None:
         cache = decoder.new_cache(1, 40)
         round_ = decoder.round([5], cache, DraftRequest(exit_layer=2, num_drafts=3, **options), 4)
         assert len(round_.drafts[0]) == 3
+        assert [made.shape.kind for made in decoder.compiled] == kinds
+
+    def test_prompts_are_not_captured(self, decoder: GraphDecoder) -> None:
+        cache, block = decoder.new_cache(1, 60), torch.zeros(1, 17, dtype=torch.long)
+        decoder.choose(block, decoder.place(cache, [0], 17), cache, 0, 4)
         assert decoder.compiled == ()
+        decoder.choose(block[:, :16], decoder.place(cache, [0], 16), cache, 0, 4)
+        assert [made.shape.num_drafts for made in decoder.compiled] == [15]
 
     def test_a_round_drafts_as_many_as_it_is_made_for(self, decoder: GraphDecoder) -> None:
         cache = decoder.new_cache(1, 40)
@@ -198,20 +207,22 @@ class TestRounds:
         rounds, cache = rounds_of(decoder), decoder.new_cache(3, 40)
         expected = run(decoder, cache)
         monkeypatch.setattr(torch, "cuda", FakeCuda(log))
-        program = _Program(StaticRound(rounds._parts, decoder.compiled[0].shape, cache), torch.device("cpu"))
+        inputs = RowInputs(3, torch.device("cpu"))
+        program = Program(StaticRound(rounds._parts, decoder.compiled[0].shape, cache), inputs)
+        inputs.fill([1, 2, 3], [0, 0, 0], 40)
         call = program._call
         monkeypatch.setattr(program, "_call", lambda: log.append("call") or call())
-        program.capture([1, 2, 3], [0, 0, 0], _Recorder(torch.device("cpu")))
+        program.capture(Recorder(torch.device("cpu")))
         wait = ["side waits for current"]
         warm_up = ["enter side", "call", "call", "call", "leave side", "current waits for side"]
         assert log == wait + warm_up + ["begin on side", "call", "end"]
         log.clear()
-        assert program._outputs is not None
-        program._outputs[:3] = torch.tensor(tokens_of(expected))
-        found = program.run([5, 5, 5], [0, 0, 0])
+        inputs.fill([5, 5, 5], [0, 0, 0], 40)
+        found = program.run()
         assert log == ["replay"]
-        assert found[:, 2:].tolist() == expected.targets
-        assert program._inputs.tolist() == [[5, 0]] * 3 + [[0, 0]] * (len(program._inputs) - 3)
+        assert found is program._outputs  # where a replay of a real graph would have written
+        assert program.inputs.tensor[:, :2].tolist() == [[5, 0]] * 3
+        assert call()[:3].tolist() == tokens_of(expected)
 
     def test_a_failure_leaves_the_other_verbs(self, decoder: GraphDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
         expected = tokens_of(run(decoder, decoder.new_cache(1, 40), 3))
@@ -279,6 +290,8 @@ def test_adaptive_decoding_learns_no_times_of_such_rounds(load_decoder: Callable
 
     policy = Watching(fixed=Plan(source="layers", exit_layer=2, num_speculations=2))
     drain(start(load_decoder(uses_before=3), [[5, 9]], max_new_tokens=40, policy=policy))
+    while not seen[-1]:  # the last drafts of a row that ends are made one by one
+        seen.pop()
     assert len(seen) > 6
     assert seen == [False] * 4 + [True] * (len(seen) - 4)
 

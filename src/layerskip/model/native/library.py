@@ -15,7 +15,7 @@ from typing import Any
 from layerskip.errors import InvalidArgumentError
 from layerskip.model.drafts import CONFIDENCE_CLASSES
 
-INTERFACE = 15
+INTERFACE = 16
 """Version of what the functions do; `layerskip_interface` must return it."""
 NAMES = ("_native_avx512vnni.so", "_native_avx512.so", "_native.so")
 LIBRARIES = tuple(Path(__file__).parents[2] / name for name in NAMES)
@@ -122,9 +122,13 @@ class CacheView(Structure):
     _fields_ = (
         ("keys", c_void_p),
         ("values", c_void_p),
+        ("key_scales", c_void_p),
+        ("value_scales", c_void_p),
         ("layer_stride", c_int64),
         ("row_stride", c_int64),
         ("capacity", c_int64),
+        ("format", c_int32),
+        ("padding", c_int32),
     )
 
 

@@ -338,6 +338,7 @@ class NativeNetwork:
             layer_stride=cache.keys.stride(0),
             row_stride=cache.keys.stride(1),
             capacity=cache.capacity,
+            format=0,
         )
         self._latest_cache = weakref.ref(cache), view
         return view

@@ -34,6 +34,7 @@ class GraphDecoder(Decoder):
             unembed=self.unembed,
             ropes=self._ropes,
             dtype=self.dtype,
+            cache_dtype=self.cache_dtype,
         )
         self._parts = parts
         self._rounds = CompiledRounds(

@@ -53,8 +53,9 @@ const char* layerskip_layout() {
                   FIELD(Network, residual_multiplier), FIELD(Network, joint_qk_norm), FIELD(Network, all_heads),
                   FIELD(Network, all_kv_heads), FIELD(Network, counted), FIELD(Network, total)}) +
         describe("Cache", sizeof(Cache),
-                 {FIELD(Cache, keys), FIELD(Cache, values), FIELD(Cache, layer_stride), FIELD(Cache, row_stride),
-                  FIELD(Cache, capacity)}) +
+                 {FIELD(Cache, keys), FIELD(Cache, values), FIELD(Cache, key_scales), FIELD(Cache, value_scales),
+                  FIELD(Cache, layer_stride), FIELD(Cache, row_stride), FIELD(Cache, capacity), FIELD(Cache, format),
+                  FIELD(Cache, padding)}) +
         describe("Embedding", sizeof(Embedding),
                  {FIELD(Embedding, table), FIELD(Embedding, format), FIELD(Embedding, multiplier)}) +
         describe("StopRule", sizeof(StopRule), {FIELD(StopRule, rates), FIELD(StopRule, least), FIELD(StopRule, kept)}) +

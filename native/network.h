@@ -83,11 +83,15 @@ struct Network {
 };
 
 struct Cache {
-    float* keys;    // [L, B, T + 1, H_kv, D_head]; the last slot is scratch
-    float* values;  // as the keys
-    int64_t layer_stride;  // floats
-    int64_t row_stride;    // floats
+    void* keys;    // [L, B, T + 1, H_kv, D_head]; the last slot is scratch
+    void* values;  // as the keys
+    float* key_scales;     // [L, B, T + 1, H_kv] in int8, else null
+    float* value_scales;   // as those of the keys
+    int64_t layer_stride;  // numbers, a multiple of D_head
+    int64_t row_stride;    // numbers, a multiple of D_head
     int64_t capacity;      // T
+    int32_t format;        // float32, bfloat16 or int8
+    int32_t padding;
 };
 
 struct Embedding {

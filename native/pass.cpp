@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels/attention.h"
+#include "kernels/cache.h"
 #include "kernels/elementwise.h"
 #include "kernels/experts.h"
 #include "kernels/linear.h"
@@ -59,7 +60,7 @@ class Pass {
           attention_(network, cache, block.segments, block.num_segments, shared.floats, team, member),
           experts_(network, block.tokens, kChunk, shared.floats + own_floats(network), shared.numbers, team, member) {
         const int64_t heads = net_.num_heads + 2 * net_.num_kv_heads;
-        qkv_ = shared.floats + Attention::kPartialFloats;
+        qkv_ = shared.floats + Attention::shared_floats(net_);
         attended_ = qkv_ + kChunk * heads * net_.head_dim;
         gate_up_ = attended_ + kChunk * static_cast<int64_t>(net_.num_heads) * net_.head_dim;
         inner_ = gate_up_ + kChunk * 2 * static_cast<int64_t>(net_.intermediate_size);
@@ -83,7 +84,7 @@ class Pass {
         const int64_t qkv = static_cast<int64_t>(net.num_heads + 2 * net.num_kv_heads) * net.head_dim;
         const int64_t attended = static_cast<int64_t>(net.num_heads) * net.head_dim;
         const int64_t mlp = 3 * static_cast<int64_t>(net.intermediate_size);
-        return Attention::kPartialFloats + kChunk * (qkv + attended + mlp + 2 * net.hidden_size) +
+        return Attention::shared_floats(net) + kChunk * (qkv + attended + mlp + 2 * net.hidden_size) +
                (kLine + 2 * prepared_room(net)) / static_cast<int64_t>(sizeof(float));
     }
 
@@ -308,7 +309,7 @@ class Pass {
             const int token = task / used, head = first + task % used;
             float* x = qkv_ + (token * heads + head) * head_dim;
             if (head < net_.num_heads) {
-                turn(layer, layer.q_norm, x, token, x);
+                turn(layer, layer.q_norm, x, token);
                 continue;
             }
             const int64_t slot = std::min(positions_[token], cache_.capacity);
@@ -317,21 +318,19 @@ class Pass {
             const int kv_head = head - net_.num_heads - (is_key ? 0 : net_.num_kv_heads);
             const int64_t place = at + (slot * net_.num_kv_heads + kv_head) * head_dim;
             if (is_key) {
-                turn(layer, layer.k_norm, x, token, cache_.keys + place);
+                turn(layer, layer.k_norm, x, token);
+                put_keys(cache_, place, x, head_dim);
             } else {
-                std::memcpy(cache_.values + place, x, head_dim * sizeof(float));
+                put_values(cache_, place, x, head_dim);
             }
         }
     }
 
-    void turn(const Layer& layer, const float* norm, float* x, int token, float* to) {
+    void turn(const Layer& layer, const float* norm, float* x, int token) {
         if (norm != nullptr && !net_.joint_qk_norm) normalize(x, norm, net_.head_dim, net_.rms_norm_eps, x);
-        if (layer.cosines == nullptr) {
-            if (to != x) std::copy(x, x + net_.head_dim, to);
-            return;
-        }
+        if (layer.cosines == nullptr) return;
         const int64_t angle = std::min(positions_[token], cache_.capacity - 1) * net_.rotary_dim;
-        rotate(x, layer.cosines + angle, layer.sines + angle, net_.rotary_dim, net_.head_dim, to);
+        rotate(x, layer.cosines + angle, layer.sines + angle, net_.rotary_dim, net_.head_dim, x);
     }
 
     const Network& net_;
@@ -385,9 +384,10 @@ void fuse(const Network& network, int32_t index, const Rows& rows, const int64_t
     std::vector<float> values(total * inputs);
     rows.each([&](int64_t token, int64_t row, int64_t) {
         for (int64_t i = 0; sources[token] >= 0 && i < layer.num_value_layers; ++i) {
-            const float* from = cache.values + layer.value_layers[i] * cache.layer_stride + row * cache.row_stride +
-                                sources[token] * part;
-            std::copy(from, from + part, values.data() + token * inputs + i * part);
+            const int64_t place =
+                layer.value_layers[i] * cache.layer_stride + row * cache.row_stride + sources[token] * part;
+            read_values(cache, place, network.head_dim, network.num_kv_heads,
+                        values.data() + token * inputs + i * part);
         }
     });
     Team::of(network.threads).run([&](int member, int size) {

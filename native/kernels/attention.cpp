@@ -1,227 +1,274 @@
 #include "kernels/attention.h"
 
 #include <algorithm>
-#include <limits>
-
-#include "kernels/wide.h"
+#include <cmath>
 
 namespace layerskip {
 namespace {
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int kQueries = 4;          // queries of a tile
 constexpr int64_t kLineFloats = 16;  // floats of a cache line
 
-// Slots are too far apart for the processor to foresee the next one.
-__attribute__((always_inline)) inline void fetch(const float* from, int64_t count) {
-    for (int64_t i = 0; i < count; i += kLineFloats) __builtin_prefetch(from + i);
+// Floats that each member has for itself.
+int64_t member_floats(const Network& net, int most) {
+    return (most + 2 * kSlots + kWideLanes) * static_cast<int64_t>(net.head_dim) + kWideLanes * kLanes;
 }
 
-// Scores of `Queries` queries with a piece's keys: scores[q][t]. Keys beyond `count` are the last one again. Meanwhile,
-// what comes next is fetched if it is given: values of the piece, and keys of the next one.
-template <int Queries>
-void score(const float* const* queries, const float* keys, const float* values, const float* next_keys, int64_t stride,
-           int64_t head_dim, int count, float scale, float (*scores)[kSlots]) {
-    constexpr int kKeys = Queries == 1 ? 8 : Queries == 2 ? 4 : 2;
-    for (int t = 0; t < count; t += kKeys) {
-        const float* key[kKeys];
-        for (int k = 0; k < kKeys; ++k) {
-            key[k] = keys + std::min(t + k, count - 1) * stride;
-            if (next_keys == nullptr) continue;
-            fetch(values + (t + k) * stride, head_dim);
-            fetch(next_keys + (t + k) * stride, head_dim);
+// Put results of at most 16 queries over their next piece together with those over the pieces before it.
+void merge(float* const* results, int size, int64_t head_dim, float* most, float* total, float* const* outs) {
+    alignas(64) float factors[kWideLanes] = {};
+    for (int q = 0; q < size; ++q) factors[q] = -std::fabs(most_of(results[q], head_dim) - most[q]);
+    store(factors, exponential(load_wide(factors)));
+    for (int q = 0; q < size; ++q) {
+        const float *result = results[q], factor = factors[q], sum = total_of(results[q], head_dim);
+        if (sum == 0) continue;  // it attends to nothing there
+        if (most_of(results[q], head_dim) > most[q]) {
+            most[q] = most_of(results[q], head_dim);
+            total[q] = total[q] * factor + sum;
+            for (int64_t i = 0; i < head_dim; i += kLanes)
+                store(outs[q] + i, load(outs[q] + i) * factor + load(result + i));
+        } else {
+            total[q] += sum * factor;
+            for (int64_t i = 0; i < head_dim; i += kLanes)
+                store(outs[q] + i, load(outs[q] + i) + load(result + i) * factor);
         }
-        Vector products[kLanes] = {};
-        for (int64_t i = 0; i < head_dim; i += kLanes) {
-            for (int q = 0; q < Queries; ++q) {
-                const Vector query = load(queries[q] + i);
-                for (int k = 0; k < kKeys; ++k) products[q * kKeys + k] += query * load(key[k] + i);
-            }
-        }
-        const Vector results = sums(products) * scale;
-        for (int q = 0; q < Queries; ++q)
-            for (int k = 0; k < kKeys; ++k) scores[q][t + k] = results[q * kKeys + k];
     }
 }
 
-// Vectors of channels that `mix` computes at once for a number of queries.
-#if defined(__AVX512F__)
-constexpr int most_channels(int) { return 4; }
-#else
-constexpr int most_channels(int queries) { return queries == 1 ? 4 : queries == 2 ? 2 : 1; }
-#endif
-
-// results[q] = sum over t of weights[q][t] * values[t], from channel i on.
-template <int Queries, int Wides = most_channels(Queries)>
-void mix(const float (*weights)[kSlots], const float* values, int64_t stride, int64_t head_dim, int count,
-         float* const* results, int64_t i = 0) {
-    for (; i + Wides * kWideLanes <= head_dim; i += Wides * kWideLanes) {
-        Wide sums[Queries][Wides] = {};
-        for (int t = 0; t < count; ++t) {
-            for (int v = 0; v < Wides; ++v) {
-                const Wide value = load_wide(values + t * stride + i + v * kWideLanes);
-                for (int q = 0; q < Queries; ++q) add_product(sums[q][v], value, broadcast_wide(weights[q][t]));
-            }
-        }
-        for (int q = 0; q < Queries; ++q)
-            for (int v = 0; v < Wides; ++v) store(results[q] + i + v * kWideLanes, sums[q][v]);
-    }
-    if constexpr (Wides > 1) return mix<Queries, Wides / 2>(weights, values, stride, head_dim, count, results, i);
-    for (int q = 0; i < head_dim && q < Queries; ++q) {  // eight channels are left over
-        Vector sum{};
-        for (int t = 0; t < count; ++t) sum += load(values + t * stride + i) * weights[q][t];
-        store(results[q] + i, sum);
-    }
+void divide(float* out, float total, int64_t head_dim) {
+    const float factor = 1 / total;
+    for (int64_t i = 0; i < head_dim; i += kLanes) store(out + i, load(out + i) * factor);
 }
 
 }  // namespace
 
 Attention::Attention(const Network& network, const Cache& cache, const Segment* segments, int num_segments,
-                     float* partials, Team& team, int member)
-    : net_(network), cache_(cache), segments_(segments), num_segments_(num_segments), partials_(partials), team_(team),
-      member_(member), head_dim_(network.head_dim), stride_(network.num_kv_heads * head_dim_),
-      partial_floats_(head_dim_ + kLanes) {}
+                     float* floats, Team& team, int member)
+    : net_(network), cache_(cache), segments_(segments), num_segments_(num_segments), team_(team), member_(member),
+      groups_(network.num_heads / network.num_kv_heads), head_dim_(network.head_dim),
+      stride_(network.num_kv_heads * head_dim_), result_floats_(head_dim_ + kLanes) {
+    const auto misplaced = static_cast<int64_t>(reinterpret_cast<uintptr_t>(floats) / sizeof(float) % kLineFloats);
+    kept_ = floats + (kLineFloats - misplaced) % kLineFloats;
+    turned_ = kept_ + kKept + member * member_floats(network, kMost);
+    keys_ = turned_ + kMost * head_dim_;
+    values_ = keys_ + kSlots * head_dim_;
+    results_ = values_ + kSlots * head_dim_;
+}
 
-Attention::Span Attention::span_of(int64_t position, int64_t window) const {
+int64_t Attention::shared_floats(const Network& net) {
+    return kLineFloats + kKept + net.threads * member_floats(net, kMost);
+}
+
+Span Attention::span_of(int64_t position, int64_t window) const {
     return {window > 0 ? std::max<int64_t>(0, position + 1 - window) : 0, std::min(position, cache_.capacity) + 1};
 }
 
-Attention::Part Attention::part_of(const Segment& tokens, int64_t window) const {
-    const int64_t first = span_of(tokens.position, window).start / kSlots;
-    const int64_t stop = span_of(tokens.position + tokens.count - 1, window).stop;
-    return {tokens, first, (stop + kSlots - 1) / kSlots - first, nullptr};
+int64_t Attention::position_of(const Tile& tile, int query) const {
+    return tile.tokens->position + (tile.first + query) / groups_;
 }
 
-float* Attention::partial(const Part& part, int token, int head, int64_t piece) const {
-    return part.partials + ((token * net_.num_heads + head) * part.pieces + piece) * partial_floats_;
+float* Attention::out_of(const Step& step, const Tile& tile, int kv_head, int query) const {
+    const int64_t token = tile.tokens->first + (tile.first + query) / groups_;
+    return step.out + (token * net_.num_heads + kv_head * groups_ + (tile.first + query) % groups_) * head_dim_;
+}
+
+void Attention::make_tiles(int64_t window) {
+    tiles_.clear();
+    int before = 0;
+    for (const Segment* tokens = segments_; tokens < segments_ + num_segments_; ++tokens) {
+        const int queries = tokens->count * groups_;
+        for (int first = 0; first < queries; first += kMost) {
+            Tile tile{tokens, first, std::min(kMost, queries - first), 0, 0, before};
+            tile.first_piece = span_of(position_of(tile, 0), window).start / kSlots;
+            const int64_t stop = span_of(position_of(tile, tile.count - 1), window).stop;
+            tile.pieces = std::max<int64_t>(0, (stop + kSlots - 1) / kSlots - tile.first_piece);
+            before += tile.count;
+            tiles_.push_back(tile);
+        }
+    }
 }
 
 void Attention::run(const float* qkv, float* out, int layer, int64_t window) {
-    int64_t used = 0;
-    for (int i = 0; i < num_segments_; ++i) {
-        for (int done = 0; done < segments_[i].count;) {
-            Segment tokens{segments_[i].row, segments_[i].position + done, segments_[i].first + done,
-                           segments_[i].count - done};
-            const int64_t token_floats = net_.num_heads * part_of(tokens, window).pieces * partial_floats_;
-            const int64_t fitting = (kPartialFloats - used) / token_floats;
-            if (fitting == 0 && used > 0) {
-                finish(qkv, out, layer, window);
-                used = 0;
-                continue;
+    make_tiles(window);
+    const Step step{qkv, out, layer, window};
+    const int64_t tiles = static_cast<int64_t>(tiles_.size()), queries = tiles_.back().before + tiles_.back().count;
+    const bool enough = tiles * net_.num_kv_heads >= 4 * team_.size();
+    const bool fits = queries * net_.num_kv_heads * (result_floats_ + 2) <= kKept;
+    if (team_.size() == 1 || enough || !fits) {
+        run_whole(step);
+    } else {
+        run_shared(step);
+    }
+}
+
+// Every member computes all pieces of its tiles.
+void Attention::run_whole(const Step& step) {
+    int64_t pieces = 0, before = 0;  // of all tiles; of those gone through
+    for (const Tile& tile : tiles_) pieces += tile.pieces * net_.num_kv_heads;
+    for (const Tile& tile : tiles_) {
+        for (int kv_head = 0; kv_head < net_.num_kv_heads; ++kv_head) {
+            if (before * team_.size() / std::max<int64_t>(1, pieces) == member_)
+                with_numbers(cache_, [&](auto number) { whole<decltype(number)>(step, tile, kv_head); });
+            before += tile.pieces;
+        }
+    }
+    team_.barrier();
+}
+
+template <typename Number>
+void Attention::whole(const Step& step, const Tile& tile, int kv_head) {
+    float most[kMost], total[kMost], *outs[kMost], *results[kWideLanes];
+    for (int q = 0; q < tile.count; ++q) {
+        most[q] = -kInfinity, total[q] = 0;
+        outs[q] = out_of(step, tile, kv_head, q);
+        std::fill(outs[q], outs[q] + head_dim_, 0.0f);
+    }
+    for (int q = 0; q < kWideLanes; ++q) results[q] = results_ + q * result_floats_;
+    attend<Number>(
+        step, tile, kv_head, 0, tile.pieces, [&](int query, int64_t) { return results[query % kWideLanes]; },
+        [&](int query, int size) { merge(results, size, head_dim_, most + query, total + query, outs + query); });
+    for (int q = 0; q < tile.count; ++q) divide(outs[q], total[q], head_dim_);
+}
+
+// Members share the pieces of few tiles: as many at a time as there is room for their results, which are put together
+// before the next ones.
+void Attention::run_shared(const Step& step) {
+    int64_t most = 0;
+    for (const Tile& tile : tiles_) most = std::max(most, tile.pieces);
+    const int64_t queries = (tiles_.back().before + tiles_.back().count) * static_cast<int64_t>(net_.num_kv_heads);
+    const int64_t room = std::min(most, (kKept - 2 * queries) / (queries * result_floats_));
+    for (int64_t begin = 0; begin < most; begin += room) {
+        int64_t items = 0;
+        for (const Tile& tile : tiles_)
+            items += std::clamp<int64_t>(tile.pieces - begin, 0, room) * net_.num_kv_heads;
+        int from, to;
+        share(static_cast<int>(items), member_, team_.size(), from, to);
+        for (const Tile& tile : tiles_) {
+            const int count = static_cast<int>(std::clamp<int64_t>(tile.pieces - begin, 0, room));
+            for (int item = std::max(0, from); item < std::min(count * net_.num_kv_heads, to); ++item) {
+                const int kv_head = item / count;
+                const int64_t index = begin + item % count;
+                const auto result = [&](int query, int64_t piece) {
+                    const int64_t number = (tile.before + query) * static_cast<int64_t>(net_.num_kv_heads) + kv_head;
+                    return kept_ + (number * room + piece - begin) * result_floats_;
+                };
+                with_numbers(cache_, [&](auto number) {
+                    attend<decltype(number)>(step, tile, kv_head, index, index + 1, result, [](int, int) {});
+                });
             }
-            tokens.count = static_cast<int>(std::min<int64_t>(tokens.count, std::max<int64_t>(1, fitting)));
-            Part part = part_of(tokens, window);
-            part.partials = partials_ + used;
-            parts_.push_back(part);
-            used += tokens.count * net_.num_heads * part.pieces * partial_floats_;
-            done += tokens.count;
+            from -= count * net_.num_kv_heads, to -= count * net_.num_kv_heads;
+        }
+        team_.barrier();
+        merge_kept(step, static_cast<int>(room), begin);
+        team_.barrier();
+    }
+}
+
+// Put together the results of pieces from `begin` on.
+void Attention::merge_kept(const Step& step, int pieces, int64_t begin) {
+    const int kv_heads = net_.num_kv_heads;
+    for (const Tile& tile : tiles_) {
+        for (int item = 0; item < tile.count * kv_heads; ++item) {
+            const int64_t number = static_cast<int64_t>(tile.before) * kv_heads + item;
+            if (number % team_.size() != member_ || begin >= tile.pieces) continue;
+            float* state = kept_ + kKept - 2 * (number + 1);
+            float* out = out_of(step, tile, item % kv_heads, item / kv_heads);
+            if (begin == 0) {
+                state[0] = -kInfinity, state[1] = 0;
+                std::fill(out, out + head_dim_, 0.0f);
+            }
+            const int64_t end = std::min<int64_t>(tile.pieces, begin + pieces);
+            for (int64_t piece = begin; piece < end; ++piece) {
+                float* result = kept_ + (number * pieces + piece - begin) * result_floats_;
+                merge(&result, 1, head_dim_, state, state + 1, &out);
+            }
+            if (end == tile.pieces) divide(out, state[1], head_dim_);
         }
     }
-    finish(qkv, out, layer, window);
 }
 
-// Compute the parts gathered so far: this member's share of their pieces, then of their results.
-void Attention::finish(const float* qkv, float* out, int layer, int64_t window) {
-    int pieces = 0, results = 0, from, to;
-    for (const Part& part : parts_) {
-        pieces += static_cast<int>(part.pieces) * net_.num_kv_heads;
-        results += part.tokens.count * net_.num_heads;
-    }
-    share(pieces, member_, team_.size(), from, to);
-    for (const Part& part : parts_) {
-        const int size = static_cast<int>(part.pieces) * net_.num_kv_heads;
-        for (int item = std::max(0, from); item < std::min(size, to); ++item) piece(part, qkv, layer, window, item);
-        from -= size, to -= size;
-    }
-    team_.barrier();
-    share(results, member_, team_.size(), from, to);
-    for (const Part& part : parts_) {
-        const int size = part.tokens.count * net_.num_heads;
-        for (int item = std::max(0, from); item < std::min(size, to); ++item)
-            combine(part, out, item / net_.num_heads, item % net_.num_heads);
-        from -= size, to -= size;
-    }
-    team_.barrier();
-    parts_.clear();
-}
-
-// One piece for all tokens of a part and all heads that share it.
-void Attention::piece(const Part& part, const float* qkv, int layer, int64_t window, int64_t item) {
-    const Segment& tokens = part.tokens;
-    const int groups = net_.num_heads / net_.num_kv_heads, total = tokens.count * groups;
-    const int kv_head = static_cast<int>(item / part.pieces);
-    const int64_t index = item % part.pieces, slot = (part.first_piece + index) * kSlots;
-    const int64_t row = layer * cache_.layer_stride + tokens.row * cache_.row_stride;
-    const int64_t place = row + slot * stride_ + kv_head * head_dim_;
+// Pieces begin..end-1 of a tile for one head: results(query, piece) says where they go, and done(query, size) is called
+// when those of some queries over a piece are there.
+template <typename Number, typename Results, typename Done>
+void Attention::attend(const Step& step, const Tile& tile, int kv_head, int64_t begin, int64_t end,
+                       const Results& results, const Done& done) {
+    const float* queries[kMost];
+    Span spans[kMost];
     const int64_t token_floats = static_cast<int64_t>(net_.num_heads + 2 * net_.num_kv_heads) * head_dim_;
-    const int64_t stop = span_of(tokens.position + tokens.count - 1, window).stop;
-    const int count = static_cast<int>(std::min<int64_t>(kSlots, stop - slot));
-    const int64_t to_next_head = head_dim_ - index * kSlots * stride_;
-    for (int done = 0; done < total; done += kQueries) {
-        const float* queries[kQueries];
-        float* results[kQueries];
-        Span spans[kQueries];
-        const int size = std::min(kQueries, total - done);
-        for (int q = 0; q < size; ++q) {
-            const int token = (done + q) / groups, head = kv_head * groups + (done + q) % groups;
-            queries[q] = qkv + (tokens.first + token) * token_floats + head * head_dim_;
-            results[q] = partial(part, token, head, index);
-            spans[q] = span_of(tokens.position + token, window);
-        }
-        const float *keys = cache_.keys + place, *values = cache_.values + place;
-        const float* next = done > 0 ? nullptr : keys + (index + 1 < part.pieces ? kSlots * stride_ : to_next_head);
-        switch (size) {
-            case 1: tile<1>(queries, results, spans, keys, values, next, slot, count); break;
-            case 2: tile<2>(queries, results, spans, keys, values, next, slot, count); break;
-            case 3: tile<3>(queries, results, spans, keys, values, next, slot, count); break;
-            default: tile<4>(queries, results, spans, keys, values, next, slot, count); break;
+    for (int q = 0; q < tile.count; ++q) {
+        const int64_t token = tile.tokens->first + (tile.first + q) / groups_;
+        queries[q] = step.qkv + token * token_floats + (kv_head * groups_ + (tile.first + q) % groups_) * head_dim_;
+        spans[q] = span_of(position_of(tile, q), step.window);
+    }
+    const bool many = tile.count >= kMany;
+    if (many) turn(queries, tile.count);
+    for (int64_t index = begin; index < end; ++index) {
+        Piece<Number> piece = piece_of<Number>(step, tile, kv_head, index);
+        const Piece<float> floats = many ? in_floats(piece) : Piece<float>{};
+        const int block = many ? kWideLanes : kFew;
+        for (int first = 0; first < tile.count; first += block) {
+            const int size = std::min(block, tile.count - first);
+            float* to[kWideLanes];
+            for (int q = 0; q < size; ++q) to[q] = results(first + q, index);
+            if (many) {
+                Turned turned{turned_ + first * head_dim_, {}, {}};
+                for (int q = 0; q < size; ++q) {
+                    const auto place = [&](int64_t slot) {
+                        return static_cast<int32_t>(std::clamp<int64_t>(slot - piece.slot, 0, piece.count));
+                    };
+                    turned.from[q] = place(spans[first + q].start), turned.to[q] = place(spans[first + q].stop);
+                }
+                attend_many(turned, size, floats, head_dim_, net_.attention_scale, to);
+            } else {
+                attend_some(queries + first, spans + first, size, piece, head_dim_, net_.attention_scale, to);
+                piece.next_keys = nullptr;
+            }
+            done(first, size);
         }
     }
 }
 
-// results[q]: the mixture of values, then the maximum of the scores and the sum of their exponentials.
-template <int Queries>
-void Attention::tile(const float* const* queries, float* const* results, const Span* spans, const float* keys,
-                     const float* values, const float* next_keys, int64_t slot, int count) {
-    alignas(32) float scores[Queries][kSlots];
-    score<Queries>(queries, keys, values, next_keys, stride_, head_dim_, count, net_.attention_scale, scores);
-    for (int q = 0; q < Queries; ++q) {
-        const int low = static_cast<int>(std::max<int64_t>(0, spans[q].start - slot));
-        const int high = static_cast<int>(std::min<int64_t>(count, spans[q].stop - slot));
-        for (int t = 0; t < std::min(low, kSlots); ++t) scores[q][t] = -kInfinity;
-        for (int t = std::max(0, high); t < kSlots; ++t) scores[q][t] = -kInfinity;
-        Vector largest = load(scores[q]);
-        for (int t = kLanes; t < kSlots; t += kLanes) largest = maximum(largest, load(scores[q] + t));
-        float most = largest[0];
-        for (int j = 1; j < kLanes; ++j) most = std::max(most, largest[j]);
-        Vector totals{};
-        for (int t = 0; t < kSlots; t += kLanes) {
-            const Vector score = load(scores[q] + t);
-            const Vector weights = exponential(score - (most == -kInfinity ? 0.0f : most));
-            const Vector seen = score == -kInfinity ? Vector{} : weights;
-            store(scores[q] + t, seen);
-            totals += seen;
-        }
-        results[q][head_dim_] = most;
-        results[q][head_dim_ + 1] = sum(totals);
-    }
-    mix<Queries>(scores, values, stride_, head_dim_, count, results);
+template <typename Number>
+Piece<Number> Attention::piece_of(const Step& step, const Tile& tile, int kv_head, int64_t index) const {
+    const int64_t slot = (tile.first_piece + index) * kSlots;
+    const int64_t row = step.layer * cache_.layer_stride + tile.tokens->row * cache_.row_stride;
+    const int64_t place = row + slot * stride_ + kv_head * head_dim_;
+    const int64_t stop = span_of(position_of(tile, tile.count - 1), step.window).stop;
+    const bool scaled = cache_.format == kInt8;
+    const Number* keys = static_cast<const Number*>(cache_.keys) + place;
+    return {keys,
+            static_cast<const Number*>(cache_.values) + place,
+            keys + (index + 1 < tile.pieces ? kSlots * stride_ : head_dim_ - index * kSlots * stride_),
+            scaled ? cache_.key_scales + place / head_dim_ : nullptr,
+            scaled ? cache_.value_scales + place / head_dim_ : nullptr,
+            stride_,
+            net_.num_kv_heads,
+            slot,
+            static_cast<int>(std::min<int64_t>(kSlots, stop - slot))};
 }
 
-// A token's result of one head from its pieces, in order.
-void Attention::combine(const Part& part, float* out, int token, int head) const {
-    float most = -kInfinity, total = 0;
-    for (int64_t i = 0; i < part.pieces; ++i) most = std::max(most, partial(part, token, head, i)[head_dim_]);
-    float* to = out + ((part.tokens.first + token) * static_cast<int64_t>(net_.num_heads) + head) * head_dim_;
-    std::fill(to, to + head_dim_, 0.0f);
-    for (int64_t i = 0; i < part.pieces; ++i) {
-        const float* result = partial(part, token, head, i);
-        if (result[head_dim_ + 1] == 0) continue;  // it attends to nothing there
-        const float factor = exponential(broadcast(result[head_dim_] - most))[0];
-        total += factor * result[head_dim_ + 1];
-        for (int64_t c = 0; c < head_dim_; c += kLanes) store(to + c, load(to + c) + load(result + c) * factor);
+// The same piece in floats, which scales are still to be applied to.
+template <typename Number>
+Piece<float> Attention::in_floats(const Piece<Number>& piece) const {
+    const auto copy = [&](const Number* from, float* to) {
+        for (int t = 0; t < piece.count; ++t)
+            for (int64_t i = 0; i < head_dim_; i += kLanes)
+                store(to + t * head_dim_ + i, load(from + t * piece.stride + i));
+    };
+    for (int t = 0; t < kSlots; ++t) fetch(piece.next_keys + t * piece.stride, head_dim_);
+    copy(piece.keys, keys_);
+    copy(piece.values, values_);
+    return {keys_, values_, nullptr, piece.key_scales, piece.value_scales, head_dim_, piece.scale_stride, piece.slot,
+            piece.count};
+}
+
+// Queries side by side, sixteen at a time; the last ones are filled up with zeros.
+void Attention::turn(const float* const* queries, int count) const {
+    for (int first = 0; first < count; first += kWideLanes) {
+        float* to = turned_ + first * head_dim_;
+        for (int q = 0; q < kWideLanes; ++q)
+            for (int64_t i = 0; i < head_dim_; ++i)
+                to[i * kWideLanes + q] = first + q < count ? queries[first + q][i] : 0.0f;
     }
-    for (int64_t c = 0; c < head_dim_; c += kLanes) store(to + c, load(to + c) * (1 / total));
 }
 
 }  // namespace layerskip

@@ -1,5 +1,6 @@
 #include "kernels/elementwise.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -71,16 +72,24 @@ void activate(const float* gate, const float* up, int64_t size, int32_t activati
 
 void rotate(const float* x, const float* cosines, const float* sines, int64_t rotary_dim, int64_t head_dim, float* to) {
     const int64_t half = rotary_dim / 2;
-    for (int64_t i = 0; i < half; ++i) {
+    int64_t i = 0;
+    for (; i + kLanes <= half; i += kLanes) {  // both are read before either is written: `to` may be x
+        const Vector a = load(x + i), b = load(x + i + half);
+        store(to + i, a * load(cosines + i) + b * load(sines + i));
+        store(to + i + half, b * load(cosines + i + half) + a * load(sines + i + half));
+    }
+    for (; i < half; ++i) {
         const float a = x[i], b = x[i + half];
         to[i] = a * cosines[i] + b * sines[i];
         to[i + half] = b * cosines[i + half] + a * sines[i + half];
     }
-    for (int64_t i = rotary_dim; i < head_dim; ++i) to[i] = x[i];
+    if (to != x) std::copy(x + rotary_dim, x + head_dim, to + rotary_dim);
 }
 
 void add(const float* x, float factor, int64_t size, float* y) {
-    for (int64_t i = 0; i < size; ++i) y[i] += factor * x[i];
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) store(y + i, load(y + i) + load(x + i) * factor);
+    for (; i < size; ++i) y[i] += factor * x[i];
 }
 
 // The product of zero with an infinite number, or with one that is none, isn't zero, and neither is a sum with it.

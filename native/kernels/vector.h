@@ -92,21 +92,25 @@ inline Vector minimum(Vector a, Vector b) { return a < b ? a : b; }
 inline Vector maximum(Vector a, Vector b) { return a > b ? a : b; }
 
 // e^x to about 2 units in the last place: e^x = 2^n e^r with |r| <= ln2 / 2, and a polynomial for e^r.
-inline Vector exponential(Vector x) {
-    x = minimum(maximum(x, broadcast(-87.0f)), broadcast(88.0f));
-    const Vector magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
-    const Vector n = (x * 1.44269504088896341f + magic) - magic;
-    const Vector r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-    Vector p = broadcast(1.9875691500e-4f);
+template <typename Floats, typename Ints>
+inline Floats exponential_of(Floats x) {
+    x = x > -87.0f ? x : Floats{} - 87.0f;
+    x = x < 88.0f ? x : Floats{} + 88.0f;
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+    const Floats n = (x * 1.44269504088896341f + magic) - magic;
+    const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+    Floats p = Floats{} + 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
-    const IntVector power = (__builtin_convertvector(n, IntVector) + 127) << 23;
-    return p * (Vector)power;  // the same bits, read as floats
+    const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
+    return p * (Floats)power;  // the same bits, read as floats
 }
+
+inline Vector exponential(Vector x) { return exponential_of<Vector, IntVector>(x); }
 
 // log(x) of positive normal numbers to about 2 units in the last place: x = 2^n m with m in [sqrt(1/2), sqrt(2)), and a
 // polynomial for log(m).

@@ -16,6 +16,7 @@ constexpr int kWideLanes = 16;
 constexpr __mmask16 kAll = 0xffff;
 
 typedef float Wide __attribute__((vector_size(64)));
+typedef int32_t WideInts __attribute__((vector_size(64)));
 typedef uint32_t WideWords __attribute__((vector_size(64)));
 
 inline Wide broadcast_wide(float value) { return (Wide)_mm512_set1_ps(value); }
@@ -23,6 +24,21 @@ inline Wide broadcast_wide(float value) { return (Wide)_mm512_set1_ps(value); }
 inline Wide load_wide(const float* from) { return (Wide)_mm512_loadu_ps(from); }
 
 inline void add_product(Wide& sum, Wide a, Wide b) { sum += a * b; }
+
+inline Wide maximum(Wide a, Wide b) { return a > b ? a : b; }
+
+inline Wide exponential(Wide x) { return exponential_of<Wide, WideInts>(x); }
+
+// x where `index` is at least the lane's number in `from` and below that in `to`, else `other`.
+inline Wide between(const int32_t* from, const int32_t* to, int32_t index, Wide x, Wide other) {
+    WideInts first, last;
+    std::memcpy(&first, from, sizeof first);
+    std::memcpy(&last, to, sizeof last);
+    return first <= index ? (last > index ? x : other) : other;
+}
+
+// x, and zero where `score` is minus infinity.
+inline Wide unless_infinite(Wide score, Wide x) { return score == -__builtin_inff() ? Wide{} : x; }
 
 inline void store(float* to, Wide value) { _mm512_storeu_ps(to, (__m512)value); }
 
@@ -72,6 +88,31 @@ inline Wide operator*(Wide a, float b) { return {a.low * b, a.high * b}; }
 inline void add_product(Wide& sum, Wide a, Wide b) {
     sum.low += a.low * b.low;
     sum.high += a.high * b.high;
+}
+
+inline Wide operator-(Wide a, Wide b) { return {a.low - b.low, a.high - b.high}; }
+
+inline Wide maximum(Wide a, Wide b) { return {maximum(a.low, b.low), maximum(a.high, b.high)}; }
+
+inline Wide exponential(Wide x) { return {exponential(x.low), exponential(x.high)}; }
+
+inline Vector between(const int32_t* from, const int32_t* to, int32_t index, Vector x, Vector other) {
+    IntVector first, last;
+    std::memcpy(&first, from, sizeof first);
+    std::memcpy(&last, to, sizeof last);
+    return first <= index ? (last > index ? x : other) : other;
+}
+
+// x where `index` is at least the lane's number in `from` and below that in `to`, else `other`.
+inline Wide between(const int32_t* from, const int32_t* to, int32_t index, Wide x, Wide other) {
+    return {between(from, to, index, x.low, other.low),
+            between(from + kLanes, to + kLanes, index, x.high, other.high)};
+}
+
+// x, and zero where `score` is minus infinity.
+inline Wide unless_infinite(Wide score, Wide x) {
+    const auto part = [](Vector score, Vector x) { return score == -__builtin_inff() ? Vector{} : x; };
+    return {part(score.low, x.low), part(score.high, x.high)};
 }
 
 inline Wide& operator+=(Wide& a, Wide b) {

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
+from layerskip.checkpoint.loading.config import CacheDType
 from layerskip.cli.exit_code import ExitCode
 from layerskip.cli.flags.arguments import ModelArguments, OutputArguments, parse
 from layerskip.cli.terminal.terminal import draws, load_model, make_console, progress
@@ -66,6 +67,8 @@ class DemoArguments:
     """cpu, cuda, cuda:1, ...; auto: a CUDA GPU if there is one."""
     compute: Literal["float32", "int8"] | None = None
     """The numbers that both ways multiply by; int8 is taken for SmolLM2 on a CPU where native kernels run it."""
+    cache_dtype: CacheDType = "auto"
+    """Type that keys and values are kept in."""
     output: OutputArguments = field(default_factory=OutputArguments)
 
 
@@ -117,6 +120,7 @@ def run(argv: Sequence[str]) -> int:
         dtype="float32",
         exit_adapters=adapters,
         compute=arguments.compute or choose_compute(model, arguments.device),
+        cache_dtype=arguments.cache_dtype,
     )
     lm = load_model(loading, arguments.output)
     if model == TALKING:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerskip.model.blocks import BlockWeight
-from layerskip.model.cache import KVCache, cache_bytes
+from layerskip.model.cache import KVCache, cache_bytes, token_bytes
 from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.drafts import DraftCounts, DraftRequest, Drafts, RoundTokens
 from layerskip.model.draw import Draw
@@ -82,6 +82,7 @@ class Decoder:
         adapter: int | None = None,
         calls: LayerCalls | None = None,
         own: ModelConfig | None = None,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         """Put a network together from loaded weights (`checkpoint.loading.network.load_decoder` does that).
 
@@ -90,17 +91,20 @@ class Decoder:
             embedding: [V, D], in any floating dtype or in blocks.
             network: Layers and head.
             ropes: Rotary table of each kind of layer.
-            dtype: Dtype of hidden states and cache.
+            dtype: Dtype of hidden states.
             device: Where everything lives.
             max_context: Longest sequence in tokens that may be run.
             token_ids: [N] ids of the head's outputs, where it has some only.
             adapter: The layer that adapts what the head reads, for a decoder that drafts at the exit of an adapter.
             calls: Counts the layers entered, also those of another decoder; a counter of its own if not given.
             own: Sizes of the weights and the cache, where this process has a part of the network only.
+            cache_dtype: Dtype that keys and values are kept in (`KVCache`); `dtype` if not given.
         """
         self.config = config
         self._own = self._cache_config = own or config
         self.dtype = dtype
+        self.cache_dtype = cache_dtype or dtype
+        """Dtype that keys and values are kept in."""
         self.device = device
         self.max_context = max_context
         self.stopwatch = Stopwatch(device)
@@ -168,9 +172,7 @@ class Decoder:
     @property
     def token_bytes(self) -> int:
         """Bytes of keys and values of a token, in all layers."""
-        config = self._cache_config
-        width = config.num_key_value_heads * config.head_dim
-        return 2 * config.num_cached_layers * width * self.dtype.itemsize
+        return token_bytes(self._cache_config, self.cache_dtype)
 
     @property
     def ragged(self) -> bool:
@@ -232,11 +234,18 @@ class Decoder:
 
     def new_cache(self, num_rows: int, capacity: int) -> KVCache:
         """A cache of `num_rows` rows of at least `capacity` tokens for this network."""
-        return KVCache(self._cache_config, num_rows=num_rows, capacity=capacity, dtype=self.dtype, device=self.device)
+        return KVCache(
+            self._cache_config,
+            num_rows=num_rows,
+            capacity=capacity,
+            dtype=self.dtype,
+            device=self.device,
+            kept=self.cache_dtype,
+        )
 
     def cache_bytes(self, num_rows: int, capacity: int) -> int:
         """Bytes of such a cache."""
-        return cache_bytes(self._cache_config, num_rows, capacity, self.dtype)
+        return cache_bytes(self._cache_config, num_rows, capacity, self.cache_dtype)
 
     def place(self, cache: KVCache, first: Sequence[int], num_queries: int) -> Positions:
         """Positions for Q consecutive tokens in each row, row b starting at `first[b]`."""

@@ -14,6 +14,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "int4", "fp8"]
 Compile = Literal["auto", "off", "max"]
 Compute = Literal["float32", "int8"]
+CacheDType = Literal["auto", "float32", "bfloat16", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,9 @@ class LoadingConfig:
     compute: Compute = "float32"
     """int8: native kernels multiply weights of 8 or 4 bits by states rounded to 8 bits: faster, and another model by a
     little. Exact sums of whole numbers: the text doesn't depend on how it is decoded."""
+    cache_dtype: CacheDType = "auto"
+    """Type that keys and values are kept in; int8: with a scale for each token and head; auto: that of hidden states.
+    Fewer bits take less memory and time, and make another model by a little."""
     quantize_draft: Quantization | None = None
     """The same for a copy that only drafts; the text stays that of the weights as they are."""
     draft_vocabulary: int | None = None
@@ -61,7 +65,7 @@ class LoadingConfig:
         Raises:
             InvalidArgumentError: Naming the field and its value.
         """
-        for name in ("dtype", "device", "kernels", "compile", "compute", "quantize", "quantize_draft"):
+        for name in ("dtype", "device", "kernels", "compile", "compute", "cache_dtype", "quantize", "quantize_draft"):
             value = getattr(self, name)
             if not isinstance(value, str) and not (value is None and name.startswith("quantize")):
                 raise InvalidArgumentError(f"{name} must be a text, got {value!r}")

@@ -248,6 +248,7 @@ class _Loader(Generic[AnyLinear]):
             dtype=plan.dtype,
             device=plan.device,
             max_context=plan.context,
+            cache_dtype=plan.cache_dtype,
             token_ids=tokens,
             adapter=adapter,
             calls=calls,

@@ -13,6 +13,7 @@ from layerskip.model.native.library import COMPUTE, insist_on
 from layerskip.model.native.network import why_not_native
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CACHE_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
 def choose_device(device: str, local_rank: int | None = None) -> torch.device:
@@ -103,6 +104,13 @@ def check_compute(compute: str, *, native: bool) -> None:
         raise InvalidArgumentError(f"compute {compute!r} is not known; use {' or '.join(COMPUTE)}")
     if compute != "float32" and not native:
         raise InvalidArgumentError(f"compute {compute!r} needs native kernels, and torch's run this model; use float32")
+
+
+def choose_cache_dtype(name: str) -> torch.dtype | None:
+    """The type that keys and values are kept in; None: that of hidden states. Raises `InvalidArgumentError`."""
+    if name not in CACHE_DTYPES:
+        raise InvalidArgumentError(f"cache_dtype {name!r} is not known; use {', '.join(CACHE_DTYPES)}")
+    return CACHE_DTYPES[name]
 
 
 def choose_rounds(

@@ -13,6 +13,7 @@ from layerskip.checkpoint.loading.memory.weights import weights_of
 from layerskip.checkpoint.loading.placement import (
     check_compute,
     check_replication,
+    choose_cache_dtype,
     choose_context,
     choose_device,
     choose_dtype,
@@ -51,7 +52,7 @@ class LoadingPlan:
     device: torch.device
     """Where the weights go."""
     dtype: torch.dtype
-    """Of the weights in memory, and of hidden states and cache."""
+    """Of the weights in memory, and of hidden states."""
     context: int
     """Longest sequence, in tokens, that will be run."""
     network: NetworkKind = "torch"
@@ -64,6 +65,8 @@ class LoadingPlan:
     """Fewer bits for layers and head, a key of `quantization.QUANTIZATIONS`; None: `dtype`, or the file's blocks."""
     compute: str = "float32"
     """How native kernels multiply, a key of `native.library.COMPUTE`."""
+    cache_dtype: torch.dtype | None = None
+    """That keys and values are kept in; None: `dtype`."""
     draft: DraftWeights | None = None
     """Other weights to draft with; None: the same."""
     adapters: AdapterSet | None = None
@@ -77,6 +80,11 @@ class LoadingPlan:
 
     resident_layers: int | None = None
     """Layers that are on the device; the others stay in the CPU's memory. None: all."""
+
+    @property
+    def kept_dtype(self) -> torch.dtype:
+        """The type that keys and values are kept in."""
+        return self.cache_dtype or self.dtype
 
     @property
     def keeps_blocks(self) -> bool:
@@ -171,6 +179,7 @@ def choose_plan(checkpoint: LoadableCheckpoint, config: LoadingConfig) -> Loadin
         rounds=rounds,
         quantize=config.quantize,
         compute=config.compute,
+        cache_dtype=choose_cache_dtype(config.cache_dtype),
         draft=_draft_weights(checkpoint, config),
         adapters=checkpoint.find_exit_adapters(config.exit_adapters),
         group=group,

@@ -48,6 +48,7 @@ def _fingerprint(decoder: Decoder, num_rows: int) -> str:
         "model": repr(decoder.config),
         "dtype": str(decoder.dtype),
         "compute": decoder.compute,
+        "cache": str(decoder.cache_dtype),
         "kernels": [decoder.kernels, kernels_version()],
         "bytes": decoder.weight_bytes(0, decoder.num_layers),
         "drafter": [drafter.shares_states, drafter.decoder.weight_bytes(0, 1)],

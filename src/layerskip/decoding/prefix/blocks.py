@@ -51,7 +51,7 @@ class PrefixCounts:
 
 
 class BlockPool:
-    """Blocks [N, L, P, H_kv, D_head] for the keys, and as many for the values."""
+    """Blocks [N, L, P, H_kv, D_head] for the keys, as many for the values, and some for scales where there are any."""
 
     def __init__(self, cache: KVCache, config: PrefixBlocks, *, hash_: ChainHash = chain_hash) -> None:
         """Reserve the memory.
@@ -65,9 +65,9 @@ class BlockPool:
             InvalidArgumentError: Not even one block fits into `max_bytes`.
             OutOfMemoryError: There is less free memory than `max_bytes`.
         """
-        layers, _, _, *rest = cache.keys.shape
-        shape = (layers, config.block_tokens, *rest)
-        block_bytes = 2 * torch.Size(shape).numel() * cache.keys.itemsize
+        shapes = [torch.Size((len(part), config.block_tokens, *part.shape[3:])) for part in cache.buffers]
+        sizes = [shape.numel() * part.itemsize for shape, part in zip(shapes, cache.buffers, strict=True)]
+        block_bytes = sum(sizes)
         num_blocks = config.max_bytes // block_bytes
         if num_blocks < 1:
             raise InvalidArgumentError(
@@ -79,8 +79,10 @@ class BlockPool:
         if free is not None and needed > free:
             raise OutOfMemoryError(_memory_message(needed, free))
         try:
-            self._keys = torch.zeros((num_blocks, *shape), dtype=cache.keys.dtype, device=device)
-            self._values = torch.zeros_like(self._keys)
+            self._parts = [
+                torch.zeros((num_blocks, *shape), dtype=part.dtype, device=device)
+                for shape, part in zip(shapes, cache.buffers, strict=True)
+            ]
         except RuntimeError as error:  # torch reports an allocation that failed so, on CPU and CUDA alike
             raise OutOfMemoryError(_memory_message(needed, free)) from error
         self._chains = BlockChains(num_blocks, config.block_tokens, hash_=hash_)
@@ -89,8 +91,8 @@ class BlockPool:
     def clear(self) -> None:
         """Write to all of the memory; nothing may be in it."""
         assert len(self._chains) == 0
-        self._keys.zero_()
-        self._values.zero_()
+        for part in self._parts:
+            part.zero_()
 
     @property
     def num_blocks(self) -> int:
@@ -123,9 +125,8 @@ class BlockPool:
         chain, size = self._chains.find(tokens[:-1]), self._chains.block_tokens
         found, held = len(chain) * size, cache.lengths[place]
         for number, block in enumerate(chain[held // size :], start=held // size):
-            keys, values = _part(cache, place, number * size, size)
-            keys.copy_(self._keys[block])
-            values.copy_(self._values[block])
+            for kept, part in zip(self._parts, _parts(cache, place, number * size, size), strict=True):
+                part.copy_(kept[block])
         cache.commit(place, max(0, found - held))  # nothing new where blocks were thrown out meanwhile
         return max(found, held)
 
@@ -156,9 +157,8 @@ class BlockPool:
                 block = chains.spare(in_use)
                 if block is None:
                     break
-                keys, values = _part(cache, place, start, size)
-                self._keys[block].copy_(keys)
-                self._values[block].copy_(values)
+                for kept, part in zip(self._parts, _parts(cache, place, start, size), strict=True):
+                    kept[block].copy_(part)
                 chains.add(block, chain[-1] if chain else NOBODY, tokens[start : start + size])
                 chain.append(block)
                 in_use.add(block)
@@ -166,9 +166,9 @@ class BlockPool:
             chains.use(chain)
 
 
-def _part(cache: KVCache, place: int, start: int, size: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of some tokens of a row, each [L, P, H_kv, D_head]."""
-    return cache.keys[:, place, start : start + size], cache.values[:, place, start : start + size]
+def _parts(cache: KVCache, place: int, start: int, size: int) -> list[Tensor]:
+    """What the cache's buffers hold of some tokens of a row: keys and values [L, P, H_kv, D_head], perhaps scales."""
+    return [buffer[:, place, start : start + size] for buffer in cache.buffers]
 
 
 def _memory_message(needed: int, free: int | None) -> str:

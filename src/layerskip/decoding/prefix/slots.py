@@ -74,8 +74,8 @@ class Slots:
 
     def take_memory(self) -> None:
         """Write to all memory of rows and blocks; they must be empty."""
-        self.cache.keys.zero_()
-        self.cache.values.zero_()
+        for buffer in self.cache.buffers:
+            buffer.zero_()
         if self.blocks is not None:
             self.blocks.clear()
 

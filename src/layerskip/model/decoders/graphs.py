@@ -39,6 +39,7 @@ class GraphDecoder(Decoder):
             unembed=self.unembed,
             ropes=self._ropes,
             dtype=self.dtype,
+            cache_dtype=self.cache_dtype,
         )
         self._parts = parts
         self._apart = True

@@ -26,7 +26,8 @@ class CachePool:
             on_drop: Told the address of buffers that are given up.
         """
         self._allocate, self._max_context, self._on_drop = allocate, max_context, on_drop
-        self._idle: list[tuple[Tensor, Tensor]] = []
+        self._idle: list[tuple[Tensor, ...]] = []
+        self._dtype: torch.dtype | None = None
 
     def take(self, num_rows: int, capacity: int) -> KVCache:
         """An empty cache of `num_rows` rows of at least `capacity` tokens.
@@ -41,24 +42,24 @@ class CachePool:
             rounded = -(-(capacity + 1) // GRAIN) * GRAIN - 1 if capacity > 0 else capacity
             with torch.inference_mode(False):  # or they couldn't be written outside of it
                 cache = self._allocate(num_rows, max(capacity, min(rounded, self._max_context)))
-            found = cache.keys, cache.values
+            found, self._dtype = cache.buffers, cache.dtype
         else:
             with torch.inference_mode():
                 for buffer in found:  # what a broken text left there may be NaN, and 0 times NaN is NaN
                     buffer.zero_()
-        cache = KVCache.over(*found, num_rows)
+        assert self._dtype is not None
+        cache = KVCache.over(found, num_rows, self._dtype)
         weakref.finalize(cache, self._idle.append, found).atexit = False
         return cache
 
-    def _fitting(self, num_rows: int, capacity: int) -> tuple[Tensor, Tensor] | None:
+    def _fitting(self, num_rows: int, capacity: int) -> tuple[Tensor, ...] | None:
         """The smallest idle buffers that are large enough, taken out of the idle ones."""
-        sizes = [(keys.numel(), i) for i, (keys, _) in enumerate(self._idle) if _fits(keys, num_rows, capacity)]
+        sizes = [(keys.numel(), i) for i, (keys, *_) in enumerate(self._idle) if _fits(keys, num_rows, capacity)]
         return self._idle.pop(min(sizes)[1]) if sizes and min(num_rows, capacity) > 0 else None
 
     def _drop_idle(self) -> None:
         while self._idle:
-            keys, _ = self._idle.pop()
-            self._on_drop(keys.data_ptr())
+            self._on_drop(self._idle.pop()[0].data_ptr())
 
 
 def _fits(keys: Tensor, num_rows: int, capacity: int) -> bool:

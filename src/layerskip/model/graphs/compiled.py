@@ -274,7 +274,14 @@ class CompiledRounds:
 
     def _allocate(self, num_rows: int, capacity: int) -> KVCache:
         parts = self._parts
-        return KVCache(parts.config, num_rows=num_rows, capacity=capacity, dtype=parts.dtype, device=self._device)
+        return KVCache(
+            parts.config,
+            num_rows=num_rows,
+            capacity=capacity,
+            dtype=parts.dtype,
+            device=self._device,
+            kept=parts.cache_dtype,
+        )
 
     def _forget(self, address: int) -> None:
         """Give up what was made for buffers that are given up."""

@@ -84,6 +84,8 @@ class RoundParts:
     """By exit; filled in while the model is put together."""
     ropes: Mapping[str, RopeTable]
     dtype: torch.dtype
+    cache_dtype: torch.dtype | None = None
+    """Dtype that keys and values are kept in; None: `dtype`."""
 
 
 class DevicePositions:
@@ -149,7 +151,7 @@ class StaticPart:
         """
         self.shape = shape
         self._parts = parts
-        self._buffers = KVCache.over(cache.keys, cache.values, shape.num_rows)
+        self._buffers = KVCache.over(cache.buffers, shape.num_rows, parts.dtype)
         self.capacity = self._buffers.capacity
         """Position of the scratch slot."""
 

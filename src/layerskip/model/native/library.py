@@ -129,9 +129,13 @@ class CacheView(Structure):
     _fields_ = (
         ("keys", c_void_p),
         ("values", c_void_p),
+        ("key_scales", c_void_p),
+        ("value_scales", c_void_p),
         ("layer_stride", c_int64),
         ("row_stride", c_int64),
         ("capacity", c_int64),
+        ("format", c_int32),
+        ("padding", c_int32),
     )
 
 

@@ -53,6 +53,8 @@ from layerskip.model.torch.network import LayerWeights
 Thing = TypeVar("Thing")
 LANES = 8
 """Number of channels that kernels take at once."""
+CACHE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+"""`Format` of native/kernels/linear.h for the dtypes in which kernels read keys and values."""
 EMBEDDING_FORMATS = ("float32", "bfloat16", "q8_0", "q4_0", "q4_1")
 """Formats of embedding tables that kernels can read."""
 
@@ -364,12 +366,17 @@ class NativeNetwork:
         known, view = self._latest_cache  # read and written as one, because threads may share a network
         if known() is cache:
             return view
+        scales = dict(
+            zip(("key_scales", "value_scales"), (part.data_ptr() for part in cache.buffers[2:]), strict=False)
+        )
         view = CacheView(
+            **scales,
             keys=cache.keys.data_ptr(),
             values=cache.values.data_ptr(),
             layer_stride=cache.keys.stride(0),
             row_stride=cache.keys.stride(1),
             capacity=cache.capacity,
+            format=CACHE_FORMATS[cache.keys.dtype],
         )
         self._latest_cache = weakref.ref(cache), view
         return view

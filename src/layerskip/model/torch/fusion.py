@@ -53,7 +53,7 @@ def fuse(
     """
     rows = torch.arange(sources.shape[0], device=sources.device).unsqueeze(1)
     slots = sources.clamp(min=0)
-    values = torch.cat([cache.values[layer][rows, slots].flatten(2) for layer in fusion.layers], -1)
+    values = torch.cat([cache.read_values(layer, (rows, slots)).flatten(2) for layer in fusion.layers], -1)
     present = (sources >= 0).unsqueeze(-1)
     distances = (positions - 1 - sources).clamp(max=DISTANCES - 2)
     kinds = torch.where(sources >= 0, distances, DISTANCES - 1)

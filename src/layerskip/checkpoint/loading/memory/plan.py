@@ -112,7 +112,7 @@ def plan_memory(
     memory = loading_memory(weights)
 
     def needed(rows: int, tokens: int) -> int:
-        running = cache_bytes(config, plan.dtype, rows, tokens) + working(rows, tokens)
+        running = cache_bytes(config, plan.kept_dtype, rows, tokens) + working(rows, tokens)
         return max(memory.peak, memory.kept + running)
 
     def working(rows: int, tokens: int) -> int:
@@ -127,9 +127,9 @@ def plan_memory(
         peak=memory.peak,
         batch_size=batch_size,
         context=context,
-        cache_per_token=cache_bytes(config, plan.dtype, 1, 1) // 2,
-        cache=cache_bytes(config, plan.dtype, 1, context),
-        batch_cache=cache_bytes(config, plan.dtype, batch_size, context),
+        cache_per_token=cache_bytes(config, plan.kept_dtype, 1, 1) // 2,
+        cache=cache_bytes(config, plan.kept_dtype, 1, context),
+        batch_cache=cache_bytes(config, plan.kept_dtype, batch_size, context),
         working=working(batch_size, context),
         needed=needed(batch_size, context),
         free=free,
@@ -149,7 +149,7 @@ def run_bytes(config: ModelConfig, plan: PlannedNetwork) -> int:
     config, context = with_adapters(config, plan), plan.context
     chunk, native = min(CHUNK, context), plan.network == "native"
     work = working_bytes(config, plan.dtype, native=native, rows=1, chunk=chunk, tokens=context)
-    return cache_bytes(config, plan.dtype, 1, context) + work
+    return cache_bytes(config, plan.kept_dtype, 1, context) + work
 
 
 def with_adapters(config: ModelConfig, plan: PlannedNetwork) -> ModelConfig:
@@ -178,7 +178,7 @@ def plan_rank(config: ModelConfig, source: TensorSource, plan: PlannedNetwork, r
         ranks=ranks,
         weights=max(memory.kept for memory in memories),
         peak=max(memory.peak for memory in memories),
-        cache_per_token=max(cache_bytes(part, plan.dtype, 1, 1) // 2 for part in parts),
+        cache_per_token=max(cache_bytes(part, plan.kept_dtype, 1, 1) // 2 for part in parts),
     )
 
 

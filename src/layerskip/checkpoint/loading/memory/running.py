@@ -6,21 +6,24 @@ channels of a head, I width of the MLP, V vocabulary.
 
 import torch
 
+from layerskip.model import cache
 from layerskip.model.config.model_config import SLIDING, ModelConfig
+from layerskip.model.native.threads import kernel_threads
 
 NATIVE_BLOCK = 64
 """Tokens that go through native layers together (`kChunk` of native/pass.cpp)."""
-NATIVE_PARTIALS = 2**21
-"""Numbers of partial attention (`kPartialFloats` of native/kernels/attention.h)."""
+NATIVE_RESULTS = 2**20
+"""Numbers of attention over parts of a text (`kKept` of native/kernels/attention.h)."""
+NATIVE_TILE = 144
+"""Channels of heads that each thread has in floats at a time (`member_floats` of native/kernels/attention.cpp)."""
 FLOAT_BYTES = 4
 CHUNK = 1024
 """Tokens of a prompt that are read at once (`PREFILL_CHUNK` of decoding/rounds/plain.py)."""
 
 
-def cache_bytes(config: ModelConfig, dtype: torch.dtype, rows: int, tokens: int) -> int:
-    """Bytes of a `KVCache` of B rows of T tokens; one more slot of each row is scratch."""
-    head = config.num_key_value_heads * config.head_dim
-    return 2 * config.num_cached_layers * rows * (tokens + 1) * head * dtype.itemsize
+def cache_bytes(config: ModelConfig, kept: torch.dtype, rows: int, tokens: int) -> int:
+    """Bytes of a `KVCache` of B rows of T tokens in a dtype; one more slot of each row is scratch."""
+    return cache.cache_bytes(config, rows, tokens, kept)
 
 
 def working_bytes(config: ModelConfig, dtype: torch.dtype, *, native: bool, rows: int, chunk: int, tokens: int) -> int:
@@ -38,7 +41,7 @@ def working_bytes(config: ModelConfig, dtype: torch.dtype, *, native: bool, rows
     query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     if native:
         room = query + 2 * key + query + 3 * config.intermediate_size + 2 * config.hidden_size
-        work = NATIVE_PARTIALS + NATIVE_BLOCK * room
+        work = NATIVE_RESULTS + kernel_threads() * NATIVE_TILE * config.head_dim + NATIVE_BLOCK * room
         return (2 * block * config.hidden_size + work) * FLOAT_BYTES + logits
     width, inner = config.hidden_size, config.intermediate_size
     mlp = 3 * width + 4 * inner  # the layer's input, its norm, the result; gate and up, and what becomes of them

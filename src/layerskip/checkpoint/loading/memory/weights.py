@@ -63,7 +63,12 @@ class PlannedNetwork(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights that aren't in blocks, of hidden states and of the cache."""
+        """Of weights that aren't in blocks, and of hidden states."""
+        ...
+
+    @property
+    def kept_dtype(self) -> torch.dtype:
+        """Of keys and values."""
         ...
 
     @property

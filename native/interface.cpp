@@ -10,6 +10,7 @@
 #include "kernels/sampling.h"
 #include "kernels/target.h"
 #include "pass.h"
+#include "rounds.h"
 #include "threads.h"
 
 namespace layerskip {
@@ -67,6 +68,8 @@ int32_t layerskip_draft(const DraftCall* call) {
     return draft(*call);
 }
 
+int32_t layerskip_rounds(const RoundsCall* call) { return rounds(*call); }
+
 int64_t layerskip_packed_bytes(int32_t inputs, int32_t outputs, int32_t format) {
     return packed_bytes(inputs, outputs, format);
 }
@@ -115,7 +118,7 @@ void layerskip_gumbel(const uint64_t* keys, int64_t positions, int64_t token, in
                     [&](int64_t position) { gumbel(keys[position], token, count, out + position * count); });
 }
 
-int32_t layerskip_interface() { return 15; }
+int32_t layerskip_interface() { return 16; }
 
 const char* layerskip_target() { return target(); }
 

@@ -10,6 +10,7 @@
 #include "kernels/sampling.h"
 #include "kernels/target.h"
 #include "pass.h"
+#include "rounds.h"
 #include "threads.h"
 
 namespace layerskip {
@@ -66,6 +67,8 @@ int32_t layerskip_draft(const DraftCall* call) {
     Lock lock(Team::in_use());
     return draft(*call);
 }
+
+int32_t layerskip_rounds(const RoundsCall* call) { return rounds(*call); }
 
 int64_t layerskip_packed_bytes(int32_t inputs, int32_t outputs, int32_t format) {
     return packed_bytes(inputs, outputs, format);

@@ -73,6 +73,39 @@ struct DraftCall {
     int32_t padding;
 };
 
+// Rounds of drafts and verification, or of steps without drafts, until a row has come to its end, or what was agreed on
+// is used up. R: rounds, at most `most_rounds`. What rounds give lies round after round, in each of them row after row,
+// without gaps.
+struct RoundsCall {
+    const Network* network;            // verifies
+    const Network* drafter;            // may have weights of its own; null without drafts
+    const Cache* cache;                // of both
+    const Embedding* embedding;
+    const Embedding* draft_embedding;  // null without drafts
+    const StopRule* stop_rule;         // as in DraftCall
+    const Sampling* sampling;          // null: take the likeliest tokens
+    const int64_t* tokens;             // [B], each row's last token
+    const int64_t* starts;             // [B], their positions
+    const int64_t* remaining;          // [B], tokens that each row may gain, 1 or more, for which the cache has room
+    const int32_t* limits;             // [B], drafts of a row in each round, at most
+    const int64_t* ends;               // tokens that end a row, row after row
+    const int32_t* num_ends;           // [B], how many of them are each row's
+    int32_t* written;                  // out [R, B], drafts of each row
+    int32_t* drawn;                    // out [R, B], the same with a last one that was given up
+    int64_t* drafts;                   // out, room for R x sum of limits
+    int64_t* targets;                  // out, room for R x sum of (limits + 1): the network's tokens after each row's last
+                                       // one and after each of its drafts
+    float* confidences;                // out, room for R x sum of limits; probabilities of the drafts, with a stop rule
+    double* seconds;                   // out [R, 2], of drafting and of verification
+    double most_seconds;               // no further round begins after that
+    int32_t rows;                      // B
+    int32_t exit_layer;                // layers that draft; 0 without drafts
+    int32_t num_layers;                // layers that verify
+    int32_t complete;                  // verification goes on from the outputs of the exit
+    int32_t most_rounds;
+    int32_t padding;
+};
+
 struct PackCall {
     const void* weight;  // [outputs, inputs] in float32, or [outputs, inputs / 32] blocks of a GGUF file
     void* panels;        // out
@@ -105,6 +138,10 @@ void layerskip_choose(const ChooseCall* call);
 // Write up to K tokens after each row's last one with the first layers, each chosen as by layerskip_choose. Returns -1
 // where a logit is infinite or not a number, else 0.
 int32_t layerskip_draft(const DraftCall* call);
+
+// Returns R; -1 where a logit of the first round's drafts is infinite or not a number. Where one of a target is, that
+// target is -1, and the round the last one.
+int32_t layerskip_rounds(const RoundsCall* call);
 
 int64_t layerskip_packed_bytes(int32_t inputs, int32_t outputs, int32_t format);
 

@@ -83,6 +83,16 @@ const char* layerskip_layout() {
                   FIELD(DraftCall, drawn), FIELD(DraftCall, hidden), FIELD(DraftCall, drafts),
                   FIELD(DraftCall, confidences), FIELD(DraftCall, rows), FIELD(DraftCall, exit_layer),
                   FIELD(DraftCall, complete), FIELD(DraftCall, padding)}) +
+        describe("RoundsCall", sizeof(RoundsCall),
+                 {FIELD(RoundsCall, network), FIELD(RoundsCall, drafter), FIELD(RoundsCall, cache),
+                  FIELD(RoundsCall, embedding), FIELD(RoundsCall, draft_embedding), FIELD(RoundsCall, stop_rule),
+                  FIELD(RoundsCall, sampling), FIELD(RoundsCall, tokens), FIELD(RoundsCall, starts),
+                  FIELD(RoundsCall, remaining), FIELD(RoundsCall, limits), FIELD(RoundsCall, ends),
+                  FIELD(RoundsCall, num_ends), FIELD(RoundsCall, written), FIELD(RoundsCall, drawn),
+                  FIELD(RoundsCall, drafts), FIELD(RoundsCall, targets), FIELD(RoundsCall, confidences),
+                  FIELD(RoundsCall, seconds), FIELD(RoundsCall, most_seconds), FIELD(RoundsCall, rows),
+                  FIELD(RoundsCall, exit_layer), FIELD(RoundsCall, num_layers), FIELD(RoundsCall, complete),
+                  FIELD(RoundsCall, most_rounds), FIELD(RoundsCall, padding)}) +
         describe("PackCall", sizeof(PackCall),
                  {FIELD(PackCall, weight), FIELD(PackCall, panels), FIELD(PackCall, scales), FIELD(PackCall, inputs),
                   FIELD(PackCall, outputs), FIELD(PackCall, format), FIELD(PackCall, first), FIELD(PackCall, step),

@@ -23,6 +23,7 @@ def start(
     constraints: Sequence[Constraint] | None = None,
     prompt_logprobs: int | None = None,
     shares_suffixes: bool = False,
+    lease_seconds: float = 0.0,
     **options: Any,
 ) -> Engine:
     """An engine with a row for each prompt, in their order; as large as these need.
@@ -37,6 +38,7 @@ def start(
         constraints: Of each row.
         prompt_logprobs: As for `make_request`.
         shares_suffixes: Whether outputs of rows that have ended draft for others.
+        lease_seconds: As for `Engine`; a step is a round of each batch if not given.
         **options: In place of `config`.
     """
     config = config or GenerationConfig(**options)
@@ -56,6 +58,7 @@ def start(
         policy=policy,
         prefill_chunk=prefill_chunk,
         shares_suffixes=shares_suffixes,
+        lease_seconds=lease_seconds,
     )
     for request in requests:
         engine.add(request)

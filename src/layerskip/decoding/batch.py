@@ -16,7 +16,6 @@ from layerskip.decoding.rules.penalties import adjusts
 from layerskip.decoding.sampler import Sampler
 from layerskip.model.cache import KVCache
 from layerskip.model.decoder import Decoder
-from layerskip.model.drafts import DraftRequest
 
 Needs = Literal["tokens", "contexts", "distributions", "distributions one by one"]
 """What the rows of a batch need of the network: tokens only; logits, for penalties, biases, constraints or
@@ -85,7 +84,7 @@ class Batch:
         if self._placed == self.rows:
             return
         self._placed = list(self.rows)
-        for name in ("seeds", "samples", "sampler", "step_request", "guides"):
+        for name in ("seeds", "samples", "sampler", "ends", "stops", "guides"):
             self.__dict__.pop(name, None)
         self.end_rest()
 
@@ -133,9 +132,14 @@ class Batch:
         return any(guide is not None and guide.at().forced is not None for guide in self.guides or ())
 
     @cached_property
-    def step_request(self) -> DraftRequest:
-        """What the network is asked for a step without drafts."""
-        return DraftRequest(exit_layer=0, num_drafts=0, draw=self.sampler.draw)
+    def ends(self) -> list[frozenset[int]]:
+        """Tokens that end each row."""
+        return [row.request.eos_token_ids for row in self.rows]
+
+    @cached_property
+    def stops(self) -> bool:
+        """Whether text may end some row, which is looked for after every round."""
+        return any(row.request.config.stop for row in self.rows)
 
     def sampler_of(self, places: Sequence[int]) -> Sampler:
         """The sampler of some of the rows."""

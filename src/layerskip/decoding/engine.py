@@ -8,13 +8,13 @@ from layerskip.decoding.adaptive.experience import Experience
 from layerskip.decoding.batch import Batch, batch_key, needs_of
 from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.ngrams.store import SuffixStore
-from layerskip.decoding.policy import DrafterName, FixedPolicy, Plan, Policy, RoundResult
+from layerskip.decoding.policy import STEPS, UNLIMITED, DrafterName, FixedPolicy, Plan, Policy, RoundResult
 from layerskip.decoding.prefix.blocks import PrefixBlocks, PrefixCounts
 from layerskip.decoding.prefix.slots import Slots
 from layerskip.decoding.request import Request, choose_exit_layer, depth_of
 from layerskip.decoding.rounds.pacing import ReadingPace, choose_prompts
-from layerskip.decoding.rounds.plain import PREFILL_CHUNK, read_chunk, step
-from layerskip.decoding.rounds.verifying import run_round
+from layerskip.decoding.rounds.plain import PREFILL_CHUNK, read_chunk
+from layerskip.decoding.rounds.verifying import run_rounds
 from layerskip.decoding.row import FinishReason, Row
 from layerskip.decoding.rules.guide import Guide
 from layerskip.decoding.rules.logprobs import TokenLogprobs
@@ -38,6 +38,13 @@ class Event:
     """The exit at which layers drafted; 0 where none did."""
     logprobs: tuple[TokenLogprobs, ...] = ()
     """Of the tokens, if the request asks for them."""
+    more: bool = False
+    """Whether another event of the same step goes on with the row."""
+
+    @property
+    def ends(self) -> bool:
+        """Whether the row has ended, and this is the last that comes of it."""
+        return self.row.finish_reason is not None and not self.more
 
 
 def make_policy(config: GenerationConfig, decoder: Decoder, experience: Experience) -> Policy | None:
@@ -51,17 +58,23 @@ def make_policy(config: GenerationConfig, decoder: Decoder, experience: Experien
             return FixedPolicy(fixed=Plan(source="text", num_speculations=config.draft_length))
         case _:
             exit_layer = choose_exit_layer(config, decoder)
-            plan = Plan(source="layers", exit_layer=exit_layer, num_speculations=config.draft_length)
+            length = config.draft_length
+            plan = Plan(source="layers", exit_layer=exit_layer, num_speculations=length, lease=UNLIMITED)
             return FixedPolicy(fixed=plan)
+
+
+LEASE_SECONDS = 0.03
+"""Seconds that a step's rounds may take where many of them can run in one call: nobody sees that tokens come later."""
 
 
 class Engine:
     """Generates for requests that join and leave between steps.
 
-    Rows that can share rounds form a batch; a step runs one round of each batch, and reads one chunk of the prompts
-    that have joined. What is generated for a request depends on the request alone, with two exceptions: kernels that
-    round a product of several rows otherwise than that of one (torch's), and rejection sampling with adaptive
-    decoding, whose plans depend on measured times.
+    Rows that can share rounds form a batch; a step runs a round of each batch, and reads one chunk of the prompts that
+    have joined. Where nothing else is to be done and nobody has to be asked in between, it runs several rounds. What is
+    generated for a request depends on the request alone, with two exceptions: kernels that round a product of several
+    rows otherwise than that of one (torch's), and rejection sampling with adaptive decoding, whose plans depend on
+    measured times.
     """
 
     def __init__(
@@ -77,6 +90,7 @@ class Engine:
         paces_reading: bool = False,
         shares_suffixes: bool = False,
         policy: Policy | None = None,
+        lease_seconds: float = LEASE_SECONDS,
     ) -> None:
         """Allocate the cache.
 
@@ -94,6 +108,7 @@ class Engine:
             shares_suffixes: Draft from the outputs of requests that have ended, too, where the sequence itself is the
                 drafter.
             policy: Plans the rounds of all rows with drafts; that of each config if not given.
+            lease_seconds: After this time, a step begins no further round; with 0 it has one round of each batch.
 
         Raises:
             InvalidArgumentError: No rows or no capacity; prefixes kept in both ways, or blocks of too little memory.
@@ -102,7 +117,7 @@ class Engine:
         self.decoder = decoder
         self._experience = experience or Experience(decoder)
         self._slots = Slots(decoder, max_rows, capacity, keeps_prefixes=keeps_prefixes, prefix_blocks=prefix_blocks)
-        self._prefill_chunk, self._policy = prefill_chunk, policy
+        self._prefill_chunk, self._policy, self._lease_seconds = prefill_chunk, policy, lease_seconds
         self._pace = ReadingPace(prefill_chunk) if paces_reading else None
         self._suffixes = SuffixStore() if shares_suffixes else None
         self._reading: list[Batch] = []
@@ -182,7 +197,7 @@ class Engine:
         return row
 
     def step(self) -> list[Event]:
-        """One round of every batch, then one chunk of the prompts that are being read.
+        """Rounds of every batch, then one chunk of the prompts that are being read.
 
         With `paces_reading` it is a chunk of some of them: of the one that arrived first, and of those after it that
         are short.
@@ -263,9 +278,12 @@ class Engine:
         events: list[Event] = []
         watch, started, budget = self.decoder.stopwatch, time.perf_counter(), self._prefill_chunk
         if self._running:
+            num_rows = sum(batch.num_rows for batch in self._running)
             for batch in list(self._running):
                 events += self._run(batch)
-            pace.observe_round(watch.since(started))
+            pace.observe_round(
+                watch.since(started) * num_rows / len(events)
+            )  # several rounds give each row an event each
             budget = pace.tokens()
         if self._reading:
             batch, counts = self._next_prompts(budget)
@@ -316,63 +334,63 @@ class Engine:
         return events
 
     def _run(self, batch: Batch) -> list[Event]:
-        """One round of a batch, as its policy plans it."""
-        decoder, policy, started = self.decoder, batch.policy, time.perf_counter()
-        calls, provisional = decoder.calls.count, decoder.provisional_rounds
-        drafter, exit_layer = None, 0
-        if policy is None:
-            result = step(batch)
-        else:
-            plan = batch.resting or policy.plan(batch)
-            if plan.steps:
-                result = self._rest(batch, plan)
-            else:
-                result = run_round(batch, plan)
-                forced = any(map(any, result.certain))
-                if not isinstance(policy, FixedPolicy):  # nobody else asks, and processes would have to agree on it
-                    result.seconds = decoder.stopwatch.since(started)
-                result.settled = decoder.provisional_rounds == provisional and not forced
-                if not forced or plan.source != "none" or plan.probe:  # else it isn't the plain step that was planned
-                    policy.observe(plan, result)
-            drafter, exit_layer = plan.drafter(decoder.config.adapted_exits), plan.exit_layer
-            if plan.source != "none" or plan.probe:
-                for row in batch.rows:
-                    row.recorder.seconds_drafting += result.seconds_drafting
-                    row.recorder.seconds_verifying += result.seconds_verifying
-        return self._extend(batch, result, decoder.calls.count - calls, drafter, exit_layer)
+        """Rounds of a batch, as its policy plans them."""
+        started, calls = time.perf_counter(), self.decoder.calls.count
+        plan = batch.resting or (STEPS if batch.policy is None else batch.policy.plan(batch))
+        alone = len(self._running) == 1 and not self._reading and not batch.stops
+        seconds = self._lease_seconds if alone else 0.0
+        results = self._rest(batch, plan, seconds) if plan.steps else self._rounds(batch, plan, seconds, started)
+        return self._extend(batch, plan, results, self.decoder.calls.count - calls)
 
-    def _rest(self, batch: Batch, plan: Plan) -> RoundResult:
+    def _rounds(self, batch: Batch, plan: Plan, seconds: float, started: float) -> list[RoundResult]:
+        """Rounds that the policy learns from; `started`: when it was asked for their plan."""
+        decoder, policy, provisional = self.decoder, batch.policy, self.decoder.provisional_rounds
+        results = run_rounds(batch, plan, most=plan.lease, seconds=seconds)
+        if policy is None or isinstance(
+            policy, FixedPolicy
+        ):  # processes that share a network would have to agree on times
+            return results
+        total, settled = decoder.stopwatch.since(started), decoder.provisional_rounds == provisional
+        beside = total - sum(result.seconds_drafting + result.seconds_verifying for result in results)
+        for result in results:
+            forced = any(map(any, result.certain))
+            own = result.seconds_drafting + result.seconds_verifying
+            result.seconds = total if len(results) == 1 else own + beside / len(results)
+            result.settled = settled and not forced
+            if not forced or plan.source != "none" or plan.probe:  # else it isn't the plain step that was planned
+                policy.observe(plan, result)
+        return results
+
+    def _rest(self, batch: Batch, plan: Plan, seconds: float) -> list[RoundResult]:
         """The next of several steps without drafts that were planned at once."""
         started, provisional = time.perf_counter(), self.decoder.provisional_rounds
-        forced = batch.forces
-        result = run_round(batch, Plan(source="none")) if forced else step(batch)
-        batch.resting, batch.num_steps = plan, batch.num_steps + 1
+        forced = batch.policy is not None and batch.forces
+        steps = Plan(source="none") if forced else plan
+        results = run_rounds(batch, steps, most=plan.steps - batch.num_steps, seconds=seconds)
+        batch.resting, batch.num_steps = plan, batch.num_steps + len(results)
+        if batch.policy is None:
+            return results
         if self.decoder.provisional_rounds == provisional and not forced:
-            batch.step_seconds.append(self.decoder.stopwatch.since(started))
+            total = self.decoder.stopwatch.since(started)
+            beside = (total - sum(result.seconds_verifying for result in results)) / len(results)
+            several = [result.seconds_verifying + beside for result in results]
+            batch.step_seconds += [total] if len(results) == 1 else several
         if batch.num_steps == plan.steps:
             batch.end_rest()
-        return result
+        return results
 
-    def _extend(
-        self, batch: Batch, result: RoundResult, calls: int, drafter: DrafterName | None, exit_layer: int
-    ) -> list[Event]:
-        """Extend the rows by a round's tokens, and let those go that have ended."""
+    def _extend(self, batch: Batch, plan: Plan, results: Sequence[RoundResult], calls: int) -> list[Event]:
+        """Extend the rows by the tokens of rounds, and let those go that have ended."""
+        for row in batch.rows:
+            row.recorder.begin_step(calls)
         events = []
+        for result in results:
+            for place, row in enumerate(batch.rows):
+                event = self._take(row, place, plan, result)
+                event.more = result is not results[-1]
+                events.append(event)
         for place, row in enumerate(batch.rows):
-            drafts, certain = result.drafts[place], result.certain[place] if result.certain else ()
-            logprobs = result.logprobs[place] if result.logprobs else ()
-            kept = self._gain(row, result.gained(place), logprobs)
-            num_accepted = min(result.num_accepted[place], len(kept))
-            row.recorder.layer_calls += calls
             row.recorder.record_tokens()
-            row.recorder.record_round(len(drafts), num_accepted, drafter, certain)
-            by_layers = drafter is not None and drafter != "ngram"
-            row.remember(*(result.tried(place) if by_layers else (0, 0)))
-            event = Event(row=row, tokens=kept, num_accepted=num_accepted, drafts=drafts)
-            if drafts:
-                event.drafter, event.exit_layer = drafter or "grammar", exit_layer
-            event.logprobs = logprobs[: len(kept)]
-            events.append(event)
             length = batch.cache.lengths[place]
             if length >= len(row.tokens):  # the row was cut short: what lies beyond its end is forgotten
                 batch.cache.rollback(place, len(row.tokens) - 1)
@@ -381,6 +399,24 @@ class Engine:
             self._drop(ended)
             self._settle()
         return events
+
+    def _take(self, row: Row, place: int, plan: Plan, result: RoundResult) -> Event:
+        """Extend a row by the tokens of a round."""
+        drafts, recorder = result.drafts[place], row.recorder
+        certain = result.certain[place] if result.certain else ()
+        logprobs = result.logprobs[place] if result.logprobs else ()
+        kept = self._gain(row, result.gained(place), logprobs)
+        event = Event(row=row, tokens=kept, drafts=drafts, logprobs=logprobs[: len(kept)])
+        event.num_accepted = min(result.num_accepted[place], len(kept))
+        drafter = plan.drafter(self.decoder.config.adapted_exits)
+        recorder.record_round(len(drafts), event.num_accepted, drafter, certain, start=row.round_start)
+        if plan.source != "none" or plan.probe:
+            recorder.seconds_drafting += result.seconds_drafting
+            recorder.seconds_verifying += result.seconds_verifying
+        row.remember(*(result.tried(place) if plan.source == "layers" else (0, 0)))
+        if drafts:
+            event.drafter, event.exit_layer = drafter or "grammar", plan.exit_layer
+        return event
 
     def _gain(self, row: Row, tokens: tuple[int, ...], logprobs: Sequence[TokenLogprobs]) -> tuple[int, ...]:
         """Extend a row; a constraint that leaves no token ends it, and nothing else does without one."""

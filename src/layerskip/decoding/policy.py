@@ -32,7 +32,9 @@ class Plan:
     probe: tuple[int, ...] = ()
     """Exits whose agreement with the target the round measures."""
     steps: int = 0
-    """Steps without drafts to take before the policy is asked again; 0: one round, which is observed."""
+    """Steps without drafts to take before the policy is asked again; 0: rounds, each of which is observed."""
+    lease: int = 1
+    """Rounds, at most, that may be run by it before the policy is asked again."""
 
     def drafter(self, adapted_exits: Collection[int]) -> DrafterName | None:
         """What drafts by this plan, in a network with these adapters; None where nothing does."""
@@ -43,6 +45,12 @@ class Plan:
                 return "exit_adapter" if self.exit_layer in adapted_exits else "early_exit"
             case _:
                 return None
+
+
+UNLIMITED = 1 << 30
+"""A lease of rounds that nobody plans otherwise."""
+STEPS = Plan(source="none", steps=UNLIMITED)
+"""Plain decoding: one step after the other."""
 
 
 @dataclass(kw_only=True)

@@ -26,7 +26,7 @@ class Row:
     stop_reason: int | str | None = None
     """The token or text that ended it, where the reason is `stop`; what went wrong, where it is `error`."""
     round_start: int = 0
-    """Length of `tokens` before the last step."""
+    """Length of `tokens` before the last round."""
     recorder: StatsRecorder = field(default_factory=StatsRecorder)
     guide: Guide | None = None
     """What may be generated, where the request has a constraint."""
@@ -111,6 +111,6 @@ class Row:
 
     def cut(self, length: int) -> None:
         """Keep the first `length` tokens of the output."""
-        self.recorder.cut_round(self.prompt_length + length - self.round_start)
+        self.recorder.cut(self.prompt_length + length)
         del self.tokens[self.prompt_length + length :]
         del self.logprobs[length:]

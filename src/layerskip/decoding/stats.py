@@ -49,6 +49,18 @@ class GenerationStats:
 
 
 @dataclass(kw_only=True)
+class RoundRecord:
+    """A round whose tokens may turn out not to belong to the text."""
+
+    start: int
+    """Tokens of the row before it."""
+    accepted: int
+    """Drafts that are part of the text."""
+    drafters: list[str]
+    """What proposed each draft."""
+
+
+@dataclass(kw_only=True)
 class StatsRecorder:
     """Counts one row's generation as it goes."""
 
@@ -59,10 +71,8 @@ class StatsRecorder:
     accepted_by_position: list[int] = field(default_factory=list)
     drafted_by: dict[str, int] = field(default_factory=dict)
     accepted_by: dict[str, int] = field(default_factory=dict)
-    last_accepted: int = 0
-    """Drafts kept in the last round."""
-    last_drafters: list[str] = field(default_factory=list)
-    """What proposed each draft of the last round."""
+    latest: list["RoundRecord"] = field(default_factory=list)
+    """Rounds of the last step of the engine."""
     layer_calls: int = 0
     seconds_drafting: float = 0.0
     seconds_verifying: float = 0.0
@@ -79,8 +89,19 @@ class StatsRecorder:
         if self.first_token_at is None:
             self.first_token_at = self.last_token_at
 
+    def begin_step(self, layer_calls: int) -> None:
+        """Count the layers that a step of the engine has entered; what earlier steps have given is part of the text."""
+        self.latest = []
+        self.layer_calls += layer_calls
+
     def record_round(
-        self, num_drafts: int, num_accepted: int, drafter: str | None = None, certain: Sequence[bool] = ()
+        self,
+        num_drafts: int,
+        num_accepted: int,
+        drafter: str | None = None,
+        certain: Sequence[bool] = (),
+        *,
+        start: int = 0,
     ) -> None:
         """Count a round.
 
@@ -89,13 +110,17 @@ class StatsRecorder:
             num_accepted: Those that became part of the text.
             drafter: What proposed them.
             certain: For each draft whether a constraint forced it, where some were.
+            start: Tokens of the row before the round.
         """
         self.rounds += 1
-        self.last_accepted, self.last_drafters = num_accepted, []
+        if not num_drafts:
+            return
+        record = RoundRecord(start=start, accepted=num_accepted, drafters=[])
+        self.latest.append(record)
         for position in range(num_drafts):
             name = "grammar" if position < len(certain) and certain[position] else drafter
             if name is not None:
-                self.last_drafters.append(name)
+                record.drafters.append(name)
                 self.drafted_by[name] = self.drafted_by.get(name, 0) + 1
                 self.accepted_by[name] = self.accepted_by.get(name, 0) + (position < num_accepted)
         missing = num_drafts - len(self.drafted_by_position)
@@ -105,13 +130,15 @@ class StatsRecorder:
             self.drafted_by_position[position] += 1
             self.accepted_by_position[position] += position < num_accepted
 
-    def cut_round(self, num_tokens: int) -> None:
-        """Count only the first `num_tokens` of the last round's drafts as accepted: the text was cut there."""
-        for position in range(max(0, num_tokens), self.last_accepted):
-            self.accepted_by_position[position] -= 1
-            if self.last_drafters:
-                self.accepted_by[self.last_drafters[position]] -= 1
-        self.last_accepted = min(self.last_accepted, max(0, num_tokens))
+    def cut(self, length: int) -> None:
+        """Of the last step's drafts, count only those among the first `length` tokens of the row: it was cut there."""
+        for record in self.latest:
+            kept = min(record.accepted, max(0, length - record.start))
+            for position in range(kept, record.accepted):
+                self.accepted_by_position[position] -= 1
+                if record.drafters:
+                    self.accepted_by[record.drafters[position]] -= 1
+            record.accepted = kept
 
     def finish(self, prompt_tokens: int, tokens: int) -> GenerationStats:
         """The figures so far."""

@@ -1,4 +1,4 @@
-"""The network: three primitives, and three compositions of them.
+"""The network: three primitives, and compositions of them.
 
     hidden = decoder.embed(tokens)
     hidden = decoder.run_layers(hidden, positions, cache, start, stop)
@@ -14,6 +14,7 @@ Native kernels and CUDA graphs run the compositions in fewer calls:
     tokens = decoder.choose(inputs, positions, cache, start, stop, draw)
     drafts = decoder.draft(tokens, cache, request)
     round_ = decoder.round(tokens, cache, request, num_layers)
+    rounds = decoder.rounds(tokens, cache, request, num_layers, lease)
 
 Shapes: B rows, Q query tokens a row, K drafts a row, D width, V vocabulary, L layers, E exit.
 """
@@ -29,7 +30,7 @@ from torch import Tensor
 from layerskip.model.blocks import BlockWeight
 from layerskip.model.cache import KVCache, cache_bytes, token_bytes
 from layerskip.model.config.model_config import ModelConfig
-from layerskip.model.drafts import DraftCounts, DraftRequest, Drafts, RoundTokens
+from layerskip.model.drafts import DraftCounts, DraftRequest, Drafts, Lease, RoundTokens
 from layerskip.model.draw import Draw
 from layerskip.model.finite import check_finite
 from layerskip.model.network import Network
@@ -516,6 +517,23 @@ class Decoder:
             seconds_drafting=self.stopwatch.between(start, middle) if length else 0.0,
             seconds_verifying=self.stopwatch.between(middle, end),
         )
+
+    def rounds(
+        self, tokens: Sequence[int], cache: KVCache, request: DraftRequest, num_layers: int, lease: Lease
+    ) -> list[RoundTokens]:
+        """Rounds one after the other, each after the tokens that the one before has given; nothing is committed.
+
+        Args:
+            tokens: As for `round`.
+            cache: As for `round`; has room for all tokens that the lease allows.
+            request: What to draft in each round; rows draft no more than they may still gain, less one.
+            num_layers: As for `round`.
+            lease: When to stop.
+
+        Returns:
+            At least one; no more than that where a round isn't a single call.
+        """
+        return [self.round(tokens, cache, request, num_layers)]
 
     def padded(self, drafts: Sequence[Sequence[int]]) -> Drafts:
         """Drafts of each row as a rectangle on the device."""

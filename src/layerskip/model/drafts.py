@@ -4,7 +4,7 @@ Shapes: B rows, K drafts a row, D width.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -60,6 +60,19 @@ class DraftRequest:
     def limits(self, num_rows: int) -> Sequence[int]:
         """Tokens to draft in each row at most."""
         return self.lengths or (self.num_drafts,) * num_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lease:
+    """How far rounds may go on before somebody is asked: until a row ends, or the first of these limits."""
+
+    remaining: Sequence[int]
+    """Tokens that each row may gain."""
+    ends: Sequence[Collection[int]]
+    """Tokens that end each row."""
+    rounds: int = 1
+    seconds: float = 0.0
+    """No further round begins after that."""
 
 
 class DraftCounts:

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 
 from layerskip.decoding.engine import Engine, Event
@@ -174,7 +174,9 @@ class Scheduler:
 
     def _hand_out(self, events: Iterable[Event], started: float) -> None:
         """Turn a step's events into deliveries, and hand them to the loops that wait for them."""
-        seconds = time.perf_counter() - started
+        events = list(events)
+        rounds = max(Counter(id(event.row) for event in events).values(), default=1)
+        seconds = (time.perf_counter() - started) / rounds
         mail: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, Delivery]]] = {}
         for event in events:
             known = self._writers.get(event.row)
@@ -205,7 +207,7 @@ class Scheduler:
         job.last_token_at = time.monotonic()
         job.first_token_at = job.first_token_at or job.last_token_at
         pieces: list[Delivery] = [piece] if job.ticket.in_pieces else []
-        if event.row.finish_reason is None:
+        if not event.ends:
             return pieces
         del self._writers[event.row]
         end = JobEnd(place=job.place, text=writer.finish().text, result=writer.result())

@@ -15,7 +15,15 @@ from typing import Protocol
 
 from layerskip.decoding.adaptive.budget import Budget, budget_of, share_out
 from layerskip.decoding.adaptive.outlook import Classes, Outlook, best_outlook
-from layerskip.decoding.adaptive.pace import COLD_ROUNDS, COLD_STEPS, FIRST_REST, LOOK_SHARE, TIMED_STEPS, Pace
+from layerskip.decoding.adaptive.pace import (
+    COLD_ROUNDS,
+    COLD_STEPS,
+    FIRST_REST,
+    LOOK_SHARE,
+    STEPS_EVERY,
+    TIMED_STEPS,
+    Pace,
+)
 from layerskip.decoding.adaptive.rates import AcceptanceRates
 from layerskip.decoding.adaptive.round_times import RoundTimes
 from layerskip.decoding.ngrams.index import Match
@@ -130,7 +138,9 @@ class AdaptivePolicy:
         self._histories, self._gives_up = view.histories, not view.by_distribution
         self._matches = view.matches() if self.uses_text else ()
         plan = self._choose(view.remaining)
-        return replace(plan, probe=self.exits) if self._probe_is_due() else plan
+        if self._probe_is_due():
+            return replace(plan, probe=self.exits)
+        return replace(plan, lease=self._lease(view.remaining)) if plan.source == "layers" else plan
 
     def observe(self, plan: Plan, result: RoundResult) -> None:
         """Learn from what the last plan gave."""
@@ -228,6 +238,21 @@ class AdaptivePolicy:
         """Whether early layers draft: because they are expected to gain, or to try them."""
         gain = plan.tokens_per_second * step
         return gain > (STAYING if self._drafted_rounds else MARGIN) or self.pace.tries(step, gain)
+
+    def _lease(self, remaining: int) -> int:
+        """Rounds with drafts by early layers that would be planned alike, whatever the ones before them give."""
+        if any(self._matches):
+            return 1
+        limits = [
+            self._keep_for - (self._rounds - self._planned_at),
+            STEPS_EVERY - self.pace.since_steps,
+            remaining // (self.most_drafts + 1),
+        ]
+        if self.pace.trial:
+            limits.append(self.pace.trial)
+        if not self.times.timed("none"):
+            limits.append(FIRST_ROUNDS - self._rounds)
+        return max(1, min(limits))
 
     def _count(self, source: DraftSource, exit_layer: int, rounds: int = 1) -> None:
         self._rounds += rounds

@@ -81,7 +81,7 @@ class GenerationStream(Iterator[StreamEvent]):
             if self._show_drafts and event.drafts:
                 yield writer.preview(event)
             yield from writer.write(event)
-            if event.row.finish_reason is not None:
+            if event.ends:
                 yield writer.finish()
         for writer in self._writers:  # ended from outside, as by another stream of the same session
             if not writer.finished and writer.row.finish_reason is not None:
@@ -118,7 +118,7 @@ def generate_each(
         for event in engine.step():
             place, writer = writers[event.row]
             writer.take(event)
-            if event.row.finish_reason is not None:
+            if event.ends:
                 writer.finish()
                 del writers[event.row]
                 yield place, writer.result()

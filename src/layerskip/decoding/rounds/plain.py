@@ -3,7 +3,7 @@
 Shapes: B rows, Q query tokens a row, D width, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -76,22 +76,17 @@ def read_chunk(batch: Batch, counts: Mapping[int, int]) -> dict[int, FirstToken]
 
 @torch.inference_mode()
 def step(batch: Batch) -> RoundResult:
-    """Generate one token in each row, and commit the token before it."""
+    """Generate one token in each row, through its logits."""
     decoder, cache, sampler = batch.decoder, batch.cache, batch.sampler
-    told: Sequence[tuple[TokenLogprobs, ...]] = ()
-    if batch.needs != "tokens":
-        pending = batch.pending()
-        positions = decoder.place(cache, cache.lengths, 1)
-        hidden = decoder.run_layers(decoder.embed(pending), positions, cache, 0, batch.depth)
-        hidden = decoder.adapt(hidden, positions, cache, batch.depth, ValueSource.NONE)
-        logits = decoder.own_logits(hidden, batch.depth)
-        scores = sampler.scores(logits, batch.contexts(), batch.masks())
-        chosen = sampler.choose(scores, [len(row.tokens) for row in batch.rows]).tolist()
-        told, tokens = tell_tokens(decoder, batch.rows, logits, chosen), [token for (token,) in chosen]
-    else:
-        targets = decoder.round(batch.last_tokens, cache, batch.step_request, batch.depth).targets
-        tokens = [token for (token,) in targets]
-    for row in range(batch.num_rows):
-        cache.commit(row, 1)
-    nothing = [0] * batch.num_rows
-    return RoundResult(drafts=[()] * batch.num_rows, num_accepted=nothing, tokens=tokens, logprobs=told)
+    positions = decoder.place(cache, cache.lengths, 1)
+    hidden = decoder.run_layers(decoder.embed(batch.pending()), positions, cache, 0, batch.depth)
+    hidden = decoder.adapt(hidden, positions, cache, batch.depth, ValueSource.NONE)
+    logits = decoder.own_logits(hidden, batch.depth)
+    scores = sampler.scores(logits, batch.contexts(), batch.masks())
+    chosen = sampler.choose(scores, [len(row.tokens) for row in batch.rows]).tolist()
+    return RoundResult(
+        drafts=[()] * batch.num_rows,
+        num_accepted=[0] * batch.num_rows,
+        tokens=[token for (token,) in chosen],
+        logprobs=tell_tokens(decoder, batch.rows, logits, chosen),
+    )

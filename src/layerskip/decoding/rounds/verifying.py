@@ -10,7 +10,6 @@ Shapes: B rows, K drafts a row, D width, V vocabulary.
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,29 +19,44 @@ from layerskip.decoding.policy import Plan, RoundResult
 from layerskip.decoding.rounds.acceptance import accept_block, accept_matching, accept_rejection
 from layerskip.decoding.rounds.drafting import continuations, draft_from_layers, draft_from_text
 from layerskip.decoding.rounds.guided import GuidedDrafts, draft_forced, draft_guided, draft_guided_text
+from layerskip.decoding.rounds.plain import step
 from layerskip.decoding.rounds.telling import tell_tokens
 from layerskip.decoding.sampler import Sampler
-from layerskip.model.drafts import DraftRequest, Drafts
+from layerskip.model.drafts import DraftRequest, Drafts, Lease, RoundTokens
 from layerskip.model.noise import Purpose, make_key, uniforms
 from layerskip.model.sampling import add_noise, noise_for
 
 
 @torch.inference_mode()
-def run_round(batch: Batch, plan: Plan) -> RoundResult:
-    """Do what a plan says, and commit each row's pending token and accepted drafts to the cache."""
-    result = _through_logits(batch, plan) if batch.needs != "tokens" or plan.probe else _through_tokens(batch, plan)
-    for row, num_accepted in enumerate(result.num_accepted):
-        batch.cache.commit(row, num_accepted + 1)
-    return result
+def run_rounds(batch: Batch, plan: Plan, *, most: int = 1, seconds: float = 0.0) -> list[RoundResult]:
+    """Do what a plan says, and commit each row's pending token and accepted drafts to the cache.
+
+    Args:
+        batch: The rows.
+        plan: What each round does.
+        most: Rounds at most; several are run only where one call can run them.
+        seconds: No further round begins after that.
+
+    Returns:
+        What each round gave, at least one; rows end in none but the last.
+    """
+    if batch.needs == "tokens" and not plan.probe:
+        results = _through_tokens(batch, plan, most, seconds)
+    else:
+        results = [step(batch) if plan.steps else _through_logits(batch, plan)]
+    for row, gained in enumerate(zip(*(result.num_accepted for result in results), strict=True)):
+        batch.cache.commit(row, sum(gained) + len(gained))
+    return results
 
 
-def _through_tokens(batch: Batch, plan: Plan) -> RoundResult:
-    """A round of rows that need tokens only."""
-    drafts, num_drafts = None, [0] * batch.num_rows
+def _through_tokens(batch: Batch, plan: Plan, most: int, seconds: float) -> list[RoundResult]:
+    """Rounds of rows that need tokens only."""
+    decoder, last, cache, depth = batch.decoder, batch.last_tokens, batch.cache, batch.depth
     if plan.source == "text":
         drafts = continuations(batch, batch.matches(), plan)
-    elif plan.source == "layers":
-        num_drafts = batch.draft_lengths(plan)
+        request = DraftRequest(exit_layer=0, num_drafts=0, draw=batch.sampler.draw)
+        return [_accepted(decoder.round(last, cache, request, depth, drafts), list(map(len, drafts)))]
+    num_drafts = batch.draft_lengths(plan)
     request = DraftRequest(
         exit_layer=plan.exit_layer,
         num_drafts=max(num_drafts),
@@ -51,25 +65,27 @@ def _through_tokens(batch: Batch, plan: Plan) -> RoundResult:
         stop=plan.stop,
         draw=batch.sampler.draw,
     )
-    tokens = batch.decoder.round(batch.last_tokens, batch.cache, request, batch.depth, drafts)
-    return _accepted(
-        tokens.drafts,
-        num_drafts if drafts is None else [len(row) for row in drafts],
-        tokens.targets,
-        confidences=tokens.confidences,
-        seconds_drafting=tokens.seconds_drafting,
-        seconds_verifying=tokens.seconds_verifying,
-    )
+    remaining = [row.remaining for row in batch.rows]
+    lease = Lease(rounds=most, seconds=seconds, remaining=remaining, ends=batch.ends)
+    return [_accepted(tokens, num_drafts) for tokens in decoder.rounds(last, cache, request, depth, lease)]
 
 
-def _accepted(
-    drafts: Sequence[Sequence[int]], num_drafts: Sequence[int], targets: Sequence[Sequence[int]], **rest: Any
+def _accepted(tokens: RoundTokens, num_drafts: Sequence[int]) -> RoundResult:
+    """What a round gave, of whose drafts each row can use so many."""
+    result = _matching(tokens.drafts, num_drafts, tokens.targets)
+    result.confidences = tokens.confidences
+    result.seconds_drafting, result.seconds_verifying = tokens.seconds_drafting, tokens.seconds_verifying
+    return result
+
+
+def _matching(
+    drafts: Sequence[Sequence[int]], num_drafts: Sequence[int], targets: Sequence[Sequence[int]]
 ) -> RoundResult:
     """Accept the drafts that the target chose too; the token after them is the target's."""
     usable = [tuple(row[:number]) for row, number in zip(drafts, num_drafts, strict=True)]
     num_accepted = [accept_matching(row, chosen) for row, chosen in zip(usable, targets, strict=True)]
     tokens = [chosen[number] for chosen, number in zip(targets, num_accepted, strict=True)]
-    return RoundResult(drafts=usable, num_accepted=num_accepted, tokens=tokens, **rest)
+    return RoundResult(drafts=usable, num_accepted=num_accepted, tokens=tokens)
 
 
 def _through_logits(batch: Batch, plan: Plan) -> RoundResult:
@@ -155,7 +171,7 @@ class _Judge:
         length = drafts.tokens.shape[1]
         if self._targets is not None:
             both = torch.cat((drafts.tokens, self._targets), 1).tolist()
-            return _accepted([row[:length] for row in both], self._num_drafts, [row[length:] for row in both])
+            return _matching([row[:length] for row in both], self._num_drafts, [row[length:] for row in both])
         drawn = draw_accepted(
             batch.sampler,
             drafts.tokens,

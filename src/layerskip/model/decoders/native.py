@@ -10,9 +10,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from layerskip.model.cache import KVCache
 from layerskip.model.decoder import Decoder
-from layerskip.model.drafts import DraftRequest, Drafts, RoundTokens
+from layerskip.model.drafts import DraftRequest, Drafts, Lease, RoundTokens
 from layerskip.model.draw import Draw
 from layerskip.model.native.network import NativeNetwork, split
+from layerskip.model.native.rounds import RoundNetworks, run_rounds
 from layerskip.model.native.threads import torch_at_rest
 from layerskip.model.positions import Positions
 
@@ -85,13 +86,22 @@ class NativeDecoder(Decoder):
         stop: int,
         draw: Draw | None,
     ) -> Tensor:
-        """As `NativeNetwork.choose`; a pass is counted once, by the number of rows and the tokens of the longest."""
-        adapter = self._adapters.get(stop, self)
-        assert isinstance(adapter, NativeDecoder)
+        """As `NativeNetwork.choose`."""
+        verifier = self._verifier(stop)
+        verifier._count_block(start, stop, counts)
+        return verifier._native.choose(inputs, starts, counts, cache, start, stop, draw)
+
+    def _verifier(self, num_layers: int) -> "NativeDecoder":
+        """What chooses after so many layers: this decoder, or that of the exit's adapter."""
+        decoder = self._adapters.get(num_layers, self)
+        assert isinstance(decoder, NativeDecoder)
+        return decoder
+
+    def _count_block(self, start: int, stop: int, counts: Sequence[int]) -> None:
+        """Count a pass once, by the number of rows and the tokens of the longest."""
         self.calls.add(start, stop, len(counts), max(counts))
-        if adapter._adapter is not None:
-            self.calls.add(adapter._adapter, adapter._adapter + 1, len(counts), max(counts))
-        return adapter._native.choose(inputs, starts, counts, cache, start, stop, draw)
+        if self._adapter is not None:
+            self.calls.add(self._adapter, self._adapter + 1, len(counts), max(counts))
 
     def _draft(self, tokens: Tensor, cache: KVCache, request: DraftRequest, *, complete: bool) -> Drafts:
         if not self._can_draft(request):
@@ -111,15 +121,26 @@ class NativeDecoder(Decoder):
     def _draft_rows(
         self, tokens: Sequence[int], cache: KVCache, request: DraftRequest, *, complete: bool
     ) -> tuple[list[list[int]], Tensor, Sequence[Sequence[float]]]:
-        """As `NativeNetwork.draft`; passes are counted as if rows that have their drafts took part in the others."""
-        drafts, hidden, confidences = self._native.draft(tokens, cache, request, complete=complete)
+        """As `NativeNetwork.draft`."""
+        found = self._native.draft(tokens, cache, request, complete=complete)
+        self._count_passes(found[0], found[2], request.exit_layer, complete=complete)
+        return found
+
+    def _count_passes(
+        self,
+        drafts: Sequence[Sequence[int]],
+        confidences: Sequence[Sequence[float]],
+        exit_layer: int,
+        *,
+        complete: bool,
+    ) -> None:
+        """Count passes of drafting, as if rows that have their drafts took part in the others."""
         longest = max(map(len, drafts))
         drawn = max([longest, *map(len, confidences)])
         for _ in range(drawn + (complete and drawn == longest)):
-            self.calls.add(0, request.exit_layer, len(tokens), 1)
+            self.calls.add(0, exit_layer, len(drafts), 1)
             if self._adapter is not None:
-                self.calls.add(self._adapter, self._adapter + 1, len(tokens), 1)
-        return drafts, hidden, confidences
+                self.calls.add(self._adapter, self._adapter + 1, len(drafts), 1)
 
     def round(
         self,
@@ -130,32 +151,45 @@ class NativeDecoder(Decoder):
         drafts: Sequence[Sequence[int]] | None = None,
     ) -> RoundTokens:
         """As `Decoder.round`, without padding: each row's own number of tokens runs through the layers."""
-        drafter = self.drafter(request.exit_layer)
-        by_layers = drafts is None and request.exit_layer > 0 and request.num_drafts > 0
-        own = isinstance(drafter.decoder, NativeDecoder) and drafter.decoder._can_draft(request)
-        if not (self.ragged and (own or not by_layers)):
+        if drafts is None and self._runs_rounds(request):
+            room = [limit + 1 for limit in request.limits(len(tokens))]
+            lease = Lease(remaining=room, ends=[()] * len(tokens))
+            return self.rounds(tokens, cache, request, num_layers, lease)[0]
+        if drafts is None or not self.ragged:
             return super().round(tokens, cache, request, num_layers, drafts)
         start = self.stopwatch.mark()
-        found, states = drafts, None
-        confidences: Sequence[Sequence[float]] = ()
-        if by_layers:
-            assert isinstance(drafter.decoder, NativeDecoder)
-            found, states, confidences = drafter.decoder._draft_rows(
-                tokens, cache, request, complete=drafter.shares_states
-            )
-        if found is None:
-            found = [[]] * len(tokens)
-        middle = self.stopwatch.mark()
-        counts, first = [len(row) + 1 for row in found], request.exit_layer
-        if states is None or not drafter.shares_states:
-            flat = [token for last, row in zip(tokens, found, strict=True) for token in (last, *row)]
-            states, first = torch.tensor(flat), 0
-        chosen = self._choose(states, cache.lengths, counts, cache, first, num_layers, request.draw)
-        end = self.stopwatch.mark()
+        counts = [len(row) + 1 for row in drafts]
+        flat = torch.tensor([token for last, row in zip(tokens, drafts, strict=True) for token in (last, *row)])
+        chosen = self._choose(flat, cache.lengths, counts, cache, 0, num_layers, request.draw)
         return RoundTokens(
-            drafts=found,
+            drafts=drafts,
             targets=split(chosen.tolist(), counts),
-            confidences=confidences,
-            seconds_drafting=self.stopwatch.between(start, middle) if max(counts) > 1 else 0.0,
-            seconds_verifying=self.stopwatch.between(middle, end),
+            seconds_verifying=self.stopwatch.between(start, self.stopwatch.mark()),
         )
+
+    def rounds(
+        self, tokens: Sequence[int], cache: KVCache, request: DraftRequest, num_layers: int, lease: Lease
+    ) -> list[RoundTokens]:
+        """As `Decoder.rounds`, in one call."""
+        if not self._runs_rounds(request):
+            return super().rounds(tokens, cache, request, num_layers, lease)
+        drafter, verifier = self.drafter(request.exit_layer), self._verifier(num_layers)
+        assert isinstance(drafter.decoder, NativeDecoder)
+        networks = RoundNetworks(
+            verifier=verifier._native, drafter=drafter.decoder._native, shares_states=drafter.shares_states
+        )
+        done = run_rounds(networks, tokens, cache, request, num_layers, lease)
+        for round_ in done:
+            counts, first = [len(targets) for targets in round_.targets], 0
+            if max(map(len, round_.confidences or round_.drafts)):  # there are no passes without drafts
+                drafter.decoder._count_passes(
+                    round_.drafts, round_.confidences, request.exit_layer, complete=drafter.shares_states
+                )
+                first = request.exit_layer if drafter.shares_states else 0
+            verifier._count_block(first, num_layers, counts)
+        return done
+
+    def _runs_rounds(self, request: DraftRequest) -> bool:
+        """Whether kernels can run whole rounds."""
+        drafter = self.drafter(request.exit_layer).decoder
+        return self.ragged and isinstance(drafter, NativeDecoder) and drafter._can_draft(request)

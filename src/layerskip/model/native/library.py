@@ -9,7 +9,7 @@ import ctypes
 import functools
 import warnings
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +238,39 @@ class DraftCall(Structure):
     )
 
 
+class RoundsCall(Structure):
+    """`RoundsCall` of native/interface.h."""
+
+    _fields_ = (
+        ("network", c_void_p),
+        ("drafter", c_void_p),
+        ("cache", c_void_p),
+        ("embedding", c_void_p),
+        ("draft_embedding", c_void_p),
+        ("stop_rule", c_void_p),
+        ("sampling", c_void_p),
+        ("tokens", c_void_p),
+        ("starts", c_void_p),
+        ("remaining", c_void_p),
+        ("limits", c_void_p),
+        ("ends", c_void_p),
+        ("num_ends", c_void_p),
+        ("written", c_void_p),
+        ("drawn", c_void_p),
+        ("drafts", c_void_p),
+        ("targets", c_void_p),
+        ("confidences", c_void_p),
+        ("seconds", c_void_p),
+        ("most_seconds", c_double),
+        ("rows", c_int32),
+        ("exit_layer", c_int32),
+        ("num_layers", c_int32),
+        ("complete", c_int32),
+        ("most_rounds", c_int32),
+        ("padding", c_int32),
+    )
+
+
 class PackCall(Structure):
     """`PackCall` of native/interface.h."""
 
@@ -267,6 +300,7 @@ STRUCTURES: tuple[type[Structure], ...] = (
     AdaptCall,
     ChooseCall,
     DraftCall,
+    RoundsCall,
     PackCall,
 )
 """All of them, in the order of native/layout.cpp."""
@@ -277,6 +311,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "unembed": (None, [POINTER(NetworkView), c_void_p, c_int32, c_void_p]),
     "choose": (None, [POINTER(ChooseCall)]),
     "draft": (c_int32, [POINTER(DraftCall)]),
+    "rounds": (c_int32, [POINTER(RoundsCall)]),
     "packed_bytes": (c_int64, [c_int32, c_int32, c_int32]),
     "pack": (None, [POINTER(PackCall)]),
     "pack_blocks": (None, [POINTER(PackCall)]),

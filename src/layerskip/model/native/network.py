@@ -169,8 +169,8 @@ class NativeNetwork:
         """[B, Q, D], the output of the exit -> [B, Q, D], what norm and head read."""
         out = hidden.clone(memory_format=torch.contiguous_format)
         slots = [slot for row in positions.source_slots(cache.lengths, source) for slot in row]
-        view, starts, sources = self._cache_view(cache), _int64s(positions.first), _int64s(slots)
-        counts = _int32s([positions.num_queries] * len(positions.first))
+        view, starts, sources = self.cache_view(cache), int64s(positions.first), int64s(slots)
+        counts = int32s([positions.num_queries] * len(positions.first))
         self._network.threads = kernel_threads()
         self._run_adapter(
             AdaptCall(
@@ -224,7 +224,7 @@ class NativeNetwork:
         start: int,
         stop: int,
     ) -> None:
-        view, starts, counts = self._cache_view(cache), _int64s(first), _int32s(numbers)
+        view, starts, counts = self.cache_view(cache), int64s(first), int32s(numbers)
         self._network.threads = kernel_threads()
         function(
             RunLayersCall(
@@ -252,6 +252,17 @@ class NativeNetwork:
         self._network.threads = kernel_threads()
         self._unembed(self._network, hidden.data_ptr(), rows * queries, logits.data_ptr())
         return logits[..., : self.head.outputs]
+
+    @property
+    def view(self) -> NetworkView:
+        """The structure for calls, with the number of threads that are to work."""
+        self._network.threads = kernel_threads()
+        return self._network
+
+    @property
+    def embedding_view(self) -> EmbeddingView | None:
+        """The structure for the embedding table, if `embeds`."""
+        return self._embedding
 
     @property
     def embeds(self) -> bool:
@@ -287,7 +298,7 @@ class NativeNetwork:
             tokens, hidden = inputs, torch.empty(len(inputs), self.config.hidden_size)
         assert inputs.is_contiguous() and len(inputs) == sum(counts), (inputs.shape, counts)
         chosen = torch.empty(len(inputs), dtype=torch.long)
-        view, places, numbers = self._cache_view(cache), _int64s(starts), _int32s(counts)
+        view, places, numbers = self.cache_view(cache), int64s(starts), int32s(counts)
         sampling = None if draw is None else sampling_view(draw)
         self._network.threads = kernel_threads()
         self._choose(
@@ -326,8 +337,8 @@ class NativeNetwork:
         rows, stop = len(tokens), request.stop
         limits = request.limits(rows)
         total = sum(limits)
-        view, last, starts = self._cache_view(cache), _int64s(tokens), _int64s(cache.lengths)
-        most, written, drawn = _int32s(limits), (ctypes.c_int32 * rows)(), (ctypes.c_int32 * rows)()
+        view, last, starts = self.cache_view(cache), int64s(tokens), int64s(cache.lengths)
+        most, written, drawn = int32s(limits), (ctypes.c_int32 * rows)(), (ctypes.c_int32 * rows)()
         hidden = torch.empty(total + rows if complete else 0, self.config.hidden_size)
         drafts, confidences = (ctypes.c_int64 * total)(), (ctypes.c_float * total)()
         stop_rule = None if stop is None else StopRuleView(rates=stop.rates, least=stop.least, kept=stop.kept)
@@ -361,7 +372,7 @@ class NativeNetwork:
             () if stop is None else split(list(confidences), drawn),
         )
 
-    def _cache_view(self, cache: KVCache) -> CacheView:
+    def cache_view(self, cache: KVCache) -> CacheView:
         """The structure for a cache; the latest one is kept, since most calls come with the same cache."""
         known, view = self._latest_cache  # read and written as one, because threads may share a network
         if known() is cache:
@@ -412,11 +423,13 @@ class NativeNetwork:
         return view
 
 
-def _int64s(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+def int64s(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    """An array for a field of a call."""
     return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
-def _int32s(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_int32]:
+def int32s(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_int32]:
+    """An array for a field of a call."""
     return (ctypes.c_int32 * len(numbers))(*numbers)
 
 

@@ -30,6 +30,7 @@ import tyro
 from gguf_formats import Format, write_format
 from llama_cpp_model import LlamaCpp, describe_build
 from models import ModelName, gguf_file, long_prompts
+from peers import load_each
 from record import environment, processor, write_record
 from rich.console import Console
 from rich.table import Table
@@ -104,7 +105,7 @@ def main(arguments: Arguments) -> None:
             if name == "file" and own is None:
                 raise InvalidArgumentError(f"{arguments.model} is not a GGUF file; leave out --formats file")
             file = own or write_format(arguments.model, name, folder, arguments.threads)
-            found = dict(compare(arguments, file))
+            found = dict(compare(arguments, console, file))
             show(console, f"{arguments.model}, {name}, {arguments.tokens} tokens", found)
             results[name] = {setting: asdict(difference) for setting, difference in found.items()}
     content = {
@@ -118,16 +119,12 @@ def main(arguments: Arguments) -> None:
     console.print(f"{processor()}; record: {path}", markup=False, soft_wrap=True)
 
 
-def compare(arguments: Arguments, file: Path) -> Iterator[tuple[str, Difference]]:
+def compare(arguments: Arguments, console: Console, file: Path) -> Iterator[tuple[str, Difference]]:
     """llama.cpp in each setting, and ours in each way to compute, against ours in float32."""
     lm = layerskip.load(str(file), dtype="float32", device="cpu", exit_adapters=None)
     (tokens,) = long_prompts(lm, arguments.prompts, 1, arguments.tokens)
     expected = lm.logits(tokens).numpy()
-    for compute in arguments.compute:
-        try:
-            other = layerskip.load(str(file), dtype="float32", device="cpu", exit_adapters=None, compute=compute)
-        except InvalidArgumentError:
-            continue  # this file has nothing to compute so
+    for compute, other in load_each(str(file), arguments.compute, {"exit_adapters": None}, console):
         yield f"ours, {compute}", Difference.of(other.logits(tokens).numpy(), expected)
     settings: dict[str, dict[str, Any]] = {
         "llama.cpp, defaults": {},

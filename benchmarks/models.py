@@ -12,7 +12,7 @@ from layerskip.checkpoint.checkpoint import DEMO_FOLDER
 from layerskip.checkpoint.names import MODELS, resolve
 from layerskip.errors import TokenizerError
 
-UNTRAINED = {"untrained": None, "untrained-240m": "240m"}
+UNTRAINED = {"untrained": None, "untrained-240m": "240m", "untrained-1b": "1b"}
 """Names of models with random weights, none of whose exits agrees, and their shapes; None is the embedded model's
 shape."""
 LARGE = ("1b", "8b")

@@ -15,8 +15,20 @@ from rich.console import Console
 from rich.table import Table
 
 import layerskip
+from layerskip.errors import InvalidArgumentError
 
-__all__ = ["Comparison", "Run", "Spread", "Way", "common_length", "interleave", "our_prompt", "our_text", "show"]
+__all__ = [
+    "Comparison",
+    "Run",
+    "Spread",
+    "Way",
+    "common_length",
+    "interleave",
+    "load_each",
+    "our_prompt",
+    "our_text",
+    "show",
+]
 
 PAUSE = 0.02
 """Seconds before each run: threads of OpenMP spin for milliseconds after their last work, on cores that others need."""
@@ -124,6 +136,29 @@ def interleave(ways: Mapping[str, Way], prompts: Sequence[list[int]], repetition
             for name in names:
                 speeds[name].append(work[name] / seconds[name])
     return Comparison(speeds=speeds, texts=texts)
+
+
+def load_each(
+    source: str, computes: Sequence[str], options: Mapping[str, Any], console: Console
+) -> Iterator[tuple[str, layerskip.LanguageModel]]:
+    """A model in each way to compute that its format allows; others are named and left out.
+
+    Args:
+        source: A name for `layerskip.load`.
+        computes: Values of its option `compute`.
+        options: Its other options.
+        console: Where to name them.
+    """
+    for compute in computes:
+        settings: dict[str, Any] = {"dtype": "float32", "device": "cpu", **options, "compute": compute}
+        try:
+            lm = layerskip.load(source, **settings)
+        except InvalidArgumentError as error:
+            if not str(error).startswith(f"compute {compute!r}"):
+                raise
+            console.print(f"left out: {error}", markup=False, soft_wrap=True)
+        else:
+            yield compute, lm
 
 
 def our_text(lm: layerskip.LanguageModel, max_new_tokens: int, *, with_prompt: bool = False, **options: Any) -> Way:

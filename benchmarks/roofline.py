@@ -18,14 +18,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from arguments import PromptArguments
 from gguf_formats import Format, write_format
 from models import LARGE, load_prompts, prepare
-from peers import Spread
+from peers import Spread, load_each
 from record import environment, processor, write_record
 from rich.console import Console
 from rich.table import Table
@@ -159,15 +158,7 @@ def main(arguments: Arguments) -> None:
         model = prepare(arguments.model, folder / "exit4", exit_layer=4, dtype=dtype)
         for name in arguments.formats:
             source = model if name == "file" else str(write_format(model, name, folder, arguments.threads))
-            for compute in arguments.compute:
-                options: dict[str, Any] = {"dtype": "float32", "device": "cpu", **arguments.load, "compute": compute}
-                try:
-                    lm = layerskip.load(source, **options)
-                except InvalidArgumentError as error:
-                    if "compute" not in str(error):
-                        raise
-                    console.print(f"left out: {error}", markup=False, soft_wrap=True)
-                    continue
+            for compute, lm in load_each(source, arguments.compute, arguments.load, console):
                 found[f"{name}, {compute}"] = measure(arguments, lm, roofline, measured)
     report(arguments, console, measured, found)
 

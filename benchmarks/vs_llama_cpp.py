@@ -21,7 +21,7 @@ texts differ after some tokens (`llama_cpp_logits.py` shows by how much).
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,7 +33,7 @@ from arguments import DraftingArguments
 from gguf_formats import Format, write_format
 from llama_cpp_model import Drafts, LlamaCpp, ModelDrafts, PhraseDrafts, describe_build
 from models import LARGE, gguf_file, load_prompts, long_prompts, prepare
-from peers import Run, Way, interleave, our_prompt, our_text, show
+from peers import Run, Way, interleave, load_each, our_prompt, our_text, show
 from record import environment, processor, write_record
 from rich.console import Console
 
@@ -127,7 +127,7 @@ def measure(
 ) -> dict[str, Any]:
     """Measure one format, and print tables; returns what belongs in the record."""
     source = model if name == "file" else str(file)  # by its name, the model has its exit adapters
-    ours = dict(load_ours(arguments, console, source))
+    ours = dict(load_each(source, arguments.compute, arguments.load, console))
     if not ours:
         raise InvalidArgumentError(f"no --compute of {', '.join(arguments.compute)} can be used with {file}")
     lm = next(iter(ours.values()))
@@ -155,18 +155,6 @@ def measure(
             show(console, f"{arguments.model}, {name}: prompts of {arguments.prompt_tokens} tokens", comparison, LLAMA)
             found["prompts"] = comparison.record(LLAMA)
     return found
-
-
-def load_ours(arguments: Arguments, console: Console, source: str) -> Iterator[tuple[str, layerskip.LanguageModel]]:
-    """The file in each way to compute that its format allows."""
-    for compute in arguments.compute:
-        options: Mapping[str, Any] = {"dtype": "float32", "device": "cpu", **arguments.load, "compute": compute}
-        try:
-            yield compute, layerskip.load(source, **options)
-        except InvalidArgumentError as error:
-            if "compute" not in str(error):
-                raise
-            console.print(f"left out: {error}", markup=False, soft_wrap=True)
 
 
 def their_text(theirs: LlamaCpp, max_new_tokens: int) -> Way:

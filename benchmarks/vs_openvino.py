@@ -23,11 +23,10 @@ import torch
 import tyro
 from arguments import PromptArguments
 from models import gguf_file, load_prompts, long_prompts
-from peers import Run, Way, interleave, our_prompt, our_text, show
+from peers import Run, Way, interleave, load_each, our_prompt, our_text, show
 from record import environment, processor, write_record
 from rich.console import Console
 
-import layerskip
 from layerskip.checkpoint.checkpoint import open_checkpoint
 from layerskip.checkpoint.loading.placement import check_compute
 from layerskip.errors import InvalidArgumentError
@@ -120,9 +119,10 @@ def measure(arguments: Arguments, console: Console, name: Format, file: Path) ->
         texts[label] = their_text(pipeline, arguments.max_new_tokens)
         reads[label] = their_prompt(pipeline)
     reference = next(iter(texts))
-    for compute in arguments.compute:
-        options: dict[str, Any] = {"dtype": "float32", "device": "cpu", **arguments.load, "compute": compute}
-        lm = layerskip.load(str(file), **options)
+    ours = dict(load_each(str(file), arguments.compute, arguments.load, console))
+    if not ours:
+        raise InvalidArgumentError(f"no --compute of {', '.join(arguments.compute)} can be used with {name}")
+    for compute, lm in ours.items():
         texts[f"ours, {compute}"] = our_text(lm, arguments.max_new_tokens, generation_strategy="autoregressive")
         texts[f"ours, {compute}, adaptive"] = our_text(lm, arguments.max_new_tokens, generation_strategy="adaptive")
         reads[f"ours, {compute}"] = our_prompt(lm)

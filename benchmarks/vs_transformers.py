@@ -29,13 +29,14 @@ import torch
 import tyro
 from arguments import DraftingArguments
 from models import load_prompts, long_prompts, prepare
-from peers import Run, Way, interleave, our_prompt, our_text, show
+from peers import Run, Way, interleave, load_each, our_prompt, our_text, show
 from record import environment, processor, write_record
 from rich.console import Console
 
 import layerskip
 from layerskip.checkpoint.loading.placement import check_compute
 from layerskip.checkpoint.transformers_model import load_transformers_model
+from layerskip.errors import InvalidArgumentError
 
 DType = Literal["float32", "bfloat16"]
 
@@ -88,7 +89,7 @@ def measure(arguments: Arguments, console: Console, model: str) -> dict[str, Any
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    ours = load_ours(arguments, model)
+    ours = load_ours(arguments, console, model)
     lm = next(iter(ours.values()))
     theirs = {
         f"transformers, {name}": load_transformers_model(lm.checkpoint, getattr(torch, name)).eval()
@@ -115,12 +116,14 @@ def measure(arguments: Arguments, console: Console, model: str) -> dict[str, Any
     return record
 
 
-def load_ours(arguments: Arguments, model: str) -> dict[str, layerskip.LanguageModel]:
+def load_ours(arguments: Arguments, console: Console, model: str) -> dict[str, layerskip.LanguageModel]:
     """The model with native kernels in each way to compute, and in torch in each type."""
-    options: dict[str, Any] = {"dtype": "float32", "device": "cpu", **arguments.load}
-    ours = {f"ours, {name}": layerskip.load(model, **options, compute=name) for name in arguments.compute}
+    found = load_each(model, arguments.compute, arguments.load, console)
+    ours = {f"ours, {name}": lm for name, lm in found}
     for name in arguments.torch:
         ours[f"ours, torch {name}"] = layerskip.load(model, dtype=name, device="cpu", kernels="torch")
+    if not ours:
+        raise InvalidArgumentError(f"no --compute of {', '.join(arguments.compute)} can be used with {model}")
     return ours
 
 

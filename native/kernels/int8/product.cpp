@@ -10,10 +10,10 @@ namespace {
 
 // Four inputs' weights as unsigned bytes, which are `kOffset` greater than the weights, for each format.
 struct BytesOf {
-    static constexpr int32_t kOffset = 128;
+    static constexpr int32_t kOffset = kByteOffset;
     static constexpr bool kFull = true;      // eight bits, not only seven
     static constexpr bool kMinimum = false;  // besides what the offset takes away
-    static WideWords bytes(const uint32_t* words, int) { return load_wide_words(words) ^ 0x80808080u; }
+    static WideWords bytes(const uint32_t* words, int) { return load_wide_words(words) ^ kByteFlip; }
 };
 
 template <int32_t Offset, uint32_t Flipped>

@@ -16,7 +16,7 @@ PACKAGE = SRC / "layerskip"
 
 # Lowest first. A module may import from its own layer and from the ones before it. "" is layerskip/__init__.py.
 LAYERS = [
-    {"errors", "checks", "differences", "files", "json_lines", "locks", "machine"},
+    {"errors", "checks", "differences", "files", "json_lines", "locks", "machine", "cores"},
     {"text", "model"},
     {"checkpoint"},
     {"decoding"},

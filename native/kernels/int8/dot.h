@@ -5,7 +5,21 @@
 
 #include "kernels/wide.h"
 
+#if defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#endif
+
 namespace layerskip {
+
+// Weights of eight bits become bytes by flipping some of their bits, and are then greater by `kByteOffset`. x86
+// multiplies unsigned bytes by signed ones; ARM multiplies signed bytes, as weights are.
+#if defined(__ARM_FEATURE_DOTPROD)
+constexpr uint32_t kByteFlip = 0;
+constexpr int32_t kByteOffset = 0;
+#else
+constexpr uint32_t kByteFlip = 0x80808080u;
+constexpr int32_t kByteOffset = 128;
+#endif
 
 #if defined(__AVX512F__)
 
@@ -38,6 +52,60 @@ inline void add_dot(Ints& sum, WideWords bytes, uint32_t x) {
         sum += dot(bytes);
     }
 #endif
+}
+
+#elif defined(__ARM_FEATURE_DOTPROD)
+
+struct Ints {
+    int32x4_t parts[4];
+};
+
+struct WideWords {
+    uint32x4_t parts[4];
+};
+
+template <typename Change>
+inline WideWords change_parts(WideWords words, const Change& change) {
+    for (uint32x4_t& part : words.parts) part = change(part);
+    return words;
+}
+
+inline WideWords operator&(WideWords a, uint32_t b) {
+    return change_parts(a, [b](uint32x4_t part) { return vandq_u32(part, vdupq_n_u32(b)); });
+}
+
+inline WideWords operator^(WideWords a, uint32_t b) {
+    return change_parts(a, [b](uint32x4_t part) { return veorq_u32(part, vdupq_n_u32(b)); });
+}
+
+inline WideWords operator>>(WideWords a, int b) {
+    return change_parts(a, [b](uint32x4_t part) { return vshlq_u32(part, vdupq_n_s32(-b)); });
+}
+
+inline Ints broadcast_ints(int32_t value) {
+    const int32x4_t part = vdupq_n_s32(value);
+    return {{part, part, part, part}};
+}
+
+inline WideWords load_wide_words(const uint32_t* from) {
+    return {{vld1q_u32(from), vld1q_u32(from + 4), vld1q_u32(from + 8), vld1q_u32(from + 12)}};
+}
+
+inline Wide to_wide(Ints value) {
+    float32x4_t parts[4];
+    for (int i = 0; i < 4; ++i) parts[i] = vcvtq_f32_s32(value.parts[i]);
+    Wide wide;
+    std::memcpy(&wide, parts, sizeof wide);
+    return wide;
+}
+
+// sum += bytes times numbers: of each word the four signed bytes, times the four signed numbers of `x`. Bytes of less
+// than seven bits are the same with a sign.
+template <bool Full>
+inline void add_dot(Ints& sum, WideWords bytes, uint32_t x) {
+    const int8x16_t numbers = vreinterpretq_s8_u32(vdupq_n_u32(x));
+    for (int i = 0; i < 4; ++i)
+        sum.parts[i] = vdotq_s32(sum.parts[i], vreinterpretq_s8_u32(bytes.parts[i]), numbers);
 }
 
 #else

@@ -9,11 +9,11 @@ namespace {
 
 // Four inputs' weights as unsigned bytes, for each format. They are 2^kOffsetBits greater than the weights where `kOffset`.
 struct BytesOf {
-    static constexpr bool kOffset = true;
+    static constexpr bool kOffset = kByteOffset != 0;
     static constexpr int kOffsetBits = 7;
     static constexpr bool kFull = true;      // eight bits, not only seven
     static constexpr bool kMinimum = false;  // besides what the offset takes away
-    static WideWords bytes(const uint32_t* words, int) { return load_wide_words(words) ^ 0x80808080u; }
+    static WideWords bytes(const uint32_t* words, int) { return load_wide_words(words) ^ kByteFlip; }
 };
 
 template <bool Offset, uint32_t Flipped>

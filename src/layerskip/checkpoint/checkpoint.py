@@ -26,6 +26,7 @@ from layerskip.model.config.families import FAMILIES, parse_config
 from layerskip.model.config.model_config import ModelConfig, read_eos
 from layerskip.model.config.values import shown
 from layerskip.model.decoder import Decoder
+from layerskip.model.native.threads import settle_threads
 from layerskip.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -226,7 +227,10 @@ class Checkpoint:
             OutOfMemoryError: The weights don't fit.
             CheckpointError: Anything wrong with the files.
         """
-        plan = plan_loading(self, config or LoadingConfig())
+        config = config or LoadingConfig()
+        plan = plan_loading(self, config)
+        if plan.device.type == "cpu":
+            settle_threads(config.threads)
         return load_decoder(self.network_config, self.weights, plan)
 
     def _tokenizer_eos(self) -> tuple[int, ...]:

@@ -35,6 +35,7 @@ COMMANDS = {
     "inspect": "show what a checkpoint is and which exits it offers",
     "quantize": "save a checkpoint in fewer bits, and show what that changes",
     "export": "write a draft model and other forms for other engines",
+    "info": "show what this installation has, and what it uses here",
     "demo": "see the embedded model draft and verify",
 }
 MEASURING = ("verify", "benchmark", "bench-serve", "sweep", "eval", "report", "inspect")

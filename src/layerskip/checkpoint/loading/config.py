@@ -55,6 +55,9 @@ class LoadingConfig:
     device_memory: str | None = None
     """Memory of the device to use at most, such as 20GiB: layers beyond it stay in the CPU's memory and are copied to
     the device as they run. For models that don't fit; with torch's kernels only."""
+    threads: int | None = None
+    """Threads that compute on a CPU, in the whole process. If not given: those of OMP_NUM_THREADS or of the program
+    that loads the model, or else one for each fast physical core that the process may use."""
     compile: Compile = "auto"
     """Whole greedy rounds: auto: CUDA graphs on CUDA; max: torch.compile as well, also on a CPU; off: neither.
     torch.compile takes minutes for each shape, and on a CPU native kernels are faster than what it makes."""
@@ -77,6 +80,8 @@ class LoadingConfig:
             )
         if self.device_memory is not None and not isinstance(self.device_memory, str):
             raise InvalidArgumentError(f"device_memory must be a text such as '20GiB', got {self.device_memory!r}")
+        if self.threads is not None:
+            object.__setattr__(self, "threads", whole_number("threads", self.threads, least=1))
         for name in ("max_context", "draft_vocabulary"):
             value = getattr(self, name)
             if value is not None:  # numpy's numbers too

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from layerskip.cli.ranks.place import FOLDER, place
+from layerskip.cores import find_cores
 from layerskip.errors import InvalidArgumentError
 
 FLAG = "--tensor-parallel"
@@ -42,7 +43,7 @@ def others_running(command: Sequence[str], num_ranks: int) -> Iterator[None]:
     if num_ranks > MOST_RANKS:
         raise InvalidArgumentError(f"tensor_parallel must be at most {MOST_RANKS} on one machine, got {num_ranks}")
     folder = tempfile.mkdtemp(prefix="layerskip-ranks-")
-    threads = str(max(1, (os.cpu_count() or 1) // num_ranks))
+    threads = str(max(1, find_cores().usable // num_ranks))
     shared = {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks), FOLDER: folder}
     shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", threads)
     os.environ.update({**shared, "RANK": "0", "LOCAL_RANK": "0"})

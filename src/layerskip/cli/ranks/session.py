@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from layerskip.cli.exit_code import ExitCode
 from layerskip.cli.ranks.place import Place, place
+from layerskip.cores import find_cores
 from layerskip.errors import brief
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class RankSession:
         from layerskip.model.parallel.group import RankGroup
 
         self.place = own
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // own.num_ranks)))
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, find_cores().usable // own.num_ranks)))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         if own.one_machine:
             for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # nobody else can connect

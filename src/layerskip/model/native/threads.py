@@ -11,12 +11,28 @@ from contextvars import ContextVar
 
 import torch
 
+from layerskip.cores import default_threads
+
 _kept: ContextVar[int | None] = ContextVar("threads of the kernels while those of torch rest", default=None)
 
 
 def kernel_threads() -> int:
     """Threads that kernels use: as many as torch was told to use."""
     return _kept.get() or torch.get_num_threads()
+
+
+def settle_threads(asked: int | None) -> None:
+    """Let torch and kernels use this many threads in this process, or by default the cores that it may use.
+
+    A number that the environment or the program has chosen stays. The default only ever lowers torch's own.
+
+    Args:
+        asked: Threads; None: as many as `cores.default_threads` says.
+    """
+    now = torch.get_num_threads()
+    threads = default_threads(now)[0] if asked is None else asked
+    if threads != now:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

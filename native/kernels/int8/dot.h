@@ -82,8 +82,9 @@ inline WideWords operator>>(WideWords a, int b) {
     return change_parts(a, [b](uint32x4_t part) { return vshlq_u32(part, vdupq_n_s32(-b)); });
 }
 
-inline Ints broadcast_ints(int32_t value) {
-    const int32x4_t part = vdupq_n_s32(value);
+template <int Bits>
+inline Ints broadcast_shifted(int32_t value) {
+    const int32x4_t part = vshlq_n_s32(vdupq_n_s32(value), Bits);
     return {{part, part, part, part}};
 }
 

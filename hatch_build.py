@@ -1,6 +1,6 @@
 """Compiles native/ into libraries in src/layerskip when the package is built or installed, where there is a compiler.
 
-Without one, or if compiling fails, the package is complete all the same: it runs in torch. On x86 there are three
+Without one, or if compiling fails, the package is complete all the same: it runs in torch. On x86 there are four
 libraries; the package loads the one that suits the processor.
 """
 
@@ -27,6 +27,7 @@ FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno",
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 AVX512VNNI = [*AVX512, "-mavx512vnni"]
+AVX512BF16 = [*AVX512VNNI, "-mavx512bf16"]
 
 
 def targets() -> dict[str, list[str]]:
@@ -36,7 +37,12 @@ def targets() -> dict[str, list[str]]:
     information = Path("/proc/cpuinfo")
     if information.exists() and not {"avx2", "fma", "f16c"} <= set(information.read_text().split()):
         return {"_native.so": []}
-    return {"_native.so": AVX2, "_native_avx512.so": AVX512, "_native_avx512vnni.so": AVX512VNNI}
+    return {
+        "_native.so": AVX2,
+        "_native_avx512.so": AVX512,
+        "_native_avx512vnni.so": AVX512VNNI,
+        "_native_avx512bf16.so": AVX512BF16,
+    }
 
 
 def compile_libraries(sources: Path, folder: Path) -> dict[str, str | None]:

@@ -41,7 +41,7 @@ class Arguments(DraftingArguments):
     bfloat16_weights: bool = False
     """Round our weights to bfloat16, which the native kernels keep. Without this option both engines have the same
     numbers: a GGUF file as it is, other models in float32."""
-    compute: Literal["float32", "int8"] = "float32"
+    compute: Literal["float32", "int8", "bfloat16"] = "float32"
     """Whether our products take their inputs in 8 bits, as llama.cpp's do with quantized files."""
 
 

@@ -3,7 +3,9 @@
 namespace layerskip {
 
 const char* target() {
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512BF16__)
+    return "avx512bf16";
+#elif defined(__AVX512VNNI__)
     return "avx512vnni";
 #elif defined(__AVX512F__)
     return "avx512";

@@ -14,7 +14,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 Kernels = Literal["auto", "native", "torch"]
 Quantization = Literal["int8", "int4", "fp8"]
 Compile = Literal["auto", "off", "max"]
-Compute = Literal["float32", "int8"]
+Compute = Literal["float32", "int8", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,9 @@ class LoadingConfig:
     quantize: Quantization | None = None
     """Keep weights in fewer bits (fp8 on CUDA only): less memory, more tokens/s, and another model."""
     compute: Compute = "float32"
-    """int8: native kernels multiply weights of 8 or 4 bits by states rounded to 8 bits: faster, and another model by a
-    little. Exact sums of whole numbers: the text doesn't depend on how it is decoded."""
+    """What native kernels round the inputs of products to: faster, and another model by a little, whose text doesn't
+    depend on how it is decoded. int8: for weights of 8 or 4 bits; bfloat16: for weights in floats, which are rounded
+    to bfloat16 too."""
     quantize_draft: Quantization | None = None
     """The same for a copy that only drafts; the text stays that of the weights as they are."""
     draft_vocabulary: int | None = None

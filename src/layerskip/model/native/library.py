@@ -15,9 +15,9 @@ from typing import Any
 from layerskip.errors import InvalidArgumentError
 from layerskip.model.drafts import CONFIDENCE_CLASSES
 
-INTERFACE = 15
+INTERFACE = 16
 """Version of what the functions do; `layerskip_interface` must return it."""
-NAMES = ("_native_avx512vnni.so", "_native_avx512.so", "_native.so")
+NAMES = ("_native_avx512bf16.so", "_native_avx512vnni.so", "_native_avx512.so", "_native.so")
 LIBRARIES = tuple(Path(__file__).parents[2] / name for name in NAMES)
 """Files to try, the fastest instruction set first."""
 TARGET_VARIABLE = "LAYERSKIP_CPU"
@@ -29,7 +29,7 @@ GROUP = 32
 FORMATS = {
     "float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "float16": 4, "q8_0": 5, "q4_0": 6, "q4_1": 7,
 }  # fmt: skip
-COMPUTE = {"float32": 0, "int8": 1}
+COMPUTE = {"float32": 0, "int8": 1, "bfloat16": 2}
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu": 2}
 
 
@@ -288,8 +288,8 @@ def load_library(paths: tuple[Path, ...] = LIBRARIES, target: str | None = None)
 
     Args:
         paths: Files to try.
-        target: Instruction set to insist on: `avx512vnni`, `avx512` or `avx2`; the environment's `LAYERSKIP_CPU` if not
-            given.
+        target: Instruction set to insist on: `avx512bf16`, `avx512vnni`, `avx512` or `avx2`; the environment's
+            `LAYERSKIP_CPU` if not given.
 
     Raises:
         InvalidArgumentError: No library is for this instruction set.

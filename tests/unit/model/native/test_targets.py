@@ -26,7 +26,7 @@ def can_run(target: str) -> bool:
         return False
 
 
-TARGETS = [target for target in ("avx2", "avx512", "avx512vnni") if can_run(target)]
+TARGETS = [target for target in ("avx2", "avx512", "avx512vnni", "avx512bf16") if can_run(target)]
 pytestmark = pytest.mark.skipif(len(TARGETS) < 2, reason="this processor runs one library")
 Result = TypeVar("Result")
 WithAll = Callable[[Callable[[], Result]], list[Result]]
@@ -66,7 +66,12 @@ def make(storage: str, outputs: int, inputs: int, compute: str) -> NativeLinear:
 
 
 @pytest.mark.parametrize(
-    ("storage", "compute"), [*((name, "float32") for name in FORMATS), *((name, "int8") for name in INT8_STORAGES)]
+    ("storage", "compute"),
+    [
+        *((name, "float32") for name in FORMATS),
+        *((name, "int8") for name in INT8_STORAGES),
+        ("bfloat16", "bfloat16"),
+    ],
 )
 @pytest.mark.parametrize("inputs", [32, 96, 576])
 def test_products(with_all: WithAll[list[Tensor]], storage: str, compute: str, inputs: int) -> None:
@@ -92,6 +97,8 @@ def test_products(with_all: WithAll[list[Tensor]], storage: str, compute: str, i
         ("llama", "int8", "float32"),
         ("llama", "int4", "float32"),
         ("llama", "int8", "int8"),
+        ("llama", None, "bfloat16"),
+        ("qwen3_moe", None, "bfloat16"),
         ("olmo2", None, "float32"),
         ("granite", None, "float32"),
         ("qwen3_moe", None, "float32"),

@@ -57,7 +57,7 @@ class Arguments:
     requests: int = 2
     """Requests for each row; for a single row at least four."""
     repetitions: int = 4
-    compute: Literal["float32", "int8"] = "float32"
+    compute: Literal["float32", "int8", "bfloat16"] = "float32"
     threads: int = 2
     clock: Literal["wall", "cpu"] = "wall"
     """`cpu`: processor time, for a machine that others use at the same time; with one thread only, as threads that wait

@@ -48,7 +48,7 @@ class Arguments:
     max_new_tokens: int = 128
     repetitions: int = 1
     threads: int = 2
-    compute: Literal["float32", "int8"] = "float32"
+    compute: Literal["float32", "int8", "bfloat16"] = "float32"
 
 
 @dataclass(kw_only=True)

@@ -47,7 +47,7 @@ class Arguments:
     max_new_tokens: int = 128
     repetitions: int = 3
     threads: int = 2
-    compute: Literal["float32", "int8"] = "float32"
+    compute: Literal["float32", "int8", "bfloat16"] = "float32"
     kept_costs: bool = False
     """Let each way keep its cache of costs from one repetition to the next."""
     way: str | None = None

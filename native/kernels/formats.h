@@ -27,11 +27,19 @@ struct Float32 : PlainFormat {
     static Wide decode(const Unit& unit, int) { return load_wide(unit.values); }
 };
 
+// A word holds two inputs' weights of one output, the first in its lower half: this is how instructions for products of
+// bfloat16 take them.
 struct BFloat16 : PlainFormat {
+    static constexpr int kInputs = 2;
     struct Unit {
-        uint32_t values[kPanel / 2];  // outputs j and j + 8 share a word
+        uint32_t values[kPanel];
     };
-    static Wide decode(const Unit& unit, int) { return load_bfloat16(unit.values); }
+    static Wide decode(const Unit& unit, int input) { return load_bfloat16_of(unit.values, input); }
+};
+
+// A bfloat16 for each output of a panel.
+struct BFloat16Scales {
+    uint32_t values[kPanel / 2];  // outputs j and j + 8 share a word
 };
 
 struct Float16 : PlainFormat {
@@ -70,7 +78,7 @@ inline int nibble_shift(int i) { return i % 4 * 8 + i / 4 * 4; }
 struct Int4 : Nibbles {
     static Wide decode(const Unit& unit, int input) { return signed_nibbles(unit.values, nibble_shift(input)); }
     static Wide scale(const void* scales, int64_t group) {
-        return load_bfloat16(static_cast<const BFloat16::Unit*>(scales)[group].values);
+        return load_bfloat16(static_cast<const BFloat16Scales*>(scales)[group].values);
     }
 };
 

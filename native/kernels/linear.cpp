@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "kernels/bfloat16/product.h"
+#include "kernels/float_product.h"
 #include "kernels/formats.h"
 #include "kernels/int8/inputs.h"
 #include "kernels/int8/product.h"
@@ -10,85 +12,6 @@
 
 namespace layerskip {
 namespace {
-
-// A product with inputs and sums in float32. The numbers of tokens and panels of a tile: enough sums to hide a product's
-// latency, few enough for the registers, of which AVX-512 has twice as many, each twice as wide.
-template <typename Type>
-struct FloatProduct {
-#if defined(__AVX512F__)
-    static constexpr int kMostTokens = 9;
-    static constexpr int most_panels(int tokens) { return tokens <= 5 ? 4 : 2; }
-#else
-    static constexpr int kMostTokens = 6;
-    static constexpr int most_panels(int tokens) { return tokens == 1 ? 4 : tokens == 2 ? 2 : 1; }
-#endif
-
-    // A group of inputs of `Panels` panels, times `Count` tokens, added to `sums`. It is inlined at once, because GCC
-    // takes fetching for having no effect, and drops it in functions that it inlines late.
-    template <int Count, int Panels>
-    __attribute__((always_inline)) static inline void add_group(const typename Type::Unit* units, const Tokens& tokens,
-                                                                int64_t inputs, int64_t start, int64_t stop,
-                                                                Wide (&sums)[Count][Panels]) {
-        constexpr int kInputs = Type::kInputs;
-        const int64_t panel = panel_units<Type>(inputs);
-        const auto* ahead = units + (place_ahead<Type, Panels>(tokens, inputs, start) - start) / kInputs;
-        const auto add_input = [&](int64_t i, int n) __attribute__((always_inline)) {
-            for (int p = 0; p < Panels; ++p) {
-                const Wide weights = Type::decode(units[p * panel + i / kInputs], n);
-                for (int t = 0; t < Count; ++t)
-                    add_product(sums[t][p], weights, broadcast_wide(tokens.x[t * tokens.ldx + i + n]));
-            }
-        };
-        int64_t i = start;
-        for (; i + kInputs <= stop; i += kInputs) {
-            for (int p = 0; p < Panels; ++p) __builtin_prefetch(ahead + p * panel + i / kInputs);
-#pragma GCC unroll 8
-            for (int n = 0; n < kInputs; ++n) add_input(i, n);
-        }
-        if constexpr (kInputs > 1 && !Type::kGrouped)
-            for (int n = 0; i + n < stop; ++n) add_input(i, n);
-    }
-
-    // All inputs of formats with groups: sums of each group by itself, then times its scale, then plus its minimum.
-    template <int Count, int Panels>
-    __attribute__((always_inline)) static inline void add_scaled_groups(const Linear& w,
-                                                                        const typename Type::Unit* units,
-                                                                        const Tokens& tokens, int64_t panel,
-                                                                        Wide (&sums)[Count][Panels]) {
-        const int64_t inputs = w.inputs, groups = inputs / kGroup;
-        for (int64_t group = 0; group < groups; ++group) {
-            const int64_t start = group * kGroup, ahead = place_ahead<Type, Panels>(tokens, inputs, start) / kGroup;
-            Wide partial[Count][Panels] = {};
-            add_group<Count, Panels>(units, tokens, inputs, start, start + kGroup, partial);
-            for (int p = 0; p < Panels; ++p) {
-                const int64_t first = (panel + p) * groups;
-                __builtin_prefetch(static_cast<const uint16_t*>(w.scales) + (first + ahead) * Type::kHalves);
-                const Wide scale = Type::scale(w.scales, first + group);
-                for (int t = 0; t < Count; ++t) add_product(sums[t][p], scale, partial[t][p]);
-                if constexpr (Type::kMinimum) {
-                    const Wide minimum = Type::minimum(w.scales, first + group);
-                    for (int t = 0; t < Count; ++t)
-                        add_product(sums[t][p], minimum, broadcast_wide(tokens.group_sums[group * tokens.all + t]));
-                }
-            }
-        }
-    }
-
-    // `Panels` panels times `Count` tokens at once; their sums stay in registers.
-    template <int Count, int Panels>
-    static void tile(const Linear& w, const Tokens& tokens, int64_t panel) {
-        const int64_t inputs = w.inputs;
-        const auto* units = static_cast<const typename Type::Unit*>(w.panels) + panel * panel_units<Type>(inputs);
-        Wide sums[Count][Panels] = {};
-        if constexpr (Type::kGrouped) {
-            add_scaled_groups<Count, Panels>(w, units, tokens, panel, sums);
-        } else {
-            for (int64_t start = 0; start < inputs; start += kGroup)
-                add_group<Count, Panels>(units, tokens, inputs, start, std::min(start + kGroup, inputs), sums);
-        }
-        store_tile<Type>(w, tokens, panel, sums);
-    }
-};
 
 // Sums of x over groups of inputs, which minima are multiplied by. Each token's are computed by themselves, so that they
 // don't depend on the tokens beside it.
@@ -103,10 +26,11 @@ void sum_groups(const float* x, int64_t ldx, int tokens, const Part& part, float
 }
 
 // What a product reads of its inputs besides the numbers themselves.
-enum class Preparation { kNothing, kGroupSums, kQuantized };
+enum class Preparation { kNothing, kGroupSums, kQuantized, kBFloat16 };
 
 Preparation preparation_of(const Linear& w) {
     if (w.compute == kComputeInt8) return Preparation::kQuantized;
+    if (w.compute == kComputeBFloat16) return Preparation::kBFloat16;
     return w.format == kQ4_0 || w.format == kQ4_1 ? Preparation::kGroupSums : Preparation::kNothing;
 }
 
@@ -124,14 +48,15 @@ void* own_memory(int64_t bytes) {
 int64_t prepared_bytes(const Linear& w, int64_t tokens) {
     switch (preparation_of(w)) {
         case Preparation::kQuantized: return QuantizedInputs::bytes(w.inputs, tokens);
+        case Preparation::kBFloat16: return bfloat16_bytes(w.inputs, tokens);
         case Preparation::kGroupSums: return tokens * (w.inputs / kGroup) * sizeof(float);
         default: return 0;
     }
 }
 
 int64_t most_prepared_bytes(int64_t inputs, int64_t tokens) {
-    constexpr int64_t kHalf = 2, kSlack = 256;
-    return tokens * (inputs + kGroup) * kHalf + kSlack;
+    constexpr int64_t kSlack = 256;
+    return tokens * (inputs + kGroup) * static_cast<int64_t>(sizeof(float)) + kSlack;
 }
 
 void prepare(const Linear& w, const float* x, int64_t ldx, int tokens, const Part& part, void* to) {
@@ -139,6 +64,9 @@ void prepare(const Linear& w, const float* x, int64_t ldx, int tokens, const Par
         case Preparation::kQuantized:
             return QuantizedInputs::at(to, w.inputs, tokens)
                 .quantize(x, ldx, part.first, part.last, part.start, part.stop);
+        case Preparation::kBFloat16:
+            return round_to_bfloat16(x, ldx, w.inputs, part.first, part.last, part.start * kGroup,
+                                     std::min<int64_t>(part.stop * kGroup, w.inputs), to);
         case Preparation::kGroupSums: return sum_groups(x, ldx, tokens, part, static_cast<float*>(to));
         default: return;
     }
@@ -149,7 +77,7 @@ void multiply(const Linear& w, const float* x, int64_t ldx, int tokens, float* y
     const Preparation preparation = preparation_of(w);
     if (prepared == nullptr && preparation != Preparation::kNothing) {
         void* memory = own_memory(prepared_bytes(w, tokens));
-        prepare(w, x, ldx, tokens, {0, tokens, 0, w.inputs / kGroup}, memory);
+        prepare(w, x, ldx, tokens, {0, tokens, 0, (w.inputs + kGroup - 1) / kGroup}, memory);
         prepared = memory;
     }
     Tokens all{};
@@ -168,6 +96,7 @@ void multiply(const Linear& w, const float* x, int64_t ldx, int tokens, float* y
         all.negative_sums = inputs.negative_sums;
         return multiply_int8(w, all, tokens, start, stop);
     }
+    if (preparation == Preparation::kBFloat16) return multiply_bfloat16(w, all, tokens, start, stop, prepared);
     switch (w.format) {
         case kFloat32: return multiply_as<FloatProduct<Float32>>(w, all, tokens, start, stop);
         case kBFloat16: return multiply_as<FloatProduct<BFloat16>>(w, all, tokens, start, stop);

@@ -23,8 +23,9 @@ enum Format : int32_t {
     kQ4_1 = 7,
 };
 
-// How a product is computed: with inputs as they are, or in eight bits (int8/product.h), which are other numbers.
-enum Compute : int32_t { kComputeFloat32 = 0, kComputeInt8 = 1 };
+// How a product is computed: with inputs as they are, in eight bits (int8/product.h) or in bfloat16
+// (bfloat16/product.h), which are other numbers.
+enum Compute : int32_t { kComputeFloat32 = 0, kComputeInt8 = 1, kComputeBFloat16 = 2 };
 
 struct Linear {
     const void* panels;   // [O / 16, I, ...], laid out by pack()

@@ -33,7 +33,7 @@ float from_bfloat16(uint16_t value) {
     return result;
 }
 
-// Where a panel keeps output j's bfloat16 among its 16.
+// Where scales have output j's bfloat16 among those of its panel.
 int64_t bfloat16_place(int64_t j) { return j % kLanes * 2 + j / kLanes; }
 
 // The step between neighbouring integers: the largest magnitude of weight[start..stop-1] over `limit`.
@@ -53,6 +53,12 @@ void place_byte(int8_t number, int64_t i, int64_t j, Bytes::Unit* units) {
     std::memcpy(reinterpret_cast<char*>(units[i / Bytes::kInputs].values + j) + i % Bytes::kInputs, &number, 1);
 }
 
+// The same of a bfloat16.
+void place_half(uint16_t number, int64_t i, int64_t j, BFloat16::Unit* units) {
+    std::memcpy(reinterpret_cast<uint16_t*>(units[i / BFloat16::kInputs].values + j) + i % BFloat16::kInputs, &number,
+                sizeof number);
+}
+
 // The words that hold output `j` of a panel's group: four, each of eight inputs (`Nibbles`).
 void place_nibbles(const uint8_t* numbers, int64_t j, Nibbles::Unit* units) {
     for (int k = 0; k < kGroup / Nibbles::kInputs; ++k) {
@@ -66,7 +72,7 @@ void pack_int4(const float* const* outputs, int64_t inputs, void* panels, void* 
     const int64_t groups = inputs / kGroup;
     for (int64_t group = 0; group < groups; ++group) {
         const int64_t from = group * kGroup, at = panel * groups + group;
-        auto* steps = reinterpret_cast<uint16_t*>(static_cast<BFloat16::Unit*>(scales) + at);
+        auto* steps = reinterpret_cast<uint16_t*>(static_cast<BFloat16Scales*>(scales) + at);
         auto* units = static_cast<Nibbles::Unit*>(panels) + at * kGroup / Nibbles::kInputs;
         for (int64_t j = 0; j < kPanel; ++j) {
             const uint16_t step = to_bfloat16(step_of(outputs[j], from, from + kGroup, 7));
@@ -91,7 +97,7 @@ int64_t packed_bytes(int32_t inputs, int32_t outputs, int32_t format) {
     const int64_t count = static_cast<int64_t>(inputs) * outputs;
     switch (format) {
         case kFloat32: return 4 * count;
-        case kBFloat16: return 2 * count;
+        case kBFloat16: return panel_units<BFloat16>(inputs) * sizeof(BFloat16::Unit) * (outputs / kPanel);
         case kFloat16: return 2 * count;
         case kInt8: return panel_units<Int8>(inputs) * sizeof(Int8::Unit) * (outputs / kPanel);
         case kQ8_0: return count;
@@ -109,17 +115,16 @@ void pack(const float* weight, int64_t inputs, int count, int32_t format, void* 
         static_cast<float*>(scales)[panel * kPanel + j] = steps[j] = step_of(outputs[j], 0, inputs, 127);
     auto* int8_panel = static_cast<Int8::Unit*>(panels) + panel * panel_units<Int8>(inputs);
     if (format == kInt8) std::memset(int8_panel, 0, panel_units<Int8>(inputs) * sizeof *int8_panel);
+    auto* bfloat16_panel = static_cast<BFloat16::Unit*>(panels) + panel * panel_units<BFloat16>(inputs);
+    if (format == kBFloat16 && inputs % BFloat16::kInputs != 0)
+        std::memset(bfloat16_panel + inputs / BFloat16::kInputs, 0, sizeof *bfloat16_panel);
     for (int64_t i = 0; i < inputs; ++i) {
         const int64_t unit = panel * inputs + i;
         for (int64_t j = 0; j < kPanel; ++j) {
             const float value = outputs[j][i];
             switch (format) {
                 case kFloat32: static_cast<Float32::Unit*>(panels)[unit].values[j] = value; break;
-                case kBFloat16: {
-                    auto* halves = reinterpret_cast<uint16_t*>(static_cast<BFloat16::Unit*>(panels) + unit);
-                    halves[bfloat16_place(j)] = to_bfloat16(value);
-                    break;
-                }
+                case kBFloat16: place_half(to_bfloat16(value), i, j, bfloat16_panel); break;
                 case kFloat16: static_cast<Float16::Unit*>(panels)[unit].values[j] = to_float16(value); break;
                 default: place_byte(quantize(value, steps[j], 127), i, j, int8_panel); break;
             }

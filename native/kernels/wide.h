@@ -21,6 +21,8 @@ typedef uint32_t WideWords __attribute__((vector_size(64)));
 
 inline Wide broadcast_wide(float value) { return (Wide)_mm512_set1_ps(value); }
 
+inline WideWords load_wide_words(const uint32_t* from) { return (WideWords)_mm512_loadu_si512(from); }
+
 inline Wide load_wide(const float* from) { return (Wide)_mm512_loadu_ps(from); }
 
 inline void add_product(Wide& sum, Wide a, Wide b) { sum += a * b; }
@@ -49,6 +51,12 @@ inline Wide load_bfloat16(const uint32_t* from) {
                            0, 1, 0, 3, 0, 5, 0, 7, 0, 9, 0, 11, 0, 13, 0, 15};
     const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     return (Wide)_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, (__m512i)places, _mm512_castsi256_si512(words));
+}
+
+// The bfloat16 in the lower (0) or upper (1) half of each word.
+inline Wide load_bfloat16_of(const uint32_t* from, int half) {
+    const WideWords words = (WideWords)_mm512_loadu_si512(from);
+    return (Wide)(half == 0 ? words << 16 : words & 0xffff0000u);
 }
 
 inline Wide load_wide_halves(const uint16_t* from) {
@@ -140,6 +148,12 @@ inline WordVector load_words(const uint32_t* from) {
 inline Wide load_bfloat16(const uint32_t* from) {
     const WordVector words = load_words(from);
     return {(Vector)(words << 16), (Vector)(words & 0xffff0000u)};
+}
+
+// The bfloat16 in the lower (0) or upper (1) half of each word.
+inline Wide load_bfloat16_of(const uint32_t* from, int half) {
+    const auto part = [half](WordVector words) { return (Vector)(half == 0 ? words << 16 : words & 0xffff0000u); };
+    return {part(load_words(from)), part(load_words(from + kLanes))};
 }
 
 inline Wide load_wide_halves(const uint16_t* from) { return {load_halves(from), load_halves(from + kLanes)}; }

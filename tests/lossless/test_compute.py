@@ -1,4 +1,4 @@
-"""Products with inputs in 8 bits: other numbers, and within them the same text however it is decoded."""
+"""Products with inputs in 8 bits or in bfloat16: other numbers, and within them the same text however it is decoded."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,14 +19,15 @@ pytestmark = pytest.mark.skipif(load_library() is None, reason="the compiled ker
 SAMPLED = {"temperature": 0.9, "top_k": 12, "seed": 5}
 
 
-@pytest.fixture(scope="module", params=["int8", "int4"])
+@pytest.fixture(scope="module", params=[("int8", "int8"), ("int8", "int4"), ("bfloat16", None)], ids=str)
 def lm(lm_folder: Path, request: pytest.FixtureRequest) -> LanguageModel:
-    return layerskip.load(str(lm_folder), device="cpu", dtype="float32", quantize=request.param, compute="int8")
+    compute, quantize = request.param
+    return layerskip.load(str(lm_folder), device="cpu", dtype="float32", quantize=quantize, compute=compute)
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLED, {"repetition_penalty": 1.2}], ids=["greedy", "coupled", "penalty"])
 def test_the_text_stays(lm: LanguageModel, prompts: list[list[int]], options: dict[str, Any]) -> None:
-    assert lm.decoder.compute == "int8"
+    assert lm.decoder.compute in ("int8", "bfloat16")
     assert same_everywhere(lm, lm, prompts, **options) > 0
 
 
@@ -48,9 +49,13 @@ def test_a_token_that_ends_the_text_inside_a_draft(lm: LanguageModel, prompts: l
     assert one.token_ids == free.token_ids[:1]
 
 
-def test_numbers_are_near_those_of_float32(lm_folder: Path, prompts: list[list[int]]) -> None:
+@pytest.mark.parametrize(("compute", "quantize"), [("int8", "int8"), ("bfloat16", None)])
+def test_numbers_are_near_those_of_float32(
+    lm_folder: Path, prompts: list[list[int]], compute: str, quantize: str | None
+) -> None:
     near, exact = (
-        layerskip.load(str(lm_folder), device="cpu", quantize="int8", compute=c) for c in ("int8", "float32")
+        layerskip.load(str(lm_folder), device="cpu", quantize=quantize, compute=c)  # type: ignore[arg-type]
+        for c in (compute, "float32")
     )
     ours, theirs = near.logits(prompts[0]), exact.logits(prompts[0])
     assert not torch.equal(ours, theirs)
@@ -71,3 +76,8 @@ def test_blocks_of_files(tiny_checkpoint: Callable[..., Path], tmp_path: Path, p
 def test_weights_in_floats_cannot_be_computed_so(lm_folder: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="compute 'int8' needs weights in 8 or 4 bits"):
         layerskip.load(str(lm_folder), device="cpu", compute="int8")
+
+
+def test_weights_in_few_bits_cannot_be_computed_in_bfloat16(lm_folder: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match="compute 'bfloat16' needs weights in floats"):
+        layerskip.load(str(lm_folder), device="cpu", quantize="int8", compute="bfloat16")

@@ -31,8 +31,6 @@ inline Ints broadcast_shifted(int32_t value) {
     return (Ints)_mm512_set1_epi32(value) << Bits;
 }
 
-inline WideWords load_wide_words(const uint32_t* from) { return (WideWords)_mm512_loadu_si512(from); }
-
 inline Wide to_wide(Ints value) { return (Wide)_mm512_maskz_cvtepi32_ps(kAll, (__m512i)value); }
 
 // sum += bytes times numbers: of each word the four unsigned bytes, times the four signed numbers of `x`. Where there is

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from layerskip.checkpoint.loading.config import CacheDType
+from layerskip.checkpoint.loading.config import CacheDType, Compute
 from layerskip.cli.exit_code import ExitCode
 from layerskip.cli.flags.arguments import ModelArguments, OutputArguments, parse
 from layerskip.cli.terminal.terminal import draws, load_model, make_console, progress
@@ -65,7 +65,7 @@ class DemoArguments:
     """Tokens to write after each of two prompts."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: a CUDA GPU if there is one."""
-    compute: Literal["float32", "int8"] | None = None
+    compute: Compute | None = None
     """The numbers that both ways multiply by; int8 is taken for SmolLM2 on a CPU where native kernels run it."""
     cache_dtype: CacheDType = "auto"
     """Type that keys and values are kept in."""
@@ -158,7 +158,7 @@ def choose_model(output: OutputArguments) -> str:
     return TINY
 
 
-def choose_compute(model: str, device: str) -> Literal["float32", "int8"]:
+def choose_compute(model: str, device: str) -> Compute:
     """How the model multiplies: int8 where it is quantized, on a CPU with native kernels."""
     from layerskip.checkpoint.loading.placement import choose_device
     from layerskip.model.native.library import load_library

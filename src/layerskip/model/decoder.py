@@ -157,7 +157,7 @@ class Decoder:
 
     @property
     def compute(self) -> str:
-        """The numbers that products multiply by: those of `dtype`, or `int8` (`checkpoint.loading.config`)."""
+        """The numbers that products multiply by: those of `dtype`, or what `LoadingConfig.compute` rounds inputs to."""
         return str(self.dtype).removeprefix("torch.")
 
     def weight_bytes(self, start: int, stop: int, *, head: bool = True) -> int:

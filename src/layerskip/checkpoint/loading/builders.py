@@ -199,7 +199,7 @@ class NativeBuilder:
     dtype: torch.dtype
     quantize: str | None = None
     compute: str = "float32"
-    """How products are computed, a key of `COMPUTE`, where the weights are in 8 or 4 bits."""
+    """How products are computed, a key of `COMPUTE`, where their weights allow it."""
     member: Membership | None = None
     """As `TorchBuilder.member`."""
     memory: WeightMemory = field(default_factory=WeightMemory)
@@ -236,7 +236,7 @@ class NativeBuilder:
             if ours == "down":
                 blocks = [blocks[0].padded(PANEL)]
             return NativeLinear(*blocks, bias=bias, compute=compute, memory=self.memory)
-        storage = None if ours == "router" else native_storage(self.quantize, weight.shape[1])
+        storage = None if ours == "router" else native_storage(self.quantize, weight.shape[1], compute)
         if ours == "down" and weight.shape[1] % PANEL:  # as many inputs as gate and up have outputs
             weight = F.pad(weight, (0, -weight.shape[1] % PANEL))
         tensors = weight.chunk(2) if ours == "gate_up" else [weight]
@@ -263,7 +263,8 @@ class NativeBuilder:
 
     def for_drafts(self, quantize: str | None) -> "NativeBuilder":
         """The same with these bits, in the same memory; what only drafts may compute as is fastest."""
-        return replace(self, quantize=quantize, compute="int8")
+        floats = quantize is None and self.compute == "bfloat16"
+        return replace(self, quantize=quantize, compute=self.compute if floats else "int8")
 
 
 def _halves(parts: Sequence[BlockWeight]) -> Sequence[BlockWeight]:

@@ -13,7 +13,7 @@ from layerskip.errors import InvalidArgumentError
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "int4", "fp8"]
 Compile = Literal["auto", "off", "max"]
-Compute = Literal["float32", "int8"]
+Compute = Literal["float32", "int8", "bfloat16"]
 CacheDType = Literal["auto", "float32", "bfloat16", "int8"]
 
 
@@ -34,8 +34,9 @@ class LoadingConfig:
     quantize: Quantization | None = None
     """Keep weights in fewer bits (fp8 on CUDA only): less memory, more tokens/s, and another model."""
     compute: Compute = "float32"
-    """int8: native kernels multiply weights of 8 or 4 bits by states rounded to 8 bits: faster, and another model by a
-    little. Exact sums of whole numbers: the text doesn't depend on how it is decoded."""
+    """What native kernels round the inputs of products to: faster, and another model by a little, whose text doesn't
+    depend on how it is decoded. int8: for weights of 8 or 4 bits; bfloat16: for weights in floats, which are rounded
+    to bfloat16 too."""
     cache_dtype: CacheDType = "auto"
     """Type that keys and values are kept in; int8: with a scale for each token and head; auto: that of hidden states.
     Fewer bits take less memory and time, and make another model by a little."""

@@ -77,16 +77,21 @@ def load_decoder(config: ModelConfig, source: TensorSource, plan: LoadingPlan) -
         return_freed_memory()
 
 
+COMPUTE_NEEDS = {
+    "int8": "weights in 8 or 4 bits and this checkpoint has none; give quantize int8 or int4 too, or a GGUF file in "
+    "Q8_0, Q4_0 or Q4_1",
+    "bfloat16": "weights in floats and these have 8 or 4 bits; use int8, or a checkpoint that isn't quantized",
+}
+"""What weights must be for the products that are asked for, and what to do if they are not."""
+
+
 def _load(config: ModelConfig, source: TensorSource, plan: LoadingPlan) -> Decoder:
     if plan.group is not None:
         config, source, plan = take_share(config, source, plan)
     if plan.network == "native":
         decoder = _Loader(config, source, NativeBuilder.of(plan)).load(plan)
         if plan.compute != "float32" and decoder.compute != plan.compute:
-            raise InvalidArgumentError(
-                f"compute {plan.compute!r} needs weights in 8 or 4 bits and this checkpoint has none; "
-                "give quantize int8 or int4 too, or a GGUF file in Q8_0, Q4_0 or Q4_1"
-            )
+            raise InvalidArgumentError(f"compute {plan.compute!r} needs {COMPUTE_NEEDS[plan.compute]}")
         return decoder
     if plan.resident_layers is not None:
         return _OffloadingLoader(config, source, TorchBuilder.of(plan)).load(plan)

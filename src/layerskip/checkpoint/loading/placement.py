@@ -101,7 +101,7 @@ def check_replication(num_layers: int, config: ModelConfig, adapters: AdapterSet
 def check_compute(compute: str, *, native: bool) -> None:
     """Raise `InvalidArgumentError` unless the network can multiply so."""
     if compute not in COMPUTE:
-        raise InvalidArgumentError(f"compute {compute!r} is not known; use {' or '.join(COMPUTE)}")
+        raise InvalidArgumentError(f"compute {compute!r} is not known; use {', '.join(COMPUTE)}")
     if compute != "float32" and not native:
         raise InvalidArgumentError(f"compute {compute!r} needs native kernels, and torch's run this model; use float32")
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from layerskip.errors import InvalidArgumentError
 from layerskip.model.native.library import GROUP
+from layerskip.model.native.linear import computes
 from layerskip.model.native.memory import return_freed_memory
 from layerskip.model.torch.linear import DenseLinear
 
@@ -52,10 +53,12 @@ def check_quantization(name: str, value: str, *, native: bool, device: torch.dev
         raise InvalidArgumentError(f"{name} {value!r} needs torchao here: pip install 'layerskip[quant]'") from error
 
 
-def native_storage(quantize: str | None, inputs: int) -> str | None:
-    """The format in which native kernels keep a weight; None: the smallest that holds its numbers exactly."""
+def native_storage(quantize: str | None, inputs: int, compute: str = "float32") -> str | None:
+    """The format in which native kernels keep a weight of floats; None: the smallest that holds its numbers exactly."""
     if quantize == "int4" and inputs % GROUP:
         return "int8"
+    if quantize is None and compute == "bfloat16" and computes(compute, "bfloat16", inputs):
+        return "bfloat16"
     return quantize
 
 

@@ -31,8 +31,9 @@ NEXT_EXIT = 4
 """Layers between the two exits at which drafting is timed, at most."""
 DRAFT_ROW_COST = 0.7
 """Estimated cost of each further row in a pass of drafting without padding, as a share of the first one's."""
-ROW_COST_CPU, ROW_COST_INT8, ROW_COST_GPU = 0.22, 0.03, 0.01
-"""Estimated cost of each further token in a call, as a share of the first one's: in float32 and int8 on a CPU."""
+ROW_COST_CPU, ROW_COST_ROUNDED, ROW_COST_GPU = 0.22, 0.03, 0.01
+"""Estimated cost of each further token in a call, as a share of the first one's: on a CPU in float32, there in int8 or
+bfloat16, and on a GPU."""
 BYTES_PER_SECOND = 1e10
 """Estimated; what counts is how plans compare, and rounds correct it."""
 DISTURBED = 1.3
@@ -169,7 +170,7 @@ def estimate_costs(decoder: Decoder) -> Costs:
     """Costs by the bytes of weights that calls read, without running anything: how plans compare, not seconds."""
     depth, row = decoder.num_layers, ROW_COST_GPU
     if decoder.device.type == "cpu":
-        row = ROW_COST_INT8 if decoder.compute == "int8" else ROW_COST_CPU
+        row = ROW_COST_CPU if decoder.compute == "float32" else ROW_COST_ROUNDED
 
     def seconds(num_bytes: int) -> float:
         """The same in all processes that share the network, whose shares differ a little."""

@@ -36,7 +36,7 @@ GROUP = 32
 FORMATS = {
     "float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "float16": 4, "q8_0": 5, "q4_0": 6, "q4_1": 7,
 }  # fmt: skip
-COMPUTE = {"float32": 0, "int8": 1}
+COMPUTE = {"float32": 0, "int8": 1, "bfloat16": 2}
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu": 2}
 
 

@@ -20,6 +20,8 @@ from layerskip.model.native.threads import kernel_threads
 
 INT8_STORAGES = ("int8", "int4", "q8_0", "q4_0", "q4_1")
 """Formats whose products can take inputs in 8 bits."""
+BFLOAT16_PAIR = 2
+"""Number of inputs that products in bfloat16 add up at once."""
 
 
 class NativeLinear:
@@ -39,8 +41,8 @@ class NativeLinear:
             weights: [O, I], float32 or all in blocks of one format, which they keep; of several, panels alternate.
             bias: For all of them, in the order of the outputs (`interleave`), float32, or None.
             storage: A key of `FORMATS`; if not given, the smallest that holds the numbers exactly. Not for blocks.
-            compute: A key of `COMPUTE`: whether a product takes its inputs in 8 bits, for formats of 8 or 4 bits whose
-                inputs are whole groups; others stay in float32.
+            compute: A key of `COMPUTE`: what a product's inputs are rounded to, where it can (`computes`); others stay
+                in float32.
             memory: Where panels are kept; memory of its own if not given.
         """
         library = load_library()
@@ -68,7 +70,7 @@ class NativeLinear:
             inputs=inputs,
             outputs=padded,
             format=format_,
-            compute=COMPUTE[compute] if self.storage in INT8_STORAGES and inputs % GROUP == 0 else 0,
+            compute=COMPUTE[compute if computes(compute, self.storage, inputs) else "float32"],
         )
         self._multiply = library.layerskip_multiply
 
@@ -83,6 +85,21 @@ class NativeLinear:
         out = torch.empty(len(rows), self.view.outputs)
         self._multiply(ctypes.byref(self.view), rows.data_ptr(), len(rows), out.data_ptr(), kernel_threads())
         return out[:, : self.outputs].reshape(*x.shape[:-1], self.outputs)
+
+
+def computes(compute: str, storage: str, inputs: int) -> bool:
+    """Whether there are products for this key of `COMPUTE` with weights of a format and this number of inputs.
+
+    In 8 bits these are formats of 8 or 4 bits whose inputs are whole groups, in bfloat16 those in bfloat16 with an even
+    number of inputs.
+    """
+    match compute:
+        case "int8":
+            return storage in INT8_STORAGES and inputs % GROUP == 0
+        case "bfloat16":
+            return storage == "bfloat16" and inputs % BFLOAT16_PAIR == 0
+        case _:
+            return True
 
 
 def padded_outputs(outputs: int, step: int = 1) -> int:

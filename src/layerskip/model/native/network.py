@@ -25,6 +25,7 @@ from layerskip.model.draw import Draw
 from layerskip.model.finite import not_finite
 from layerskip.model.native.library import (
     ACTIVATIONS,
+    COMPUTE,
     FORMATS,
     PANEL,
     AdaptCall,
@@ -152,10 +153,11 @@ class NativeNetwork:
 
     @property
     def compute(self) -> str:
-        """int8 if any product of the layers or the head takes its inputs in 8 bits."""
+        """What inputs of products of the layers or the head are rounded to (a key of `COMPUTE`), if any are."""
         own = self.layers[: self._network.num_layers]
         products = [self.head, *(part for layer in own for part in (layer.qkv, *(down for _, down in layer.gated)))]
-        return "int8" if any(product.view.compute for product in products) else "float32"
+        rounded = next((product.view.compute for product in products if product.view.compute), COMPUTE["float32"])
+        return next(name for name, value in COMPUTE.items() if value == rounded)
 
     def run_layers(self, hidden: Tensor, positions: Positions, cache: KVCache, start: int, stop: int) -> Tensor:
         """[B, Q, D], the input of layer `start` -> [B, Q, D], the output of layer `stop - 1`."""

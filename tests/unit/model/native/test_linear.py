@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from layerskip.model.native.library import GROUP, load_library
+from layerskip.model.native.library import COMPUTE, GROUP, load_library
 from layerskip.model.native.linear import NativeLinear, interleave
 
 needs_library = pytest.mark.skipif(load_library() is None, reason="the compiled kernels weren't built")
@@ -72,37 +72,97 @@ def in_8_bits(x: Tensor) -> Tensor:
     return ((groups / step).round().nan_to_num() * step).view_as(x)
 
 
+def in_pairs(x: Tensor, weight: Tensor) -> Tensor:
+    """Products in bfloat16, one sum after the other: the second input of each pair, then the first."""
+    x, weight = x.bfloat16().double(), weight.bfloat16().double()
+    sums = torch.zeros(len(x), len(weight))
+    for i in range(0, x.shape[1], 2):
+        for place in (i + 1, i):  # products are exact in float64, and so are nearly all of the sums
+            sums = (sums.double() + x[:, place, None] * weight[:, place]).float()
+    return sums
+
+
+@needs_library
+@pytest.mark.parametrize(("outputs", "inputs"), [(16, 32), (70, 66), (333, 160), (48, 6)])
+def test_products_in_bfloat16(outputs: int, inputs: int, threads: int) -> None:
+    weight, bias = random(outputs, inputs), random(outputs, seed=1)
+    linear = NativeLinear(weight, bias=bias, storage="bfloat16", compute="bfloat16")
+    plain = NativeLinear(weight, storage="bfloat16", compute="bfloat16")
+    assert plain.view.compute == COMPUTE["bfloat16"]
+    x = random(70, inputs, seed=2)
+    x[3] = 0
+    x[4] *= 1e-20
+    x[5] = x[5].bfloat16().float() * (1 + 2**-8)  # halfway between two numbers
+    wanted = in_pairs(x, weight)
+    alone = torch.cat([linear(row) for row in x.split(1)])
+    assert torch.equal(torch.cat([plain(row) for row in x.split(1)]), wanted)
+    torch.testing.assert_close(alone, wanted + bias, rtol=1e-5, atol=1e-5)
+    for rows in range(1, 71):
+        assert torch.equal(linear(x[:rows]), alone[:rows])
+
+
+@needs_library
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3.4e38])
+def test_inputs_that_are_not_finite_are_not_lost_in_bfloat16(bad: float) -> None:
+    linear = NativeLinear(random(48, 64), storage="bfloat16", compute="bfloat16")
+    for place in (40, 63):
+        x = random(2, 64, seed=1)
+        x[1, place] = bad
+        out = linear(x)
+        assert out[0].isfinite().all()
+        assert not out[1].isfinite().any()
+
+
+@needs_library
+def test_inputs_too_small_for_normal_numbers_are_zeros_in_bfloat16() -> None:
+    linear, x = NativeLinear(torch.full((16, 32), 2.0), compute="bfloat16"), torch.full((2, 32), 1e-39)
+    assert linear.storage == "bfloat16"
+    assert torch.equal(linear(x), torch.zeros(2, 16))
+
+
 @needs_library
 @pytest.mark.parametrize("storage", ["int8", "int4"])
 @pytest.mark.parametrize(("outputs", "inputs"), [(16, 32), (70, 64), (333, 160)])
 def test_products_with_inputs_in_8_bits(storage: str, outputs: int, inputs: int, threads: int) -> None:
     weight, bias = random(outputs, inputs), random(outputs, seed=1)
     linear = NativeLinear(weight, bias=bias, storage=storage, compute="int8")
-    x = random(13, inputs, seed=2)
+    x = random(70, inputs, seed=2)
     x[3, :GROUP] = 0
     x[4] *= 1e-20
     wanted = in_8_bits(x) @ rounded(weight, storage).t() + bias
     alone = torch.cat([linear(row) for row in x.split(1)])
     torch.testing.assert_close(alone, wanted, rtol=1e-4, atol=1e-4)
-    for rows in range(1, 14):
+    for rows in range(1, 71):
         assert torch.equal(linear(x[:rows]), alone[:rows])
 
 
 @needs_library
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_inputs_that_are_not_finite_are_not_lost_in_8_bits(bad: float) -> None:
-    linear, x = NativeLinear(random(48, 64), storage="int8", compute="int8"), random(2, 64, seed=1)
-    x[1, 40] = bad
-    out = linear(x)
-    assert out[0].isfinite().all()
-    assert not out[1].isfinite().any()
+    linear = NativeLinear(random(48, 64), storage="int8", compute="int8")
+    for rows in (2, 9):
+        x = random(rows, 64, seed=1)
+        x[1, 40] = bad
+        out = linear(x)
+        assert out[0].isfinite().all()
+        assert not out[1].isfinite().any()
 
 
 @needs_library
-@pytest.mark.parametrize(("storage", "inputs"), [("float32", 64), ("bfloat16", 64), ("int8", 40)])
-def test_other_products_stay_in_float32(storage: str, inputs: int) -> None:
+@pytest.mark.parametrize(
+    ("compute", "storage", "inputs"),
+    [
+        ("int8", "float32", 64),
+        ("int8", "bfloat16", 64),
+        ("int8", "int8", 40),
+        ("bfloat16", "float32", 64),
+        ("bfloat16", "int4", 64),
+        ("bfloat16", "bfloat16", 63),
+    ],
+)
+def test_other_products_stay_in_float32(compute: str, storage: str, inputs: int) -> None:
     weight, x = random(32, inputs), random(3, inputs, seed=1)
-    ours, plain = (NativeLinear(weight, storage=storage, compute=compute) for compute in ("int8", "float32"))
+    ours, plain = (NativeLinear(weight, storage=storage, compute=compute) for compute in (compute, "float32"))
     assert torch.equal(ours(x), plain(x))
 
 

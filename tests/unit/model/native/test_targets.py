@@ -57,7 +57,12 @@ def make(storage: str, outputs: int, inputs: int, compute: str) -> NativeLinear:
 
 
 @pytest.mark.parametrize(
-    ("storage", "compute"), [*((name, "float32") for name in FORMATS), *((name, "int8") for name in INT8_STORAGES)]
+    ("storage", "compute"),
+    [
+        *((name, "float32") for name in FORMATS),
+        *((name, "int8") for name in INT8_STORAGES),
+        ("bfloat16", "bfloat16"),
+    ],
 )
 @pytest.mark.parametrize("inputs", [32, 96, 576])
 def test_products(with_all: WithAll[list[Tensor]], storage: str, compute: str, inputs: int) -> None:
@@ -83,6 +88,8 @@ def test_products(with_all: WithAll[list[Tensor]], storage: str, compute: str, i
         ("llama", "int8", "float32"),
         ("llama", "int4", "float32"),
         ("llama", "int8", "int8"),
+        ("llama", None, "bfloat16"),
+        ("qwen3_moe", None, "bfloat16"),
         ("olmo2", None, "float32"),
         ("granite", None, "float32"),
         ("qwen3_moe", None, "float32"),

@@ -92,6 +92,11 @@ class PlannedNetwork(Protocol):
         ...
 
     @property
+    def compute(self) -> str:
+        """What inputs of products are rounded to."""
+        ...
+
+    @property
     def draft(self) -> PlannedWeights | None:
         """Other weights to draft with."""
         ...
@@ -288,7 +293,8 @@ class _Weights:
             passing *= 2 if copied or not all(tensor.blocks_mapped for tensor in stored) else 1
         else:
             quantize = None if ours == "router" else self._quantize
-            storage = native_storage(quantize, inputs) or _exact_storage(stored)
+            compute = "float32" if ours == "router" else self._plan.compute
+            storage = native_storage(quantize, inputs, compute) or _exact_storage(stored)
             passing = 0
             if ours == "down":
                 passing += outputs * inputs * FLOAT_BYTES if inputs % PANEL else 0

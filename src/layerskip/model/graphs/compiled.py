@@ -34,8 +34,8 @@ MOST_ROUNDS = 64
 """Functions that are kept; those unused for longest go first."""
 USES_BEFORE = 3
 """Times that a function runs uncompiled before it is captured, which takes as long as a handful of rounds."""
-MOST_QUERIES = 16
-"""Tokens of each row in a pass that is captured, at most: more are prompts, of all lengths."""
+MOST_QUERIES = 64
+"""Tokens of each row in a pass that is captured, at most: longer ones seldom come again."""
 LEAST_DRAFTS = 15
 """Room for drafts that may stop early: one graph serves all lengths up to it, and the next ones twice as many."""
 
@@ -141,7 +141,7 @@ class CompiledRounds:
     def choose(
         self, inputs: Tensor, first: Sequence[int], cache: KVCache, start: int, stop: int, draw: Draw | None
     ) -> Tensor | None:
-        """As `Decoder.choose`, of blocks that begin at `first`; None as for `run`, and for prompts."""
+        """As `Decoder.choose`, of blocks that begin at `first`; None as for `run`, and for long ones."""
         number, queries = inputs.shape[:2]
         if queries > MOST_QUERIES or (start == 0) != (inputs.dtype == torch.long):
             return None

@@ -307,7 +307,7 @@ def _measuring_drafts(
     bare = [exit_layer for exit_layer in range(1, depth // 2 + 2) if exit_layer not in decoder.adapted_exits]
     first, deeper = bare[0], bare[min(NEXT_EXIT, len(bare) - 1)]
     if most <= 1 or deeper <= first:
-        return _DraftCosts(layer=layer, head=fixed, fixed=fixed)
+        return _DraftCosts(layer=layer, head=fixed, fixed=fixed, asking=fixed if asks_apart(decoder) else 0.0)
     shares_states = decoder.drafter(first).shares_states
     single = yield from timer.draft_timing(first, 1)
     several = yield from timer.draft_timing(first, most)

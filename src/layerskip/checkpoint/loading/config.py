@@ -52,7 +52,7 @@ class LoadingConfig:
     """Memory of the device to use at most, such as 20GiB: layers beyond it stay in the CPU's memory and are copied to
     the device as they run. For models that don't fit; with torch's kernels only."""
     compile: Compile = "auto"
-    """Whole greedy rounds: auto: CUDA graphs on CUDA; max: torch.compile as well, also on a CPU; off: neither.
+    """Whole rounds: auto: CUDA graphs on CUDA; max: torch.compile as well, also on a CPU; off: neither.
     torch.compile takes minutes for each shape, and on a CPU native kernels are faster than what it makes."""
 
     def __post_init__(self) -> None:

@@ -104,7 +104,7 @@ def check_compute(compute: str, *, native: bool) -> None:
 def choose_rounds(
     compile: str, kernels: str, config: ModelConfig, device: torch.device, *, parallel: bool = False
 ) -> RoundMode | None:
-    """How whole greedy rounds run.
+    """How whole rounds run.
 
     Rounds of models with experts can't be compiled: which experts run is known on the device only.
 

@@ -29,7 +29,8 @@ from layerskip.model.graphs.rows import RowInputs, draws_of
 from layerskip.model.graphs.static import RoundParts, RoundShape, StaticPart, StaticPass, StaticRound, slots_for
 
 RoundMode = Literal["graphs", "max"]
-"""`graphs`: captured on CUDA, called as they are on a CPU. `max`: compiled by `torch.compile`, and on CUDA captured."""
+"""`graphs`: captured on CUDA, called as they are on a CPU. `max`: whole rounds are compiled by `torch.compile`, and on
+CUDA captured like all else."""
 MOST_ROUNDS = 64
 """Functions that are kept; those unused for longest go first."""
 USES_BEFORE = 3
@@ -112,7 +113,7 @@ class CompiledRounds:
         On a CPU the noise of compiled kernels is rounded otherwise than torch's, so what torch.compile makes there
         draws nothing.
         """
-        return draws_of(draw) == "no" or self._device.type == "cuda" or self.mode == "graphs"
+        return draws_of(draw) == "no" or self._has_parts
 
     @torch.inference_mode()
     def run(
@@ -143,7 +144,7 @@ class CompiledRounds:
     ) -> Tensor | None:
         """As `Decoder.choose`, of blocks that begin at `first`; None as for `run`, and for long ones."""
         number, queries = inputs.shape[:2]
-        if queries > MOST_QUERIES or (start == 0) != (inputs.dtype == torch.long):
+        if not self._has_parts or queries > MOST_QUERIES or (start == 0) != (inputs.dtype == torch.long):
             return None
         shape = self._shape(
             cache, first, kind="pass", exit_layer=start, num_drafts=queries - 1, stop=stop, draws=draws_of(draw)
@@ -162,6 +163,8 @@ class CompiledRounds:
 
         Without a rule to stop by, all drafts are started at once. With one, the host asks after each.
         """
+        if not self._has_parts:
+            return None
         most = LEAST_DRAFTS
         while most < request.num_drafts:
             most = 2 * most + 1
@@ -189,6 +192,11 @@ class CompiledRounds:
             hidden=state.states[: cache.num_rows, : longest + 1],
             confidences=confidences,
         )
+
+    @property
+    def _has_parts(self) -> bool:
+        """Whether parts of rounds gain anything: torch.compile doesn't take them, and a CPU has no graphs."""
+        return self.mode == "graphs" or self._device.type == "cuda"
 
     def _shape(
         self, cache: KVCache, first: Sequence[int], *, num_drafts: int, live: int | None = None, **facts: Any
@@ -263,8 +271,11 @@ class CompiledRounds:
         return self._states[size]
 
     def _prepare(self, program: Program) -> None:
-        """Compile and capture, on the inputs of the round that is about to run: run again, it writes the same."""
-        if self.mode == "max":
+        """Compile and capture, on the inputs of the round that is about to run: run again, it writes the same.
+
+        Parts are captured as they are: there are more of them, and torch.compile takes a minute for each.
+        """
+        if self.mode == "max" and program.part.shape.kind == "round":
             program.compile()
         if self._device.type == "cuda":
             self._recorder = self._recorder or Recorder(self._device)

@@ -21,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from gpu_graphs import graphs
 from gpu_models import engine, parity, training, verify
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -181,7 +182,7 @@ def _output(*command: str) -> str | None:
 
 
 RUN: dict[str, Callable[[Report], None]] = {
-    step.__name__: step for step in (environment, tests, parity, verify, engine, training)
+    step.__name__: step for step in (environment, tests, parity, verify, graphs, engine, training)
 }
 
 

@@ -28,7 +28,12 @@ def load_here(device: str, load_static: Callable[..., LanguageModel]) -> Callabl
 
     def load(folder: Path, *, compile: str = "auto", **options: Any) -> LanguageModel:
         if device == "cpu" and compile == "auto":
-            return load_static(folder, dtype=options.get("dtype", "float32"))
+            return load_static(
+                folder,
+                dtype=options.get("dtype", "float32"),
+                uses_before=3,
+                exit_adapters=options.get("exit_adapters"),
+            )
         return layerskip.load(str(folder), device=device, kernels="torch", compile=compile, **options)  # type: ignore[arg-type]
 
     return load

@@ -132,7 +132,7 @@ def test_what_cannot_run_says_why(on_gpu: ModuleType, tmp_path: Path) -> None:
 
 def test_steps_are_chosen_by_number_and_name(on_gpu: ModuleType) -> None:
     assert [step.name for step in on_gpu.choose("3, tests")] == ["tests", "verify"]
-    assert len(on_gpu.choose(None)) == 6
+    assert len(on_gpu.choose(None)) == 7
     assert sum(step.limit_s for step in on_gpu.STEPS) <= on_gpu.LIMIT_S
     with pytest.raises(ValueError, match="'9' is no step"):
         on_gpu.choose("1,9")

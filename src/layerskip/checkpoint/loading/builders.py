@@ -113,7 +113,7 @@ class TorchBuilder:
     dtype: torch.dtype
     quantize: str | None = None
     rounds: RoundMode | None = None
-    """How whole greedy rounds are compiled."""
+    """How whole rounds are compiled."""
     uses_before: int | None = None
     """Times that a round runs before it is compiled."""
     member: Membership | None = None

@@ -60,7 +60,7 @@ class LoadingConfig:
     """Threads that compute on a CPU, in the whole process. If not given: those of OMP_NUM_THREADS or of the program
     that loads the model, or else one for each fast physical core that the process may use."""
     compile: Compile = "auto"
-    """Whole greedy rounds: auto: CUDA graphs on CUDA; max: torch.compile as well, also on a CPU; off: neither.
+    """Whole rounds: auto: CUDA graphs on CUDA; max: torch.compile as well, also on a CPU; off: neither.
     torch.compile takes minutes for each shape, and on a CPU native kernels are faster than what it makes."""
 
     def __post_init__(self) -> None:

@@ -116,7 +116,7 @@ def choose_cache_dtype(name: str) -> torch.dtype | None:
 def choose_rounds(
     compile: str, kernels: str, config: ModelConfig, device: torch.device, *, parallel: bool = False
 ) -> RoundMode | None:
-    """How whole greedy rounds run.
+    """How whole rounds run.
 
     Rounds of models with experts can't be compiled: which experts run is known on the device only.
 

@@ -58,7 +58,7 @@ class LoadingPlan:
     network: NetworkKind = "torch"
     """native: compiled kernels. torch: torch's operators."""
     rounds: RoundMode | None = None
-    """How whole greedy rounds are compiled, in a network in torch; None: not at all."""
+    """How whole rounds are compiled, in a network in torch; None: not at all."""
     uses_before: int | None = None
     """Times that a round runs before it is compiled; as often as pays if not given."""
     quantize: str | None = None

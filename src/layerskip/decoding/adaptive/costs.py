@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from layerskip.model.decoder import Decoder
-from layerskip.model.drafts import DraftRequest
+from layerskip.model.drafts import CONFIDENCE_CLASSES, DraftRequest, StopRule
 
 MEASURED_QUERIES = (1, 2, 3, 5, 9)
 """Tokens of each row in one call that are timed; others lie on lines through these."""
@@ -40,6 +40,13 @@ DISTURBED = 1.3
 """Ratio of a call's seconds to those of a larger one above which it must have been disturbed while it was timed."""
 SLOW_SECONDS = 0.1
 """Calls that take longer are timed once: they vary less, and nobody wants to wait."""
+NEVER_STOP = StopRule(rates=(1.0,) * CONFIDENCE_CLASSES, least=0.0)
+"""Asks after each draft, and goes on."""
+
+
+def asks_apart(decoder: Decoder) -> bool:
+    """Whether drafts that may stop early are made otherwise than a fixed number of them, and take longer."""
+    return decoder.rounds != "calls"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +70,9 @@ class Costs:
     """All else of drafting, once a round."""
     adapters: Mapping[int, float] = field(default_factory=dict)
     """By exit that has an adapter: adapter, norm, head and choice of a draft."""
+    asking: float = 0.0
+    """What a draft takes longer where drafting may stop after it, if that is made otherwise than a fixed number of
+    drafts is: in graphs, the host waits for each."""
     ragged: bool = False
     """Whether nothing is padded: rows may have different numbers of tokens, and each costs its own."""
     draft_row: float = 0.0
@@ -192,6 +202,7 @@ def estimate_costs(decoder: Decoder) -> Costs:
             exit_layer: seconds(decoder.drafter(exit_layer).decoder.adapter_bytes())
             for exit_layer in decoder.adapted_exits
         },
+        asking=seconds(drafter.decoder.weight_bytes(0, 0)) if asks_apart(decoder) else 0.0,
         ragged=decoder.ragged,
         draft_row=DRAFT_ROW_COST if decoder.ragged else 0.0,
         attention=seconds(decoder.token_bytes) if decoder.ragged else 0.0,
@@ -265,6 +276,7 @@ def measuring(
             draft_head=drafts.head,
             draft_fixed=drafts.fixed,
             adapters=drafts.adapters,
+            asking=drafts.asking,
             ragged=decoder.ragged,
             draft_row=draft_row if alone else 0.0,
             # Keys and values are read from memory as weights are.
@@ -285,6 +297,7 @@ class _DraftCosts:
     head: float
     fixed: float
     adapters: Mapping[int, float] = field(default_factory=dict)
+    asking: float = 0.0
 
 
 def _measuring_drafts(
@@ -295,7 +308,7 @@ def _measuring_drafts(
     bare = [exit_layer for exit_layer in range(1, depth // 2 + 2) if exit_layer not in decoder.adapted_exits]
     first, deeper = bare[0], bare[min(NEXT_EXIT, len(bare) - 1)]
     if most <= 1 or deeper <= first:
-        return _DraftCosts(layer=layer, head=fixed, fixed=fixed)
+        return _DraftCosts(layer=layer, head=fixed, fixed=fixed, asking=fixed if asks_apart(decoder) else 0.0)
     shares_states = decoder.drafter(first).shares_states
     single = yield from timer.draft_timing(first, 1)
     several = yield from timer.draft_timing(first, most)
@@ -308,7 +321,11 @@ def _measuring_drafts(
         passes = (most + shares_states) * exit_layer * draft_layer
         seconds = yield from timer.draft_timing(exit_layer, most)
         adapters[exit_layer] = max(0.0, (seconds - draft_fixed - passes) / most)
-    return _DraftCosts(layer=draft_layer, head=draft_head, fixed=draft_fixed, adapters=adapters)
+    asking = 0.0
+    if asks_apart(decoder):
+        asked = yield from timer.draft_timing(first, most, NEVER_STOP)
+        asking = max(0.0, (asked - several) / most)
+    return _DraftCosts(layer=draft_layer, head=draft_head, fixed=draft_fixed, adapters=adapters, asking=asking)
 
 
 def _measuring_draft_row(decoder: Decoder, most_queries: int, context: int) -> Measuring[Costs, float]:
@@ -370,11 +387,11 @@ class CallTimer:
         """Seconds of drafting at an exit."""
         return finish(self.draft_timing(exit_layer, num_drafts))
 
-    def draft_timing(self, exit_layer: int, num_drafts: int) -> Measuring[Any, float]:
+    def draft_timing(self, exit_layer: int, num_drafts: int, stop: StopRule | None = None) -> Measuring[Any, float]:
         """As `drafting`, call by call."""
         decoder, cache = self._decoder, self._cache
         tokens = torch.zeros((self._rows, 1), dtype=torch.long, device=decoder.device)
-        request = DraftRequest(exit_layer=exit_layer, num_drafts=num_drafts)
+        request = DraftRequest(exit_layer=exit_layer, num_drafts=num_drafts, stop=stop)
 
         def call() -> None:
             decoder.draft(tokens, cache, request)
@@ -384,12 +401,15 @@ class CallTimer:
     def _time(self, call: Callable[[], None], repetitions: int) -> Measuring[Any, float]:
         times: list[float] = []
         while len(times) <= repetitions and (len(times) < 2 or times[-1] < SLOW_SECONDS):
+            provisional = self._decoder.provisional_rounds
             with self._decoder.uncounted(), torch.inference_mode():
                 started = time.perf_counter()
                 call()
                 if self._decoder.device.type == "cuda":
                     torch.cuda.synchronize(self._decoder.device)
-                times.append(self._decoder.stopwatch.since(started))
+                seconds = self._decoder.stopwatch.since(started)
+            if self._decoder.provisional_rounds == provisional:  # what isn't captured yet, or just now, says nothing
+                times.append(seconds)
             yield None
         return self._summary(times[1:])
 

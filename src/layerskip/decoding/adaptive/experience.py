@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from layerskip.decoding.adaptive.cost_cache import read_costs, write_costs
-from layerskip.decoding.adaptive.costs import Costs, Measuring, estimate_costs, measuring
+from layerskip.decoding.adaptive.costs import Costs, Measuring, asks_apart, estimate_costs, measuring
 from layerskip.decoding.adaptive.pace import TRIAL_ROUNDS, TRIAL_ROUNDS_OF_SEVERAL, Pace
 from layerskip.decoding.adaptive.policy import MOST_DRAFTS, AdaptivePolicy, candidate_exits
 from layerskip.decoding.adaptive.rates import PRIOR_RATE, AcceptanceRates
@@ -101,7 +101,7 @@ class Experience:
             knowledge=self,
             exits=exits if exit_layer is None else (exit_layer,),
             most_drafts=MOST_DRAFTS if most_drafts is None else most_drafts,
-            stops_early=self._decoder.device.type == "cpu",
+            stops_early=self._decoder.device.type == "cpu" or asks_apart(self._decoder),
         )
 
     def recall(self, num_rows: int) -> None:

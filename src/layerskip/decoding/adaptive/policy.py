@@ -87,7 +87,8 @@ class AdaptivePolicy:
     """Exits that may draft."""
     most_drafts: int = MOST_DRAFTS
     stops_early: bool = True
-    """Whether drafting may end when drafts become doubtful. On a GPU, asking costs more than it gives."""
+    """Whether drafting may end when drafts become doubtful. On a GPU without graphs, asking costs more than it gives;
+    graphs make a fixed number of drafts faster (`Costs.asking`), so that both are considered."""
     uses_text: bool = True
     """Whether the sequence itself may draft."""
     counts: Counter[tuple[DraftSource, int]] = field(default_factory=Counter)
@@ -290,6 +291,9 @@ class AdaptivePolicy:
             warm = self._rounds if plan.source == "text" else self._drafted_rounds
             if result.settled and warm > COLD_ROUNDS:
                 seconds += self._learning_seconds
+                if plan.stop is not None:  # what is learned is the time of a fixed number of drafts
+                    asking = self.times.costs.asking * self.times.correction(plan.source)
+                    seconds = max(seconds / 2, seconds - asking * most)
                 self.times.observe(plan.source, plan.exit_layer, verified, seconds, drawn=drawn, most=most)
 
     def _work(self, result: RoundResult) -> tuple[float, float | None, float]:
@@ -309,8 +313,10 @@ class AdaptivePolicy:
 
     def _best_layers(self, most: int) -> Plan | None:
         """The best exit and its drafts, however they compare with a step."""
-        find = self._by_thresholds if self.stops_early else self._by_lengths
-        plans = [plan for exit_layer in self.exits if (plan := find(exit_layer, most)) is not None]
+        ways: list[Callable[[int, int], Plan | None]] = [self._by_thresholds] if self.stops_early else []
+        if not self.stops_early or self.times.costs.asking:
+            ways.append(self._by_lengths)
+        plans = [plan for exit_layer in self.exits for find in ways if (plan := find(exit_layer, most)) is not None]
         return max(plans, key=lambda plan: plan.tokens_per_second, default=None)
 
     def _by_lengths(self, exit_layer: int, most: int) -> Plan | None:
@@ -329,14 +335,16 @@ class AdaptivePolicy:
         start = exit_layer if times.costs.shares_states else 0
 
         def seconds(outlook: Outlook) -> float:
+            asking = correction * times.costs.asking * outlook.passes
             if not ragged and num_rows > 1:
-                return times.seconds("layers", exit_layer, outlook.passes)
-            return times.seconds("layers", exit_layer, outlook.verified, outlook.drawn, outlook.passes)
+                return asking + times.seconds("layers", exit_layer, outlook.passes)
+            return asking + times.seconds("layers", exit_layer, outlook.verified, outlook.drawn, outlook.passes)
 
         def prices(outlook: Outlook) -> tuple[float, float]:
             costs, verified = times.costs, max(1.0, outlook.verified if ragged else outlook.passes)
             verify = costs.verification(start, verified) - costs.verification(start, verified - 1)
-            return correction * (costs.drafting(exit_layer, 2) - costs.drafting(exit_layer, 1)), correction * verify
+            draw = costs.asking + costs.drafting(exit_layer, 2) - costs.drafting(exit_layer, 1)
+            return correction * draw, correction * verify
 
         found = best_outlook(
             classes,

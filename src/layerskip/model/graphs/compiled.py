@@ -29,13 +29,14 @@ from layerskip.model.graphs.rows import RowInputs, draws_of
 from layerskip.model.graphs.static import RoundParts, RoundShape, StaticPart, StaticPass, StaticRound, slots_for
 
 RoundMode = Literal["graphs", "max"]
-"""`graphs`: captured on CUDA, called as they are on a CPU. `max`: compiled by `torch.compile`, and on CUDA captured."""
+"""`graphs`: captured on CUDA, called as they are on a CPU. `max`: whole rounds are compiled by `torch.compile`, and on
+CUDA captured like all else."""
 MOST_ROUNDS = 64
 """Functions that are kept; those unused for longest go first."""
 USES_BEFORE = 3
 """Times that a function runs uncompiled before it is captured, which takes as long as a handful of rounds."""
-MOST_QUERIES = 16
-"""Tokens of each row in a pass that is captured, at most: more are prompts, of all lengths."""
+MOST_QUERIES = 64
+"""Tokens of each row in a pass that is captured, at most: longer ones seldom come again."""
 LEAST_DRAFTS = 15
 """Room for drafts that may stop early: one graph serves all lengths up to it, and the next ones twice as many."""
 
@@ -112,7 +113,7 @@ class CompiledRounds:
         On a CPU the noise of compiled kernels is rounded otherwise than torch's, so what torch.compile makes there
         draws nothing.
         """
-        return draws_of(draw) == "no" or self._device.type == "cuda" or self.mode == "graphs"
+        return draws_of(draw) == "no" or self._has_parts
 
     @torch.inference_mode()
     def run(
@@ -141,9 +142,9 @@ class CompiledRounds:
     def choose(
         self, inputs: Tensor, first: Sequence[int], cache: KVCache, start: int, stop: int, draw: Draw | None
     ) -> Tensor | None:
-        """As `Decoder.choose`, of blocks that begin at `first`; None as for `run`, and for prompts."""
+        """As `Decoder.choose`, of blocks that begin at `first`; None as for `run`, and for long ones."""
         number, queries = inputs.shape[:2]
-        if queries > MOST_QUERIES or (start == 0) != (inputs.dtype == torch.long):
+        if not self._has_parts or queries > MOST_QUERIES or (start == 0) != (inputs.dtype == torch.long):
             return None
         shape = self._shape(
             cache, first, kind="pass", exit_layer=start, num_drafts=queries - 1, stop=stop, draws=draws_of(draw)
@@ -162,6 +163,8 @@ class CompiledRounds:
 
         Without a rule to stop by, all drafts are started at once. With one, the host asks after each.
         """
+        if not self._has_parts:
+            return None
         most = LEAST_DRAFTS
         while most < request.num_drafts:
             most = 2 * most + 1
@@ -189,6 +192,11 @@ class CompiledRounds:
             hidden=state.states[: cache.num_rows, : longest + 1],
             confidences=confidences,
         )
+
+    @property
+    def _has_parts(self) -> bool:
+        """Whether parts of rounds gain anything: torch.compile doesn't take them, and a CPU has no graphs."""
+        return self.mode == "graphs" or self._device.type == "cuda"
 
     def _shape(
         self, cache: KVCache, first: Sequence[int], *, num_drafts: int, live: int | None = None, **facts: Any
@@ -263,8 +271,11 @@ class CompiledRounds:
         return self._states[size]
 
     def _prepare(self, program: Program) -> None:
-        """Compile and capture, on the inputs of the round that is about to run: run again, it writes the same."""
-        if self.mode == "max":
+        """Compile and capture, on the inputs of the round that is about to run: run again, it writes the same.
+
+        Parts are captured as they are: there are more of them, and torch.compile takes a minute for each.
+        """
+        if self.mode == "max" and program.part.shape.kind == "round":
             program.compile()
         if self._device.type == "cuda":
             self._recorder = self._recorder or Recorder(self._device)

@@ -136,7 +136,7 @@ class RowInputs:
             staged[:, NUM_WHOLE:] = _fractions(draw, stop, number, len(staged)).view(torch.long)
         if self.tensor is not staged:
             self.tensor.copy_(staged, non_blocking=True)
-            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied = self._copied or torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record(torch.cuda.current_stream(self._device))
         if isinstance(tokens, Tensor):
             self.tensor[:number, TOKEN : TOKEN + 1] = tokens

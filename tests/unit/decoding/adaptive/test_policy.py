@@ -23,6 +23,7 @@ from layerskip.decoding.adaptive.policy import FIRST_ROUNDS, MARGIN, STAYING, Ad
 from layerskip.decoding.adaptive.round_times import RoundTimes
 from layerskip.decoding.ngrams.index import Match
 from layerskip.decoding.policy import FixedPolicy, Plan, RoundResult
+from layerskip.model.drafts import CONFIDENCE_CLASSES, StopRule
 
 MATCH = Match(length=5, tokens=[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13])
 
@@ -421,3 +422,29 @@ def test_matches_teach_the_kind_of_row_that_had_them() -> None:
         policy.observe(Plan(source="none"), none)
     assert rates_of(policy).of_match(5).value > 0.9
     assert policy.knowledge.rates(samples=True).of_match(5).value < 0.2
+
+
+@pytest.mark.parametrize(("asking", "stops"), [(0.0, True), (0.01, True), (20.0, False)])
+def test_where_asking_takes_longer_a_fixed_number_of_drafts_may_be_better(asking: float, stops: bool) -> None:
+    """As in graphs; where it is free, as in compiled kernels, only thresholds are planned."""
+    policy = make_policy({4: 0.8})
+    policy.times.learn(replace(policy.times.costs, asking=asking))
+    policy.times.observe("none", 0, 0, policy.times.costs.step())
+    for _ in range(100):
+        rates_of(policy).of_exit(4).observe(8, 8, (0.99,) * 8)
+        rates_of(policy).of_exit(4).observe(0, 1, (0.1,))
+    plan = policy.plan(View())
+    assert (plan.source, plan.exit_layer) == ("layers", 4)
+    assert (plan.stop is not None) == stops
+
+
+def test_what_rounds_teach_is_the_time_without_asking() -> None:
+    policy = make_policy({4: 0.8})
+    policy.times.learn(replace(policy.times.costs, asking=2.0))
+    policy.times.observe("none", 0, 0, policy.times.costs.step())
+    stop = StopRule(rates=(0.9,) * CONFIDENCE_CLASSES, least=0.1)
+    plan = Plan(source="layers", exit_layer=4, num_speculations=3, stop=stop)
+    seconds = policy.times.seconds("layers", 4, 3) + 3 * 2.0
+    for _ in range(20):
+        policy.observe(plan, result(3, 3, seconds, confidences=[(0.9,) * 3]))
+    assert policy.times.correction("layers") == pytest.approx(1.0, rel=0.01)

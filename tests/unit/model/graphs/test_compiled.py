@@ -165,12 +165,43 @@ class TestRounds:
         assert len(round_.drafts[0]) == 3
         assert [made.shape.kind for made in decoder.compiled] == kinds
 
-    def test_prompts_are_not_captured(self, decoder: GraphDecoder) -> None:
-        cache, block = decoder.new_cache(1, 60), torch.zeros(1, 17, dtype=torch.long)
-        decoder.choose(block, decoder.place(cache, [0], 17), cache, 0, 4)
+    def test_long_blocks_are_not_captured(self, decoder: GraphDecoder) -> None:
+        cache, block = decoder.new_cache(1, 100), torch.zeros(1, 65, dtype=torch.long)
+        decoder.choose(block, decoder.place(cache, [0], 65), cache, 0, 4)
         assert decoder.compiled == ()
-        decoder.choose(block[:, :16], decoder.place(cache, [0], 16), cache, 0, 4)
-        assert [made.shape.num_drafts for made in decoder.compiled] == [15]
+        decoder.choose(block[:, :64], decoder.place(cache, [0], 64), cache, 0, 4)
+        assert [made.shape.num_drafts for made in decoder.compiled] == [63]
+
+    def test_drafts_of_many_lengths_share_a_graph(self, decoder: GraphDecoder) -> None:
+        """Up to 15, then up to 31."""
+        cache = decoder.new_cache(1, 100)
+        for num_drafts in (1, 5, 15, 16, 31):
+            drafts = decoder.draft(torch.tensor([[5]]), cache, DraftRequest(exit_layer=2, num_drafts=num_drafts))
+            assert drafts.tokens.shape == (1, num_drafts)
+        made = [(each.shape.kind, each.shape.num_drafts) for each in decoder.compiled]
+        assert made == [("draft", 15), ("last", 15), ("draft", 31), ("last", 31)]
+
+    def test_a_failure_while_drafting_leaves_the_other_verbs(
+        self, decoder: GraphDecoder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        stop = StopRule(rates=(0.9,) * CONFIDENCE_CLASSES, least=0.5)
+        request, cache = DraftRequest(exit_layer=2, num_drafts=6, stop=stop), decoder.new_cache(1, 40)
+        expected = decoder.round([5], cache, request, 4)
+        rounds = rounds_of(decoder)
+        rounds._programs.clear()
+        prepare = rounds._prepare
+
+        def fail_later(program: Program) -> None:
+            if program.part.shape.kind == "last":
+                raise RuntimeError("no graph today")
+            prepare(program)
+
+        monkeypatch.setattr(rounds, "_prepare", fail_later)
+        assert decoder.rounds == "graphs"
+        with pytest.warns(RuntimeWarning, match="run uncompiled: RuntimeError: no graph today"):
+            found = decoder.round([5], cache, request, 4)
+        assert (tokens_of(found), decoder.rounds) == (tokens_of(expected), "calls")
+        assert found.confidences == [pytest.approx(row, rel=1e-5) for row in expected.confidences]
 
     def test_a_round_drafts_as_many_as_it_is_made_for(self, decoder: GraphDecoder) -> None:
         cache = decoder.new_cache(1, 40)

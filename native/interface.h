@@ -73,8 +73,8 @@ struct DraftCall {
     int32_t padding;
 };
 
-// Rounds of drafts and verification, or of steps without drafts, until a row has come to its end, or what was agreed on
-// is used up. R: rounds, at most `most_rounds`. What rounds give lies round after round, in each of them row after row,
+// Rounds of drafts and verification, or of steps without drafts, until a row has come to its end, the last two tokens of
+// one that is watched have occurred before in it, or what was agreed on is used up. R: rounds, at most `most_rounds`. What rounds give lies round after round, in each of them row after row,
 // without gaps.
 struct RoundsCall {
     const Network* network;            // verifies
@@ -90,6 +90,7 @@ struct RoundsCall {
     const int32_t* limits;             // [B], drafts of a row in each round, at most
     const int64_t* ends;               // tokens that end a row, row after row
     const int32_t* num_ends;           // [B], how many of them are each row's
+    const int64_t* texts;              // tokens before each row's last one, row after row; null: rows aren't watched
     int32_t* written;                  // out [R, B], drafts of each row
     int32_t* drawn;                    // out [R, B], the same with a last one that was given up
     int64_t* drafts;                   // out, room for R x sum of limits

@@ -88,8 +88,8 @@ const char* layerskip_layout() {
                   FIELD(RoundsCall, embedding), FIELD(RoundsCall, draft_embedding), FIELD(RoundsCall, stop_rule),
                   FIELD(RoundsCall, sampling), FIELD(RoundsCall, tokens), FIELD(RoundsCall, starts),
                   FIELD(RoundsCall, remaining), FIELD(RoundsCall, limits), FIELD(RoundsCall, ends),
-                  FIELD(RoundsCall, num_ends), FIELD(RoundsCall, written), FIELD(RoundsCall, drawn),
-                  FIELD(RoundsCall, drafts), FIELD(RoundsCall, targets), FIELD(RoundsCall, confidences),
+                  FIELD(RoundsCall, num_ends), FIELD(RoundsCall, texts), FIELD(RoundsCall, written),
+                  FIELD(RoundsCall, drawn), FIELD(RoundsCall, drafts), FIELD(RoundsCall, targets), FIELD(RoundsCall, confidences),
                   FIELD(RoundsCall, seconds), FIELD(RoundsCall, most_seconds), FIELD(RoundsCall, rows),
                   FIELD(RoundsCall, exit_layer), FIELD(RoundsCall, num_layers), FIELD(RoundsCall, complete),
                   FIELD(RoundsCall, most_rounds), FIELD(RoundsCall, padding)}) +

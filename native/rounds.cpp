@@ -17,6 +17,12 @@ double seconds_between(Clock::time_point start, Clock::time_point end) {
     return std::chrono::duration<double>(end - start).count();
 }
 
+// Whether the last two tokens have occurred before.
+bool repeats(const std::vector<int64_t>& text) {
+    const auto end = text.end() - 1;  // an earlier occurrence may share a token with the last one
+    return text.size() > 2 && std::search(text.begin(), end, text.end() - 2, text.end()) != end;
+}
+
 // Runs rounds until something has to be decided outside.
 class Rounds {
   public:
@@ -24,7 +30,13 @@ class Rounds {
         : call_(call), rows_(call.rows), written_(call.written), drawn_(call.drawn), drafts_(call.drafts),
           targets_(call.targets), confidences_(call.confidences), seconds_(call.seconds),
           last_(call.tokens, call.tokens + rows_), starts_(call.starts, call.starts + rows_),
-          remaining_(call.remaining, call.remaining + rows_), limits_(rows_), counts_(rows_) {}
+          remaining_(call.remaining, call.remaining + rows_), limits_(rows_), counts_(rows_) {
+        const int64_t* text = call.texts;
+        for (int64_t row = 0; text != nullptr && row < rows_; text += call.starts[row++]) {
+            texts_.emplace_back(text, text + call.starts[row]);
+            texts_.back().push_back(call.tokens[row]);
+        }
+    }
 
     int32_t run() {
         const auto started = Clock::now();
@@ -126,6 +138,10 @@ class Rounds {
             ends_ |= remaining_[row] == 0 || last_[row] < 0;
             for (int64_t i = 0; i <= accepted; ++i)
                 ends_ |= std::find(ends, ends + call_.num_ends[row], targets_[i]) != ends + call_.num_ends[row];
+            if (!texts_.empty()) {
+                texts_[row].insert(texts_[row].end(), targets_, targets_ + accepted + 1);
+                ends_ |= repeats(texts_[row]);
+            }
             drafts_ += written_[row];
             targets_ += written_[row] + 1;
             confidences_ += drawn_[row];
@@ -142,9 +158,10 @@ class Rounds {
     double* seconds_;
     std::vector<int64_t> last_, starts_, remaining_;  // of each row, at present
     std::vector<int32_t> limits_, counts_;            // of this round
+    std::vector<std::vector<int64_t>> texts_;         // of each row, where they are watched
     std::vector<int64_t> tokens_;
     std::vector<float> hidden_;
-    bool ends_ = false;  // whether a row has come to its end
+    bool ends_ = false;  // whether something has to be decided outside
 };
 
 }  // namespace

@@ -1,6 +1,7 @@
 """Rows that are decoded together: one plan, one block of the network, each row by its own rules."""
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Literal
 
@@ -67,6 +68,8 @@ class Batch:
         """A plan of several steps that is under way."""
         self.num_steps = 0
         """Steps of it that were taken."""
+        self.first_step: RoundResult | None = None
+        """What the first of them gave."""
         self.step_seconds: list[float] = []
         """Seconds of those that settled."""
         self._cache: KVCache | None = None
@@ -90,10 +93,9 @@ class Batch:
 
     def end_rest(self) -> None:
         """Tell the policy of the steps that were taken; it is asked again from here on."""
-        if self.resting is not None and self.policy is not None:
-            seconds = tuple(self.step_seconds)
-            self.policy.observe(self.resting, RoundResult(drafts=(), num_accepted=(), tokens=(), step_seconds=seconds))
-        self.resting, self.num_steps, self.step_seconds = None, 0, []
+        if self.resting is not None and self.policy is not None and self.first_step is not None:
+            self.policy.observe(self.resting, replace(self.first_step, step_seconds=tuple(self.step_seconds)))
+        self.resting, self.first_step, self.num_steps, self.step_seconds = None, None, 0, []
 
     @property
     def num_rows(self) -> int:

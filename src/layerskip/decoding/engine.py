@@ -370,11 +370,10 @@ class Engine:
         batch.resting, batch.num_steps = plan, batch.num_steps + len(results)
         if batch.policy is None:
             return results
+        batch.first_step = batch.first_step or results[0]
         if self.decoder.provisional_rounds == provisional and not forced:
-            total = self.decoder.stopwatch.since(started)
-            beside = (total - sum(result.seconds_verifying for result in results)) / len(results)
-            several = [result.seconds_verifying + beside for result in results]
-            batch.step_seconds += [total] if len(results) == 1 else several
+            later = [result.seconds_verifying for result in results[1:]]  # the call itself counts with its first step
+            batch.step_seconds += [self.decoder.stopwatch.since(started) - sum(later), *later]
         if batch.num_steps == plan.steps:
             batch.end_rest()
         return results

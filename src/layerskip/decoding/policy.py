@@ -35,6 +35,8 @@ class Plan:
     """Steps without drafts to take before the policy is asked again; 0: rounds, each of which is observed."""
     lease: int = 1
     """Rounds, at most, that may be run by it before the policy is asked again."""
+    until_repeated: bool = False
+    """Ask again, too, once the last tokens of a row have occurred before: the text might draft from there on."""
 
     def drafter(self, adapted_exits: Collection[int]) -> DrafterName | None:
         """What drafts by this plan, in a network with these adapters; None where nothing does."""
@@ -74,7 +76,7 @@ class RoundResult:
     settled: bool = True
     """Whether the same round would take as long again; not if it wasn't compiled yet, or was compiled meanwhile."""
     step_seconds: Sequence[float] = ()
-    """Seconds of each of the plan's `steps` that settled."""
+    """Of a plan of several `steps`, seconds of each that settled; all else here is of the first."""
     certain: Sequence[Sequence[bool]] = ()
     """For each row and draft, whether a constraint left no other choice; empty if none did anywhere."""
     logprobs: Sequence[tuple[TokenLogprobs, ...]] = ()

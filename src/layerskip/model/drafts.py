@@ -73,6 +73,8 @@ class Lease:
     rounds: int = 1
     seconds: float = 0.0
     """No further round begins after that."""
+    texts: Sequence[Sequence[int]] = ()
+    """All tokens of each row, where rounds are to end as well once the last two of a row have occurred before in it."""
 
 
 class DraftCounts:

@@ -1,10 +1,12 @@
 """How often adaptive decoding re-evaluates the alternatives it is not using: other exits, drafting, plain steps."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-MOST_REST = 64
+from layerskip.decoding.policy import Plan
+
+MOST_REST = 128
 """Plain steps between two evaluations of the alternatives, at most; the number grows from a small one."""
 FIRST_REST = 16
 """Plain steps that a generation begins with at most, where the last one ended with plain steps."""
@@ -24,13 +26,13 @@ TRIAL_ROUNDS_OF_SEVERAL = 5
 """The same of several rows, each round of which says more."""
 TRIAL_TOKENS = 1.5
 """Tokens that a round of a trial is expected to bring."""
-TRIAL_SHARE = 0.0075
+TRIAL_SHARE = 0.004
 """Share of all time that trials may lose."""
-PROBE_SHARE = 0.005
+PROBE_SHARE = 0.004
 """Share of all time that probes may take."""
-FIRST_PROBE_SHARE = 0.0075
+FIRST_PROBE_SHARE = 0.005
 """The same while too little is known of the exits."""
-MEASURING_SHARE = 0.01
+MEASURING_SHARE = 0.005
 """Share of all time that timing the network's calls may take, until all costs are known."""
 
 
@@ -55,22 +57,28 @@ class Pace:
     measuring_seconds: float = 0.0
     """Seconds that timing calls took."""
 
+    best: tuple[Hashable, Plan | None] | None = None
+    """The best exit and its drafts, and what they are for; None once more is known of drafts."""
     look_seconds: float | None = None
     """Seconds of an evaluation, smoothed; less than none where the steps before it were slow."""
     rest: int = 0
     """Plain steps that were last planned at once; the next time, if nothing comes between, there are more."""
 
-    def lengthen_rest(self, look_seconds: float, step_seconds: float) -> int:
-        """Plain steps to plan at once, since they are best; both arguments in seconds: an evaluation, and a step."""
-        known = look_seconds if self.look_seconds is None else self.look_seconds
-        self.look_seconds = known + LOOK_WEIGHT * (look_seconds - known)
-        enough = self.look_seconds / (LOOK_SHARE * step_seconds)
-        self.rest = int(min(MOST_REST, max(2, 2 * self.rest), max(1, enough)))
+    def observe_look(self, seconds: float) -> None:
+        """Note what an evaluation took."""
+        known = seconds if self.look_seconds is None else self.look_seconds
+        self.look_seconds = known + LOOK_WEIGHT * (seconds - known)
+
+    def next_rest(self, step_seconds: float) -> int:
+        """Plain steps to plan at once, since they are best; a step takes `step_seconds`."""
+        enough = (self.look_seconds or 0.0) / (LOOK_SHARE * step_seconds)
+        self.rest = int(min(MOST_REST, max(2, 2 * self.rest), max(2, enough)))
         return self.rest
 
     def observe_drafts(self, seconds: float, *, layers: bool) -> None:
-        """Note a round with drafts, of early layers or not: plain steps begin with few at once again."""
-        self.rest = 0
+        """Note a round with drafts, of early layers or not; trials aside, few plain steps follow at once."""
+        if not (layers and self.trial):
+            self.rest = 0
         self.since_steps += 1
         if layers:
             self.since_trial, self.trial = 0.0, max(0, self.trial - 1)

@@ -9,7 +9,7 @@ Source: arXiv:2504.05598 (exit and length chosen each round from the agreement s
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -104,15 +104,16 @@ class AdaptivePolicy:
         self._drafted_rounds = 0
         self._best: Plan | None = None
         self._stale, self._planned_at = True, -MOST_KEPT
-        self._learning_seconds = 0.0
+        self._planning_seconds = self._learning_seconds = 0.0
         self._rest = 0
 
     def prepare(self, view: BatchView) -> None:
         """Look up costs for this many rows, and begin with other sequences than the last ones."""
         self.knowledge.recall(view.num_rows)
         self._see(view)
-        for samples in set(self._samples):
-            self.knowledge.rates(samples=samples).forget_recent()
+        forgotten = [self.knowledge.rates(samples=samples).forget_recent() for samples in set(self._samples)]
+        if any(forgotten):
+            self._best, self._stale, self.pace.best = None, True, None
         self._rest = min(FIRST_REST, self.pace.rest)
 
     @property
@@ -131,41 +132,49 @@ class AdaptivePolicy:
     def plan(self, view: BatchView) -> Plan:
         """The round with the highest expected tokens/s; while that is a plain step, more and more of them at once."""
         self._see(view)
+        self._planning_seconds = 0.0
         if self._rest:
-            steps, self._rest = self._rest, 0
+            steps, self._rest, self._matches = self._rest, 0, ()
             return Plan(source="none", steps=steps)
         self._look()
+        started = time.perf_counter()
         self.times.context = view.context
-        self._histories, self._gives_up = view.histories, not view.by_distribution
+        self._histories = view.histories
         self._matches = view.matches() if self.uses_text else ()
         plan = self._choose(view.remaining)
         if self._probe_is_due():
             return replace(plan, probe=self.exits)
-        return replace(plan, lease=self._lease(view.remaining)) if plan.source == "layers" else plan
+        match plan.source:
+            case "layers":
+                return replace(plan, lease=self._lease(view.remaining), until_repeated=self.uses_text)
+            case "none":
+                is_best = plan.tokens_per_second > 0  # otherwise steps are timed
+                steps = self.pace.next_rest(self.times.seconds("none")) if is_best else COLD_STEPS + TIMED_STEPS
+                self._planning_seconds = self.knowledge.since(started) + self._learning_seconds
+                return replace(plan, steps=steps)
+            case _:
+                return plan
 
     def observe(self, plan: Plan, result: RoundResult) -> None:
         """Learn from what the last plan gave."""
+        started = time.perf_counter()
         if plan.steps:
             self._observe_steps(result.step_seconds)
-            return
-        started = time.perf_counter()
-        self._count(plan.source, plan.exit_layer)
-        self._observe_drafts(plan, result)
+        else:
+            self._count(plan.source, plan.exit_layer)
+            self._observe_drafts(plan, result)
+            self._observe_time(plan, result)
         for row, match in enumerate(self._matches):
             if match is not None:  # observed where it wasn't used, too
                 tokens = result.gained(row)
                 accepted, guesses = match.agreement(tokens), match.continuation(len(tokens))
                 rates, tried = self.knowledge.rates(samples=self._samples[row]), min(accepted + 1, len(guesses))
                 rates.observe_match(match.length, accepted, tried, foreign=match.foreign)
-        self._observe_time(plan, result)
-        if plan.source == "none" and not result.agreement:
-            step = self.times.seconds("none")
-            look = result.seconds + self.knowledge.since(started) - step
-            self._rest = self.pace.lengthen_rest(look, step) if plan.tokens_per_second > 0 else COLD_STEPS + TIMED_STEPS
         self._learning_seconds = self.knowledge.since(started)
 
     def _see(self, view: BatchView) -> None:
         """Take note of the rows that run at present."""
+        self._gives_up = not view.by_distribution
         if view.num_rows == self._num_rows and list(view.samples) == self._samples:
             return
         self._num_rows, self._samples = view.num_rows, list(view.samples)
@@ -174,6 +183,14 @@ class AdaptivePolicy:
         self.pace = self.knowledge.pace(self._num_rows, samples=draws)
         self.most_drafts = min(self.most_drafts, self._times.costs.most_drafts)
         self._best, self._stale, self._planned_at = None, True, self._rounds - MOST_KEPT
+        alone = self._num_rows == 1  # several rows have histories of their own
+        if alone and self.pace.best is not None and self.pace.best[0] == self._kind:
+            self._best, self._stale = self.pace.best[1], False
+
+    @property
+    def _kind(self) -> Hashable:
+        """What the best exit and its drafts depend on, beside what is known of drafts."""
+        return self.exits, self.most_drafts, self._gives_up, self._samples[0]
 
     def _mean(self, value: Callable[[AcceptanceRates], float]) -> float:
         """A rate's mean over the rows."""
@@ -227,6 +244,7 @@ class AdaptivePolicy:
             started = time.perf_counter()
             self._best = self._best_layers(most)
             self._stale, self._planned_at = False, self._rounds
+            self.pace.best = self._kind, self._best
             rounds = self.knowledge.since(started) / (LOOK_SHARE * step)
             self._keep_for = int(min(MOST_KEPT, max(PLAN_EVERY, rounds)))
         if self._best is not None and self._drafts(self._best, step):
@@ -265,6 +283,8 @@ class AdaptivePolicy:
         step = self.pace.observe_steps(seconds)
         if step is not None:
             self.times.observe("none", 0, 0, step)
+        if seconds and self._planning_seconds:  # the first step finds the caches cold, and the call itself takes time
+            self.pace.observe_look(self._planning_seconds + seconds[0] - self.times.seconds("none"))
 
     def _observe_drafts(self, plan: Plan, result: RoundResult) -> None:
         if plan.source == "layers":
@@ -276,7 +296,8 @@ class AdaptivePolicy:
             share = self._samples.count(samples) / len(self._samples)
             part = {exit_: (share * agreed, share * tokens) for exit_, (agreed, tokens) in others.items()}
             self.knowledge.rates(samples=samples).observe_exits(part)
-        self._stale = self._stale or plan.source == "layers" or bool(others)
+        if plan.source == "layers" or others:
+            self._stale, self.pace.best = True, None
 
     def _observe_time(self, plan: Plan, result: RoundResult) -> None:
         seconds, (verified, drawn, most) = result.seconds, self._work(result)

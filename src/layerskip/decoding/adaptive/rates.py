@@ -178,9 +178,11 @@ class AcceptanceRates:
         for exit_layer, (agreed, tokens) in agreement.items():
             self.of_exit(exit_layer).overall.observe(agreed, tokens)
 
-    def forget_recent(self) -> None:
-        """Other rows run from here on."""
+    def forget_recent(self) -> bool:
+        """Other rows run from here on; whether anything was known of exits that is forgotten."""
+        known = any(rates.overall.recent.tried for rates in self.exits.values())
         for rates in self.exits.values():
             rates.overall.forget_recent()
         for rate in self.matches.values():
             rate.forget_recent()
+        return known

@@ -52,12 +52,16 @@ class NgramIndex:
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Take in the text's next tokens."""
-        if tokens:
-            self._match = _UNKNOWN
-        for token in tokens:
-            if len(self._tokens) >= MIN_MATCH:  # a run counts once something follows it: the text's end isn't found
-                self._ends.setdefault(tuple(self._tokens[-MIN_MATCH:]), []).append(len(self._tokens))
-            self._tokens.append(token)
+        if not tokens:
+            return
+        self._match, ends = _UNKNOWN, self._ends
+        known = len(self._tokens)
+        self._tokens += tokens
+        # A run counts once something follows it: the text's end isn't found.
+        first = max(0, known - MIN_MATCH)
+        runs = zip(*(self._tokens[first + i : -1] for i in range(MIN_MATCH)), strict=False)
+        for end, run in enumerate(runs, start=first + MIN_MATCH):
+            ends.setdefault(run, []).append(end)
 
     def __len__(self) -> int:
         return len(self._tokens)

@@ -66,7 +66,10 @@ def _through_tokens(batch: Batch, plan: Plan, most: int, seconds: float) -> list
         draw=batch.sampler.draw,
     )
     remaining = [row.remaining for row in batch.rows]
-    lease = Lease(rounds=most, seconds=seconds, remaining=remaining, ends=batch.ends)
+    watched = [row.tokens for row in batch.rows] if plan.until_repeated else ()
+    if watched and any(row.suffixes is not None for row in batch.rows):
+        most = 1  # texts of other rows may draft as well
+    lease = Lease(rounds=most, seconds=seconds, remaining=remaining, ends=batch.ends, texts=watched)
     return [_accepted(tokens, num_drafts) for tokens in decoder.rounds(last, cache, request, depth, lease)]
 
 

@@ -255,6 +255,7 @@ class RoundsCall(Structure):
         ("limits", c_void_p),
         ("ends", c_void_p),
         ("num_ends", c_void_p),
+        ("texts", c_void_p),
         ("written", c_void_p),
         ("drawn", c_void_p),
         ("drafts", c_void_p),

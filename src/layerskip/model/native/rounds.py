@@ -6,8 +6,10 @@ Shapes: B rows, R rounds, K drafts of a row in a round at most.
 """
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -66,6 +68,7 @@ def run_rounds(
     last, starts, remaining = int64s(tokens), int64s(cache.lengths), int64s(lease.remaining)
     most_drafts, num_ends = int32s(limits), int32s([len(ends) for ends in lease.ends])
     ends = int64s([token for row in lease.ends for token in row])
+    texts = array("q", chain.from_iterable(text[:-1] for text in lease.texts))
     view = networks.verifier.cache_view(cache)
     stop_rule = None if stop is None else StopRuleView(rates=stop.rates, least=stop.least, kept=stop.kept)
     sampling = None if request.draw is None else sampling_view(request.draw)
@@ -84,6 +87,7 @@ def run_rounds(
             limits=address(most_drafts),
             ends=address(ends),
             num_ends=address(num_ends),
+            texts=texts.buffer_info()[0] if lease.texts else None,
             written=address(written),
             drawn=address(drawn),
             drafts=address(drafts),

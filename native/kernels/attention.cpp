@@ -204,12 +204,12 @@ void Attention::attend(const Step& step, const Tile& tile, int kv_head, int64_t 
     for (int64_t index = begin; index < end; ++index) {
         Piece<Number> piece = piece_of<Number>(step, tile, kv_head, index);
         const Piece<float> floats = many ? in_floats(piece) : Piece<float>{};
-        const int block = many ? kWideLanes : kFew;
-        for (int first = 0; first < tile.count; first += block) {
-            const int size = std::min(block, tile.count - first);
+        for (int first = 0, size; first < tile.count; first += size) {
+            const bool side_by_side = many && tile.count - first > kFew;
+            size = std::min(side_by_side ? kWideLanes : kFew, tile.count - first);
             float* to[kWideLanes];
             for (int q = 0; q < size; ++q) to[q] = results(first + q, index);
-            if (many) {
+            if (side_by_side) {
                 Turned turned{turned_ + first * head_dim_, {}, {}};
                 for (int q = 0; q < size; ++q) {
                     const auto place = [&](int64_t slot) {
@@ -218,6 +218,8 @@ void Attention::attend(const Step& step, const Tile& tile, int kv_head, int64_t 
                     turned.from[q] = place(spans[first + q].start), turned.to[q] = place(spans[first + q].stop);
                 }
                 attend_many(turned, size, floats, head_dim_, net_.attention_scale, to);
+            } else if (many) {
+                attend_some(queries + first, spans + first, size, floats, head_dim_, net_.attention_scale, to);
             } else {
                 attend_some(queries + first, spans + first, size, piece, head_dim_, net_.attention_scale, to);
                 piece.next_keys = nullptr;
@@ -254,7 +256,10 @@ Piece<float> Attention::in_floats(const Piece<Number>& piece) const {
             for (int64_t i = 0; i < head_dim_; i += kLanes)
                 store(to + t * head_dim_ + i, load(from + t * piece.stride + i));
     };
-    for (int t = 0; t < kSlots; ++t) fetch(piece.next_keys + t * piece.stride, head_dim_);
+    for (int t = 0; t < kSlots; ++t) {
+        fetch(piece.next_keys + t * piece.stride, head_dim_);
+        fetch(piece.next_keys + (piece.values - piece.keys) + t * piece.stride, head_dim_);
+    }
     copy(piece.keys, keys_);
     copy(piece.values, values_);
     return {keys_, values_, nullptr, piece.key_scales, piece.value_scales, head_dim_, piece.scale_stride, piece.slot,

@@ -36,7 +36,7 @@ class Attention {
 
   private:
     static constexpr int kMost = 64;             // queries of a tile
-    static constexpr int kMany = 6;              // queries that are better computed side by side
+    static constexpr int kMany = 9;              // queries that are better computed side by side
     static constexpr int64_t kKept = 1 << 20;    // floats of results of pieces, where members share pieces
 
     // Queries of one row and one key/value head: those of H / H_kv heads for each token, one token after the other.

@@ -164,36 +164,56 @@ void attend_some(const float* const* queries, const Span* spans, int size, const
     }
 }
 
-// Sums over channels j, j + 8, ... of sixteen queries times each of some keys.
-template <int Keys>
-inline void channel_sums(const float* turned, const float* keys, int64_t stride, int64_t head_dim, int j, Wide* sums) {
-    for (int k = 0; k < Keys; ++k) sums[k] = Wide{};
-    for (int64_t i = j; i < head_dim; i += kLanes) {
-        const Wide query = load_wide(turned + i * kWideLanes);
-        for (int k = 0; k < Keys; ++k) add_product(sums[k], query, broadcast_wide(keys[k * stride + i]));
+// One number for each of sixteen queries and four keys. They have names, since compilers keep arrays in memory.
+struct Scores {
+    Wide a{}, b{}, c{}, d{};
+};
+
+inline Scores operator+(Scores x, const Scores& y) {
+    x.a += y.a, x.b += y.b, x.c += y.c, x.d += y.d;
+    return x;
+}
+
+// Sixteen queries side by side, times four keys.
+struct Products {
+    const float* turned;
+    const float* keys[4];
+    int64_t head_dim;
+
+    // The sum over channels j, j + 8, ...
+    Scores sum(int j) const {
+        Scores sums;
+        const float *a = keys[0], *b = keys[1], *c = keys[2], *d = keys[3];
+        for (int64_t i = j; i < head_dim; i += kLanes) {
+            const Wide query = load_wide(turned + i * kWideLanes);
+            add_product(sums.a, query, broadcast_wide(a[i]));
+            add_product(sums.b, query, broadcast_wide(b[i]));
+            add_product(sums.c, query, broadcast_wide(c[i]));
+            add_product(sums.d, query, broadcast_wide(d[i]));
+        }
+        return sums;
     }
-}
 
-template <int Keys>
-inline void add_to(Wide* sums, const Wide* others) {
-    for (int k = 0; k < Keys; ++k) sums[k] += others[k];
-}
+    Scores pair(int j) const {
+        const Scores even = sum(j);
+        return even + sum(j + 1);
+    }
 
-// scores[t] [16] of `Keys` keys from slot t on.
-template <int Keys>
-void score_many(const float* turned, const Piece<float>& piece, int64_t head_dim, const float* factors, int t,
-                float (*scores)[kWideLanes]) {
-    const float* keys = piece.keys + t * piece.stride;
-    Wide all[Keys], half[Keys], quarter[Keys], last[Keys];
-    const auto into = [&](int j, Wide* sums) { channel_sums<Keys>(turned, keys, piece.stride, head_dim, j, sums); };
-    into(0, all), into(1, half), add_to<Keys>(all, half);
-    into(2, half), into(3, quarter), add_to<Keys>(half, quarter);
-    add_to<Keys>(all, half);
-    into(4, half), into(5, quarter), add_to<Keys>(half, quarter);
-    into(6, quarter), into(7, last), add_to<Keys>(quarter, last);
-    add_to<Keys>(half, quarter);
-    add_to<Keys>(all, half);
-    for (int k = 0; k < Keys; ++k) store(scores[t + k], all[k] * broadcast_wide(factors[t + k]));
+    Scores all() const {
+        const Scores first = pair(0), low = first + pair(2), third = pair(4), high = third + pair(6);
+        return low + high;
+    }
+};
+
+// scores[t] [16] of four keys from slot t on.
+inline void score_many(const float* turned, const Piece<float>& piece, int64_t head_dim, const float* factors, int t,
+                       float (*scores)[kWideLanes]) {
+    const auto key = [&](int k) { return piece.keys + std::min(t + k, piece.count - 1) * piece.stride; };
+    const Scores sums = Products{turned, {key(0), key(1), key(2), key(3)}, head_dim}.all();
+    store(scores[t], sums.a * broadcast_wide(factors[t]));
+    store(scores[t + 1], sums.b * broadcast_wide(factors[t + 1]));
+    store(scores[t + 2], sums.c * broadcast_wide(factors[t + 2]));
+    store(scores[t + 3], sums.d * broadcast_wide(factors[t + 3]));
 }
 
 // Sixteen queries side by side: turned [D_head, 16], and the slots that they attend to, from a piece's first one on.
@@ -228,19 +248,12 @@ inline void weigh_many(const Turned& turned, int count, float (*scores)[kWideLan
     store(total, totals[0]);
 }
 
-// Results of `size` queries, at most 16, over a piece in floats, of which numbers behind the last slot may be read.
+// Results of `size` queries, at most 16, over a piece in floats.
 inline void attend_many(const Turned& turned, int size, const Piece<float>& piece, int64_t head_dim, float scale,
                         float* const* results) {
-#if defined(__AVX512F__)
-    constexpr int kKeys = 8;
-#else
-    constexpr int kKeys = 4;
-#endif
     alignas(64) float scores[kSlots][kWideLanes], factors[kSlots], most[kWideLanes], total[kWideLanes];
     read_factors(piece, scale, factors);
-    int t = 0;
-    for (; t + kKeys <= piece.count; t += kKeys) score_many<kKeys>(turned.queries, piece, head_dim, factors, t, scores);
-    for (; t < piece.count; ++t) score_many<1>(turned.queries, piece, head_dim, factors, t, scores);
+    for (int t = 0; t < piece.count; t += 4) score_many(turned.queries, piece, head_dim, factors, t, scores);
     settle();
     weigh_many(turned, piece.count, scores, most, total);
     for (int q = 0; q < size; ++q) {
@@ -249,7 +262,7 @@ inline void attend_many(const Turned& turned, int size, const Piece<float>& piec
     }
     if (piece.value_scales != nullptr) {
         settle();
-        for (t = 0; t < piece.count; ++t)
+        for (int t = 0; t < piece.count; ++t)
             store(scores[t], load_wide(scores[t]) * broadcast_wide(piece.value_scales[t * piece.scale_stride]));
     }
     settle();

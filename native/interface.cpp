@@ -115,7 +115,7 @@ void layerskip_gumbel(const uint64_t* keys, int64_t positions, int64_t token, in
                     [&](int64_t position) { gumbel(keys[position], token, count, out + position * count); });
 }
 
-int32_t layerskip_interface() { return 15; }
+int32_t layerskip_interface() { return 16; }
 
 const char* layerskip_target() { return target(); }
 

@@ -5,6 +5,9 @@
 
 #include "kernels/formats.h"
 #include "kernels/int8/product.h"
+#include "kernels/k_formats.h"
+#include "kernels/k_product.h"
+#include "kernels/parts.h"
 #include "kernels/tiles.h"
 
 namespace layerskip {
@@ -104,10 +107,23 @@ const float* sum_groups(const float* x, int64_t ldx, int tokens, int64_t groups)
     return sums.data();
 }
 
+bool has_minima(int32_t format) {
+    switch (format) {
+        case kQ4_0:
+        case kQ4_1:
+        case kQ5_1:
+        case kQ4_K:
+        case kQ5_K: return true;
+        default: return false;
+    }
+}
+
 }  // namespace
 
 void multiply(const Linear& w, const float* x, int64_t ldx, int tokens, float* y, int64_t ldy, int start, int stop,
               bool add) {
+    if (w.format == kStacked || w.format == kAlternating)
+        return multiply_parts(w, x, ldx, tokens, y, ldy, start, stop, add);
     Tokens all{};
     all.x = x;
     all.ldx = ldx;
@@ -115,7 +131,7 @@ void multiply(const Linear& w, const float* x, int64_t ldx, int tokens, float* y
     all.ldy = ldy;
     all.add = add;
     if (w.compute == kComputeInt8) return multiply_int8(w, all, tokens, start, stop);
-    if (w.format == kQ4_0 || w.format == kQ4_1) all.group_sums = sum_groups(x, ldx, tokens, w.inputs / kGroup);
+    if (has_minima(w.format)) all.group_sums = sum_groups(x, ldx, tokens, w.inputs / kGroup);
     switch (w.format) {
         case kFloat32: return multiply_as<FloatProduct<Float32>>(w, all, tokens, start, stop);
         case kBFloat16: return multiply_as<FloatProduct<BFloat16>>(w, all, tokens, start, stop);
@@ -124,6 +140,11 @@ void multiply(const Linear& w, const float* x, int64_t ldx, int tokens, float* y
         case kQ8_0: return multiply_as<FloatProduct<Q8_0>>(w, all, tokens, start, stop);
         case kQ4_0: return multiply_as<FloatProduct<Q4_0>>(w, all, tokens, start, stop);
         case kQ4_1: return multiply_as<FloatProduct<Q4_1>>(w, all, tokens, start, stop);
+        case kQ4_K: return multiply_as<FloatProduct<Q4_K>>(w, all, tokens, start, stop);
+        case kQ5_0:
+        case kQ5_1:
+        case kQ5_K:
+        case kQ6_K: return multiply_k(w, all, tokens, start, stop);
         default: return multiply_as<FloatProduct<Int4>>(w, all, tokens, start, stop);
     }
 }

@@ -24,6 +24,7 @@ struct Tokens {
     const int8_t* numbers;        // [tokens, I]
     const float* steps;           // [tokens, I / 32], between neighbouring numbers
     const int32_t* number_sums;   // [tokens, I / 32]
+    const int32_t* half_sums;     // [tokens, I / 16], where weights have a scale for 16 inputs
 
     // From the `count`-th token on.
     Tokens from(int64_t count, int64_t inputs) const {
@@ -35,6 +36,7 @@ struct Tokens {
         part.numbers += count * inputs;
         part.steps += groups;
         part.number_sums += groups;
+        part.half_sums += 2 * groups;
         return part;
     }
 };

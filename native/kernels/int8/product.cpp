@@ -4,6 +4,8 @@
 
 #include "kernels/int8/dot.h"
 #include "kernels/int8/inputs.h"
+#include "kernels/int8/k_product.h"
+#include "kernels/k_formats.h"
 
 namespace layerskip {
 namespace {
@@ -40,6 +42,8 @@ template <>
 struct Four<Q4_1> : NibblesOf<0, 0> {
     static constexpr bool kMinimum = true;
 };
+template <>
+struct Four<Q4_K> : Four<Q4_1> {};
 
 template <typename Type>
 struct Int8Product {
@@ -122,6 +126,11 @@ void multiply_int8(const Linear& w, const Tokens& tokens, int count, int start, 
         case kQ8_0: return multiply_as<Int8Product<Q8_0>>(w, all, count, start, stop);
         case kQ4_0: return multiply_as<Int8Product<Q4_0>>(w, all, count, start, stop);
         case kQ4_1: return multiply_as<Int8Product<Q4_1>>(w, all, count, start, stop);
+        case kQ4_K: return multiply_as<Int8Product<Q4_K>>(w, all, count, start, stop);
+        case kQ5_0:
+        case kQ5_1:
+        case kQ5_K:
+        case kQ6_K: return multiply_k_int8(w, all, count, start, stop);
         default: return multiply_as<Int8Product<Int4>>(w, all, count, start, stop);
     }
 }

@@ -27,7 +27,7 @@ from layerskip.model.native.linear import NativeLinear
 from layerskip.model.native.network import NativeNetwork
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="the compiled kernels weren't built")
-FORMATS: list[BlockFormat] = ["q8_0", "q4_0", "q4_1"]
+FORMATS: list[BlockFormat] = ["q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"]
 TOKENS = [5, 3, 80, 41, 9, 9, 17, 62, 33, 21, 2, 70]
 
 

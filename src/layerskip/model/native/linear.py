@@ -18,8 +18,10 @@ from layerskip.model.native.library import COMPUTE, FORMATS, GROUP, PANEL, Linea
 from layerskip.model.native.memory import WeightMemory
 from layerskip.model.native.threads import kernel_threads
 
-INT8_STORAGES = ("int8", "int4", "q8_0", "q4_0", "q4_1")
+INT8_STORAGES = ("int8", "int4", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
 """Formats whose products can take inputs in 8 bits."""
+SUPER = 256
+"""Inputs of a block with two levels of scales."""
 
 
 class NativeLinear:
@@ -39,7 +41,7 @@ class NativeLinear:
             weights: [O, I], float32 or all in blocks of one format, which they keep; of several, panels alternate.
             bias: For all of them, in the order of the outputs (`interleave`), float32, or None.
             storage: A key of `FORMATS`; if not given, the smallest that holds the numbers exactly. Not for blocks.
-            compute: A key of `COMPUTE`: whether a product takes its inputs in 8 bits, for formats of 8 or 4 bits whose
+            compute: A key of `COMPUTE`: whether a product takes its inputs in 8 bits, for formats of 4 to 8 bits whose
                 inputs are whole groups; others stay in float32.
             memory: Where panels are kept; memory of its own if not given.
         """
@@ -124,10 +126,14 @@ def _scale_bytes(inputs: int, outputs: int, storage: str) -> int:
     match storage:
         case "int8":
             return 4 * outputs
-        case "int4" | "q8_0" | "q4_0":
+        case "int4" | "q8_0" | "q4_0" | "q5_0":
             return 2 * outputs * (inputs // GROUP)
-        case "q4_1":
+        case "q4_1" | "q5_1":
             return 4 * outputs * (inputs // GROUP)
+        case "q4_k" | "q5_k":  # a scale and a minimum, and a byte of each for every group
+            return 20 * outputs * (inputs // SUPER)
+        case "q6_k":  # a scale, and a byte for every 16 inputs
+            return 18 * outputs * (inputs // SUPER)
         case _:
             return 0
 

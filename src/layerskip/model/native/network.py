@@ -52,7 +52,7 @@ from layerskip.model.torch.network import LayerWeights
 Thing = TypeVar("Thing")
 LANES = 8
 """Number of channels that kernels take at once."""
-EMBEDDING_FORMATS = ("float32", "bfloat16", "q8_0", "q4_0", "q4_1")
+EMBEDDING_FORMATS = ("float32", "bfloat16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
 """Formats of embedding tables that kernels can read."""
 
 

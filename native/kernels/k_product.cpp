@@ -9,8 +9,8 @@ namespace {
 template <typename Type>
 struct UnitProduct {
 #if defined(__AVX512F__)
-    static constexpr int kMostTokens = 9;
-    static constexpr int most_panels(int tokens) { return tokens <= 5 ? 4 : 2; }
+    static constexpr int kMostTokens = 6;  // of more, decoding twice costs less than what doesn't fit into registers
+    static constexpr int most_panels(int tokens) { return tokens <= 2 ? 4 : 2; }
 #else
     static constexpr int kMostTokens = 6;
     static constexpr int most_panels(int tokens) { return tokens == 1 ? 2 : 1; }
@@ -24,11 +24,12 @@ struct UnitProduct {
                                                                Wide (&sums)[Count][Panels]) {
 #pragma GCC unroll 8
         for (int part = 0; part < Type::kInputs / 4; ++part) {
-            for (int p = 0; p < Panels; ++p) {
-                const auto words = Type::template part<false>(unit[p * panel], part);
+            WideWords words[Panels];
+            for (int p = 0; p < Panels; ++p) words[p] = Type::template part<false>(unit[p * panel], part);
 #pragma GCC unroll 4
-                for (int i = 0; i < 4; ++i) {
-                    const Wide weights = Type::decode(words, i);
+            for (int i = 0; i < 4; ++i) {
+                for (int p = 0; p < Panels; ++p) {
+                    const Wide weights = Type::decode(words[p], i);
                     for (int t = 0; t < Count; ++t)
                         add_product(sums[t][p], weights, broadcast_wide(x[t * ldx + 4 * part + i]));
                 }

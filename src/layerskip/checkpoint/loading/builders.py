@@ -201,7 +201,7 @@ class NativeBuilder:
     dtype: torch.dtype
     quantize: str | None = None
     compute: str = "float32"
-    """How products are computed, a key of `COMPUTE`, where the weights are in 8 or 4 bits."""
+    """How products are computed, a key of `COMPUTE`, where the weights are in 4 to 8 bits."""
     member: Membership | None = None
     """As `TorchBuilder.member`."""
     memory: WeightMemory = field(default_factory=WeightMemory)

@@ -33,7 +33,7 @@ class LoadingConfig:
     quantize: Quantization | None = None
     """Keep weights in fewer bits (fp8 on CUDA only): less memory, more tokens/s, and another model."""
     compute: Compute = "float32"
-    """int8: native kernels multiply weights of 8 or 4 bits by states rounded to 8 bits: faster, and another model by a
+    """int8: native kernels multiply weights of 4 to 8 bits by states rounded to 8 bits: faster, and another model by a
     little. Exact sums of whole numbers: the text doesn't depend on how it is decoded."""
     quantize_draft: Quantization | None = None
     """The same for a copy that only drafts; the text stays that of the weights as they are."""

@@ -16,11 +16,11 @@ from record import environment, write_record
 from rich.console import Console
 from rich.table import Table
 
-from layerskip.model.blocks import BLOCK, BLOCK_BYTES, BlockWeight
+from layerskip.model.blocks import BLOCK_BYTES, BlockWeight, block_weights
 from layerskip.model.native.linear import NativeLinear
 
 SHAPES = ((960, 576), (576, 576), (3072, 576), (576, 1536))
-"""Outputs and inputs of a layer's weights."""
+"""Outputs and inputs of a layer's weights; as many inputs more as make whole blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +38,12 @@ def make(storage: str, outputs: int, inputs: int) -> NativeLinear:
     """A random weight."""
     if storage not in BLOCK_BYTES:
         return NativeLinear(torch.randn(outputs, inputs), storage=storage)
-    size = BLOCK_BYTES[storage]  # type: ignore[index]
-    blocks = torch.randint(0, 256, (outputs, inputs // BLOCK, size), dtype=torch.uint8)
-    numbers = 4 if storage == "q4_1" else 2  # bytes of scale, and minimum
-    blocks[..., :numbers] = torch.rand(outputs, inputs // BLOCK, numbers // 2).half().view(torch.uint8)
+    size, weights = BLOCK_BYTES[storage], block_weights(storage)  # type: ignore[index,arg-type]
+    number = -(-inputs // weights)
+    blocks = torch.randint(0, 256, (outputs, number, size), dtype=torch.uint8)
+    halves = 2 if storage in ("q4_1", "q5_1", "q4_k", "q5_k") else 1  # scale, and minimum
+    start = size - 2 if storage == "q6_k" else 0
+    blocks[..., start : start + 2 * halves] = torch.rand(outputs, number, halves).half().view(torch.uint8)
     return NativeLinear(BlockWeight(storage, blocks.flatten(1)))  # type: ignore[arg-type]
 
 
@@ -53,8 +55,8 @@ def measure(arguments: Arguments) -> tuple[dict[str, list[NativeLinear]], dict[s
     seconds = {name: dict.fromkeys(arguments.rows, float("inf")) for name in arguments.formats}
     for _ in range(arguments.repetitions):
         for rows in arguments.rows:
-            inputs = {width: torch.randn(rows, width) for _, width in SHAPES}
             for name, linears in weights.items():
+                inputs = {linear.view.inputs: torch.randn(rows, linear.view.inputs) for linear in linears}
                 start = time.perf_counter()
                 for linear in linears:
                     linear(inputs[linear.view.inputs])

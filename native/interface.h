@@ -108,7 +108,7 @@ struct RoundsCall {
 };
 
 struct PackCall {
-    const void* weight;  // [outputs, inputs] in float32, or [outputs, inputs / 32] blocks of a GGUF file
+    const void* weight;  // [outputs, inputs] in float32, or the blocks of each output as in a GGUF file
     void* panels;        // out
     void* scales;        // out, in formats that have some
     int32_t inputs;

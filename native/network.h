@@ -95,8 +95,8 @@ struct Cache {
 };
 
 struct Embedding {
-    const void* table;  // [V, D], or [V, D / 32] blocks as they are in a GGUF file
-    int32_t format;     // float32, bfloat16, q8_0, q4_0 or q4_1
+    const void* table;  // [V, D], or the blocks of each row as they are in a GGUF file
+    int32_t format;     // float32, bfloat16, or blocks
     float multiplier;
 };
 

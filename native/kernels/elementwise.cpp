@@ -38,9 +38,10 @@ void embed(const Embedding& embedding, int64_t token, int64_t size, float* to) {
             }
             break;
         default:
-            const int64_t blocks = size / kGroup, bytes = block_bytes(embedding.format);
+            const int64_t inputs = block_inputs(embedding.format), blocks = size / inputs;
+            const int64_t bytes = block_bytes(embedding.format);
             const uint8_t* from = static_cast<const uint8_t*>(embedding.table) + token * blocks * bytes;
-            for (int64_t i = 0; i < blocks; ++i) unpack_block(from + i * bytes, embedding.format, to + i * kGroup);
+            for (int64_t i = 0; i < blocks; ++i) unpack_block(from + i * bytes, embedding.format, to + i * inputs);
     }
     for (int64_t i = 0; i < size; ++i) to[i] *= embedding.multiplier;
 }

@@ -8,6 +8,9 @@
 #include "kernels/formats.h"
 #include "kernels/int8/inputs.h"
 #include "kernels/int8/product.h"
+#include "kernels/k_formats.h"
+#include "kernels/k_product.h"
+#include "kernels/parts.h"
 #include "kernels/tiles.h"
 
 namespace layerskip {
@@ -25,13 +28,24 @@ void sum_groups(const float* x, int64_t ldx, int tokens, const Part& part, float
     }
 }
 
+bool has_minima(int32_t format) {
+    switch (format) {
+        case kQ4_0:
+        case kQ4_1:
+        case kQ5_1:
+        case kQ4_K:
+        case kQ5_K: return true;
+        default: return false;
+    }
+}
+
 // What a product reads of its inputs besides the numbers themselves.
 enum class Preparation { kNothing, kGroupSums, kQuantized, kBFloat16 };
 
 Preparation preparation_of(const Linear& w) {
     if (w.compute == kComputeInt8) return Preparation::kQuantized;
     if (w.compute == kComputeBFloat16) return Preparation::kBFloat16;
-    return w.format == kQ4_0 || w.format == kQ4_1 ? Preparation::kGroupSums : Preparation::kNothing;
+    return has_minima(w.format) ? Preparation::kGroupSums : Preparation::kNothing;
 }
 
 // Memory of the calling thread, until its next call.
@@ -80,6 +94,8 @@ void multiply(const Linear& w, const float* x, int64_t ldx, int tokens, float* y
         prepare(w, x, ldx, tokens, {0, tokens, 0, (w.inputs + kGroup - 1) / kGroup}, memory);
         prepared = memory;
     }
+    if (w.format == kStacked || w.format == kAlternating)
+        return multiply_parts(w, x, ldx, tokens, y, ldy, start, stop, add, prepared);
     Tokens all{};
     all.x = x;
     all.ldx = ldx;
@@ -105,6 +121,11 @@ void multiply(const Linear& w, const float* x, int64_t ldx, int tokens, float* y
         case kQ8_0: return multiply_as<FloatProduct<Q8_0>>(w, all, tokens, start, stop);
         case kQ4_0: return multiply_as<FloatProduct<Q4_0>>(w, all, tokens, start, stop);
         case kQ4_1: return multiply_as<FloatProduct<Q4_1>>(w, all, tokens, start, stop);
+        case kQ4_K: return multiply_as<FloatProduct<Q4_K>>(w, all, tokens, start, stop);
+        case kQ5_0:
+        case kQ5_1:
+        case kQ5_K:
+        case kQ6_K: return multiply_k(w, all, tokens, start, stop);
         default: return multiply_as<FloatProduct<Int4>>(w, all, tokens, start, stop);
     }
 }

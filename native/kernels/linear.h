@@ -21,6 +21,13 @@ enum Format : int32_t {
     kQ8_0 = 5,  // blocks of GGUF files, the same numbers laid out in panels
     kQ4_0 = 6,
     kQ4_1 = 7,
+    kQ5_0 = 8,
+    kQ5_1 = 9,
+    kQ4_K = 10,
+    kQ5_K = 11,
+    kQ6_K = 12,
+    kStacked = 13,      // several weights, one below the other, in formats of their own
+    kAlternating = 14,  // two weights whose panels alternate, in formats of their own
 };
 
 // How a product is computed: with inputs as they are, in eight bits (int8/product.h) or in bfloat16
@@ -28,11 +35,12 @@ enum Format : int32_t {
 enum Compute : int32_t { kComputeFloat32 = 0, kComputeInt8 = 1, kComputeBFloat16 = 2 };
 
 struct Linear {
-    const void* panels;   // [O / 16, I, ...], laid out by pack()
+    const void* panels;   // [O / 16, I, ...], laid out by pack(); kStacked, kAlternating: Linear [number of parts]
     const void* scales;   // int8: float [O]; int4: pairs of bfloat16 [O / 16, I / 32, 8]; blocks: float16
-                          // [O / 16, I / 32, 16], for q4_1 [O / 16, I / 32, 2, 16]
+                          // [O / 16, I / 32, 16], for q4_1 and q5_1 [O / 16, I / 32, 2, 16]; q4_K, q5_K: SuperScales
+                          // [O / 16, I / 256]; q6_K: SixBitScales [O / 16, I / 256]
     const float* bias;    // [O] or null
-    int32_t inputs;       // a multiple of 32 in int4 and in blocks
+    int32_t inputs;       // a multiple of 32 in int4 and in blocks, of 256 in q4_K, q5_K and q6_K
     int32_t outputs;      // a multiple of 16: the last panel is filled up with zeros
     int32_t format;
     int32_t compute;
@@ -45,12 +53,14 @@ int64_t packed_bytes(int32_t inputs, int32_t outputs, int32_t format);
 // Scales are written in formats that have some.
 void pack(const float* weight, int64_t inputs, int count, int32_t format, void* panels, void* scales, int64_t panel);
 
-// Lay out one panel from weight [count, I / 32] blocks (q8_0, q4_0 or q4_1 of GGUF files, or int4), or from rows of
-// int8.
+// Lay out one panel from weight [count, blocks of a row] (those of GGUF files, or int4), or from rows of int8.
 void pack_blocks(const uint8_t* weight, int64_t inputs, int count, int32_t format, void* panels, void* scales,
                  int64_t panel);
 
-// The 32 numbers that a block stands for.
+// Inputs of a block: 32 or 256.
+int64_t block_inputs(int32_t format);
+
+// The numbers that a block stands for.
 void unpack_block(const uint8_t* block, int32_t format, float* to);
 
 // Bytes of a block.

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "kernels/formats.h"
+#include "kernels/k_packing.h"
 #include "kernels/linear.h"
 #include "kernels/tiles.h"
 
@@ -101,6 +102,10 @@ int64_t packed_bytes(int32_t inputs, int32_t outputs, int32_t format) {
         case kFloat16: return 2 * count;
         case kInt8: return panel_units<Int8>(inputs) * sizeof(Int8::Unit) * (outputs / kPanel);
         case kQ8_0: return count;
+        case kQ5_0:
+        case kQ5_1:
+        case kQ5_K: return count / 8 * 5;
+        case kQ6_K: return count / 4 * 3;
         default: return count / 2;
     }
 }
@@ -159,12 +164,15 @@ int64_t block_bytes(int32_t format) {
         case kQ8_0: return 34;
         case kQ4_0:
         case kInt4: return 18;
-        default: return 20;
+        case kQ4_1: return 20;
+        default: return k_block_bytes(format);
     }
 }
 
+int64_t block_inputs(int32_t format) { return format == kQ4_K || format == kQ5_K || format == kQ6_K ? 256 : kGroup; }
+
 int64_t blocks_row_bytes(int32_t format, int64_t inputs) {
-    return format == kInt8 ? sizeof(float) + inputs : inputs / kGroup * block_bytes(format);
+    return format == kInt8 ? sizeof(float) + inputs : inputs / block_inputs(format) * block_bytes(format);
 }
 
 namespace {
@@ -187,6 +195,7 @@ void pack_rows(const uint8_t* weight, int64_t inputs, int count, void* panels, v
 void pack_blocks(const uint8_t* weight, int64_t inputs, int count, int32_t format, void* panels, void* scales,
                  int64_t panel) {
     if (format == kInt8) return pack_rows(weight, inputs, count, panels, scales, panel);
+    if (format >= kQ5_0) return pack_k_blocks(weight, inputs, count, format, panels, scales, panel);
     const int64_t groups = inputs / kGroup, bytes = block_bytes(format);
     const int halves = format == kQ4_1 ? 2 : 1;  // scale, and minimum
     const uint8_t sign = format == kInt4 ? 8 : 0;  // blocks have numbers + 8, panels two's complement
@@ -211,6 +220,7 @@ void pack_blocks(const uint8_t* weight, int64_t inputs, int count, int32_t forma
 }
 
 void unpack_block(const uint8_t* block, int32_t format, float* to) {
+    if (format >= kQ5_0) return unpack_k_block(block, format, to);
     const int halves = format == kQ4_1 ? 2 : 1;
     uint16_t parts[kLanes] = {};
     std::memcpy(parts, block, halves * sizeof(uint16_t));

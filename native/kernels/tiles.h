@@ -23,9 +23,10 @@ struct Tokens {
     int64_t all;              // tokens of a group in what follows
     const float* group_sums;  // of x, [I / 32, all], for formats with minima
     // Where inputs have eight bits (int8/inputs.h):
-    const int8_t* numbers;            // [I / 32, all, 32]
-    const float* steps;               // [I / 32, all], between neighbouring numbers
-    const int32_t* negative_sums;     // [I / 32, all], minus the sums of the numbers
+    const int8_t* numbers;         // [I / 32, all, 32]
+    const float* steps;            // [I / 32, all], between neighbouring numbers
+    const int32_t* negative_sums;  // [I / 32, all], minus the sums of the numbers
+    const int32_t* negative_halves;  // [I / 32, all, 2], of 16 numbers each, where weights have a scale for 16 inputs
 
     // From the `count`-th token on.
     Tokens from(int64_t count) const {
@@ -36,6 +37,7 @@ struct Tokens {
         part.numbers += count * kGroup;
         part.steps += count;
         part.negative_sums += count;
+        part.negative_halves += 2 * count;
         return part;
     }
 };

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
 from gguf.constants import GGML_QUANT_SIZES
-from gguf.quants import dequantize, quantize
+from gguf.quants import dequantize
+from k_quants import quantize
 from safetensors.torch import load_file
 
 ARCHITECTURES = {
@@ -230,9 +231,23 @@ def add_tensor(
     if config["model_type"] == "gemma3_text" and stem.endswith("norm"):
         array = array + np.float32(1)
     chosen = types.get(theirs.split(".")[-2], type_)
-    if array.ndim == 1 or array.shape[-1] % 32:
-        chosen = GGMLQuantizationType.F32
+    chosen = fitting(array, chosen)
     writer.add_tensor(theirs, quantize(array, chosen), raw_dtype=chosen)
+
+
+def tiny_sizes(type_name: str) -> dict[str, int]:
+    """Widths of a tiny model whose rows are whole blocks of a type."""
+    if GGML_QUANT_SIZES[GGMLQuantizationType[type_name]][0] == 256:
+        return {"hidden_size": 256, "intermediate_size": 512}
+    return {"hidden_size": 64, "intermediate_size": 96}
+
+
+def fitting(array: np.ndarray, type_: GGMLQuantizationType) -> GGMLQuantizationType:
+    """The type, or as in llama.cpp another one, if rows aren't whole blocks of it."""
+    others = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+    if array.ndim > 1 and array.shape[-1] % GGML_QUANT_SIZES[type_][0] and type_.name in others:
+        type_ = GGMLQuantizationType[others[type_.name]]
+    return type_ if array.ndim > 1 and array.shape[-1] % 32 == 0 else GGMLQuantizationType.F32
 
 
 def in_pairs(rows: np.ndarray, heads: int) -> np.ndarray:

@@ -3,6 +3,8 @@
 #include <cstring>
 
 #include "kernels/int8/dot.h"
+#include "kernels/int8/k_product.h"
+#include "kernels/k_formats.h"
 
 namespace layerskip {
 namespace {
@@ -41,6 +43,8 @@ template <>
 struct Four<Q4_1> : NibblesOf<false, 0> {
     static constexpr bool kMinimum = true;
 };
+template <>
+struct Four<Q4_K> : Four<Q4_1> {};
 
 template <typename Type>
 struct Int8Product {
@@ -224,6 +228,11 @@ void multiply_int8(const Linear& w, const Tokens& tokens, int count, int start, 
         case kQ8_0: return Int8Product<Q8_0>::multiply(w, tokens, count, start, stop);
         case kQ4_0: return Int8Product<Q4_0>::multiply(w, tokens, count, start, stop);
         case kQ4_1: return Int8Product<Q4_1>::multiply(w, tokens, count, start, stop);
+        case kQ4_K: return Int8Product<Q4_K>::multiply(w, tokens, count, start, stop);
+        case kQ5_0:
+        case kQ5_1:
+        case kQ5_K:
+        case kQ6_K: return multiply_k_int8(w, tokens, count, start, stop);
         default: return Int8Product<Int4>::multiply(w, tokens, count, start, stop);
     }
 }

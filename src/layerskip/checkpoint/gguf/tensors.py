@@ -16,7 +16,7 @@ from torch import Tensor
 from layerskip.checkpoint.gguf.container import Container, TensorEntry
 from layerskip.checkpoint.loading.tensors import Part, StoredTensor
 from layerskip.errors import WeightsError
-from layerskip.model.blocks import BLOCK, BLOCK_BYTES, BlockFormat, BlockWeight
+from layerskip.model.blocks import BLOCK_BYTES, BlockFormat, BlockWeight
 from layerskip.model.config.families import FAMILIES, parse_config
 
 TYPES = tuple(
@@ -33,6 +33,11 @@ _KEPT: Mapping[GGMLQuantizationType, BlockFormat] = {
     GGMLQuantizationType.Q8_0: "q8_0",
     GGMLQuantizationType.Q4_0: "q4_0",
     GGMLQuantizationType.Q4_1: "q4_1",
+    GGMLQuantizationType.Q5_0: "q5_0",
+    GGMLQuantizationType.Q5_1: "q5_1",
+    GGMLQuantizationType.Q4_K: "q4_k",
+    GGMLQuantizationType.Q5_K: "q5_k",
+    GGMLQuantizationType.Q6_K: "q6_k",
 }
 
 # Hugging Face's name of a layer's weight -> the file's name.
@@ -201,10 +206,11 @@ class GGUFTensors:
 
     def blocks(self, name: str, part: Part | None = None) -> BlockWeight:
         """A tensor that has a `block_format`, or some of its rows or columns, in these blocks."""
-        if part is not None and part.dim == 1 and (part.start % BLOCK or part.stop % BLOCK):
+        size, _ = GGML_QUANT_SIZES[self._entries[name].type]
+        if part is not None and part.dim == 1 and (part.start % size or part.stop % size):
             raise WeightsError(
-                f"tensor {name!r} is in blocks of {BLOCK} columns, and columns {part.start} to {part.stop - 1} would "
-                f"cut them; take a multiple of {BLOCK}, or the tensor's numbers without blocks"
+                f"tensor {name!r} is in blocks of {size} columns, and columns {part.start} to {part.stop - 1} would "
+                f"cut them; take a multiple of {size}, or the tensor's numbers without blocks"
             )
         stored, order = self._place(name, part)
         weight = read_blocks(self._entries[name], stored)
@@ -297,15 +303,6 @@ def _in_blocks(entry: TensorEntry, data: Tensor) -> BlockWeight:
     return BlockWeight(_KEPT[entry.type], data)
 
 
-def _five_bits(rows: Tensor) -> Tensor:
-    """Q5_0 -> q8_0: the scale stays, 32 fifth bits and 32 times four bits become 32 bytes."""
-    blocks = rows.view(len(rows), -1, 22)
-    bits = blocks[..., 2:6, None] >> torch.arange(8, dtype=torch.uint8) & 1
-    low = torch.cat([blocks[..., 6:] & 0xF, blocks[..., 6:] >> 4], -1)
-    numbers = (low | bits.flatten(-2) << 4).to(torch.int8) - 16
-    return _as_q8_0(blocks[..., :2], numbers)
-
-
 def _nonlinear(rows: Tensor) -> Tensor:
     """IQ4_NL -> q8_0: the scale stays, 32 indices into a table of bytes become 32 bytes."""
     from gguf.quants import IQ4_NL
@@ -322,7 +319,6 @@ def _as_q8_0(scales: Tensor, numbers: Tensor) -> Tensor:
 
 
 _WIDENED: Mapping[GGMLQuantizationType, Callable[[Tensor], Tensor]] = {
-    GGMLQuantizationType.Q5_0: _five_bits,
     GGMLQuantizationType.IQ4_NL: _nonlinear,
 }
 

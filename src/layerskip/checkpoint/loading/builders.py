@@ -5,6 +5,7 @@ Shapes: O output width, I input width, D width, V vocabulary, N outputs of a hea
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from layerskip.model.decoders.graphs import GraphDecoder
 from layerskip.model.decoders.native import NativeDecoder
 from layerskip.model.decoders.parallel import ParallelDecoder
 from layerskip.model.graphs.compiled import RoundMode
+from layerskip.model.native.joined import JoinedLinear
 from layerskip.model.native.library import PANEL
 from layerskip.model.native.linear import NativeLinear, interleave
 from layerskip.model.native.memory import WeightMemory
@@ -82,7 +84,7 @@ class NetworkBuilder(Protocol[AnyLinear]):
         Args:
             ours: The layer's part (`qkv`, `o`, `gate_up`, `down`, a `router`, or an adapter's `input` or `values`) or
                 `head`. A router isn't quantized: a rounded one would choose other experts.
-            weight: [O, I]; or the checkpoint's tensors of it, one below the other, in blocks of one format.
+            weight: [O, I]; or the checkpoint's tensors of it in their blocks, one below the other.
             bias: [O], or None.
         """
         ...
@@ -228,9 +230,11 @@ class NativeBuilder:
 
     def linear(self, ours: str, weight: Tensor | Sequence[BlockWeight], bias: Tensor | None = None) -> NativeLinear:
         """The weight in panels, those of gate and up in turn."""
+        compute = "float32" if ours == "router" else self.compute
+        if not isinstance(weight, Tensor) and len({part.format for part in weight}) > 1:
+            return self._joined(ours, weight, bias, compute)
         if ours == "gate_up" and bias is not None:
             bias = interleave(bias)
-        compute = "float32" if ours == "router" else self.compute
         if not isinstance(weight, Tensor):
             blocks = _halves(weight) if ours == "gate_up" else [stacked(weight)]
             if ours == "down":
@@ -241,6 +245,20 @@ class NativeBuilder:
             weight = F.pad(weight, (0, -weight.shape[1] % PANEL))
         tensors = weight.chunk(2) if ours == "gate_up" else [weight]
         return NativeLinear(*tensors, bias=bias, storage=storage, compute=compute, memory=self.memory)
+
+    def _joined(self, ours: str, weights: Sequence[BlockWeight], bias: Tensor | None, compute: str) -> JoinedLinear:
+        """Tensors in several formats; neighbours of one format, but gate and up, become one part."""
+        alternate = ours == "gate_up"
+        parts = weights if alternate else [stacked(list(run)) for _, run in groupby(weights, lambda part: part.format)]
+        rows = [len(part.data) for part in parts]
+        biases = [None] * len(parts) if bias is None else torch.split(bias, rows)
+        return JoinedLinear(
+            [
+                NativeLinear(part, bias=own, compute=compute, memory=self.memory)
+                for part, own in zip(parts, biases, strict=True)
+            ],
+            alternate=alternate,
+        )
 
     def decoder(
         self, shared: SharedWeights, layers: Sequence[LayerWeights[NativeLinear]], head: NativeLinear, **options: Any

@@ -35,7 +35,7 @@ class LoadingConfig:
     """Keep weights in fewer bits (fp8 on CUDA only): less memory, more tokens/s, and another model."""
     compute: Compute = "float32"
     """What native kernels round the inputs of products to: faster, and another model by a little, whose text doesn't
-    depend on how it is decoded. int8: for weights of 8 or 4 bits; bfloat16: for weights in floats, which are rounded
+    depend on how it is decoded. int8: for weights of 4 to 8 bits; bfloat16: for weights in floats, which are rounded
     to bfloat16 too."""
     cache_dtype: CacheDType = "auto"
     """Type that keys and values are kept in; int8: with a scale for each token and head; auto: that of hidden states.

@@ -30,13 +30,14 @@ from layerskip.checkpoint.loading.tensors import (
     expert_weights,
     fill,
     has_bias,
+    kept_formats,
     read_table,
     read_tensor,
     stored_shapes,
     stored_weights,
 )
 from layerskip.errors import InvalidArgumentError
-from layerskip.model.blocks import WIDENED, BlockWeight
+from layerskip.model.blocks import BlockWeight
 from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.decoder import Decoder, LayerCalls
 from layerskip.model.native.memory import map_private, return_freed_memory
@@ -79,7 +80,7 @@ def load_decoder(config: ModelConfig, source: TensorSource, plan: LoadingPlan) -
 
 COMPUTE_NEEDS = {
     "int8": "weights in 8 or 4 bits and this checkpoint has none; give quantize int8 or int4 too, or a GGUF file in "
-    "Q8_0, Q4_0 or Q4_1",
+    "8 bits or fewer",
     "bfloat16": "weights in floats and these have 8 or 4 bits; use int8, or a checkpoint that isn't quantized",
 }
 """What weights must be for the products that are asked for, and what to do if they are not."""
@@ -363,7 +364,7 @@ class _Loader(Generic[AnyLinear]):
             ]
             bias = torch.cat(biases).to(self._builder.device, self._builder.dtype)
         tensors = [f"{name}.weight" for name in names]
-        blocks = self._blocks(tensors, shapes)
+        blocks = self._blocks(tensors, shapes, ours)
         return self._builder.linear(ours, self._stack(tensors, shapes) if blocks is None else blocks, bias)
 
     def _norm(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -375,16 +376,17 @@ class _Loader(Generic[AnyLinear]):
         """The norm before the head, whose weights include the factor on logits."""
         return self._norm(name, (self._config.hidden_size,)) * self._config.logits_multiplier
 
-    def _blocks(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> tuple[BlockWeight, ...] | None:
-        """A weight's tensors in blocks of one format; None where no format has them all, or blocks aren't kept."""
-        formats = {self._source.block_format(name) for name in names}
-        if not self._builder.keeps_blocks or None in formats or (len(formats) > 1 and not formats <= WIDENED):
+    def _blocks(
+        self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], ours: str = "head"
+    ) -> tuple[BlockWeight, ...] | None:
+        """A weight's tensors in their blocks; None where the network doesn't keep them (`kept_formats`)."""
+        if not self._builder.keeps_blocks or kept_formats(self._source, ours, names, shapes) is None:
             return None
         weights = []
         for name, shape in zip(names, shapes, strict=True):
             weight = self._source.blocks(name)
             check_shape(name, weight.shape, shape)
-            weights.append(weight if len(formats) == 1 else weight.widened())
+            weights.append(weight)
         return tuple(weights)
 
     def _stack(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from layerskip.checkpoint.loading.adapters import AdapterSet, tensor_name
 from layerskip.checkpoint.loading.plan import LoadingPlan
 from layerskip.checkpoint.loading.tensors import EMBEDDING, HEAD, Part, StoredTensor, TensorSource, check_shape
-from layerskip.model.blocks import BLOCK, BlockFormat, BlockWeight
+from layerskip.model.blocks import BlockFormat, BlockWeight, block_weights
 from layerskip.model.config.families import FAMILIES
 from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.parallel.share import CUTS, INPUTS, OUTPUTS, Axis, Membership, Share
@@ -85,7 +85,8 @@ class ShareSource:
         if self._is_not_added(name):
             return None
         dim, ranges = cut
-        whole = all(end % BLOCK == 0 for inputs in ranges for end in (inputs.start, inputs.stop))
+        size = block_weights(kept)
+        whole = all(end % size == 0 for inputs in ranges for end in (inputs.start, inputs.stop))
         return kept if dim == OUTPUTS or whole else None
 
     def blocks(self, name: str, part: Part | None = None) -> BlockWeight:

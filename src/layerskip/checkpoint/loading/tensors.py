@@ -3,7 +3,7 @@
 Shapes: D width, V vocabulary, I width of the MLP, H and H_kv heads, D_head channels of a head.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -14,6 +14,7 @@ from layerskip.errors import WeightsError
 from layerskip.model.blocks import BlockFormat, BlockWeight
 from layerskip.model.config.families import FAMILIES
 from layerskip.model.config.model_config import ModelConfig
+from layerskip.model.native.joined import can_join
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 SLICE_BYTES = 2**21
@@ -173,6 +174,29 @@ def has_bias(config: ModelConfig, ours: str) -> bool:
     """Whether a layer's matrix has a bias."""
     switches = {"qkv": config.qkv_bias, "o": config.o_bias, "gate_up": config.mlp_bias, "down": config.mlp_bias}
     return switches.get(ours, False)
+
+
+def kept_formats(
+    source: TensorSource, ours: str, names: Sequence[str], shapes: Sequence[tuple[int, ...]]
+) -> tuple[BlockFormat, ...] | None:
+    """The blocks in which native kernels keep the tensors of one of our weights.
+
+    Args:
+        source: The checkpoint's tensors.
+        ours: Our name of the weight; or `head`.
+        names: The tensors that make it up.
+        shapes: [O, I] of each.
+
+    Returns:
+        A format for each tensor; None if one of them is in no blocks, or if tensors of several formats can't be joined.
+    """
+    found = [source.block_format(name) for name in names]
+    formats = tuple(format_ for format_ in found if format_ is not None)
+    if len(formats) < len(found):
+        return None
+    outputs = [shape[0] for shape in shapes]
+    one = len(set(formats)) == 1
+    return formats if one or can_join(outputs, alternate=ours == "gate_up") else None
 
 
 def parameter_count(config: ModelConfig) -> int:

@@ -35,7 +35,9 @@ GROUP = 32
 """Number of inputs that share a scale in int4 and in blocks."""
 FORMATS = {
     "float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "float16": 4, "q8_0": 5, "q4_0": 6, "q4_1": 7,
+    "q5_0": 8, "q5_1": 9, "q4_k": 10, "q5_k": 11, "q6_k": 12, "stacked": 13, "alternating": 14,
 }  # fmt: skip
+"""Formats of weights; the last two are of several weights in formats of their own (`joined.py`)."""
 COMPUTE = {"float32": 0, "int8": 1, "bfloat16": 2}
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu": 2}
 

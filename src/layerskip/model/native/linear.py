@@ -18,8 +18,10 @@ from layerskip.model.native.library import COMPUTE, FORMATS, GROUP, PANEL, Linea
 from layerskip.model.native.memory import WeightMemory
 from layerskip.model.native.threads import kernel_threads
 
-INT8_STORAGES = ("int8", "int4", "q8_0", "q4_0", "q4_1")
+INT8_STORAGES = ("int8", "int4", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
 """Formats whose products can take inputs in 8 bits."""
+SUPER = 256
+"""Inputs of a block with two levels of scales."""
 BFLOAT16_PAIR = 2
 """Number of inputs that products in bfloat16 add up at once."""
 
@@ -90,7 +92,7 @@ class NativeLinear:
 def computes(compute: str, storage: str, inputs: int) -> bool:
     """Whether there are products for this key of `COMPUTE` with weights of a format and this number of inputs.
 
-    In 8 bits these are formats of 8 or 4 bits whose inputs are whole groups, in bfloat16 those in bfloat16 with an even
+    In 8 bits these are formats of 4 to 8 bits whose inputs are whole groups, in bfloat16 those in bfloat16 with an even
     number of inputs.
     """
     match compute:
@@ -141,10 +143,14 @@ def _scale_bytes(inputs: int, outputs: int, storage: str) -> int:
     match storage:
         case "int8":
             return 4 * outputs
-        case "int4" | "q8_0" | "q4_0":
+        case "int4" | "q8_0" | "q4_0" | "q5_0":
             return 2 * outputs * (inputs // GROUP)
-        case "q4_1":
+        case "q4_1" | "q5_1":
             return 4 * outputs * (inputs // GROUP)
+        case "q4_k" | "q5_k":  # a scale and a minimum, and a byte of each for every group
+            return 20 * outputs * (inputs // SUPER)
+        case "q6_k":  # a scale, and a byte for every 16 inputs
+            return 18 * outputs * (inputs // SUPER)
         case _:
             return 0
 

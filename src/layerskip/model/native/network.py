@@ -56,7 +56,7 @@ LANES = 8
 """Number of channels that kernels take at once."""
 CACHE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 """`Format` of native/kernels/linear.h for the dtypes in which kernels read keys and values."""
-EMBEDDING_FORMATS = ("float32", "bfloat16", "q8_0", "q4_0", "q4_1")
+EMBEDDING_FORMATS = ("float32", "bfloat16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
 """Formats of embedding tables that kernels can read."""
 
 

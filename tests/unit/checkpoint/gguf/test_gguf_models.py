@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGMLQuantizationType
-from gguf_files import convert
+from gguf_files import convert, tiny_sizes
 from transformers import AutoModelForCausalLM
 
 import layerskip
@@ -168,11 +168,11 @@ def test_a_short_decimal_number_comes_back(tiny_checkpoint: Tiny, tmp_path: Path
     assert open_checkpoint(str(file)).config.rms_norm_eps == 1e-5
 
 
-@pytest.mark.parametrize("name", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
+@pytest.mark.parametrize("name", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"])
 def test_types_that_converters_write(name: str, tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     """The network has the numbers that the blocks stand for, in rows of Hugging Face's order."""
     type_ = GGMLQuantizationType[name]
-    folder = tiny_checkpoint("llama", hidden_size=64, intermediate_size=96)
+    folder = tiny_checkpoint("llama", **tiny_sizes(name))
     file = convert(folder, tmp_path / "model.gguf", type_=type_)
     assert name in open_checkpoint(str(file)).contents.types
     model = load_transformers_model(open_checkpoint(str(file)), torch.float32)

@@ -18,7 +18,8 @@ from layerskip.checkpoint.loading.tensors import Part
 from layerskip.errors import WeightsError
 
 Tiny = Callable[..., Path]
-KEPT = {"Q8_0": "q8_0", "Q4_0": "q4_0", "Q4_1": "q4_1", "Q5_0": "q8_0", "IQ4_NL": "q8_0"}
+KEPT = {name: name.lower() for name in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")}
+KEPT["IQ4_NL"] = "q8_0"
 
 
 @pytest.mark.parametrize("type_", TYPES, ids=lambda type_: type_.name)
@@ -45,9 +46,10 @@ def test_parts_of_all_types(type_: GGMLQuantizationType, tmp_path: Path) -> None
     for start, stop in ((0, 1024), (256, 768), (512, 1024), (1, 2), (100, 700)):
         assert torch.equal(read_tensor(entry, Part.columns(start, stop)).float(), whole[:, start:stop])
     if type_.name in KEPT:
-        some = read_blocks(entry, Part.columns(96, 544))
-        assert some.shape == (24, 448)
-        assert torch.equal(some.dequantize(), whole[:, 96:544])
+        start, stop = (96, 544) if GGML_QUANT_SIZES[type_][0] == 32 else (256, 768)
+        some = read_blocks(entry, Part.columns(start, stop))
+        assert some.shape == (24, stop - start)
+        assert torch.equal(some.dequantize(), whole[:, start:stop])
 
 
 def test_rows_of_blocks_are_put_in_order(tiny_checkpoint: Tiny, tmp_path: Path) -> None:

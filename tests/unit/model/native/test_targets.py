@@ -7,11 +7,11 @@ from typing import TypeVar
 import pytest
 import torch
 from gguf import GGMLQuantizationType
-from gguf.quants import quantize
+from k_quants import quantize
 from torch import Tensor
 
 import layerskip
-from layerskip.model.blocks import BlockWeight
+from layerskip.model.blocks import BLOCK_BYTES, BLOCK_WEIGHTS, BlockWeight
 from layerskip.model.native import sampling
 from layerskip.model.native.library import FORMATS, find_variants, load_library
 from layerskip.model.native.linear import INT8_STORAGES, NativeLinear
@@ -49,7 +49,7 @@ def same(results: list[Tensor]) -> bool:
 
 def make(storage: str, outputs: int, inputs: int, compute: str) -> NativeLinear:
     weight, bias = random(outputs, inputs), random(outputs, seed=1)
-    if storage in ("q8_0", "q4_0", "q4_1"):
+    if storage in BLOCK_BYTES and storage != "int4":
         data = quantize(weight.numpy(), GGMLQuantizationType[storage.upper()])
         return NativeLinear(BlockWeight(storage, torch.from_numpy(data)), bias=bias, compute=compute)  # type: ignore[arg-type]
     weight = weight.half().float() if storage == "float16" else weight
@@ -59,7 +59,7 @@ def make(storage: str, outputs: int, inputs: int, compute: str) -> NativeLinear:
 @pytest.mark.parametrize(
     ("storage", "compute"),
     [
-        *((name, "float32") for name in FORMATS),
+        *((name, "float32") for name in FORMATS if name not in ("stacked", "alternating")),
         *((name, "int8") for name in INT8_STORAGES),
         ("bfloat16", "bfloat16"),
     ],
@@ -67,6 +67,8 @@ def make(storage: str, outputs: int, inputs: int, compute: str) -> NativeLinear:
 @pytest.mark.parametrize("inputs", [32, 96, 576])
 def test_products(with_all: WithAll[list[Tensor]], storage: str, compute: str, inputs: int) -> None:
     """Any number of tokens and of panels, in tiles of all sizes."""
+    if storage in BLOCK_WEIGHTS:
+        inputs = 256 * (inputs // 256 + 1)
 
     def products() -> list[Tensor]:
         found = []

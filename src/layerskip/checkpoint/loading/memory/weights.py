@@ -23,10 +23,11 @@ from layerskip.checkpoint.loading.tensors import (
     TensorSource,
     expert_weights,
     has_bias,
+    kept_formats,
     stored_shapes,
     stored_weights,
 )
-from layerskip.model.blocks import WIDENED, BlockFormat, block_bytes
+from layerskip.model.blocks import BlockFormat, block_bytes
 from layerskip.model.config.model_config import ModelConfig
 from layerskip.model.native.library import PANEL
 from layerskip.model.native.linear import packed_bytes, padded_outputs
@@ -214,7 +215,8 @@ class _Weights:
         rows, width = config.vocab_size, config.hidden_size
         head = self.head("head", None)
         table = replace(self._source.stored(EMBEDDING), shape=(rows, width))
-        blocks = self._format([self._head_name]) if self._native else None
+        shape = (rows, width)
+        blocks = self._formats("head", [self._head_name], [shape]) if self._native else None
         embedding = WeightBytes(part="embedding", format=_name(dtype), kept=rows * width * dtype.itemsize)
         if config.tie_word_embeddings and blocks is None and not self._copies(width):
             yield replace(embedding, part="embedding, head", passing=self._reading([table]))
@@ -284,25 +286,19 @@ class _Weights:
         outputs, inputs = sum(shape[0] for shape in shapes), shapes[0][1]
         if not self._native:
             return self._torch_linear(part, outputs, inputs, stored, None if ours == "router" else self._quantize)
-        blocks = self._format(names)
-        halves = ours == "gate_up"
-        storage: str
+        blocks = self._formats(ours, names, shapes)
         if blocks is not None:
-            storage, passing = str(blocks), sum(block_bytes(blocks, *tensor.shape) for tensor in stored)
-            copied = len(stored) > 1 and not halves  # one below the other
-            passing *= 2 if copied or not all(tensor.blocks_mapped for tensor in stored) else 1
-        else:
-            quantize = None if ours == "router" else self._quantize
-            compute = "float32" if ours == "router" else self._plan.compute
-            storage = native_storage(quantize, inputs, compute) or _exact_storage(stored)
-            passing = 0
-            if ours == "down":
-                passing += outputs * inputs * FLOAT_BYTES if inputs % PANEL else 0
-                inputs = -(-inputs // PANEL) * PANEL
-        step = 2 if halves else 1
+            return _in_blocks(part, ours, blocks, stored)
+        quantize = None if ours == "router" else self._quantize
+        compute = "float32" if ours == "router" else self._plan.compute
+        storage = native_storage(quantize, inputs, compute) or _exact_storage(stored)
+        passing = 0
+        if ours == "down":
+            passing += outputs * inputs * FLOAT_BYTES if inputs % PANEL else 0
+            inputs = -(-inputs // PANEL) * PANEL
+        step = 2 if ours == "gate_up" else 1
         kept = packed_bytes(outputs // step, inputs, storage, step=step)
-        if blocks is None:
-            passing += self._passing(stored, torch.float32, kept)
+        passing += self._passing(stored, torch.float32, kept)
         return WeightBytes(part=part, format=storage, kept=kept, passing=passing)
 
     def _passing(self, stored: Sequence[StoredTensor], dtype: torch.dtype, kept: int, work: int = 0) -> int:
@@ -341,14 +337,13 @@ class _Weights:
             or (plan.rounds != "max" and packs(plan.device, plan.dtype, inputs))
         )
 
-    def _format(self, names: Sequence[str]) -> BlockFormat | None:
-        """The blocks that a weight keeps; as `network._Loader._blocks`."""
-        formats = {self._source.block_format(name) for name in names}
-        if not self._native or self._quantize is not None or None in formats:
+    def _formats(
+        self, ours: str, names: Sequence[str], shapes: Sequence[tuple[int, ...]]
+    ) -> tuple[BlockFormat, ...] | None:
+        """The blocks that a weight's tensors keep; as `network._Loader._blocks`."""
+        if not self._native or self._quantize is not None:
             return None
-        if len(formats) == 1:
-            return next(iter(formats))
-        return "q8_0" if formats <= WIDENED else None
+        return kept_formats(self._source, ours, names, shapes)
 
     def _reading(self, stored: Sequence[StoredTensor]) -> int:
         """Bytes of the file's pages, or of what is computed from them, while tensors are copied one after the other."""
@@ -362,6 +357,20 @@ class _Weights:
             return outputs * self._plan.dtype.itemsize
         halves = 2 if ours == "gate_up" else 1
         return padded_outputs(outputs // halves, halves) * FLOAT_BYTES
+
+
+def _in_blocks(part: str, ours: str, formats: Sequence[BlockFormat], stored: Sequence[StoredTensor]) -> WeightBytes:
+    """A matrix of tensors in blocks, as `NativeBuilder.linear` lays it out."""
+    outputs, inputs = [tensor.shape[0] for tensor in stored], stored[0].shape[1]
+    passing = sum(block_bytes(kind, *tensor.shape) for kind, tensor in zip(formats, stored, strict=True))
+    copied = len(stored) > 1 and ours != "gate_up"  # one below the other
+    passing *= 2 if copied or not all(tensor.blocks_mapped for tensor in stored) else 1
+    if len(set(formats)) > 1:
+        kept = sum(packed_bytes(count, inputs, kind) for count, kind in zip(outputs, formats, strict=True))
+        return WeightBytes(part=part, format="+".join(dict.fromkeys(formats)), kept=kept, passing=passing)
+    step = 2 if ours == "gate_up" else 1
+    kept = packed_bytes(sum(outputs) // step, inputs, formats[0], step=step)
+    return WeightBytes(part=part, format=formats[0], kept=kept, passing=passing)
 
 
 def _bytes_in_file(tensor: StoredTensor) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from adapters import write_tiny_adapters
 from gguf import GGMLQuantizationType
-from gguf_files import convert
+from gguf_files import convert, tiny_sizes
 
 from layerskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from layerskip.checkpoint.loading.config import LoadingConfig
@@ -52,13 +52,24 @@ def test_native_weights_of_safetensors(
 
 @native_only
 @pytest.mark.parametrize("quantize", [None, "int8"])
-@pytest.mark.parametrize("type_", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "F16", "F32"])
+@pytest.mark.parametrize("type_", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "F16", "F32"])
 def test_native_weights_of_gguf(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, type_: str, quantize: str | None
 ) -> None:
-    file = convert(tiny_checkpoint(**SIZES), tmp_path / "model.gguf", type_=GGMLQuantizationType[type_])
+    folder = tiny_checkpoint(**SIZES | tiny_sizes(type_))
+    file = convert(folder, tmp_path / "model.gguf", type_=GGMLQuantizationType[type_])
     items, decoder = planned(open_checkpoint(str(file)), quantize=quantize)
     assert kept(items, "layers", "head") == products(decoder)
+
+
+@native_only
+def test_native_weights_in_several_formats(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tiny_checkpoint(**SIZES | tiny_sizes("Q4_K"))
+    types = {"attn_v": GGMLQuantizationType.Q6_K, "ffn_up": GGMLQuantizationType.Q5_K}
+    file = convert(folder, tmp_path / "model.gguf", type_=GGMLQuantizationType.Q4_K, types=types)
+    items, decoder = planned(open_checkpoint(str(file)))
+    assert kept(items, "layers", "head") == products(decoder)
+    assert {"q4_k", "q4_k+q6_k", "q4_k+q5_k"} == {item.format for item in items if item.part == "layers"}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

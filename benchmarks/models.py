@@ -1,6 +1,7 @@
 """Models for benchmarks, by name, and prompts for each."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -62,7 +63,7 @@ def prepare(
             dtype=dtype,
             device=device,
         )
-        print(f"{model}: random weights, the exit agrees on {reached:.2f} of random tokens")
+        print(f"{model}: random weights, the exit agrees on {reached:.2f} of random tokens", file=sys.stderr)
         return str(scratch)
     if model in UNTRAINED:
         make_untrained(scratch, UNTRAINED[model] or DEMO_FOLDER)
@@ -78,7 +79,7 @@ def load_prompts(lm: layerskip.LanguageModel, file: Path, count: int) -> list[li
     try:
         tokenizer = lm.tokenizer
     except TokenizerError as error:
-        print(f"the prompts are random tokens: {error}")
+        print(f"the prompts are random tokens: {error}", file=sys.stderr)
         return random_prompts(lm.config.vocab_size, count)
     prompts = [json.loads(line)["prompt"] for line in file.read_text("utf-8").splitlines()[:count]]
     if not tokenizer.chat_template:

@@ -151,7 +151,7 @@ class Decoder:
         return self._network.kernels
 
     @property
-    def rounds(self) -> str:
+    def round_kind(self) -> str:
         """What rounds are made of: `calls`; or `graphs` or `max` where they are captured or compiled."""
         return "calls"
 

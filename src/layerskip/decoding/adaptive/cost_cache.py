@@ -50,7 +50,7 @@ def _fingerprint(decoder: Decoder, num_rows: int) -> str:
         "compute": decoder.compute,
         "cache": str(decoder.cache_dtype),
         "kernels": [decoder.kernels, kernels_version()],
-        "rounds": decoder.rounds,
+        "rounds": decoder.round_kind,
         "bytes": decoder.weight_bytes(0, decoder.num_layers),
         "drafter": [drafter.shares_states, drafter.decoder.weight_bytes(0, 1)],
         "adapters": [decoder.drafter(exit_layer).decoder.adapter_bytes() for exit_layer in decoder.adapted_exits],

@@ -46,7 +46,7 @@ NEVER_STOP = StopRule(rates=(1.0,) * CONFIDENCE_CLASSES, least=0.0)
 
 def asks_apart(decoder: Decoder) -> bool:
     """Whether drafts that may stop early are made otherwise than a fixed number of them, and take longer."""
-    return decoder.rounds != "calls"
+    return decoder.round_kind != "calls"
 
 
 @dataclass(frozen=True, kw_only=True)

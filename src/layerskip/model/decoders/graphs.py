@@ -69,9 +69,9 @@ class GraphDecoder(Decoder):
         return self._rounds.new_cache(num_rows, capacity)
 
     @property
-    def rounds(self) -> str:
-        """As `Decoder.rounds`: `graphs` or `max`, unless they have failed."""
-        return super().rounds if self._rounds.failed else self._rounds.mode
+    def round_kind(self) -> str:
+        """As `Decoder.round_kind`: `graphs` or `max`, unless they have failed."""
+        return super().round_kind if self._rounds.failed else self._rounds.mode
 
     def choose(
         self,

@@ -197,10 +197,10 @@ class TestRounds:
             prepare(program)
 
         monkeypatch.setattr(rounds, "_prepare", fail_later)
-        assert decoder.rounds == "graphs"
+        assert decoder.round_kind == "graphs"
         with pytest.warns(RuntimeWarning, match="run uncompiled: RuntimeError: no graph today"):
             found = decoder.round([5], cache, request, 4)
-        assert (tokens_of(found), decoder.rounds) == (tokens_of(expected), "calls")
+        assert (tokens_of(found), decoder.round_kind) == (tokens_of(expected), "calls")
         assert found.confidences == [pytest.approx(row, rel=1e-5) for row in expected.confidences]
 
     def test_a_round_drafts_as_many_as_it_is_made_for(self, decoder: GraphDecoder) -> None:

@@ -44,7 +44,7 @@ clean: ## remove caches and build outputs (rm -r .venv removes the environment)
 # torch comes first and alone: pip then takes the build that the machine provides for exactly this version, where there
 # is one, and the range in pyproject.toml is already satisfied afterwards.
 # What is compiled at installation is compiled anew when its sources change.
-$(STAMP): pyproject.toml hatch_build.py $(wildcard native/* native/kernels/*)
+$(STAMP): pyproject.toml hatch_build.py $(wildcard native/* native/kernels/* native/kernels/*/*)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(MAKE) --no-print-directory venv
 	@echo "setup: installing $(TORCH)"
 	@$(PIP) install '$(TORCH)'

@@ -1,7 +1,7 @@
-"""Time of the native kernels' products with few rows, by format of the weight: what verifying several tokens costs.
+"""Time of the native kernels' products by format of the weight: what verifying several tokens or a prompt costs.
 
     python benchmarks/native_products.py
-    LAYERSKIP_CPU=avx2 python benchmarks/native_products.py --formats q4_1 --threads 1
+    LAYERSKIP_CPU=avx2 python benchmarks/native_products.py --formats q4_1 q4_1:int8 --threads 1
 
 Each pass multiplies with other weights, more than the caches hold, in the shapes of SmolLM2 135M. Formats and numbers
 of rows are interleaved, and the fastest pass of each counts, so that other processes disturb less.
@@ -27,24 +27,30 @@ SHAPES = ((960, 576), (576, 576), (3072, 576), (576, 1536))
 class Arguments:
     """Options of the benchmark."""
 
-    formats: tuple[str, ...] = ("q4_1", "q4_0", "int4", "q8_0", "int8", "bfloat16", "float32")
-    rows: tuple[int, ...] = (1, 2, 3, 5, 9)
+    formats: tuple[str, ...] = (
+        *("q4_1", "q4_0", "int4", "q8_0", "int8", "bfloat16", "float32"),
+        *("q4_1:int8", "q8_0:int8", "bfloat16:bfloat16"),
+    )
+    """Formats of the weights; behind a colon what inputs are rounded to (`compute`), if they are."""
+    rows: tuple[int, ...] = (1, 2, 3, 5, 9, 16, 64)
     layers: int = 30
     repetitions: int = 15
     threads: int = 2
 
 
-def make(storage: str, outputs: int, inputs: int) -> NativeLinear:
-    """A random weight."""
+def make(name: str, outputs: int, inputs: int) -> NativeLinear:
+    """A random weight of a format, and how it is multiplied (`Arguments.formats`)."""
+    storage, _, rounded = name.partition(":")
+    compute = rounded or "float32"
     if storage not in BLOCK_BYTES:
-        return NativeLinear(torch.randn(outputs, inputs), storage=storage)
+        return NativeLinear(torch.randn(outputs, inputs), storage=storage, compute=compute)
     size, weights = BLOCK_BYTES[storage], block_weights(storage)  # type: ignore[index,arg-type]
     number = -(-inputs // weights)
     blocks = torch.randint(0, 256, (outputs, number, size), dtype=torch.uint8)
     halves = 2 if storage in ("q4_1", "q5_1", "q4_k", "q5_k") else 1  # scale, and minimum
     start = size - 2 if storage == "q6_k" else 0
     blocks[..., start : start + 2 * halves] = torch.rand(outputs, number, halves).half().view(torch.uint8)
-    return NativeLinear(BlockWeight(storage, blocks.flatten(1)))  # type: ignore[arg-type]
+    return NativeLinear(BlockWeight(storage, blocks.flatten(1)), compute=compute)  # type: ignore[arg-type]
 
 
 def measure(arguments: Arguments) -> tuple[dict[str, list[NativeLinear]], dict[str, dict[int, float]]]:

@@ -207,25 +207,28 @@ class TestInterruption:
         """Makes the n-th call of a decoding function raise KeyboardInterrupt, as Ctrl-C does."""
 
         def set_up(name: str, number: int) -> None:
-            owner: Any = engine if name in ("step", "read_chunk", "run_round") else type(text_lm.decoder)
+            owner: Any = engine if name in ("read_chunk", "run_rounds") else type(text_lm.decoder)
             original, calls = getattr(owner, name), itertools.count(1)
 
-            def raising(*arguments: Any) -> Any:
+            def raising(*arguments: Any, **options: Any) -> Any:
                 if next(calls) == number:
                     raise KeyboardInterrupt
-                return original(*arguments)
+                return original(*arguments, **options)
 
             monkeypatch.setattr(owner, name, raising)
 
         return set_up
 
-    @pytest.mark.parametrize("place", [("run_round", 3), ("round", 3), ("step", 5), ("read_chunk", 1)])
+    @pytest.mark.parametrize("place", [("run_rounds", 3), ("round", 3), ("read_chunk", 1)])
+    @pytest.mark.parametrize("strategy", [{}, {"generation_strategy": "autoregressive", "exit_layer": None}], ids=str)
     def test_ctrl_c_while_decoding_ends_the_stream(
-        self, text_lm: LanguageModel, interrupt_at: Callable[[str, int], None], place: tuple[str, int]
+        self,
+        text_lm: LanguageModel,
+        interrupt_at: Callable[[str, int], None],
+        place: tuple[str, int],
+        strategy: dict[str, Any],
     ) -> None:
-        options = dict(SPECULATIVE)
-        if place[0] == "step":
-            options |= {"generation_strategy": "autoregressive", "exit_layer": None}
+        options = {**SPECULATIVE, **strategy}
         full = [result.token_ids for result in text_lm.generate(PROMPTS, **options)]
         interrupt_at(*place)
         stream = text_lm.stream(PROMPTS, **options)

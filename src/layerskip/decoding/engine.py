@@ -25,7 +25,7 @@ from layerskip.model.finite import NO_TOKEN, not_finite
 
 @dataclass(kw_only=True)
 class Event:
-    """Tokens that a row has gained: first accepted drafts, then the target's own token."""
+    """Tokens that a row has gained: first accepted drafts, then the target's own token; or those of several steps."""
 
     row: Row
     tokens: tuple[int, ...]
@@ -278,12 +278,11 @@ class Engine:
         events: list[Event] = []
         watch, started, budget = self.decoder.stopwatch, time.perf_counter(), self._prefill_chunk
         if self._running:
-            num_rows = sum(batch.num_rows for batch in self._running)
+            recorder = self._running[0].rows[0].recorder
+            rounds = recorder.rounds
             for batch in list(self._running):
                 events += self._run(batch)
-            pace.observe_round(
-                watch.since(started) * num_rows / len(events)
-            )  # several rounds give each row an event each
+            pace.observe_round(watch.since(started) / (recorder.rounds - rounds))
             budget = pace.tokens()
         if self._reading:
             batch, counts = self._next_prompts(budget)
@@ -382,12 +381,15 @@ class Engine:
         """Extend the rows by the tokens of rounds, and let those go that have ended."""
         for row in batch.rows:
             row.recorder.begin_step(calls)
-        events = []
-        for result in results:
-            for place, row in enumerate(batch.rows):
-                event = self._take(row, place, plan, result)
-                event.more = result is not results[-1]
-                events.append(event)
+        events: list[Event] = []
+        if plan.source == "none" and len(results) > 1:
+            events += [self._take_steps(row, place, results) for place, row in enumerate(batch.rows)]
+        else:
+            drafter = plan.drafter(self.decoder.config.adapted_exits)
+            for result in results:
+                events += [self._take(row, place, plan, drafter, result) for place, row in enumerate(batch.rows)]
+            for event in events[: -batch.num_rows]:
+                event.more = True
         for place, row in enumerate(batch.rows):
             row.recorder.record_tokens()
             length = batch.cache.lengths[place]
@@ -399,7 +401,14 @@ class Engine:
             self._settle()
         return events
 
-    def _take(self, row: Row, place: int, plan: Plan, result: RoundResult) -> Event:
+    def _take_steps(self, row: Row, place: int, results: Sequence[RoundResult]) -> Event:
+        """Extend a row by the tokens of several steps without drafts."""
+        kept = self._gain(row, tuple(result.tokens[place] for result in results), ())
+        row.recorder.rounds += len(results)
+        row.grow_old(len(results))
+        return Event(row=row, tokens=kept)
+
+    def _take(self, row: Row, place: int, plan: Plan, drafter: DrafterName | None, result: RoundResult) -> Event:
         """Extend a row by the tokens of a round."""
         drafts, recorder = result.drafts[place], row.recorder
         certain = result.certain[place] if result.certain else ()
@@ -407,7 +416,6 @@ class Engine:
         kept = self._gain(row, result.gained(place), logprobs)
         event = Event(row=row, tokens=kept, drafts=drafts, logprobs=logprobs[: len(kept)])
         event.num_accepted = min(result.num_accepted[place], len(kept))
-        drafter = plan.drafter(self.decoder.config.adapted_exits)
         recorder.record_round(len(drafts), event.num_accepted, drafter, certain, start=row.round_start)
         if plan.source != "none" or plan.probe:
             recorder.seconds_drafting += result.seconds_drafting

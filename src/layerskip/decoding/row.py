@@ -109,6 +109,11 @@ class Row:
         accepted, tried = (HISTORY_DECAY * number for number in self.history)
         self.history = accepted + num_accepted, tried + min(num_accepted + 1, num_drafts)
 
+    def grow_old(self, rounds: int) -> None:
+        """Note rounds without drafts: what is known of earlier ones counts less."""
+        kept = HISTORY_DECAY**rounds
+        self.history = kept * self.history[0], kept * self.history[1]
+
     def cut(self, length: int) -> None:
         """Keep the first `length` tokens of the output."""
         self.recorder.cut(self.prompt_length + length)

@@ -56,8 +56,9 @@ class RoundRecord:
     """Tokens of the row before it."""
     accepted: int
     """Drafts that are part of the text."""
-    drafters: list[str]
-    """What proposed each draft."""
+    drafter: str | None
+    certain: Sequence[bool]
+    """As for `StatsRecorder.record_round`."""
 
 
 @dataclass(kw_only=True)
@@ -115,20 +116,20 @@ class StatsRecorder:
         self.rounds += 1
         if not num_drafts:
             return
-        record = RoundRecord(start=start, accepted=num_accepted, drafters=[])
-        self.latest.append(record)
-        for position in range(num_drafts):
-            name = "grammar" if position < len(certain) and certain[position] else drafter
-            if name is not None:
-                record.drafters.append(name)
-                self.drafted_by[name] = self.drafted_by.get(name, 0) + 1
-                self.accepted_by[name] = self.accepted_by.get(name, 0) + (position < num_accepted)
+        self.latest.append(RoundRecord(start=start, accepted=num_accepted, drafter=drafter, certain=certain))
+        forced = sum(certain[:num_drafts]), sum(certain[:num_accepted])
+        free = num_drafts - forced[0], num_accepted - forced[1]
+        for name, (drafted, accepted) in ((drafter, free), ("grammar", forced)):
+            if name is not None and drafted:
+                self.drafted_by[name] = self.drafted_by.get(name, 0) + drafted
+                self.accepted_by[name] = self.accepted_by.get(name, 0) + accepted
         missing = num_drafts - len(self.drafted_by_position)
         self.drafted_by_position += [0] * missing
         self.accepted_by_position += [0] * missing
         for position in range(num_drafts):
             self.drafted_by_position[position] += 1
-            self.accepted_by_position[position] += position < num_accepted
+        for position in range(num_accepted):
+            self.accepted_by_position[position] += 1
 
     def cut(self, length: int) -> None:
         """Of the last step's drafts, count only those among the first `length` tokens of the row: it was cut there."""
@@ -136,8 +137,10 @@ class StatsRecorder:
             kept = min(record.accepted, max(0, length - record.start))
             for position in range(kept, record.accepted):
                 self.accepted_by_position[position] -= 1
-                if record.drafters:
-                    self.accepted_by[record.drafters[position]] -= 1
+                certain = position < len(record.certain) and record.certain[position]
+                name = "grammar" if certain else record.drafter
+                if name is not None:
+                    self.accepted_by[name] -= 1
             record.accepted = kept
 
     def finish(self, prompt_tokens: int, tokens: int) -> GenerationStats:

@@ -41,14 +41,16 @@ def test_verify_prints_every_setting_as_json(prompts: Path, capsys: pytest.Captu
 @pytest.fixture
 def wrong_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make verification write other tokens than the model's."""
-    honest = engine.run_round
+    honest = engine.run_rounds
 
-    def wrong(batch: Batch, plan: Plan) -> RoundResult:
-        result = honest(batch, plan)
-        tokens = [(token + 1) % 256 for token in result.tokens]
-        return replace(result, num_accepted=[0] * len(tokens), tokens=tokens)
+    def wrong(batch: Batch, plan: Plan, **options: Any) -> list[RoundResult]:
+        results = honest(batch, plan, **options)
+        if plan.source == "none":
+            return results
+        last = results[-1]
+        return [*results[:-1], replace(last, tokens=[(token + 1) % 256 for token in last.tokens])]
 
-    monkeypatch.setattr(engine, "run_round", wrong)
+    monkeypatch.setattr(engine, "run_rounds", wrong)
 
 
 @pytest.mark.usefixtures("wrong_tokens")

@@ -73,6 +73,7 @@ def test_steps_under_way_are_told_when_rows_change(batch: Batch) -> None:
 
     batch.policy = Noting(fixed=Plan(source="none"))
     batch.resting, batch.num_steps, batch.step_seconds = Plan(source="none", steps=8), 2, [0.5, 0.25]
+    batch.first_step = RoundResult(drafts=[()] * 4, num_accepted=[0] * 4, tokens=[1, 2, 3, 4])
     batch.place(batch.cache)
     assert seen == []
     batch.rows.pop()

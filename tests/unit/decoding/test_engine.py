@@ -8,7 +8,7 @@ from engines import cache_of, drain, start
 from layerskip.decoding.adaptive.experience import Experience
 from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.engine import Engine, make_policy
-from layerskip.decoding.policy import FixedPolicy, Plan
+from layerskip.decoding.policy import UNLIMITED, FixedPolicy, Plan
 from layerskip.decoding.request import Request, make_request
 from layerskip.errors import InvalidArgumentError
 from layerskip.language_model import LanguageModel
@@ -174,8 +174,8 @@ def test_prefixes_are_kept_where_asked_for(text_lm: LanguageModel) -> None:
     [
         ({"generation_strategy": "autoregressive"}, None),
         ({"generation_strategy": "early_exit", "exit_layer": 2}, None),
-        ({"exit_layer": 3}, Plan(source="layers", exit_layer=3, num_speculations=4)),
-        ({"num_speculations": 2}, Plan(source="layers", exit_layer=1, num_speculations=2)),
+        ({"exit_layer": 3}, Plan(source="layers", exit_layer=3, num_speculations=4, lease=UNLIMITED)),
+        ({"num_speculations": 2}, Plan(source="layers", exit_layer=1, num_speculations=2, lease=UNLIMITED)),
         ({"generation_strategy": "ngram", "num_speculations": 7}, Plan(source="text", num_speculations=7)),
     ],
 )

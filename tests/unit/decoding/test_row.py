@@ -54,7 +54,7 @@ def test_a_cut_keeps_the_beginning_and_corrects_the_statistics() -> None:
     row.append((3,))
     tokens = row.tokens
     row.append((4, 5, 6))
-    row.recorder.record_round(3, 2)  # 4 and 5 were accepted drafts
+    row.recorder.record_round(3, 2, start=row.round_start)  # 4 and 5 were accepted drafts
     row.cut(2)
     assert row.output == [3, 4]
     assert row.tokens is tokens  # whoever holds the list sees it

@@ -24,26 +24,33 @@ def test_rounds_are_counted_by_position() -> None:
 
 def test_a_round_that_is_cut_loses_its_last_drafts() -> None:
     recorder = StatsRecorder()
-    recorder.record_round(4, 3)
-    recorder.record_round(4, 3)
-    recorder.cut_round(10)
-    assert recorder.accepted_by_position == [2, 2, 2, 0]
-    recorder.cut_round(1)
-    recorder.cut_round(1)
+    recorder.begin_step(7)
+    recorder.record_round(4, 3, start=10)
+    recorder.begin_step(5)
+    recorder.record_round(4, 3, start=14)
+    recorder.record_round(4, 2, start=18)
+    recorder.cut(30)
+    assert recorder.accepted_by_position == [3, 3, 2, 0]
+    for _ in range(2):
+        recorder.cut(19)
+        assert recorder.accepted_by_position == [3, 2, 2, 0]
+    recorder.cut(15)  # in an earlier round of the same step
     assert recorder.accepted_by_position == [2, 1, 1, 0]
-    recorder.cut_round(-1)  # cut even before the round
+    recorder.cut(0)  # what earlier steps gave has been told
     assert recorder.accepted_by_position == [1, 1, 1, 0]
-    assert recorder.drafted_by_position == [2, 2, 2, 2]
+    assert recorder.drafted_by_position == [3, 3, 3, 3]
+    assert (recorder.rounds, recorder.layer_calls) == (3, 12)
 
 
 def test_certain_drafts_are_the_grammars() -> None:
     recorder = StatsRecorder()
     recorder.record_round(4, 3, "early_exit", [True, False, True, False])
-    recorder.record_round(2, 2, None, [True, True])
+    recorder.begin_step(0)
+    recorder.record_round(2, 2, None, [True, True], start=7)
     stats = recorder.finish(prompt_tokens=1, tokens=8)
     assert stats.drafted_by == {"grammar": 4, "early_exit": 2}
     assert stats.accepted_by == {"grammar": 4, "early_exit": 1}
-    recorder.cut_round(1)
+    recorder.cut(8)
     assert recorder.accepted_by == {"grammar": 3, "early_exit": 1}
 
 

@@ -53,10 +53,10 @@ class GenerationStream(Iterator[StreamEvent]):
     def run(self) -> list[GenerationResult]:
         """Run to the end without reporting events; Ctrl-C is the caller's to handle here."""
         while not self._finished:
-            for event in self._engine.step():
-                writer = self._by_row.get(event.row)
+            for row, events in by_row(self._engine.step()).items():
+                writer = self._by_row.get(row)
                 if writer is not None and not writer.finished:
-                    writer.take(event)
+                    writer.take(events)
             for _ in self._report(()):
                 pass
         return self.results()
@@ -95,6 +95,14 @@ class GenerationStream(Iterator[StreamEvent]):
                 yield writer.finish()
 
 
+def by_row(events: Sequence[Event]) -> dict[Row, list[Event]]:
+    """A step's events, those of each row together."""
+    found: dict[Row, list[Event]] = {}
+    for event in events:
+        found.setdefault(event.row, []).append(event)
+    return found
+
+
 def generate_each(
     engine: Engine, requests: Sequence[Request], tokenizer: Tokenizer | None
 ) -> Iterator[tuple[int, GenerationResult]]:
@@ -115,10 +123,10 @@ def generate_each(
             place, request = waiting.popleft()
             row = engine.add(request)
             writers[row] = place, RowWriter(engine, row, tokenizer, place)
-        for event in engine.step():
-            place, writer = writers[event.row]
-            writer.take(event)
-            if event.ends:
+        for row, events in by_row(engine.step()).items():
+            place, writer = writers[row]
+            writer.take(events)
+            if row.finish_reason is not None:
                 writer.finish()
-                del writers[event.row]
+                del writers[row]
                 yield place, writer.result()

@@ -76,15 +76,17 @@ class RowWriter:
             if stop is not None:
                 return
 
-    def take(self, event: Event) -> None:
-        """As `write`, without events, which takes less time where there are no stop strings."""
+    def take(self, events: Sequence[Event]) -> None:
+        """As `write` of each, without their events, which takes less time where there are no stop strings."""
         if self.stops or self._shown:
-            for _ in self.write(event):
-                pass
+            for event in events:
+                for _ in self.write(event):
+                    pass
             return
-        self._num_written += len(event.tokens)
+        tokens = [token for event in events for token in event.tokens]
+        self._num_written += len(tokens)
         if self._detokenizer is not None:
-            self._pieces.append(self._detokenizer.push(*event.tokens))
+            self._pieces.append(self._detokenizer.push(*tokens))
 
     def interrupt(self) -> None:
         """End the row after the last token that was written; tokens without events are dropped."""

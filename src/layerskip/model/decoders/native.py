@@ -137,7 +137,11 @@ class NativeDecoder(Decoder):
         """Count passes of drafting, as if rows that have their drafts took part in the others."""
         longest = max(map(len, drafts))
         drawn = max([longest, *map(len, confidences)])
-        for _ in range(drawn + (complete and drawn == longest)):
+        passes = drawn + (complete and drawn == longest)
+        if self.calls.observer is None:
+            self.calls.count += passes * (exit_layer + (self._adapter is not None))
+            return
+        for _ in range(passes):
             self.calls.add(0, exit_layer, len(drafts), 1)
             if self._adapter is not None:
                 self.calls.add(self._adapter, self._adapter + 1, len(drafts), 1)

@@ -68,7 +68,7 @@ def run_rounds(
     last, starts, remaining = int64s(tokens), int64s(cache.lengths), int64s(lease.remaining)
     most_drafts, num_ends = int32s(limits), int32s([len(ends) for ends in lease.ends])
     ends = int64s([token for row in lease.ends for token in row])
-    texts = array("q", chain.from_iterable(text[:-1] for text in lease.texts))
+    texts = array("q", chain([], *(text[:-1] for text in lease.texts), [0]))  # never empty, or it would lie nowhere
     view = networks.verifier.cache_view(cache)
     stop_rule = None if stop is None else StopRuleView(rates=stop.rates, least=stop.least, kept=stop.kept)
     sampling = None if request.draw is None else sampling_view(request.draw)

@@ -19,7 +19,15 @@ from layerskip.decoding.adaptive.pace import (
     TRIAL_SHARE,
     Pace,
 )
-from layerskip.decoding.adaptive.policy import FIRST_ROUNDS, MARGIN, STAYING, AdaptivePolicy, candidate_exits
+from layerskip.decoding.adaptive.policy import (
+    FIRST_ROUNDS,
+    MARGIN,
+    MOST_KEPT,
+    PLAN_EVERY,
+    STAYING,
+    AdaptivePolicy,
+    candidate_exits,
+)
 from layerskip.decoding.adaptive.round_times import RoundTimes
 from layerskip.decoding.ngrams.index import Match
 from layerskip.decoding.policy import FixedPolicy, Plan, RoundResult
@@ -200,37 +208,45 @@ def test_steps_without_drafts_are_timed_now_and_then() -> None:
     policy = make_policy({4: 0.9})
     policy.times.learn(policy.times.costs)
     sources = follow(policy, 3 * STEPS_EVERY)
-    block = 1 + COLD_STEPS + TIMED_STEPS
+    block = COLD_STEPS + TIMED_STEPS
     assert sources[: FIRST_ROUNDS + block + 1] == ["layers"] * FIRST_ROUNDS + ["none"] * block + ["layers"]
     assert sources.count("none") == 3 * block
     assert policy.times.timed("none") == 3
     assert sum(policy.counts.values()) == len(sources)
 
 
+def plan_steps(policy: AdaptivePolicy, view: View) -> int:
+    """Plain steps that are planned at once, after a probe if one is due."""
+    plan = policy.plan(view)
+    if plan.probe:
+        policy.observe(plan, result(0, 0, policy.times.costs.step(), agreement={4: (0.0, 1.0)}))
+        plan = policy.plan(view)
+    assert plan.source == "none"
+    return plan.steps
+
+
 def test_plain_steps_are_planned_more_and_more_at_once_while_nothing_is_better() -> None:
     policy, lengths, view = make_policy({4: 0.05}), [], View(remaining=1000)
+    step = policy.times.costs.step()
     for _ in range(9):
-        plan = policy.plan(view)
-        assert (plan.source, plan.steps) == ("none", 0)  # looks at the alternatives
-        policy.observe(plan, result(0, 0, 1.5 * policy.times.costs.step()))
-        lengths.append(policy.plan(view).steps)
-        steps(policy, [policy.times.costs.step()] * lengths[-1])
+        lengths.append(plan_steps(policy, view))
+        steps(policy, [2 * step] + [step] * (lengths[-1] - 1))  # the first one after looking at the alternatives
     assert lengths[:3] == [2, 4, 8]
     assert lengths[-1] == MOST_REST
     again = AdaptivePolicy(knowledge=policy.knowledge, exits=policy.exits)
     again.prepare(view)
     assert again.plan(view).steps == FIRST_REST  # the next rows begin as the last ones ended
     policy.observe(Plan(source="text"), result(4, 4, 19.0))
-    policy.observe(plan, result(0, 0, 1.5 * policy.times.costs.step()))
-    assert policy.plan(view).steps == 2
+    assert plan_steps(policy, view) == 2
 
 
 def test_few_steps_are_planned_at_once_where_looking_costs_little() -> None:
     policy, view = make_policy({4: 0.05}), View(remaining=1000)
+    step = policy.times.costs.step()
     for _ in range(9):
-        policy.observe(policy.plan(view), result(0, 0, 1.02 * policy.times.costs.step()))
-        planned = policy.plan(view).steps
-    assert planned == int(0.02 / LOOK_SHARE)
+        planned = plan_steps(policy, view)
+        steps(policy, [1.021 * step] + [step] * (planned - 1))
+    assert planned == int(0.021 / LOOK_SHARE)
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.2, 0.3])
@@ -266,7 +282,7 @@ def test_drafting_is_tried_where_steps_are_better_and_may_lose_its_share(rate: f
 def test_near_misses_are_tried_more_often_than_hopeless_drafts() -> None:
     near, hopeless = Pace(), Pace()
     for pace, gain in ((near, 0.95), (hopeless, 0.3)):
-        for _ in range(5000):
+        for _ in range(20000):
             if pace.tries(1.0, gain):
                 pace.observe_drafts(1.0, layers=True)
             else:
@@ -324,7 +340,7 @@ def test_costs_are_measured_where_drafting_might_win_within_their_share_of_the_t
 def test_without_exits_there_are_steps() -> None:
     policy = AdaptivePolicy(knowledge=Known(make_costs(num_layers=1)), exits=())
     policy.prepare(View())
-    assert policy.plan(View()) == Plan(source="none", tokens_per_second=pytest.approx(MARGIN / 1.5))
+    assert policy.plan(View()) == Plan(source="none", steps=2, tokens_per_second=pytest.approx(MARGIN / 1.5))
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3, 4, 5, 12, 16, 32, 80])
@@ -380,7 +396,7 @@ def test_plans_are_made_for_the_rows_that_run_at_present() -> None:
         many.observe("layers", 4, 4, 3 * many.costs.round(4, 4))
     assert policy.plan(eight).source == "none"
     assert policy.times is many
-    assert policy.plan(View()) == plan
+    assert replace(policy.plan(View()), lease=plan.lease) == plan
     assert policy.times is policy.knowledge.times(1, samples=False)
 
 
@@ -448,3 +464,56 @@ def test_what_rounds_teach_is_the_time_without_asking() -> None:
     for _ in range(20):
         policy.observe(plan, result(3, 3, seconds, confidences=[(0.9,) * 3]))
     assert policy.times.correction("layers") == pytest.approx(1.0, rel=0.01)
+
+
+def test_a_lease_covers_the_rounds_that_would_be_planned_alike() -> None:
+    """Until the policy would look at what it has learned; with the same seconds and drafts, nothing else is decided."""
+    policy = make_policy({4: 0.9})
+    for _ in range(40):
+        plan = policy.plan(View())
+        if plan.steps or plan.probe:
+            follow(policy, 1)
+            continue
+        assert plan.until_repeated
+        assert 1 <= plan.lease <= MOST_KEPT
+        for _ in range(plan.lease):
+            again = policy.plan(View())
+            assert replace(again, lease=plan.lease, probe=(), until_repeated=True) == plan
+            drafts = again.num_speculations
+            taken = result(drafts, drafts, policy.seconds(again), range(drafts + 1), confidences=[[0.9] * drafts])
+            policy.observe(again, taken)
+    assert policy.counts["layers", 4] > 40
+
+
+def test_there_is_no_lease_while_the_text_might_draft_or_little_is_left() -> None:
+    match = Match(length=2, tokens=[5])
+    for view in (View([match]), View(remaining=5)):
+        plan = make_policy({4: 0.95}).plan(view)
+        assert (plan.source, plan.lease) in (("layers", 1), ("text", 1))
+    assert make_policy({4: 0.95}).plan(View()).lease == PLAN_EVERY
+
+
+def test_a_trial_leaves_the_rest_after_it_as_long_as_it_was() -> None:
+    pace = Pace(rest=64, trial=3)
+    for _ in range(3):
+        pace.observe_drafts(1.0, layers=True)
+    assert (pace.rest, pace.trial) == (64, 0)
+    pace.observe_drafts(1.0, layers=True)
+    assert pace.rest == 0
+
+
+def test_what_was_planned_is_kept_for_the_next_text_until_more_is_known() -> None:
+    policy = make_policy({4: 0.05})
+    policy.plan(View())
+    kept = policy.pace.best
+    assert kept is not None
+
+    def next_policy(**options: Any) -> AdaptivePolicy:
+        again = AdaptivePolicy(knowledge=policy.knowledge, exits=policy.exits, **options)
+        again.plan(View())
+        return again
+
+    assert next_policy().pace.best is kept
+    assert next_policy(most_drafts=2).pace.best is not kept
+    policy.observe(Plan(source="layers", exit_layer=4, num_speculations=1), result(0, 1, 1.0, confidences=[[0.5]]))
+    assert policy.pace.best is None

@@ -207,25 +207,29 @@ class TestInterruption:
         """Makes the n-th call of a decoding function raise KeyboardInterrupt, as Ctrl-C does."""
 
         def set_up(name: str, number: int) -> None:
-            owner: Any = engine if name in ("step", "read_chunk", "run_round") else type(text_lm.decoder)
+            owner: Any = engine if name in ("read_chunk", "run_rounds") else type(text_lm.decoder)
             original, calls = getattr(owner, name), itertools.count(1)
 
-            def raising(*arguments: Any) -> Any:
+            def raising(*arguments: Any, **options: Any) -> Any:
                 if next(calls) == number:
                     raise KeyboardInterrupt
-                return original(*arguments)
+                return original(*arguments, **options)
 
             monkeypatch.setattr(owner, name, raising)
+            monkeypatch.setitem(engine.Engine.__init__.__kwdefaults__, "lease_seconds", 0.0)  # one call a round
 
         return set_up
 
-    @pytest.mark.parametrize("place", [("run_round", 3), ("round", 3), ("step", 5), ("read_chunk", 1)])
+    @pytest.mark.parametrize("place", [("run_rounds", 3), ("rounds", 3), ("read_chunk", 1)])
+    @pytest.mark.parametrize("strategy", [{}, {"generation_strategy": "autoregressive", "exit_layer": None}], ids=str)
     def test_ctrl_c_while_decoding_ends_the_stream(
-        self, text_lm: LanguageModel, interrupt_at: Callable[[str, int], None], place: tuple[str, int]
+        self,
+        text_lm: LanguageModel,
+        interrupt_at: Callable[[str, int], None],
+        place: tuple[str, int],
+        strategy: dict[str, Any],
     ) -> None:
-        options = dict(SPECULATIVE)
-        if place[0] == "step":
-            options |= {"generation_strategy": "autoregressive", "exit_layer": None}
+        options = {**SPECULATIVE, **strategy}
         full = [result.token_ids for result in text_lm.generate(PROMPTS, **options)]
         interrupt_at(*place)
         stream = text_lm.stream(PROMPTS, **options)
@@ -245,7 +249,7 @@ class TestInterruption:
         self, text_lm: LanguageModel, interrupt_at: Callable[[str, int], None]
     ) -> None:
         eos = text_lm.generate([PROMPTS[0]], **SPECULATIVE)[0].token_ids[0]
-        interrupt_at("round", 2)
+        interrupt_at("rounds", 2)
         results = results_of(list(text_lm.stream(PROMPTS[:2], eos_token_ids=(eos,), **SPECULATIVE)))
         assert [results[i].finish_reason for i in range(2)] == ["stop", "interrupted"]
 
@@ -275,7 +279,7 @@ class TestInterruption:
         assert result.finish_reason == "interrupted"
 
     def test_generate_lets_it_through(self, text_lm: LanguageModel, interrupt_at: Callable[[str, int], None]) -> None:
-        interrupt_at("round", 2)
+        interrupt_at("rounds", 2)
         with pytest.raises(KeyboardInterrupt):
             text_lm.generate(PROMPTS, **SPECULATIVE)
 
@@ -284,7 +288,7 @@ def test_other_exceptions_are_not_swallowed(text_lm: LanguageModel, monkeypatch:
     def broken(*arguments: Any) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(type(text_lm.decoder), "round", broken)
+    monkeypatch.setattr(type(text_lm.decoder), "rounds", broken)
     with pytest.raises(RuntimeError, match="broken"):
         list(text_lm.stream([PROMPTS[0]], **SPECULATIVE))
 

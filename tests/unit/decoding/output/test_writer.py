@@ -32,7 +32,7 @@ def test_with_and_without_events_the_text_is_the_same(text_lm: LanguageModel, fu
         for event in told[0].step():
             pieces += list(told[1].write(event))
         for event in untold[0].step():
-            untold[1].take(event)
+            untold[1].take([event])
     ends = [writer.finish() for _, writer in (told, untold)]
     assert "".join(event.text for event in pieces) + ends[0].text == full
     assert [event.token_id for event in pieces] == told[1].row.output
@@ -51,7 +51,7 @@ def test_a_stop_string_ends_the_row(text_lm: LanguageModel, full: str, tells: bo
             if tells:
                 list(writer.write(event))
             else:
-                writer.take(event)
+                writer.take([event])
     result = writer.finish().result
     assert (result.text, result.finish_reason, result.stop_reason) == (full[: full.find(stop)], "stop", stop)
     assert result.stats.tokens == len(result.token_ids)

@@ -105,6 +105,7 @@ def test_the_most_frequent_tokens_of_a_text(tiny_checkpoint: Callable[..., Path]
         ({"kernels": "native", "dtype": "float16"}, "kernels 'native' can't run this model"),
         ({"compute": "bfloat16"}, "compute 'bfloat16' is not known; use float32 or int8"),
         ({"compute": "int8", "kernels": "torch"}, "compute 'int8' needs native kernels"),
+        ({"cache_dtype": "int4"}, "cache_dtype 'int4' is not known; use auto, float32, bfloat16, int8"),
         ({"quantize": "int2"}, "quantize 'int2' is not known; use int8, int4, fp8"),
     ],
 )

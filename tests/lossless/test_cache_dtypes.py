@@ -113,7 +113,9 @@ def test_whole_rounds(
 
 
 def test_what_is_not_known(lm_folder: Path) -> None:
-    with pytest.raises(InvalidArgumentError, match="cache_dtype 'int4' is not known; use auto, float32, bfloat16, int8"):
+    with pytest.raises(
+        InvalidArgumentError, match="cache_dtype 'int4' is not known; use auto, float32, bfloat16, int8"
+    ):
         load(lm_folder, "torch", "int4")
     with pytest.raises(InvalidArgumentError, match="cache_dtype must be a text, got 8"):
         load(lm_folder, "torch", 8)  # type: ignore[arg-type]

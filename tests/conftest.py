@@ -87,7 +87,14 @@ def load_static() -> Callable[..., Any]:
     They run whole from the first on, or after `uses_before` rounds of the same shape.
     """
 
-    def load(folder: Path, *, dtype: str = "float32", uses_before: int = 0, exit_adapters: Path | None = None) -> Any:
+    def load(
+        folder: Path,
+        *,
+        dtype: str = "float32",
+        uses_before: int = 0,
+        exit_adapters: Path | None = None,
+        cache_dtype: str | None = None,
+    ) -> Any:
         import torch
 
         from layerskip.checkpoint.checkpoint import open_checkpoint
@@ -103,6 +110,7 @@ def load_static() -> Callable[..., Any]:
             context=choose_context(checkpoint.config, None),
             rounds="graphs",
             uses_before=uses_before,
+            cache_dtype=None if cache_dtype is None else getattr(torch, cache_dtype),
             adapters=checkpoint.find_exit_adapters(exit_adapters),
         )
         return LanguageModel(checkpoint, load_decoder(checkpoint.config, checkpoint.weights, plan))

@@ -125,7 +125,9 @@ void Attention::whole(const Step& step, const Tile& tile, int kv_head) {
     for (int q = 0; q < kWideLanes; ++q) results[q] = results_ + q * result_floats_;
     attend<Number>(
         step, tile, kv_head, 0, tile.pieces, [&](int query, int64_t) { return results[query % kWideLanes]; },
-        [&](int query, int size) { merge(results, size, head_dim_, most + query, total + query, outs + query); });
+        [&](int query, int size) {
+            merge(results + query % kWideLanes, size, head_dim_, most + query, total + query, outs + query);
+        });
     for (int q = 0; q < tile.count; ++q) divide(outs[q], total[q], head_dim_);
 }
 

@@ -88,7 +88,7 @@ def check_blocks(engine: Engine) -> int:
         read = start(decoder, [[*tokens, 0]], max_new_tokens=1, generation_strategy="autoregressive")
         whole = cache_of(read)
         drain(read)
-        for ours, theirs in ((pool._keys, whole.keys), (pool._values, whole.values)):
+        for ours, theirs in zip(pool._parts, whole.buffers, strict=True):
             expected = theirs[:, 0, len(tokens) - SIZE : len(tokens)]
             if decoder.kernels == "native":
                 assert torch.equal(ours[number], expected)

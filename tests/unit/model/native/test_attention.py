@@ -22,7 +22,7 @@ CACHES = ["float32", "bfloat16", "int8"]
 LENGTH = 150
 """Tokens of the texts: five pieces of slots, the last one cut."""
 SHAPES: dict[str, dict[str, Any]] = {
-    "two heads share keys": {},
+    "two heads share keys": {"head_dim": 8},
     "one key head, 40 channels": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 40},
     "twelve heads share keys": {"num_attention_heads": 12, "num_key_value_heads": 1, "head_dim": 16},
     "seventy heads share keys": {"num_attention_heads": 70, "num_key_value_heads": 1, "head_dim": 8},
@@ -63,7 +63,7 @@ def texts(rows: int) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_numbers_are_those_of_torch(tiny_checkpoint: Callable[..., Path], shape: str, cache_dtype: str) -> None:
     """Both kinds of kernels round keys and values alike but for numbers that lie in the middle."""
-    folder = tiny_checkpoint(max_position_embeddings=256, **SHAPES[shape])
+    folder = tiny_checkpoint("qwen3", max_position_embeddings=256, **SHAPES[shape])
     ours, kept = read(load(folder, cache_dtype), texts(2), [100, 1, 5, 44])
     theirs, others = read(load(folder, cache_dtype, "torch"), texts(2), [LENGTH])
     assert kept.keys.dtype == others.keys.dtype == getattr(torch, cache_dtype)
@@ -88,7 +88,7 @@ def test_neighbours_change_no_bit(
     tiny_checkpoint: Callable[..., Path], threads: int, shape: str, cache_dtype: str
 ) -> None:
     """A token alone, in a block of verification and in chunks of a prompt; a row alone and beside others."""
-    lm = load(tiny_checkpoint(max_position_embeddings=256, **SHAPES[shape]), cache_dtype)
+    lm = load(tiny_checkpoint("qwen3", max_position_embeddings=256, **SHAPES[shape]), cache_dtype)
     tokens = texts(6)
     wanted, kept = read(lm, tokens, [LENGTH])
     for blocks in ([1] * LENGTH, [64, 5, 5, 1, 33, 42], [16, 17, 31, 32, 2, 3, 4, 45]):
@@ -117,7 +117,7 @@ def test_more_pieces_than_there_is_room_for(tiny_checkpoint: Callable[..., Path]
     torch.set_num_threads(3)
     try:
         sizes = {"num_attention_heads": 64, "num_key_value_heads": 1, "head_dim": 256, "num_hidden_layers": 1}
-        lm = load(tiny_checkpoint(max_position_embeddings=4096, **sizes), cache_dtype)
+        lm = load(tiny_checkpoint("qwen3", max_position_embeddings=4096, **sizes), cache_dtype)
         decoder, length = lm.decoder, 3000  # 94 pieces of 64 heads; there is room for the results of 62
         assert isinstance(decoder._network, NativeNetwork)
         results = []

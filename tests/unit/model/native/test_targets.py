@@ -115,6 +115,25 @@ def test_a_network(
     assert same(with_all(logits))
 
 
+@pytest.mark.parametrize("cache_dtype", ["float32", "bfloat16", "int8"])
+def test_attention(with_all: WithAll[Tensor], tiny_checkpoint: Callable[..., Path], cache_dtype: str) -> None:
+    """Prompts and single tokens, over keys and values in each format."""
+    sizes = {"head_dim": 40, "num_attention_heads": 6, "max_position_embeddings": 256}
+    folder = str(tiny_checkpoint("qwen3", **sizes))
+
+    def states() -> Tensor:
+        decoder = layerskip.load(folder, kernels="native", cache_dtype=cache_dtype).decoder  # type: ignore[arg-type]
+        cache, parts, at = decoder.new_cache(2, 160), [], 0
+        for size in (70, 1, 5, 2, 60):
+            block = torch.randint(0, 96, (2, size), generator=torch.Generator().manual_seed(at))
+            hidden = decoder.embed(block)
+            parts.append(decoder.run_layers(hidden, decoder.place(cache, [at, at], size), cache, 0, decoder.num_layers))
+            at += size
+        return torch.cat(parts, 1)
+
+    assert same(with_all(states))
+
+
 def test_noise(with_all: WithAll[Tensor]) -> None:
     keys = [[make_key(5, Purpose.TARGET, position) for position in range(4)]]
     assert same(with_all(lambda: sampling.gumbel(keys, 1003)))

@@ -15,20 +15,21 @@ NATIVE = Path(__file__).parents[5] / "native"
 
 
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 16), (3, 5)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_a_cache_takes_what_is_planned(rows: int, tokens: int, dtype: torch.dtype) -> None:
     config, _ = make_source()
-    cache = KVCache(config, num_rows=rows, capacity=tokens, dtype=dtype, device=torch.device("cpu"))
-    assert cache_bytes(config, dtype, rows, tokens) == cache.keys.nbytes + cache.values.nbytes
+    kind = torch.float32
+    cache = KVCache(config, num_rows=rows, capacity=tokens, dtype=kind, device=torch.device("cpu"), kept=dtype)
+    assert cache_bytes(config, dtype, rows, tokens) == sum(buffer.nbytes for buffer in cache.buffers)
 
 
 def test_sizes_of_the_compiled_code_are_those_of_its_sources() -> None:
     chunk = re.search(r"kChunk = (\d+);", (NATIVE / "pass.cpp").read_text())
-    partials = re.search(r"kPartialFloats = 1 << (\d+);", (NATIVE / "kernels" / "attention.h").read_text())
+    kept = re.search(r"kKept = 1 << (\d+);", (NATIVE / "kernels" / "attention.h").read_text())
     assert chunk is not None
-    assert partials is not None
+    assert kept is not None
     assert int(chunk[1]) == running.NATIVE_BLOCK
-    assert 1 << int(partials[1]) == running.NATIVE_PARTIALS
+    assert 1 << int(kept[1]) == running.NATIVE_RESULTS
 
 
 def test_masks_of_torch_grow_with_the_sequence_and_native_needs_none() -> None:

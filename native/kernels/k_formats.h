@@ -48,16 +48,28 @@ inline Wide six_bits(WideWords words, int shift) {
 inline WideWords operator|(WideWords a, WideWords b) { return {a.low | b.low, a.high | b.high}; }
 inline WideWords operator<<(WideWords a, int b) { return {a.low << b, a.high << b}; }
 
-template <typename Byte>
-inline Wide load_wide_bytes(const Byte* from) {
-    const auto half = [](const Byte* bytes) {
-        typedef Byte Bytes __attribute__((vector_size(kLanes)));
-        Bytes numbers;
-        std::memcpy(&numbers, bytes, sizeof numbers);
-        return to_float(__builtin_convertvector(numbers, IntVector));
-    };
-    return {half(from), half(from + kLanes)};
+inline Vector load_bytes(const uint8_t* from) {
+#if defined(__AVX2__)
+    return to_float((IntVector)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+    Vector numbers;
+    for (int i = 0; i < kLanes; ++i) numbers[i] = from[i];
+    return numbers;
+#endif
 }
+
+inline Vector load_bytes(const int8_t* from) {
+#if defined(__AVX2__)
+    return to_float((IntVector)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+    Vector numbers;
+    for (int i = 0; i < kLanes; ++i) numbers[i] = from[i];
+    return numbers;
+#endif
+}
+
+inline Wide load_wide_bytes(const uint8_t* from) { return {load_bytes(from), load_bytes(from + kLanes)}; }
+inline Wide load_wide_bytes(const int8_t* from) { return {load_bytes(from), load_bytes(from + kLanes)}; }
 
 // The lowest five bits of each word, which is shifted right by `shift`: from 0 to 31, or from -16 to 15.
 template <bool Signed>

@@ -164,7 +164,7 @@ def add_config(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
 
 def add_rope(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
     """Rotary embedding, with the tensors of factors that some scalings have."""
-    nested = config["rope_parameters"]
+    nested = config.get("rope_parameters", {"rope_theta": 10_000.0, "rope_type": "default"})
     parameters = nested.get("full_attention", nested)
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     rotated = int(head_dim * (parameters.get("partial_rotary_factor") or 1.0))

@@ -95,6 +95,7 @@ def write_agreeing(
     vocab: int = 48,
     width: int = 32,
     layers: int = 5,
+    inner: int = 48,
     context: int = 96,
     early: int = 2,
     late: float = 0.25,
@@ -108,6 +109,7 @@ def write_agreeing(
         vocab: V.
         width: D.
         layers: L.
+        inner: Width of the MLP.
         context: Longest sequence in tokens.
         early: Layers that contribute in full.
         late: Factor of what the layers after them contribute.
@@ -116,7 +118,7 @@ def write_agreeing(
     import torch
     from safetensors.torch import save_file
 
-    inner, kv_width = 48, width // 2
+    kv_width = width // 2
     config = {
         "model_type": "llama",
         "vocab_size": vocab,

@@ -131,6 +131,7 @@ print(json.dumps([planned.kept / 2**20, planned.peak / 2**20, *measured]))
         (None, {"quantize": "int8"}),
         (None, {"kernels": "torch"}),
         ("Q8_0", {}),
+        ("Q4_K", {}),
         ("Q8_0", {"quantize": "int4"}),
         ("Q4_0", {"kernels": "torch"}),
     ],

@@ -9,6 +9,7 @@ import torch
 from everywhere import same_everywhere
 from gguf import GGMLQuantizationType
 from gguf_files import convert
+from tiny import write_agreeing
 
 import layerskip
 from layerskip.errors import InvalidArgumentError
@@ -60,6 +61,32 @@ def test_numbers_are_near_those_of_float32(
     ours, theirs = near.logits(prompts[0]), exact.logits(prompts[0])
     assert not torch.equal(ours, theirs)
     assert (ours - theirs).norm() < 0.05 * theirs.norm()
+
+
+@pytest.mark.parametrize("compute", ["float32", "int8"])
+@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "coupled"])
+@pytest.mark.parametrize(
+    ("type_", "others"),
+    [
+        ("Q4_K", {"attn_v": "Q6_K", "ffn_down": "Q6_K", "token_embd": "Q6_K"}),  # as in llama.cpp's Q4_K_M
+        ("Q5_K", {"attn_v": "Q8_0", "ffn_up": "Q5_1"}),
+        ("Q5_0", {"attn_k": "Q5_1"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_files_in_several_formats(
+    tmp_path: Path, prompts: list[list[int]], type_: str, others: dict[str, str], compute: str, options: dict[str, Any]
+) -> None:
+    write_agreeing(tmp_path, width=256, inner=512)
+    types = {name: GGMLQuantizationType[other] for name, other in others.items()}
+    path = convert(tmp_path, tmp_path / "model.gguf", type_=GGMLQuantizationType[type_], types=types)
+    lm = layerskip.load(str(path), device="cpu", dtype="float32", compute=compute)
+    assert lm.decoder.compute == compute
+    assert same_everywhere(lm, lm, prompts, **options) > 0
+    together = lm.generate(prompts, exit_layer=1, num_speculations=3, max_new_tokens=20)
+    for prompt, result in zip(prompts, together, strict=True):
+        (alone,) = lm.generate([prompt], generation_strategy="autoregressive", max_new_tokens=20)
+        assert result.token_ids == alone.token_ids
 
 
 def test_blocks_of_files(tiny_checkpoint: Callable[..., Path], tmp_path: Path, prompts: list[list[int]]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -14,8 +15,11 @@ from layerskip.checkpoint.checkpoint import open_checkpoint
 from layerskip.checkpoint.gguf.container import read_container
 from layerskip.checkpoint.gguf.file import GGUFFile
 from layerskip.checkpoint.gguf.tensors import TYPES, GGUFTensors, block_format, read_blocks, read_tensor
+from layerskip.checkpoint.loading.share import ShareSource
 from layerskip.checkpoint.loading.tensors import Part
 from layerskip.errors import WeightsError
+from layerskip.model.parallel.group import RankGroup
+from layerskip.model.parallel.share import Membership, shares
 
 Tiny = Callable[..., Path]
 KEPT = {name: name.lower() for name in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")}
@@ -82,6 +86,25 @@ def test_parts_in_hugging_face_s_order(source: GGUFTensors, name: str, bounds: t
         assert torch.equal(source.blocks(name, Part.columns(0, 32)).dequantize(), whole[:, :32])
     if name.endswith("weight"):
         assert torch.equal(source.get(name, Part.columns(*bounds)), whole[:, some])
+
+
+def test_a_rank_has_whole_blocks_or_numbers(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    """Rows can be cut anywhere, columns between blocks of 256; what would cut blocks is read as numbers."""
+    folder = tiny_checkpoint("llama", hidden_size=512, intermediate_size=512)
+    file = convert(folder, tmp_path / "model.gguf", type_=GGMLQuantizationType.Q4_K)
+    config, whole = open_checkpoint(str(file)).config, GGUFFile(file).weights
+    name = "model.layers.0.mlp.down_proj.weight"
+    for num_ranks, kept in ((2, "q4_k"), (4, None)):
+        sources = [
+            ShareSource(whole, Membership(group=cast(RankGroup, None), config=config, share=share, vocabulary=()))
+            for share in shares(config, num_ranks)
+        ]
+        assert {source.block_format(name) for source in sources} == {kept}
+        assert torch.equal(torch.cat([source.get(name) for source in sources], 1), whole.get(name))
+        if kept is not None:
+            assert torch.equal(torch.cat([s.blocks(name).dequantize() for s in sources], 1), whole.get(name))
+        rows = "model.layers.0.mlp.up_proj.weight"
+        assert torch.equal(torch.cat([s.blocks(rows).dequantize() for s in sources]), whole.get(rows))
 
 
 def test_parts_that_cannot_be_read(source: GGUFTensors) -> None:

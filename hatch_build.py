@@ -139,9 +139,7 @@ class NativeBuildHook(BuildHookInterface):
             if problem is None:
                 built.append(f"src/layerskip/{name}")
             else:
-                print(
-                    f"layerskip: {name} isn't built, and its processors run slower: {problem}", file=sys.stderr
-                )
+                print(f"layerskip: {name} isn't built, and its processors run slower: {problem}", file=sys.stderr)
         if not built:
             return
         build_data["pure_python"] = False

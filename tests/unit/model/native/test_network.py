@@ -101,7 +101,9 @@ def test_which_kernels(tiny_checkpoint: Callable[..., Path]) -> None:
 
 def test_kernels_that_cannot_run_it(tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = str(tiny_checkpoint())
-    with pytest.raises(InvalidArgumentError, match=r"kernels 'fast' are not known; use auto, native, native:TARGET or torch"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"kernels 'fast' are not known; use auto, native, native:TARGET or torch"
+    ):
         layerskip.load(folder, kernels="fast")
     with pytest.raises(InvalidArgumentError, match=r"in float32 on a CPU, not in torch.bfloat16 on cpu"):
         layerskip.load(folder, dtype="bfloat16", kernels="native")

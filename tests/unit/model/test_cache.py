@@ -209,7 +209,7 @@ def test_a_larger_cache_takes_what_a_smaller_one_holds() -> None:
 
 def test_an_empty_cache_over_buffers_that_exist() -> None:
     cache = filled()
-    again = KVCache.over(cache.keys, cache.values, 2)
+    again = KVCache.over(cache.buffers, 2, torch.float32)
     assert (again.num_rows, again.capacity, again.lengths) == (2, 8, [0, 0])
     assert again.keys is cache.keys
 
@@ -286,3 +286,27 @@ def test_only_the_layers_that_run_write(decoder: Decoder) -> None:
     positions = decoder.place(cache, [0], 2)
     decoder.run_layers(decoder.embed(torch.tensor([[1, 2]])), positions, cache, 1, 3)
     assert cache.keys.flatten(1).any(-1).tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, torch.int8])
+def test_kept_in_fewer_bits(kept: torch.dtype) -> None:
+    """What is read is near what was written, and moves and copies take all of it along."""
+    cache = KVCache(CONFIG, num_rows=3, capacity=8, dtype=torch.float32, device=CPU, kept=kept)
+    keys, values = torch.randn(2, 3, 4, 2, 8, generator=torch.Generator().manual_seed(0))
+    for layer in range(3):
+        cache.write(layer, (slice(0, 3), slice(2, 6)), keys, values)
+    for read, written in zip(cache.read(1, 2, 6), (keys, values), strict=True):
+        assert read.dtype == torch.float32
+        error = (read - written).abs().amax()
+        assert error == 0 if kept == torch.float32 else 0 < error < written.abs().amax() / 100
+    for row in range(3):
+        cache.commit(row, 6)
+    cache.swap_rows(0, 2)
+    cache.copy_row(1, 0, 6)
+    other = KVCache(CONFIG, num_rows=4, capacity=9, dtype=torch.float32, device=CPU, kept=kept)
+    other.take(cache)
+    for found, row in ((0, 1), (1, 1), (2, 0)):
+        assert all(torch.equal(other.buffers[i][:, found, :6], cache.buffers[i][:, found, :6]) for i in range(2))
+        torch.testing.assert_close(other.read(1, 2, 6)[0][found], keys[row], rtol=0.02, atol=0.02)
+    view = cache.view(1, 3)
+    assert torch.equal(view.read(0, 0, 6)[1], cache.read(0, 0, 6)[1][1:])

@@ -131,7 +131,7 @@ def test_bytes_are_a_bound(cache: KVCache, block_tokens: int) -> None:
     for max_bytes, num_blocks in ((size, 1), (5 * size - 1, 4), (5 * size, 5)):
         pool = BlockPool(cache, PrefixBlocks(max_bytes=max_bytes, block_tokens=block_tokens))
         assert pool.num_blocks == num_blocks
-        assert pool._keys.nbytes + pool._values.nbytes == num_blocks * size
+        assert pool._parts[0].nbytes + pool._parts[1].nbytes == num_blocks * size
     with pytest.raises(InvalidArgumentError, match=f"a block of {block_tokens} tokens takes {size} bytes"):
         BlockPool(cache, PrefixBlocks(max_bytes=size - 1, block_tokens=block_tokens))
 

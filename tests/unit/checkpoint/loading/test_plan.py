@@ -104,7 +104,7 @@ def test_the_most_frequent_tokens_of_a_text(tiny_checkpoint: Callable[..., Path]
         ({"draft_vocabulary": 2, "draft_text": "no such file"}, "draft_text 'no such file' can't be read"),
         ({"kernels": "native", "dtype": "float16"}, "kernels 'native' can't run this model"),
         ({"compute": "float16"}, "compute 'float16' is not known; use float32, int8, bfloat16"),
-            ({"compute": "bfloat16", "kernels": "torch"}, "compute 'bfloat16' needs native kernels"),
+        ({"compute": "bfloat16", "kernels": "torch"}, "compute 'bfloat16' needs native kernels"),
         ({"compute": "int8", "kernels": "torch"}, "compute 'int8' needs native kernels"),
         ({"cache_dtype": "int4"}, "cache_dtype 'int4' is not known; use auto, float32, bfloat16, int8"),
         ({"quantize": "int2"}, "quantize 'int2' is not known; use int8, int4, fp8"),

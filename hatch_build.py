@@ -94,7 +94,7 @@ def compile_library(sources: Path, library: Path, target: Sequence[str]) -> str 
     compiler = find_compiler()
     if not compiler:
         return "no C++ compiler was found"
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=".compiling-", dir=library.parent) as folder:
         built, empty = Path(folder) / library.name, Path(folder) / "empty.cpp"
         empty.touch()
         if target and _run([*compiler, *target, "-fsyntax-only", str(empty)]) is not None:

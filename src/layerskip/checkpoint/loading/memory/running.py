@@ -7,8 +7,9 @@ channels of a head, I width of the MLP, V vocabulary.
 import torch
 
 from layerskip.model.config.model_config import SLIDING, ModelConfig
+from layerskip.model.native.library import GROUP
 
-NATIVE_BLOCK = 64
+NATIVE_BLOCK = 96
 """Tokens that go through native layers together (`kChunk` of native/pass.cpp)."""
 NATIVE_PARTIALS = 2**21
 """Numbers of partial attention (`kPartialFloats` of native/kernels/attention.h)."""
@@ -38,7 +39,8 @@ def working_bytes(config: ModelConfig, dtype: torch.dtype, *, native: bool, rows
     query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     if native:
         room = query + 2 * key + query + 3 * config.intermediate_size + 2 * config.hidden_size
-        work = NATIVE_PARTIALS + NATIVE_BLOCK * room
+        prepared = 2 * (max(config.hidden_size, config.intermediate_size, query) + GROUP)  # `most_prepared_bytes`
+        work = NATIVE_PARTIALS + NATIVE_BLOCK * (room + prepared)
         return (2 * block * config.hidden_size + work) * FLOAT_BYTES + logits
     width, inner = config.hidden_size, config.intermediate_size
     mlp = 3 * width + 4 * inner  # the layer's input, its norm, the result; gate and up, and what becomes of them

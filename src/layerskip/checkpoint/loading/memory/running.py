@@ -8,9 +8,10 @@ import torch
 
 from layerskip.model import cache
 from layerskip.model.config.model_config import SLIDING, ModelConfig
+from layerskip.model.native.library import GROUP
 from layerskip.model.native.threads import kernel_threads
 
-NATIVE_BLOCK = 64
+NATIVE_BLOCK = 96
 """Tokens that go through native layers together (`kChunk` of native/pass.cpp)."""
 NATIVE_RESULTS = 2**20
 """Numbers of attention over parts of a text (`kKept` of native/kernels/attention.h)."""
@@ -41,7 +42,9 @@ def working_bytes(config: ModelConfig, dtype: torch.dtype, *, native: bool, rows
     query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     if native:
         room = query + 2 * key + query + 3 * config.intermediate_size + 2 * config.hidden_size
-        work = NATIVE_RESULTS + kernel_threads() * NATIVE_TILE * config.head_dim + NATIVE_BLOCK * room
+        prepared = 2 * (max(config.hidden_size, config.intermediate_size, query) + GROUP)  # `most_prepared_bytes`
+        tiles = kernel_threads() * NATIVE_TILE * config.head_dim
+        work = NATIVE_RESULTS + tiles + NATIVE_BLOCK * (room + prepared)
         return (2 * block * config.hidden_size + work) * FLOAT_BYTES + logits
     width, inner = config.hidden_size, config.intermediate_size
     mlp = 3 * width + 4 * inner  # the layer's input, its norm, the result; gate and up, and what becomes of them

@@ -91,6 +91,7 @@ struct RoundsCall {
     const int64_t* ends;               // tokens that end a row, row after row
     const int32_t* num_ends;           // [B], how many of them are each row's
     const int64_t* texts;              // tokens before each row's last one, row after row; null: rows aren't watched
+                                       // for the last `repeated` tokens of one having occurred before
     int32_t* written;                  // out [R, B], drafts of each row
     int32_t* drawn;                    // out [R, B], the same with a last one that was given up
     int64_t* drafts;                   // out, room for R x sum of limits
@@ -104,7 +105,7 @@ struct RoundsCall {
     int32_t num_layers;                // layers that verify
     int32_t complete;                  // verification goes on from the outputs of the exit
     int32_t most_rounds;
-    int32_t padding;
+    int32_t repeated;
 };
 
 struct PackCall {

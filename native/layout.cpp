@@ -92,7 +92,7 @@ const char* layerskip_layout() {
                   FIELD(RoundsCall, drawn), FIELD(RoundsCall, drafts), FIELD(RoundsCall, targets), FIELD(RoundsCall, confidences),
                   FIELD(RoundsCall, seconds), FIELD(RoundsCall, most_seconds), FIELD(RoundsCall, rows),
                   FIELD(RoundsCall, exit_layer), FIELD(RoundsCall, num_layers), FIELD(RoundsCall, complete),
-                  FIELD(RoundsCall, most_rounds), FIELD(RoundsCall, padding)}) +
+                  FIELD(RoundsCall, most_rounds), FIELD(RoundsCall, repeated)}) +
         describe("PackCall", sizeof(PackCall),
                  {FIELD(PackCall, weight), FIELD(PackCall, panels), FIELD(PackCall, scales), FIELD(PackCall, inputs),
                   FIELD(PackCall, outputs), FIELD(PackCall, format), FIELD(PackCall, first), FIELD(PackCall, step),

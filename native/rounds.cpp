@@ -17,10 +17,11 @@ double seconds_between(Clock::time_point start, Clock::time_point end) {
     return std::chrono::duration<double>(end - start).count();
 }
 
-// Whether the last two tokens have occurred before.
-bool repeats(const std::vector<int64_t>& text) {
-    const auto end = text.end() - 1;  // an earlier occurrence may share a token with the last one
-    return text.size() > 2 && std::search(text.begin(), end, text.end() - 2, text.end()) != end;
+// Whether the last `count` tokens have occurred before.
+bool repeats(const std::vector<int64_t>& text, int32_t count) {
+    if (static_cast<int64_t>(text.size()) <= count) return false;
+    const auto end = text.end() - 1;  // an earlier occurrence may share tokens with the last one
+    return std::search(text.begin(), end, text.end() - count, text.end()) != end;
 }
 
 // Runs rounds until something has to be decided outside.
@@ -140,7 +141,7 @@ class Rounds {
                 ends_ |= std::find(ends, ends + call_.num_ends[row], targets_[i]) != ends + call_.num_ends[row];
             if (!texts_.empty()) {
                 texts_[row].insert(texts_[row].end(), targets_, targets_ + accepted + 1);
-                ends_ |= repeats(texts_[row]);
+                ends_ |= repeats(texts_[row], call_.repeated);
             }
             drafts_ += written_[row];
             targets_ += written_[row] + 1;

@@ -365,7 +365,8 @@ class Engine:
         started, provisional = time.perf_counter(), self.decoder.provisional_rounds
         forced = batch.policy is not None and batch.forces
         steps = Plan(source="none") if forced else plan
-        results = run_rounds(batch, steps, most=plan.steps - batch.num_steps, seconds=seconds)
+        wanted = plan.steps - batch.num_steps
+        results = run_rounds(batch, steps, most=wanted, seconds=seconds)
         batch.resting, batch.num_steps = plan, batch.num_steps + len(results)
         if batch.policy is None:
             return results
@@ -373,7 +374,8 @@ class Engine:
         if self.decoder.provisional_rounds == provisional and not forced:
             later = [result.seconds_verifying for result in results[1:]]  # the call itself counts with its first step
             batch.step_seconds += [self.decoder.stopwatch.since(started) - sum(later), *later]
-        if batch.num_steps == plan.steps:
+        asked = plan.until_repeated and len(results) < wanted and self.decoder.stopwatch.since(started) < seconds
+        if batch.num_steps == plan.steps or asked:
             batch.end_rest()
         return results
 

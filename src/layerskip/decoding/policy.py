@@ -35,8 +35,9 @@ class Plan:
     """Steps without drafts to take before the policy is asked again; 0: rounds, each of which is observed."""
     lease: int = 1
     """Rounds, at most, that may be run by it before the policy is asked again."""
-    until_repeated: bool = False
-    """Ask again, too, once the last tokens of a row have occurred before: the text might draft from there on."""
+    until_repeated: int = 0
+    """Ask again, too, once this many last tokens of a row have occurred before: the text might draft from there on.
+    0: don't."""
 
     def drafter(self, adapted_exits: Collection[int]) -> DrafterName | None:
         """What drafts by this plan, in a network with these adapters; None where nothing does."""

@@ -74,7 +74,9 @@ class Lease:
     seconds: float = 0.0
     """No further round begins after that."""
     texts: Sequence[Sequence[int]] = ()
-    """All tokens of each row, where rounds are to end as well once the last two of a row have occurred before in it."""
+    """All tokens of each row, where rounds are to end as well once the last ones of a row have occurred before."""
+    repeated: int = 0
+    """Number of these last tokens."""
 
 
 class DraftCounts:

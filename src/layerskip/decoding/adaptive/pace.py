@@ -6,12 +6,15 @@ from statistics import median
 
 from layerskip.decoding.policy import Plan
 
-MOST_REST = 128
+MOST_REST = 64
 """Plain steps between two evaluations of the alternatives, at most; the number grows from a small one."""
-FIRST_REST = 16
+FIRST_REST = 8
 """Plain steps that a generation begins with at most, where the last one ended with plain steps."""
 LOOK_SHARE = 0.005
 """Share of all time that evaluations may take: planning, and a step that finds the caches cold after it."""
+CALL_SECONDS = 0.03
+"""A call with several steps ends after this time anyway (`engine.LEASE_SECONDS`), so that the next one costs nothing
+more where alternatives are evaluated then."""
 LOOK_WEIGHT = 0.2
 """Weight of the latest evaluation's time: single ones vary by more than they take."""
 STEPS_EVERY = 192
@@ -26,13 +29,16 @@ TRIAL_ROUNDS_OF_SEVERAL = 5
 """The same of several rows, each round of which says more."""
 TRIAL_TOKENS = 1.5
 """Tokens that a round of a trial is expected to bring."""
-TRIAL_SHARE = 0.004
+TEXT_STEPS = 2.0
+"""Plain steps that the first trial on a new text may lose besides: how well early layers draft differs by text, and a
+short one would be over before a trial is due. It takes place where drafting comes near to plain steps."""
+TRIAL_SHARE = 0.0075
 """Share of all time that trials may lose."""
 PROBE_SHARE = 0.004
 """Share of all time that probes may take."""
 FIRST_PROBE_SHARE = 0.005
 """The same while too little is known of the exits."""
-MEASURING_SHARE = 0.005
+MEASURING_SHARE = 0.01
 """Share of all time that timing the network's calls may take, until all costs are known."""
 
 
@@ -60,19 +66,33 @@ class Pace:
     best: tuple[Hashable, Plan | None] | None = None
     """The best exit and its drafts, and what they are for; None once more is known of drafts."""
     look_seconds: float | None = None
-    """Seconds of an evaluation, smoothed; less than none where the steps before it were slow."""
+    """Seconds of an evaluation, smoothed, with those of a call that begins because of it; less than none where the
+    steps before it were slow."""
+    is_new_text: bool = False
+    """Whether the sequences are new, and early layers haven't been tried on them."""
+    planning_seconds: float = 0.0
+    """Seconds of an evaluation alone, smoothed."""
     rest: int = 0
     """Plain steps that were last planned at once; the next time, if nothing comes between, there are more."""
 
-    def observe_look(self, seconds: float) -> None:
-        """Note what an evaluation took."""
-        known = seconds if self.look_seconds is None else self.look_seconds
-        self.look_seconds = known + LOOK_WEIGHT * (seconds - known)
+    def begin_text(self) -> None:
+        """Other sequences begin: with few plain steps at once, and early layers may be tried on them sooner."""
+        self.rest, self.is_new_text = min(FIRST_REST, self.rest), True
+
+    def observe_look(self, planning: float, beside: float) -> None:
+        """Note what an evaluation took, and what the first step after it took longer than others, in seconds."""
+        seconds = planning + beside
+        if self.look_seconds is None:
+            self.look_seconds, self.planning_seconds = seconds, planning
+        self.look_seconds += LOOK_WEIGHT * (seconds - self.look_seconds)
+        self.planning_seconds += LOOK_WEIGHT * (planning - self.planning_seconds)
 
     def next_rest(self, step_seconds: float) -> int:
         """Plain steps to plan at once, since they are best; a step takes `step_seconds`."""
-        enough = (self.look_seconds or 0.0) / (LOOK_SHARE * step_seconds)
-        self.rest = int(min(MOST_REST, max(2, 2 * self.rest), max(2, enough)))
+        share = LOOK_SHARE * step_seconds
+        enough = (self.look_seconds or 0.0) / share
+        whole_call = max(CALL_SECONDS / step_seconds, self.planning_seconds / share)
+        self.rest = int(min(MOST_REST, max(2, 2 * self.rest), max(2, min(enough, whole_call))))
         return self.rest
 
     def observe_drafts(self, seconds: float, *, layers: bool) -> None:
@@ -112,8 +132,9 @@ class Pace:
             gain: Expected speed of drafting, as a ratio to that of plain steps.
         """
         lost_steps = COLD_STEPS / 2 + self.trial_rounds * TRIAL_TOKENS * max(0.0, 1.0 / gain - 1.0)
-        if not self.trial and self.since_trial * TRIAL_SHARE > lost_steps * step_seconds:
-            self.trial, self.since_trial = self.trial_rounds, 0.0
+        allowed = self.since_trial * TRIAL_SHARE + (TEXT_STEPS * step_seconds if self.is_new_text else 0.0)
+        if not self.trial and allowed > lost_steps * step_seconds:
+            self.trial, self.since_trial, self.is_new_text = self.trial_rounds, 0.0, False
         return self.trial > 0
 
     def observe_probe(self, seconds: float) -> None:

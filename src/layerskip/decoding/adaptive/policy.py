@@ -18,7 +18,6 @@ from layerskip.decoding.adaptive.outlook import Classes, Outlook, best_outlook
 from layerskip.decoding.adaptive.pace import (
     COLD_ROUNDS,
     COLD_STEPS,
-    FIRST_REST,
     LOOK_SHARE,
     STEPS_EVERY,
     TIMED_STEPS,
@@ -39,6 +38,8 @@ ROW_WEIGHT = 12.0
 """Drafts: the weight of what is known of all rows against a row's own latest drafts."""
 FIRST_ROUNDS = 8
 """Rounds before plain steps are timed, at the start of the first generation."""
+REPEATED = (2, 4, 8, 16)
+"""Numbers of repeated tokens that are told apart: the least of each class of matches (`AcceptanceRates.of_match`)."""
 KNOWN_TOKENS = 6
 """Tokens by which an exit's acceptance counts as known."""
 WORTH_MEASURING = 0.95
@@ -106,6 +107,7 @@ class AdaptivePolicy:
         self._stale, self._planned_at = True, -MOST_KEPT
         self._planning_seconds = self._learning_seconds = 0.0
         self._rest = 0
+        self._watched, self._watched_at = 0, -PLAN_EVERY
 
     def prepare(self, view: BatchView) -> None:
         """Look up costs for this many rows, and begin with other sequences than the last ones."""
@@ -114,7 +116,8 @@ class AdaptivePolicy:
         forgotten = [self.knowledge.rates(samples=samples).forget_recent() for samples in set(self._samples)]
         if any(forgotten):
             self._best, self._stale, self.pace.best = None, True, None
-        self._rest = min(FIRST_REST, self.pace.rest)
+        self.pace.begin_text()
+        self._rest = self.pace.rest
 
     @property
     def times(self) -> RoundTimes:
@@ -135,7 +138,7 @@ class AdaptivePolicy:
         self._planning_seconds = 0.0
         if self._rest:
             steps, self._rest, self._matches = self._rest, 0, ()
-            return Plan(source="none", steps=steps)
+            return Plan(source="none", steps=steps, until_repeated=self._worth_watching())
         self._look()
         started = time.perf_counter()
         self.times.context = view.context
@@ -146,12 +149,13 @@ class AdaptivePolicy:
             return replace(plan, probe=self.exits)
         match plan.source:
             case "layers":
-                return replace(plan, lease=self._lease(view.remaining), until_repeated=self.uses_text)
+                return replace(plan, lease=self._lease(view.remaining), until_repeated=REPEATED[0] * self.uses_text)
             case "none":
                 is_best = plan.tokens_per_second > 0  # otherwise steps are timed
                 steps = self.pace.next_rest(self.times.seconds("none")) if is_best else COLD_STEPS + TIMED_STEPS
+                plan = replace(plan, steps=steps, until_repeated=self._worth_watching() if is_best else 0)
                 self._planning_seconds = self.knowledge.since(started) + self._learning_seconds
-                return replace(plan, steps=steps)
+                return plan
             case _:
                 return plan
 
@@ -273,6 +277,23 @@ class AdaptivePolicy:
             limits.append(FIRST_ROUNDS - self._rounds)
         return max(1, min(limits))
 
+    def _worth_watching(self) -> int:
+        """The least number of repeated tokens after which a row's text would draft better than steps; 0: none."""
+        if self.uses_text and self._rounds - self._watched_at >= PLAN_EVERY:
+            self._watched_at = self._rounds
+            self._watched = next((length for length in REPEATED if self._text_pays(length)), 0)
+        return self._watched if self.uses_text else 0
+
+    def _text_pays(self, length: int) -> bool:
+        """Whether drafts after a match of this length, in one row, are expected to be better than steps."""
+        seconds, others = self._seconds_of("text", 0), [list[float]()] * (self._num_rows - 1)
+        for samples in set(self._samples):
+            chances = self.knowledge.rates(samples=samples).match_chances(length, self.most_drafts)
+            plan = self._plan_of(share_out([chances, *others], seconds), "text")
+            if plan is not None and plan.tokens_per_second * self.times.seconds("none") > 1.0:
+                return True
+        return False
+
     def _count(self, source: DraftSource, exit_layer: int, rounds: int = 1) -> None:
         self._rounds += rounds
         self._drafted_rounds = 0 if source == "none" else self._drafted_rounds + 1
@@ -284,7 +305,7 @@ class AdaptivePolicy:
         if step is not None:
             self.times.observe("none", 0, 0, step)
         if seconds and self._planning_seconds:  # the first step finds the caches cold, and the call itself takes time
-            self.pace.observe_look(self._planning_seconds + seconds[0] - self.times.seconds("none"))
+            self.pace.observe_look(self._planning_seconds, seconds[0] - self.times.seconds("none"))
 
     def _observe_drafts(self, plan: Plan, result: RoundResult) -> None:
         if plan.source == "layers":

@@ -67,10 +67,29 @@ def _through_tokens(batch: Batch, plan: Plan, most: int, seconds: float) -> list
     )
     remaining = [row.remaining for row in batch.rows]
     watched = [row.tokens for row in batch.rows] if plan.until_repeated else ()
-    if watched and any(row.suffixes is not None for row in batch.rows):
+    if watched and not plan.steps and any(row.suffixes is not None for row in batch.rows):
         most = 1  # texts of other rows may draft as well
-    lease = Lease(rounds=most, seconds=seconds, remaining=remaining, ends=batch.ends, texts=watched)
-    return [_accepted(tokens, num_drafts) for tokens in decoder.rounds(last, cache, request, depth, lease)]
+    lease = Lease(
+        rounds=most,
+        seconds=seconds,
+        remaining=remaining,
+        ends=batch.ends,
+        texts=watched,
+        repeated=plan.until_repeated,
+    )
+    rounds = decoder.rounds(last, cache, request, depth, lease)
+    return [_accepted(tokens, num_drafts) if request.num_drafts else _stepped(tokens) for tokens in rounds]
+
+
+def _stepped(tokens: RoundTokens) -> RoundResult:
+    """What a round without drafts gave."""
+    rows = len(tokens.targets)
+    return RoundResult(
+        drafts=[()] * rows,
+        num_accepted=[0] * rows,
+        tokens=[targets[0] for targets in tokens.targets],
+        seconds_verifying=tokens.seconds_verifying,
+    )
 
 
 def _accepted(tokens: RoundTokens, num_drafts: Sequence[int]) -> RoundResult:

@@ -270,7 +270,7 @@ class RoundsCall(Structure):
         ("num_layers", c_int32),
         ("complete", c_int32),
         ("most_rounds", c_int32),
-        ("padding", c_int32),
+        ("repeated", c_int32),
     )
 
 

@@ -5,11 +5,11 @@ Python between two rounds takes about as long as a step of a small network.
 Shapes: B rows, R rounds, K drafts of a row in a round at most.
 """
 
-import ctypes
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 
@@ -61,10 +61,9 @@ def run_rounds(
     limits = request.limits(rows) if request.exit_layer else [0] * rows
     room = sum(limits) + rows
     most = max(1, min(lease.rounds, *lease.remaining, MOST_TOKENS // room))
-    counts = ctypes.c_int32 * (most * rows)
-    written, drawn, seconds = counts(), counts(), (ctypes.c_double * (2 * most))()
-    drafts, targets = (ctypes.c_int64 * (most * sum(limits)))(), (ctypes.c_int64 * (most * room))()
-    confidences = (ctypes.c_float * (most * sum(limits)))()
+    written, drawn = _room("i", most * rows), _room("i", most * rows)
+    seconds, confidences = _room("d", 2 * most), _room("f", most * sum(limits))
+    drafts, targets = _room("q", most * sum(limits)), _room("q", most * room)
     last, starts, remaining = int64s(tokens), int64s(cache.lengths), int64s(lease.remaining)
     most_drafts, num_ends = int32s(limits), int32s([len(ends) for ends in lease.ends])
     ends = int64s([token for row in lease.ends for token in row])
@@ -88,26 +87,27 @@ def run_rounds(
             ends=address(ends),
             num_ends=address(num_ends),
             texts=texts.buffer_info()[0] if lease.texts else None,
-            written=address(written),
-            drawn=address(drawn),
-            drafts=address(drafts),
-            targets=address(targets),
-            confidences=address(confidences),
-            seconds=address(seconds),
+            written=written.buffer_info()[0],
+            drawn=drawn.buffer_info()[0],
+            drafts=drafts.buffer_info()[0],
+            targets=targets.buffer_info()[0],
+            confidences=confidences.buffer_info()[0],
+            seconds=seconds.buffer_info()[0],
             most_seconds=lease.seconds,
             rows=rows,
             exit_layer=request.exit_layer,
             num_layers=num_layers,
             complete=networks.shares_states,
             most_rounds=most,
+            repeated=lease.repeated,
         )
     )
     if done < 0:
         raise not_finite(torch.float32)
-    verified = written[: done * rows]
-    rows_drafts = split(drafts[: sum(verified)], verified)
-    rows_targets = split(targets[: sum(verified) + len(verified)], [count + 1 for count in verified])
-    rows_confidences = None if stop is None else split(list(confidences), drawn[: done * rows])
+    verified = written[: done * rows].tolist()
+    rows_drafts = split(drafts[: sum(verified)].tolist(), verified)
+    rows_targets = split(targets[: sum(verified) + len(verified)].tolist(), [count + 1 for count in verified])
+    rows_confidences = None if stop is None else split(confidences.tolist(), drawn[: done * rows])
     return [
         RoundTokens(
             drafts=rows_drafts[first : first + rows],
@@ -118,3 +118,9 @@ def run_rounds(
         )
         for place, first in enumerate(range(0, done * rows, rows))
     ]
+
+
+def _room(kind: str, count: int) -> "array[Any]":
+    """Room for numbers, never empty; each size of a `ctypes` array would be a type of its own, slow to make."""
+    room = array(kind, [0])
+    return room * max(1, count)

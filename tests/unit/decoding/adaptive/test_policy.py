@@ -478,7 +478,7 @@ def test_a_lease_covers_the_rounds_that_would_be_planned_alike() -> None:
         assert 1 <= plan.lease <= MOST_KEPT
         for _ in range(plan.lease):
             again = policy.plan(View())
-            assert replace(again, lease=plan.lease, probe=(), until_repeated=True) == plan
+            assert replace(again, lease=plan.lease, probe=(), until_repeated=plan.until_repeated) == plan
             drafts = again.num_speculations
             taken = result(drafts, drafts, policy.seconds(again), range(drafts + 1), confidences=[[0.9] * drafts])
             policy.observe(again, taken)

@@ -1,6 +1,6 @@
 // Tokens sampled from logits: temperature and filters, then the best score with noise on top.
 //
-// The same rules as layerskip/model/sampling.py, and the same noise as layerskip/model/noise.py, up to the rounding of
+// The same rules as layerskip/model/choosing/sampling.py, and the same noise as layerskip/model/choosing/noise.py, up to the rounding of
 // logarithms and sums.
 #pragma once
 

@@ -18,10 +18,10 @@ from layerskip.evaluation.verify.run import verify
 from layerskip.language_model import LanguageModel
 from layerskip.machine import free_memory
 from layerskip.model.cache import KVCache
+from layerskip.model.choosing.noise import Purpose, gumbel, make_key, uniforms
 from layerskip.model.config.families import FAMILIES
 from layerskip.model.decoders.graphs import GraphDecoder
 from layerskip.model.drafts import DraftRequest
-from layerskip.model.noise import Purpose, gumbel, make_key, uniforms
 from layerskip.model.torch.offload import OffloadedLayers
 
 pytestmark = pytest.mark.gpu

@@ -15,13 +15,13 @@ from tiny import write_agreeing
 
 from layerskip.decoding.adaptive.costs import measure_costs
 from layerskip.language_model import LanguageModel
+from layerskip.model.choosing.sampling import choose_tokens, filter_in_torch
 from layerskip.model.decoders.graphs import GraphDecoder
 from layerskip.model.drafts import CONFIDENCE_CLASSES, DraftRequest, StopRule
 from layerskip.model.draw import Draw
 from layerskip.model.graphs.choosing import choose, confidences, filtered, noise_after
 from layerskip.model.graphs.program import Recorder
 from layerskip.model.graphs.rows import RowInputs, RowTensors, draws_of
-from layerskip.model.sampling import choose_tokens, filter_in_torch
 
 pytestmark = pytest.mark.gpu
 

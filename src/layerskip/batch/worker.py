@@ -10,7 +10,7 @@ from layerskip.decoding.output.events import GenerationResult
 from layerskip.decoding.request import Request, check_exit_layer
 from layerskip.errors import OutOfMemoryError, PromptError
 from layerskip.language_model import LanguageModel
-from layerskip.model.noise import Purpose, make_key
+from layerskip.model.choosing.noise import Purpose, make_key
 
 
 @dataclass(frozen=True, kw_only=True)

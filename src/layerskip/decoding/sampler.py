@@ -12,9 +12,9 @@ from torch import Tensor
 from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.rules.guide import Masks, forbid
 from layerskip.decoding.rules.penalties import adjust, adjusts, looks_back
+from layerskip.model.choosing.noise import Purpose
+from layerskip.model.choosing.sampling import Vocabulary, WholeVocabulary, choose_among
 from layerskip.model.draw import Draw
-from layerskip.model.noise import Purpose
-from layerskip.model.sampling import Vocabulary, WholeVocabulary, choose_among
 
 Contexts = Sequence[Sequence[Sequence[int]]]
 """[B][Q] token ids that precede each position."""

@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.rules.penalties import adjust, penalize
 from layerskip.decoding.sampler import Sampler
+from layerskip.model.choosing.noise import Purpose
 from layerskip.model.native import sampling as native_sampling
-from layerskip.model.noise import Purpose
 
 VOCAB = 40
 CONTEXT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 3, 1]

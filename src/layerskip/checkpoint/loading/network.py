@@ -39,9 +39,10 @@ from layerskip.checkpoint.loading.tensors import (
 from layerskip.errors import InvalidArgumentError
 from layerskip.model.blocks import BlockWeight
 from layerskip.model.config.model_config import ModelConfig
-from layerskip.model.decoder import Decoder, LayerCalls
+from layerskip.model.decoder import Decoder
 from layerskip.model.native.memory import map_private, return_freed_memory
 from layerskip.model.positions import DISTANCES
+from layerskip.model.primitives import LayerCalls
 from layerskip.model.rope import RopeTable
 from layerskip.model.torch.experts import Expert, Experts
 from layerskip.model.torch.fusion import Fusion

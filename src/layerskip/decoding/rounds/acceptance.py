@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from layerskip.model.sampling import Vocabulary, WholeVocabulary
+from layerskip.model.choosing.sampling import Vocabulary, WholeVocabulary
 
 
 def accept_matching(drafts: Sequence[int], targets: Sequence[int]) -> int:

@@ -14,8 +14,8 @@ from torch import Tensor
 from layerskip.decoding.batch import Batch
 from layerskip.decoding.ngrams.index import Match
 from layerskip.decoding.policy import Plan
+from layerskip.model.choosing.noise import Purpose
 from layerskip.model.drafts import DraftCounts, Drafts, StopRule
-from layerskip.model.noise import Purpose
 
 
 def draft_from_layers(

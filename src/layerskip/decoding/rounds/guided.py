@@ -16,9 +16,9 @@ from layerskip.decoding.batch import Batch
 from layerskip.decoding.ngrams.index import Match
 from layerskip.decoding.row import Row
 from layerskip.decoding.rules.guide import Step
+from layerskip.model.choosing.noise import Purpose
 from layerskip.model.drafts import Drafts, StopRule
 from layerskip.model.finite import NO_TOKEN
-from layerskip.model.noise import Purpose
 
 MOST_FORCED = 32
 """Forced tokens of a round: each widens the block that is verified."""

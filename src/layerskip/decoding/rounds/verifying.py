@@ -22,9 +22,9 @@ from layerskip.decoding.rounds.guided import GuidedDrafts, draft_forced, draft_g
 from layerskip.decoding.rounds.plain import step
 from layerskip.decoding.rounds.telling import tell_tokens
 from layerskip.decoding.sampler import Sampler
+from layerskip.model.choosing.noise import Purpose, make_key, uniforms
+from layerskip.model.choosing.sampling import add_noise, noise_for
 from layerskip.model.drafts import DraftRequest, Drafts, Lease, RoundTokens
-from layerskip.model.noise import Purpose, make_key, uniforms
-from layerskip.model.sampling import add_noise, noise_for
 
 
 @torch.inference_mode()

@@ -20,7 +20,7 @@ from layerskip.decoding.sampler import Sampler
 from layerskip.errors import InvalidArgumentError
 from layerskip.evaluation.setting import Setting
 from layerskip.language_model import LanguageModel
-from layerskip.model.noise import Purpose, gumbel, make_key
+from layerskip.model.choosing.noise import Purpose, gumbel, make_key
 
 Mode = Literal["greedy", "coupled"]
 

@@ -18,7 +18,7 @@ from layerskip.decoding.rounds.verifying import draw_accepted
 from layerskip.decoding.sampler import Sampler
 from layerskip.errors import InvalidArgumentError
 from layerskip.language_model import LanguageModel
-from layerskip.model.noise import Purpose
+from layerskip.model.choosing.noise import Purpose
 from layerskip.model.positions import ValueSource
 
 LEAST_EXPECTED = 5.0

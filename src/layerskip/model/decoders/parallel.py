@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from layerskip.model.cache import KVCache
+from layerskip.model.choosing.sampling import Vocabulary
 from layerskip.model.decoder import Decoder
 from layerskip.model.decoders.vocabulary_part import VocabularyPart
 from layerskip.model.draw import Draw
@@ -19,7 +20,6 @@ from layerskip.model.native.network import NativeNetwork
 from layerskip.model.native.threads import torch_at_rest
 from layerskip.model.parallel.group import RankGroup
 from layerskip.model.parallel.share import Membership
-from layerskip.model.sampling import Vocabulary
 from layerskip.model.stopwatch import Stopwatch
 
 

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from layerskip.model.choosing.noise import Purpose
+from layerskip.model.choosing.sampling import add_noise, filter_by_rules, noise_for
 from layerskip.model.draw import Draw
 from layerskip.model.finite import NO_TOKEN
-from layerskip.model.noise import Purpose
 from layerskip.model.parallel.group import RankGroup
-from layerskip.model.sampling import add_noise, filter_by_rules, noise_for
 
 CANDIDATES = 64
 """Tokens of each rank that top-p looks at first; eight times as many where they don't make up the probability."""

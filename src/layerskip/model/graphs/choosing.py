@@ -1,4 +1,6 @@
-"""Tokens chosen as a function of tensors: filters, noise and confidence, to the last bit as `model/sampling.py`.
+"""Tokens chosen as a function of tensors: filters, noise and confidence.
+
+To the last bit, they are those of `model/choosing/sampling.py`.
 
 Shapes: B rows, Q positions a row, N positions of all rows, V vocabulary.
 """
@@ -6,11 +8,11 @@ Shapes: B rows, Q positions a row, N positions of all rows, V vocabulary.
 import torch
 from torch import Tensor
 
+from layerskip.model.choosing.noise import gumbel_on_device
+from layerskip.model.choosing.sampling import WholeVocabulary
 from layerskip.model.drafts import CONFIDENCE_CLASSES
 from layerskip.model.finite import best_tokens
 from layerskip.model.graphs.rows import Draws, RowTensors
-from layerskip.model.noise import gumbel_on_device
-from layerskip.model.sampling import WholeVocabulary
 
 
 def noise_after(rows: RowTensors, offset: Tensor | int, num_queries: int, vocab_size: int) -> Tensor:

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from layerskip.model.choosing.noise import signed
 from layerskip.model.drafts import CONFIDENCE_CLASSES, StopRule
 from layerskip.model.draw import Draw
-from layerskip.model.noise import signed
 
 Draws = Literal["no", "noise", "filters"]
 """How a round's tokens are chosen: the most likely ones; drawn, with min-p at most; or drawn with top-k or top-p, for

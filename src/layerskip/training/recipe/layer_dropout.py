@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from layerskip.model.noise import Purpose, make_key
+from layerskip.model.choosing.noise import Purpose, make_key
 from layerskip.training.config import DropoutSchedule
 
 

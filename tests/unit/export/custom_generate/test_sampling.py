@@ -17,7 +17,7 @@ from transformers import (
 
 from layerskip.export.custom_generate.generate import generate
 from layerskip.export.custom_generate.noise import gumbel, make_key
-from layerskip.model import noise as our_noise
+from layerskip.model.choosing import noise as our_noise
 
 OPTIONS: dict[str, Any] = {
     "temperature": 1.3,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from ranks import run_ranks
 
+from layerskip.model.choosing.sampling import choose_among, filter_in_torch
 from layerskip.model.draw import Draw
-from layerskip.model.sampling import choose_among, filter_in_torch
 
 VOCAB = 1201
 RULES = [

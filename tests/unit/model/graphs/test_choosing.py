@@ -9,14 +9,14 @@ from torch import Tensor
 
 from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.sampler import make_draw
+from layerskip.model.choosing.noise import Purpose, gumbel_in_torch, keys_on_device, make_key, signed
+from layerskip.model.choosing.sampling import choose_tokens, filter_in_torch
 from layerskip.model.drafts import CONFIDENCE_CLASSES, StopRule, confidence_class
 from layerskip.model.draw import Draw
 from layerskip.model.finite import NO_TOKEN
 from layerskip.model.graphs.choosing import choose, confidences, filtered, noise_after, rates_of
 from layerskip.model.graphs.rows import NUM_COLUMNS, RowInputs, RowTensors, draws_of
 from layerskip.model.native import sampling as native_sampling
-from layerskip.model.noise import Purpose, gumbel_in_torch, keys_on_device, make_key, signed
-from layerskip.model.sampling import choose_tokens, filter_in_torch
 
 CPU = torch.device("cpu")
 SEEDS = [0, 1, 2**31, 2**63, 2**64 - 1, 2**64 + 5, 12_345_678_901_234_567_890]

@@ -11,11 +11,11 @@ from torch import Tensor
 import layerskip
 from layerskip.decoding.config import GenerationConfig
 from layerskip.decoding.sampler import Sampler
+from layerskip.model.choosing.noise import Purpose, gumbel_in_torch, make_key
+from layerskip.model.choosing.sampling import choose_tokens
 from layerskip.model.drafts import CONFIDENCE_CLASSES, DraftRequest, StopRule
 from layerskip.model.draw import Draw
 from layerskip.model.native import sampling as native_sampling
-from layerskip.model.noise import Purpose, gumbel_in_torch, make_key
-from layerskip.model.sampling import choose_tokens
 
 pytestmark = pytest.mark.skipif(not native_sampling.is_available(), reason="the compiled kernels weren't built")
 

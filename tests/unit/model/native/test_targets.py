@@ -12,10 +12,10 @@ from torch import Tensor
 
 import layerskip
 from layerskip.model.blocks import BLOCK_BYTES, BLOCK_WEIGHTS, BlockWeight
+from layerskip.model.choosing.noise import Purpose, make_key
 from layerskip.model.native import sampling
 from layerskip.model.native.library import FORMATS, find_variants, load_library
 from layerskip.model.native.linear import INT8_STORAGES, NativeLinear
-from layerskip.model.noise import Purpose, make_key
 
 TARGETS = [variant.target for variant in find_variants() if variant.library is not None]
 pytestmark = pytest.mark.skipif(len(TARGETS) < 2, reason="this processor runs one library")

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from layerskip.model.choosing.noise import Purpose, gumbel, make_key
+from layerskip.model.choosing.sampling import choose_tokens, filter_in_torch, filter_scores
 from layerskip.model.draw import Draw
 from layerskip.model.finite import NO_TOKEN
 from layerskip.model.native import sampling as native_sampling
-from layerskip.model.noise import Purpose, gumbel, make_key
-from layerskip.model.sampling import choose_tokens, filter_in_torch, filter_scores
 
 Rules = tuple[float, int, float, float]
 """Temperature, top-k, top-p and min-p of a row."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.stats import chisquare, kstest
 
-from layerskip.model.noise import Purpose, gumbel, make_key, uniforms
+from layerskip.model.choosing.noise import Purpose, gumbel, make_key, uniforms
 
 CPU = torch.device("cpu")
 

@@ -11,10 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from layerskip.model.choosing.noise import Purpose, gumbel, make_key
 from layerskip.model.draw import Draw
 from layerskip.model.finite import best_tokens
 from layerskip.model.native import sampling as native_sampling
-from layerskip.model.noise import Purpose, gumbel, make_key
 
 
 class Vocabulary(Protocol):

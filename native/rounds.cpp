@@ -19,7 +19,7 @@ double seconds_between(Clock::time_point start, Clock::time_point end) {
 
 // Whether the last `count` tokens have occurred before.
 bool repeats(const std::vector<int64_t>& text, int32_t count) {
-    if (static_cast<int64_t>(text.size()) <= count) return false;
+    if (count < 1 || static_cast<int64_t>(text.size()) <= count) return false;
     const auto end = text.end() - 1;  // an earlier occurrence may share tokens with the last one
     return std::search(text.begin(), end, text.end() - count, text.end()) != end;
 }

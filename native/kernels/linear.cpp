@@ -94,6 +94,7 @@ void multiply(const Linear& w, const float* x, int64_t ldx, int tokens, float* y
         prepare(w, x, ldx, tokens, {0, tokens, 0, (w.inputs + kGroup - 1) / kGroup}, memory);
         prepared = memory;
     }
+    if (preparation == Preparation::kNothing) prepared = nullptr;  // what callers hand over then means nothing
     if (w.format == kStacked || w.format == kAlternating)
         return multiply_parts(w, x, ldx, tokens, y, ldy, start, stop, add, prepared);
     Tokens all{};

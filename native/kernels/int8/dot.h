@@ -3,6 +3,8 @@
 // They are exact, so all instruction sets give the same numbers, whatever the order.
 #pragma once
 
+#include <cstring>
+
 #include "kernels/wide.h"
 
 #if defined(__ARM_FEATURE_DOTPROD)
@@ -52,61 +54,6 @@ inline void add_dot(Ints& sum, WideWords bytes, uint32_t x) {
 #endif
 }
 
-#elif defined(__ARM_FEATURE_DOTPROD)
-
-struct Ints {
-    int32x4_t parts[4];
-};
-
-struct WideWords {
-    uint32x4_t parts[4];
-};
-
-template <typename Change>
-inline WideWords change_parts(WideWords words, const Change& change) {
-    for (uint32x4_t& part : words.parts) part = change(part);
-    return words;
-}
-
-inline WideWords operator&(WideWords a, uint32_t b) {
-    return change_parts(a, [b](uint32x4_t part) { return vandq_u32(part, vdupq_n_u32(b)); });
-}
-
-inline WideWords operator^(WideWords a, uint32_t b) {
-    return change_parts(a, [b](uint32x4_t part) { return veorq_u32(part, vdupq_n_u32(b)); });
-}
-
-inline WideWords operator>>(WideWords a, int b) {
-    return change_parts(a, [b](uint32x4_t part) { return vshlq_u32(part, vdupq_n_s32(-b)); });
-}
-
-template <int Bits>
-inline Ints broadcast_shifted(int32_t value) {
-    const int32x4_t part = vshlq_n_s32(vdupq_n_s32(value), Bits);
-    return {{part, part, part, part}};
-}
-
-inline WideWords load_wide_words(const uint32_t* from) {
-    return {{vld1q_u32(from), vld1q_u32(from + 4), vld1q_u32(from + 8), vld1q_u32(from + 12)}};
-}
-
-inline Wide to_wide(Ints value) {
-    float32x4_t parts[4];
-    for (int i = 0; i < 4; ++i) parts[i] = vcvtq_f32_s32(value.parts[i]);
-    Wide wide;
-    std::memcpy(&wide, parts, sizeof wide);
-    return wide;
-}
-
-// sum += bytes times numbers: of each word the four signed bytes, times the four signed numbers of `x`. Bytes of less
-// than seven bits are the same with a sign.
-template <bool Full>
-inline void add_dot(Ints& sum, WideWords bytes, uint32_t x) {
-    const int8x16_t numbers = vreinterpretq_s8_u32(vdupq_n_u32(x));
-    for (int i = 0; i < 4; ++i)
-        sum.parts[i] = vdotq_s32(sum.parts[i], vreinterpretq_s8_u32(bytes.parts[i]), numbers);
-}
-
 #else
 
 struct Ints {
@@ -131,6 +78,29 @@ inline WideWords load_wide_words(const uint32_t* from) { return {load_words(from
 
 inline Wide to_wide(Ints value) { return {to_float(value.low), to_float(value.high)}; }
 
+#if defined(__ARM_FEATURE_DOTPROD)
+
+// sum += bytes times numbers: of each word the four signed bytes, times the four signed numbers of `x`. Bytes of less
+// than seven bits are the same with a sign.
+inline void add_signed_dot(IntVector& sum, WordVector bytes, uint32_t x) {
+    constexpr int kParts = sizeof(IntVector) / sizeof(int32x4_t);
+    const int8x16_t numbers = vreinterpretq_s8_u32(vdupq_n_u32(x));
+    int32x4_t sums[kParts];
+    int8x16_t parts[kParts];
+    std::memcpy(sums, &sum, sizeof sums);
+    std::memcpy(parts, &bytes, sizeof parts);
+    for (int i = 0; i < kParts; ++i) sums[i] = vdotq_s32(sums[i], parts[i], numbers);
+    std::memcpy(&sum, sums, sizeof sums);
+}
+
+template <bool Full>
+inline void add_dot(Ints& sum, WideWords bytes, uint32_t x) {
+    add_signed_dot(sum.low, bytes.low, x);
+    add_signed_dot(sum.high, bytes.high, x);
+}
+
+#else
+
 template <bool Full>
 inline IntVector dot(WordVector bytes, uint32_t x) {
 #if defined(__AVX2__)
@@ -153,6 +123,8 @@ inline void add_dot(Ints& sum, WideWords bytes, uint32_t x) {
     sum.low += dot<Full>(bytes.low, x);
     sum.high += dot<Full>(bytes.high, x);
 }
+
+#endif
 
 #endif
 

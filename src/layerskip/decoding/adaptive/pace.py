@@ -102,6 +102,7 @@ class Pace:
         self.since_steps += 1
         if layers:
             self.since_trial, self.trial = 0.0, max(0, self.trial - 1)
+            self.is_new_text = False
         else:
             self.since_trial += seconds
         self.since_probe += seconds

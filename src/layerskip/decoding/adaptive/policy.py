@@ -145,15 +145,15 @@ class AdaptivePolicy:
         self._histories = view.histories
         self._matches = view.matches() if self.uses_text else ()
         plan = self._choose(view.remaining)
-        if self._probe_is_due():
+        times_steps = plan.source == "none" and plan.tokens_per_second == 0
+        if not times_steps and self._probe_is_due():
             return replace(plan, probe=self.exits)
         match plan.source:
             case "layers":
                 return replace(plan, lease=self._lease(view.remaining), until_repeated=REPEATED[0] * self.uses_text)
             case "none":
-                is_best = plan.tokens_per_second > 0  # otherwise steps are timed
-                steps = self.pace.next_rest(self.times.seconds("none")) if is_best else COLD_STEPS + TIMED_STEPS
-                plan = replace(plan, steps=steps, until_repeated=self._worth_watching() if is_best else 0)
+                steps = COLD_STEPS + TIMED_STEPS if times_steps else self.pace.next_rest(self.times.seconds("none"))
+                plan = replace(plan, steps=steps, until_repeated=0 if times_steps else self._worth_watching())
                 self._planning_seconds = self.knowledge.since(started) + self._learning_seconds
                 return plan
             case _:

@@ -33,13 +33,13 @@ def test_a_model_that_gains() -> None:
     policy = policy_of({4: 0.9, 8: 0.92})
     assert follow(policy, FIRST_ROUNDS + 2).source == "layers"
     found = explain(policy)
-    assert found.rounds == {"layers": FIRST_ROUNDS + 1, "text": 0, "none": 1 + COLD_STEPS + TIMED_STEPS}
+    assert found.rounds == {"layers": FIRST_ROUNDS + 2, "text": 0, "none": COLD_STEPS + TIMED_STEPS}
     assert len(found.reasons) == 1
     assert "mostly 4 of 16" in found.reasons[0]
     best = found.exits[0]
     assert best.speedup > 1.5
     assert best.needed < 0.5 < best.acceptance
-    assert best.rounds == FIRST_ROUNDS + 1
+    assert best.rounds == FIRST_ROUNDS + 2
 
 
 def test_a_model_without_early_exits() -> None:

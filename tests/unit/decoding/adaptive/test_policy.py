@@ -1,11 +1,13 @@
 """What is planned for a round, from given costs and given acceptance."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from policies import Known, View, make_costs, rates_of, result, steps
 
+from layerskip.decoding.adaptive import pace
 from layerskip.decoding.adaptive.pace import (
     COLD_ROUNDS,
     COLD_STEPS,
@@ -225,6 +227,13 @@ def plan_steps(policy: AdaptivePolicy, view: View) -> int:
     return plan.steps
 
 
+@pytest.fixture
+def long_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls go on for as long as a policy plans."""
+    monkeypatch.setattr(pace, "CALL_SECONDS", math.inf)
+
+
+@pytest.mark.usefixtures("long_calls")
 def test_plain_steps_are_planned_more_and_more_at_once_while_nothing_is_better() -> None:
     policy, lengths, view = make_policy({4: 0.05}), [], View(remaining=1000)
     step = policy.times.costs.step()
@@ -240,6 +249,18 @@ def test_plain_steps_are_planned_more_and_more_at_once_while_nothing_is_better()
     assert plan_steps(policy, view) == 2
 
 
+def test_no_more_steps_are_planned_than_a_call_has_time_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking at the alternatives between two calls costs little."""
+    policy, view = make_policy({4: 0.05}), View(remaining=1000)
+    step = policy.times.costs.step()
+    monkeypatch.setattr(pace, "CALL_SECONDS", 7.5 * step)
+    for _ in range(9):
+        planned = plan_steps(policy, view)
+        steps(policy, [2 * step] + [step] * (planned - 1))
+    assert planned == 7
+
+
+@pytest.mark.usefixtures("long_calls")
 def test_few_steps_are_planned_at_once_where_looking_costs_little() -> None:
     policy, view = make_policy({4: 0.05}), View(remaining=1000)
     step = policy.times.costs.step()
@@ -295,6 +316,7 @@ def test_drafting_goes_on_where_it_would_not_begin() -> None:
     policy = make_policy({4: 0.8}, {"stops_early": False})
     best, step = policy.plan(View()), policy.times.costs.step()
     between = replace(best, tokens_per_second=(MARGIN + STAYING) / 2 / step)
+    policy.pace.is_new_text = False  # otherwise it would be tried
     assert not policy._drafts(between, step)
     policy.observe(best, result(4, 4, policy.seconds(best)))
     assert policy._drafts(between, step)
@@ -340,7 +362,8 @@ def test_costs_are_measured_where_drafting_might_win_within_their_share_of_the_t
 def test_without_exits_there_are_steps() -> None:
     policy = AdaptivePolicy(knowledge=Known(make_costs(num_layers=1)), exits=())
     policy.prepare(View())
-    assert policy.plan(View()) == Plan(source="none", steps=2, tokens_per_second=pytest.approx(MARGIN / 1.5))
+    plan = Plan(source="none", steps=2, until_repeated=2, tokens_per_second=pytest.approx(MARGIN / 1.5))
+    assert policy.plan(View()) == plan
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3, 4, 5, 12, 16, 32, 80])

@@ -153,7 +153,7 @@ def request(lm: LanguageModel, prompt: list[int], **options: Any) -> Request:
 def test_streams_go_on_while_a_long_prompt_is_read(text_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(text_lm, monkeypatch)
     context = text_lm.decoder.max_context
-    engine = Engine(text_lm.decoder, max_rows=4, capacity=context, paces_reading=True)
+    engine = Engine(text_lm.decoder, max_rows=4, capacity=context, paces_reading=True, lease_seconds=0.0)
     streams = [engine.add(request(text_lm, [2 + i, 3, 4], max_new_tokens=context - 3)) for i in range(2)]
     for _ in range(8):
         engine.step()

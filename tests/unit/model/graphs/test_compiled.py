@@ -13,7 +13,7 @@ import torch
 from engines import drain, start
 
 import layerskip
-from layerskip.decoding.policy import FixedPolicy, Plan, RoundResult
+from layerskip.decoding.policy import BatchView, Plan, RoundResult
 from layerskip.errors import InvalidArgumentError
 from layerskip.model.cache import KVCache
 from layerskip.model.decoders.graphs import GraphDecoder
@@ -315,12 +315,17 @@ def test_rounds_that_will_be_faster_are_told(load_decoder: Callable[..., GraphDe
 def test_adaptive_decoding_learns_no_times_of_such_rounds(load_decoder: Callable[..., GraphDecoder]) -> None:
     seen: list[bool] = []
 
-    class Watching(FixedPolicy):
+    class Watching:
+        def prepare(self, view: BatchView) -> None:
+            pass
+
+        def plan(self, view: BatchView) -> Plan:
+            return Plan(source="layers", exit_layer=2, num_speculations=2)
+
         def observe(self, plan: Plan, result: RoundResult) -> None:
             seen.append(result.settled)
 
-    policy = Watching(fixed=Plan(source="layers", exit_layer=2, num_speculations=2))
-    drain(start(load_decoder(uses_before=3), [[5, 9]], max_new_tokens=40, policy=policy))
+    drain(start(load_decoder(uses_before=3), [[5, 9]], max_new_tokens=40, policy=Watching()))
     while not seen[-1]:  # the last drafts of a row that ends are made one by one
         seen.pop()
     assert len(seen) > 6

@@ -78,7 +78,7 @@ def test_costs_are_kept_apart(
     folder = tiny_checkpoint()
     graphs, calls = load_static(folder).decoder, layerskip.load(str(folder), device="cpu", kernels="torch").decoder
     assert isinstance(graphs, GraphDecoder)
-    assert (graphs.rounds, calls.rounds) == ("graphs", "calls")
+    assert (graphs.round_kind, calls.round_kind) == ("graphs", "calls")
     costs = measure_costs(calls, 1)
     assert costs.asking == 0.0
     write_costs(calls, 1, costs)

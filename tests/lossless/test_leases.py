@@ -251,7 +251,9 @@ def test_a_watched_row_asks_once_its_last_tokens_repeat(load: Callable[[str], La
     lease = Lease(remaining=[80], ends=[()], rounds=100, seconds=LONG)
     whole = decoder.rounds([7], cache, request, decoder.num_layers, lease)
     assert [round_.targets for round_ in whole] == [[[token]] for token in tokens[1:]]
-    watched = decoder.rounds([7], cache, request, decoder.num_layers, dataclasses.replace(lease, texts=[[7]], repeated=2))
+    watched = decoder.rounds(
+        [7], cache, request, decoder.num_layers, dataclasses.replace(lease, texts=[[7]], repeated=2)
+    )
     assert len(watched) == repeated
 
 

@@ -56,12 +56,13 @@ def _through_tokens(batch: Batch, plan: Plan, most: int, seconds: float) -> list
         drafts = continuations(batch, batch.matches(), plan)
         request = DraftRequest(exit_layer=0, num_drafts=0, draw=batch.sampler.draw)
         return [_accepted(decoder.round(last, cache, request, depth, drafts), list(map(len, drafts)))]
-    num_drafts = batch.draft_lengths(plan)
+    drafts_layers = plan.source == "layers"
+    num_drafts = batch.draft_lengths(plan) if drafts_layers else [0] * batch.num_rows
     request = DraftRequest(
-        exit_layer=plan.exit_layer,
+        exit_layer=plan.exit_layer if drafts_layers else 0,
         num_drafts=max(num_drafts),
         lengths=tuple(num_drafts),
-        planned=plan.num_speculations,
+        planned=plan.num_speculations if drafts_layers else 0,
         stop=plan.stop,
         draw=batch.sampler.draw,
     )

@@ -57,11 +57,12 @@ export class Layers {
     [this.passes, this.exit] = [passes, exit];
   }
 
-  /** Counts the passes of a round. `depth`: layers that run at all. */
+  /** Counts the passes of a round, or of several plain steps. `depth`: layers that run at all. */
   add(round, depth) {
     const drafted = round.exit_layer ?? 0;
+    const whole = round.drafts.length ? 1 : Math.max(1, round.tokens.length);
     for (let layer = 0; layer < Math.min(depth, this.rows.length); layer += 1) {
-      this.passes[layer] += layer < drafted ? round.drafts.length + 1 : 1;
+      this.passes[layer] += layer < drafted ? round.drafts.length + 1 : whole;
     }
     this.exit = drafted || this.exit;
     this.lit = { drafted, depth, adapter: round.drafter === "exit_adapter" };

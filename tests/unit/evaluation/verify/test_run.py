@@ -9,7 +9,10 @@ import pytest
 import torch
 
 import layerskip
+from layerskip.decoding import engine
+from layerskip.decoding.batch import Batch
 from layerskip.decoding.config import GenerationConfig
+from layerskip.decoding.policy import Plan, RoundResult
 from layerskip.decoding.rounds import verifying
 from layerskip.errors import InvalidArgumentError, PromptError
 from layerskip.evaluation.run_folder import SAMPLES_FILE, RunFolder
@@ -47,7 +50,13 @@ def test_equal_texts_are_counted_for_each_setting(lm: layerskip.LanguageModel) -
 
 @pytest.fixture
 def accepts_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accept every draft, right or wrong."""
+    """Accept every draft, right or wrong; round by round, as compiled code accepts by itself within a call."""
+    one_by_one = verifying.run_rounds
+
+    def run_one(batch: Batch, plan: Plan, **options: Any) -> list[RoundResult]:
+        return one_by_one(batch, plan)
+
+    monkeypatch.setattr(engine, "run_rounds", run_one)
     monkeypatch.setattr(verifying, "accept_matching", lambda drafts, targets: len(drafts))
 
 

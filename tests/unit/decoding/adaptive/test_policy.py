@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from policies import Known, View, make_costs, rates_of, result, steps
 
-from layerskip.decoding.adaptive import pace
+from layerskip.decoding.adaptive import pace as pace_module
 from layerskip.decoding.adaptive.pace import (
     COLD_ROUNDS,
     COLD_STEPS,
@@ -230,7 +230,7 @@ def plan_steps(policy: AdaptivePolicy, view: View) -> int:
 @pytest.fixture
 def long_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls go on for as long as a policy plans."""
-    monkeypatch.setattr(pace, "CALL_SECONDS", math.inf)
+    monkeypatch.setattr(pace_module, "CALL_SECONDS", math.inf)
 
 
 @pytest.mark.usefixtures("long_calls")
@@ -254,7 +254,7 @@ def test_no_more_steps_are_planned_than_a_call_has_time_for(monkeypatch: pytest.
     """Looking at the alternatives between two calls costs little."""
     policy, view = make_policy({4: 0.05}), View(remaining=1000)
     step = policy.times.costs.step()
-    monkeypatch.setattr(pace, "CALL_SECONDS", 7.5 * step)
+    monkeypatch.setattr(pace_module, "CALL_SECONDS", 7.5 * step)
     for _ in range(9):
         planned = plan_steps(policy, view)
         steps(policy, [2 * step] + [step] * (planned - 1))

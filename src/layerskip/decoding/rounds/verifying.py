@@ -27,6 +27,10 @@ from layerskip.model.choosing.sampling import add_noise, noise_for
 from layerskip.model.drafts import DraftRequest, Drafts, Lease, RoundTokens
 
 
+FOREIGN_ROUNDS = 8
+"""Rounds in one call where texts of other requests may draft as well, which compiled code doesn't see."""
+
+
 @torch.inference_mode()
 def run_rounds(batch: Batch, plan: Plan, *, most: int = 1, seconds: float = 0.0) -> list[RoundResult]:
     """Do what a plan says, and commit each row's pending token and accepted drafts to the cache.
@@ -69,7 +73,7 @@ def _through_tokens(batch: Batch, plan: Plan, most: int, seconds: float) -> list
     remaining = [row.remaining for row in batch.rows]
     watched = [row.tokens for row in batch.rows] if plan.until_repeated else ()
     if watched and not plan.steps and any(row.suffixes is not None for row in batch.rows):
-        most = 1  # texts of other rows may draft as well
+        most = min(most, FOREIGN_ROUNDS)
     lease = Lease(
         rounds=most,
         seconds=seconds,

@@ -26,7 +26,6 @@ from layerskip.model.choosing.noise import Purpose, make_key, uniforms
 from layerskip.model.choosing.sampling import add_noise, noise_for
 from layerskip.model.drafts import DraftRequest, Drafts, Lease, RoundTokens
 
-
 FOREIGN_ROUNDS = 8
 """Rounds in one call where texts of other requests may draft as well, which compiled code doesn't see."""
 

@@ -46,6 +46,8 @@ class Arguments:
     """A name, a folder or a GGUF file; llama.cpp's server needs a GGUF file, as smollm2 is one."""
     compute: str | None = None
     """As for our server: int8, or the numbers of the dtype if not given."""
+    cache_dtype: str | None = None
+    """As for our server: the type of keys and values."""
     field: str = "question"
     clients: Sequence[int] = (1, 4, 16)
     requests_per_client: int = 2
@@ -160,6 +162,8 @@ def main(arguments: Arguments) -> None:
         flags = ("--max-concurrency", most, "--max-model-len", "1024")
         if arguments.compute is not None:
             flags = (*flags, "--compute", arguments.compute)
+        if arguments.cache_dtype is not None:
+            flags = (*flags, "--cache-dtype", arguments.cache_dtype)
         targets = {}
         for way, extra in ((ON, json.loads(arguments.extra)), (OFF, {"generation_strategy": OFF})):
             log, threads = folder / f"{way}.log", arguments.threads

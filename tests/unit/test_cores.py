@@ -71,15 +71,15 @@ def test_cores_of_slightly_different_clocks_are_of_one_kind(tmp_path: Path) -> N
     ],
 )
 def test_version_2_of_control_groups(tmp_path: Path, limit: str, quota: float | None, usable: int) -> None:
-    files = {"proc/self/cgroup": "0::/user/work", "sys/fs/cgroup/user/work/cpu.max": limit}
+    files = {"proc/self/cgroup": "0::/user/jobs", "sys/fs/cgroup/user/jobs/cpu.max": limit}
     cores = find_cores(machine(tmp_path, files), range(8))
     assert (cores.quota, cores.usable) == (quota, usable)
 
 
 def test_the_tightest_of_nested_groups_counts(tmp_path: Path) -> None:
     files = {
-        "proc/self/cgroup": "0::/user/work",
-        "sys/fs/cgroup/user/work/cpu.max": "600000 100000",
+        "proc/self/cgroup": "0::/user/jobs",
+        "sys/fs/cgroup/user/jobs/cpu.max": "600000 100000",
         "sys/fs/cgroup/user/cpu.max": "300000 100000",
     }
     assert find_cores(machine(tmp_path, files), range(8)).usable == 3

@@ -345,9 +345,7 @@ class Engine:
         """Rounds that the policy learns from; `started`: when it was asked for their plan."""
         decoder, policy, provisional = self.decoder, batch.policy, self.decoder.provisional_rounds
         results = run_rounds(batch, plan, most=plan.lease, seconds=seconds)
-        if policy is None or isinstance(
-            policy, FixedPolicy
-        ):  # processes that share a network would have to agree on times
+        if policy is None or isinstance(policy, FixedPolicy):  # processes would have to agree on times for nobody
             return results
         total, settled = decoder.stopwatch.since(started), decoder.provisional_rounds == provisional
         beside = total - sum(result.seconds_drafting + result.seconds_verifying for result in results)

@@ -6,6 +6,7 @@ computed on the device from what it is told of the rows (`rows.py`), and attenti
 Shapes: B rows, Q query tokens a row, K drafts a row, D width, V vocabulary, L layers, S slots that attention reads.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -138,7 +139,7 @@ def _span(parts: RoundParts, kind: str, positions: Tensor, num_slots: int) -> At
     return AttentionSpan(first_slot=0, last_slot=num_slots, mask=mask, cos=cos, sin=sin)
 
 
-class StaticPart:
+class StaticPart(ABC):
     """What functions over one pair of cache buffers have in common."""
 
     def __init__(self, parts: RoundParts, shape: RoundShape, cache: KVCache) -> None:
@@ -155,13 +156,13 @@ class StaticPart:
         self.capacity = self._buffers.capacity
         """Position of the scratch slot."""
 
+    @abstractmethod
     def __call__(self, inputs: Tensor) -> Tensor:
         """Run the function; nothing in it waits for the host, or for the device.
 
         Args:
             inputs: [B, C], long: what `rows.RowInputs` holds.
         """
-        raise NotImplementedError
 
     def _run(self, hidden: Tensor, first: Tensor, start: int, stop: int, committed: Tensor) -> Tensor:
         """Layers start..stop-1 over a block whose rows begin at `first` [B]."""

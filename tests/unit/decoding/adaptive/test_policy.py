@@ -541,3 +541,28 @@ def test_what_was_planned_is_kept_for_the_next_text_until_more_is_known() -> Non
     assert next_policy(most_drafts=2).pace.best is not kept
     policy.observe(Plan(source="layers", exit_layer=4, num_speculations=1), result(0, 1, 1.0, confidences=[[0.5]]))
     assert policy.pace.best is None
+
+
+def test_a_rest_ends_where_the_text_is_expected_to_draft() -> None:
+    """Short matches that never hold aren't looked for any more; longer ones are."""
+    policy = make_policy({4: 0.05})
+    assert policy._worth_watching() == 2
+    for _ in range(200):
+        rates_of(policy).observe_match(2, 0, 4)
+    policy._watched_at = -PLAN_EVERY
+    assert policy._worth_watching() == 4
+    for length in (4, 8, 16):
+        for _ in range(200):
+            rates_of(policy).observe_match(length, 0, 4)
+    policy._watched_at = -PLAN_EVERY
+    assert policy._worth_watching() == 0
+
+
+def test_early_layers_are_tried_once_on_a_new_text_where_they_come_near_to_steps() -> None:
+    near, far = Pace(), Pace()
+    for pace in (near, far):
+        pace.begin_text()
+    assert near.tries(1.0, 0.95)
+    assert not far.tries(1.0, 0.5)
+    near.trial = 0
+    assert not near.tries(1.0, 0.95)

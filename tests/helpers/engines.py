@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.engine import Engine, Event
+from layerskip.decoding.engine import Engine
+from layerskip.decoding.event import Event
 from layerskip.decoding.request import make_request
 from layerskip.decoding.rounds.plain import PREFILL_CHUNK
 from layerskip.decoding.rules.constraint import Constraint

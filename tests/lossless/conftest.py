@@ -11,7 +11,7 @@ from tiny import write_agreeing
 
 import layerskip
 from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.engine import Event
+from layerskip.decoding.event import Event
 from layerskip.decoding.sampler import Sampler
 from layerskip.language_model import LanguageModel
 from layerskip.model.native.library import load_library

@@ -9,7 +9,7 @@ from layers import Entry, entries_of
 from torch import Tensor
 
 import layerskip
-from layerskip.decoding.engine import Event
+from layerskip.decoding.event import Event
 from layerskip.language_model import LanguageModel
 from layerskip.model.cache import KVCache
 from layerskip.model.decoders.graphs import GraphDecoder

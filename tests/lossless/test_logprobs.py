@@ -8,7 +8,7 @@ import torch
 from constraints import Maze
 from engines import drain, start
 
-from layerskip.decoding.engine import Event
+from layerskip.decoding.event import Event
 from layerskip.decoding.output.events import FinishEvent, TokenEvent
 from layerskip.decoding.row import Row
 from layerskip.decoding.rules import logprobs as logprobs_module

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from layerskip.decoding.engine import Event
+from layerskip.decoding.event import Event
 from layerskip.language_model import LanguageModel
 from layerskip.model.decoder import Decoder
 from layerskip.model.torch.linear import WIDE

@@ -2,66 +2,25 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from layerskip.decoding.adaptive.experience import Experience
 from layerskip.decoding.batch import Batch, batch_key, needs_of
-from layerskip.decoding.config import GenerationConfig
+from layerskip.decoding.event import Event
 from layerskip.decoding.ngrams.store import SuffixStore
-from layerskip.decoding.policy import STEPS, UNLIMITED, DrafterName, FixedPolicy, Plan, Policy, RoundResult
+from layerskip.decoding.policy import STEPS, DrafterName, FixedPolicy, Plan, Policy, RoundResult
 from layerskip.decoding.prefix.blocks import PrefixBlocks, PrefixCounts
 from layerskip.decoding.prefix.slots import Slots
-from layerskip.decoding.request import Request, choose_exit_layer, depth_of
+from layerskip.decoding.request import Request, depth_of
 from layerskip.decoding.rounds.pacing import ReadingPace, choose_prompts
 from layerskip.decoding.rounds.plain import PREFILL_CHUNK, read_chunk
 from layerskip.decoding.rounds.verifying import run_rounds
 from layerskip.decoding.row import FinishReason, Row
 from layerskip.decoding.rules.guide import Guide
 from layerskip.decoding.rules.logprobs import TokenLogprobs
+from layerskip.decoding.strategy import make_policy
 from layerskip.errors import InvalidArgumentError
 from layerskip.model.decoder import Decoder
 from layerskip.model.finite import NO_TOKEN, not_finite
-
-
-@dataclass(kw_only=True)
-class Event:
-    """Tokens that a row has gained: first accepted drafts, then the target's own token; or those of several steps."""
-
-    row: Row
-    tokens: tuple[int, ...]
-    num_accepted: int = 0
-    drafts: tuple[int, ...] = ()
-    """The drafts that were verified."""
-    drafter: DrafterName | None = None
-    """What drafted them; `grammar` where a constraint alone did."""
-    exit_layer: int = 0
-    """The exit at which layers drafted; 0 where none did."""
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    """Of the tokens, if the request asks for them."""
-    more: bool = False
-    """Whether another event of the same step goes on with the row."""
-
-    @property
-    def ends(self) -> bool:
-        """Whether the row has ended, and this is the last that comes of it."""
-        return self.row.finish_reason is not None and not self.more
-
-
-def make_policy(config: GenerationConfig, decoder: Decoder, experience: Experience) -> Policy | None:
-    """The policy that a config asks for; None where every row takes one step after the other."""
-    match config.strategy:
-        case "autoregressive" | "early_exit":
-            return None
-        case "adaptive":
-            return experience.policy(exit_layer=config.exit_layer, most_drafts=config.num_speculations)
-        case "ngram":
-            return FixedPolicy(fixed=Plan(source="text", num_speculations=config.draft_length))
-        case _:
-            exit_layer = choose_exit_layer(config, decoder)
-            length = config.draft_length
-            plan = Plan(source="layers", exit_layer=exit_layer, num_speculations=length, lease=UNLIMITED)
-            return FixedPolicy(fixed=plan)
-
 
 LEASE_SECONDS = 0.03
 """Seconds that a step's rounds may take where many of them can run in one call: nobody sees that tokens come later."""

@@ -11,7 +11,8 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 
-from layerskip.decoding.engine import Engine, Event
+from layerskip.decoding.engine import Engine
+from layerskip.decoding.event import Event
 from layerskip.decoding.output.writer import RowWriter
 from layerskip.decoding.row import Row
 from layerskip.errors import LayerSkipError

@@ -7,9 +7,10 @@ from engines import cache_of, drain, start
 
 from layerskip.decoding.adaptive.experience import Experience
 from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.engine import Engine, make_policy
+from layerskip.decoding.engine import Engine
 from layerskip.decoding.policy import UNLIMITED, FixedPolicy, Plan
 from layerskip.decoding.request import Request, make_request
+from layerskip.decoding.strategy import make_policy
 from layerskip.errors import InvalidArgumentError
 from layerskip.language_model import LanguageModel
 

@@ -11,9 +11,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 from layerskip.decoding.adaptive.budget import Budget, budget_of, share_out
+from layerskip.decoding.adaptive.knowledge import Knowledge
 from layerskip.decoding.adaptive.outlook import Classes, Outlook, best_outlook
 from layerskip.decoding.adaptive.pace import (
     COLD_ROUNDS,
@@ -21,7 +21,6 @@ from layerskip.decoding.adaptive.pace import (
     LOOK_SHARE,
     STEPS_EVERY,
     TIMED_STEPS,
-    Pace,
 )
 from layerskip.decoding.adaptive.rates import AcceptanceRates
 from layerskip.decoding.adaptive.round_times import RoundTimes
@@ -49,34 +48,6 @@ WORTH_MEASURING = 0.95
 def candidate_exits(num_layers: int) -> tuple[int, ...]:
     """Exits worth following: eighths of the depth up to the half of it, and the first layer."""
     return tuple(sorted({1, *(max(1, num_layers * i // 8) for i in range(1, 5))} - {num_layers}))
-
-
-class Knowledge(Protocol):
-    """What is known about a model on this machine (`experience.Experience`)."""
-
-    def recall(self, num_rows: int) -> None:
-        """Look up the costs of batches of this size, unless they are known."""
-        ...
-
-    def look(self, num_rows: int, budget: float) -> float:
-        """Go on measuring the costs of batches of this size for up to `budget` seconds; returns the seconds spent."""
-        ...
-
-    def since(self, started: float) -> float:
-        """Seconds since a moment of `time.perf_counter`, the same in all processes that share the network."""
-        ...
-
-    def times(self, num_rows: int, *, samples: bool) -> RoundTimes:
-        """Predicted seconds of rounds with this many rows."""
-        ...
-
-    def pace(self, num_rows: int, *, samples: bool) -> Pace:
-        """Counts of rounds and seconds since the alternatives were evaluated, with this many rows."""
-        ...
-
-    def rates(self, *, samples: bool) -> AcceptanceRates:
-        """Acceptance rates of rows that sample, or of rows that don't."""
-        ...
 
 
 @dataclass(kw_only=True)

@@ -3,7 +3,8 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-from layerskip.decoding.engine import Engine, Event
+from layerskip.decoding.engine import Engine
+from layerskip.decoding.event import Event
 from layerskip.decoding.output.events import GenerationResult, StreamEvent
 from layerskip.decoding.output.writer import RowWriter
 from layerskip.decoding.policy import Policy

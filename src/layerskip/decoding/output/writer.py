@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 
-from layerskip.decoding.engine import Engine, Event
+from layerskip.decoding.engine import Engine
+from layerskip.decoding.event import Event
 from layerskip.decoding.output.events import DraftEvent, FinishEvent, GenerationResult, Source, TokenEvent
 from layerskip.decoding.row import Row
 from layerskip.text.detokenizer import Detokenizer, special_tokens

@@ -12,7 +12,8 @@ from layerskip.model.cache import KVCache
 from layerskip.model.decoder import Decoder
 from layerskip.model.drafts import DraftRequest, Drafts, Lease, RoundTokens
 from layerskip.model.draw import Draw
-from layerskip.model.native.network import NativeNetwork, split
+from layerskip.model.native.arrays import split
+from layerskip.model.native.network import NativeNetwork
 from layerskip.model.native.rounds import RoundNetworks, run_rounds
 from layerskip.model.native.threads import torch_at_rest
 from layerskip.model.positions import Positions

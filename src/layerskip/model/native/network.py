@@ -11,8 +11,8 @@ D width, V vocabulary, I input width, O output width.
 
 import ctypes
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from layerskip.model.config.model_config import SLIDING, ModelConfig
 from layerskip.model.drafts import DraftRequest
 from layerskip.model.draw import Draw
 from layerskip.model.finite import not_finite
+from layerskip.model.native.arrays import int32s, int64s, split
 from layerskip.model.native.library import (
     ACTIVATIONS,
     COMPUTE,
@@ -51,7 +52,6 @@ from layerskip.model.positions import Positions, ValueSource
 from layerskip.model.rope import RopeTable
 from layerskip.model.torch.network import LayerWeights
 
-Thing = TypeVar("Thing")
 LANES = 8
 """Number of channels that kernels take at once."""
 CACHE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -423,25 +423,6 @@ class NativeNetwork:
             view.values, view.value_layers = layer.fusion.values.view, address(layers)
             view.distances, view.num_value_layers = layer.fusion.distances.data_ptr(), len(layers)
         return view
-
-
-def int64s(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
-    """An array for a field of a call."""
-    return (ctypes.c_int64 * len(numbers))(*numbers)
-
-
-def int32s(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_int32]:
-    """An array for a field of a call."""
-    return (ctypes.c_int32 * len(numbers))(*numbers)
-
-
-def split(things: list[Thing], counts: Iterable[int]) -> list[list[Thing]]:
-    """What belongs to each row, of a list of one row after the other; there may be more behind them."""
-    parts, start = [], 0
-    for count in counts:
-        parts.append(things[start : start + count])
-        start += count
-    return parts
 
 
 def _embedding_view(table: Tensor | BlockWeight, config: ModelConfig) -> EmbeddingView | None:

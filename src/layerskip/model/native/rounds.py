@@ -16,8 +16,9 @@ import torch
 from layerskip.model.cache import KVCache
 from layerskip.model.drafts import DraftRequest, Lease, RoundTokens
 from layerskip.model.finite import not_finite
+from layerskip.model.native.arrays import int32s, int64s, split
 from layerskip.model.native.library import RoundsCall, StopRuleView, address, load_library
-from layerskip.model.native.network import NativeNetwork, int32s, int64s, split
+from layerskip.model.native.network import NativeNetwork
 from layerskip.model.native.sampling import sampling_view
 
 MOST_TOKENS = 4096

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from layerskip.decoding.config import GenerationConfig
-from layerskip.decoding.engine import Engine, Event
+from layerskip.decoding.engine import Engine
+from layerskip.decoding.event import Event
 from layerskip.decoding.request import Request, make_request
 from layerskip.decoding.rounds.pacing import (
     LEAST_TOKENS,

@@ -40,7 +40,7 @@ FIRST_ROUNDS = 8
 REPEATED = (2, 4, 8, 16)
 """Numbers of repeated tokens that are told apart: the least of each class of matches (`AcceptanceRates.of_match`)."""
 KNOWN_TOKENS = 6
-"""Tokens by which an exit's acceptance counts as known."""
+"""Tokens by which the acceptance of an exit, or of what follows a match, counts as known."""
 WORTH_MEASURING = 0.95
 """Speedup that drafting must be expected to bring for its costs to be measured."""
 
@@ -78,7 +78,7 @@ class AdaptivePolicy:
         self._stale, self._planned_at = True, -MOST_KEPT
         self._planning_seconds = self._learning_seconds = 0.0
         self._rest = 0
-        self._watched, self._watched_at = 0, -PLAN_EVERY
+        self._watched, self._watched_at, self._watched_drafts = 0, -PLAN_EVERY, False
 
     def prepare(self, view: BatchView) -> None:
         """Look up costs for this many rows, and begin with other sequences than the last ones."""
@@ -121,7 +121,7 @@ class AdaptivePolicy:
             return replace(plan, probe=self.exits)
         match plan.source:
             case "layers":
-                return replace(plan, lease=self._lease(view.remaining), until_repeated=REPEATED[0] * self.uses_text)
+                return replace(plan, lease=self._lease(), until_repeated=self._worth_watching(plan))
             case "none":
                 steps = COLD_STEPS + TIMED_STEPS if times_steps else self.pace.next_rest(self.times.seconds("none"))
                 plan = replace(plan, steps=steps, until_repeated=0 if times_steps else self._worth_watching())
@@ -145,6 +145,7 @@ class AdaptivePolicy:
                 accepted, guesses = match.agreement(tokens), match.continuation(len(tokens))
                 rates, tried = self.knowledge.rates(samples=self._samples[row]), min(accepted + 1, len(guesses))
                 rates.observe_match(match.length, accepted, tried, foreign=match.foreign)
+        self._matches = ()  # rounds that follow in the same lease are at other places of the text
         self._learning_seconds = self.knowledge.since(started)
 
     def _see(self, view: BatchView) -> None:
@@ -233,35 +234,41 @@ class AdaptivePolicy:
         gain = plan.tokens_per_second * step
         return gain > (STAYING if self._drafted_rounds else MARGIN) or self.pace.tries(step, gain)
 
-    def _lease(self, remaining: int) -> int:
+    def _lease(self) -> int:
         """Rounds with drafts by early layers that would be planned alike, whatever the ones before them give."""
-        if any(self._matches):
-            return 1
-        limits = [
-            self._keep_for - (self._rounds - self._planned_at),
-            STEPS_EVERY - self.pace.since_steps,
-            remaining // (self.most_drafts + 1),
-        ]
+        limits = [self._keep_for - (self._rounds - self._planned_at), STEPS_EVERY - self.pace.since_steps]
         if self.pace.trial:
             limits.append(self.pace.trial)
         if not self.times.timed("none"):
             limits.append(FIRST_ROUNDS - self._rounds)
         return max(1, min(limits))
 
-    def _worth_watching(self) -> int:
-        """The least number of repeated tokens after which a row's text would draft better than steps; 0: none."""
-        if self.uses_text and self._rounds - self._watched_at >= PLAN_EVERY:
-            self._watched_at = self._rounds
-            self._watched = next((length for length in REPEATED if self._text_pays(length)), 0)
+    def _worth_watching(self, planned: Plan | None = None) -> int:
+        """The least number of repeated tokens after which a row's text would draft better, or might; 0: none.
+
+        Args:
+            planned: Better than this; than plain steps if not given.
+        """
+        speed = 1 / self.times.seconds("none") if planned is None else planned.tokens_per_second
+        drafts = planned is not None
+        if self.uses_text and (self._rounds - self._watched_at >= PLAN_EVERY or drafts != self._watched_drafts):
+            self._watched_at, self._watched_drafts = self._rounds, drafts
+            worth = (length for length in REPEATED if self._is_unknown(length) or self._text_pays(length, speed))
+            self._watched = next(worth, 0)
         return self._watched if self.uses_text else 0
 
-    def _text_pays(self, length: int) -> bool:
-        """Whether drafts after a match of this length, in one row, are expected to be better than steps."""
+    def _is_unknown(self, length: int) -> bool:
+        """Whether too few drafts after matches of this length have been seen to tell what they are worth."""
+        rates = [self.knowledge.rates(samples=samples) for samples in set(self._samples)]
+        return any(each.of_match(length).long.tried < KNOWN_TOKENS for each in rates)
+
+    def _text_pays(self, length: int, speed: float) -> bool:
+        """Whether drafts after a match of this length, in one row, are expected to give more tokens/s of each row."""
         seconds, others = self._seconds_of("text", 0), [list[float]()] * (self._num_rows - 1)
         for samples in set(self._samples):
             chances = self.knowledge.rates(samples=samples).match_chances(length, self.most_drafts)
             plan = self._plan_of(share_out([chances, *others], seconds), "text")
-            if plan is not None and plan.tokens_per_second * self.times.seconds("none") > 1.0:
+            if plan is not None and plan.tokens_per_second > speed:
                 return True
         return False
 

@@ -60,7 +60,7 @@ class RoundTimes:
         most: float = 0,
     ) -> float:
         """Predicted seconds of a round; arguments as for `Costs.round`."""
-        return self._predicted(exit_layer, num_drafts, drawn, most) * self.correction(source, round(num_drafts))
+        return self._predicted(exit_layer, num_drafts, drawn, most) * self.correction(source, num_drafts)
 
     def of_lengths(self, source: DraftSource, exit_layer: int) -> list[float]:
         """Predicted seconds of rounds with 0, 1, ... drafts."""
@@ -84,12 +84,20 @@ class RoundTimes:
         share = passes * exit_layer / self.costs.num_layers if exit_layer else 0.0
         return self.costs.attention * self.context * (1 + share)
 
-    def correction(self, source: DraftSource, num_drafts: int | None = None) -> float:
+    def correction(self, source: DraftSource, num_drafts: float | None = None) -> float:
         """Ratio of measured to predicted seconds of rounds with this source, and this many drafts if they were timed.
 
-        Where none was timed yet, it is that of steps, or else of what was timed: costs may be wrong by a factor.
+        A number of drafts that is a mean of several rounds lies between two that were timed, and so does its ratio: if
+        it were that of the nearer one, a small difference in drafts would seem to make a large one in seconds. Where
+        none was timed yet, it is that of steps, or else of what was timed: costs may be wrong by a factor.
         """
-        return self._slowness * self._factor(source, num_drafts)
+        if num_drafts is None:
+            return self._slowness * self._factor(source, None)
+        below = int(num_drafts)
+        share, factor = num_drafts - below, self._factor(source, below)
+        if share:
+            factor += share * (self._factor(source, below + 1) - factor)
+        return self._slowness * factor
 
     def timed(self, source: DraftSource) -> int:
         """Number of the latest rounds that were timed."""

@@ -26,6 +26,7 @@ from layerskip.decoding.adaptive.policy import (
     MARGIN,
     MOST_KEPT,
     PLAN_EVERY,
+    REPEATED,
     STAYING,
     AdaptivePolicy,
     candidate_exits,
@@ -102,24 +103,34 @@ def test_doubtful_drafts_end_a_draft() -> None:
 
 def test_matches_are_free_drafts_if_they_hold() -> None:
     policy = make_policy({4: 0.6})
-    policy.plan(View([MATCH]))
     for _ in range(20):
+        policy.plan(View([MATCH]))
         policy.observe(Plan(source="text"), result(4, 4, 19.0, MATCH.tokens[:5]))
     plan = policy.plan(View([MATCH]))
     assert (plan.source, plan.exit_layer) == ("text", 0)
     assert policy.plan(View()).source == "layers"
-    policy.plan(View([MATCH]))
     for _ in range(150):
+        policy.plan(View([MATCH]))
         policy.observe(plan, result(0, 4, 19.0, (99,)))
     assert policy.plan(View([MATCH])).source == "layers"
 
 
 def test_matches_teach_without_being_used() -> None:
     policy = make_policy({4: 0.6})
-    policy.plan(View([MATCH]))
     for _ in range(20):
+        policy.plan(View([MATCH]))
         policy.observe(Plan(source="none"), result(0, 0, 16.5, MATCH.tokens[:1]))
     assert rates_of(policy).of_match(MATCH.length).value > 0.9
+
+
+def test_a_match_says_nothing_of_the_later_rounds_of_a_lease() -> None:
+    """They are at other places of the text, where what followed the match is not what comes next."""
+    policy = make_policy({4: 0.6})
+    policy.plan(View([MATCH]))
+    for tokens in (MATCH.tokens[:1], (97,), (98,), (99,)):
+        policy.observe(Plan(source="none"), result(0, 0, 16.5, tokens))
+    assert rates_of(policy).of_match(MATCH.length).long.tried == 1
+    assert rates_of(policy).of_match(MATCH.length).long.accepted == 1
 
 
 def test_matches_in_foreign_texts_have_rates_of_their_own() -> None:
@@ -509,12 +520,21 @@ def test_a_lease_covers_the_rounds_that_would_be_planned_alike() -> None:
     assert policy.counts["layers", 4] > 40
 
 
-def test_there_is_no_lease_while_the_text_might_draft_or_little_is_left() -> None:
-    match = Match(length=2, tokens=[5])
-    for view in (View([match]), View(remaining=5)):
-        plan = make_policy({4: 0.95}).plan(view)
-        assert (plan.source, plan.lease) in (("layers", 1), ("text", 1))
-    assert make_policy({4: 0.95}).plan(View()).lease == PLAN_EVERY
+def test_a_lease_ends_where_the_text_would_draft_better() -> None:
+    """A match that promises less than early layers doesn't end it, once that is known."""
+    policy = make_policy({4: 0.6})
+    assert (policy.plan(View()).lease, policy.plan(View()).until_repeated) == (PLAN_EVERY, REPEATED[0])
+    for length, accepted in zip(REPEATED, (0, 0, 12, 12), strict=True):
+        match = Match(length=length, tokens=list(range(1, 13)))
+        for _ in range(20):
+            policy.plan(View([match]))
+            policy.observe(Plan(source="text"), result(accepted, 12, 21.0, [*range(1, accepted + 1), 99]))
+    for view in (View(), View([Match(length=REPEATED[1], tokens=[5])]), View(remaining=5)):
+        policy._rounds, policy._stale = policy._rounds + PLAN_EVERY, True
+        policy.pace.observe_probe(0.0)  # none is due
+        plan = policy.plan(view)
+        assert (plan.source, plan.until_repeated) == ("layers", REPEATED[2])
+        assert plan.lease > 1
 
 
 def test_a_trial_leaves_the_rest_after_it_as_long_as_it_was() -> None:

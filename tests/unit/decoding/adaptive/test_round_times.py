@@ -54,3 +54,14 @@ def test_a_number_of_drafts_that_was_timed_is_corrected_by_itself() -> None:
     assert settled[3] == pytest.approx(1.5 * before[3], rel=0.05)
     assert settled[1] == pytest.approx(before[1], rel=0.05)
     assert settled[3] == times.seconds("layers", 4, 3)
+
+
+def test_means_of_drafts_lie_between_the_numbers_that_were_timed() -> None:
+    """A small difference in drafts must not seem to make a large one in seconds, or it alone would decide."""
+    times = RoundTimes(costs=make_costs())
+    observe(times, "layers", 1.0, 20, drafts=1)
+    observe(times, "layers", 1.4, 20, drafts=2)
+    below, above = times.correction("layers", 1), times.correction("layers", 2)
+    assert above > 1.2 * below
+    assert times.correction("layers", 1.25) == pytest.approx(below + 0.25 * (above - below))
+    assert times.correction("layers", 1.5 - 1e-6) == pytest.approx(times.correction("layers", 1.5 + 1e-6), rel=1e-4)

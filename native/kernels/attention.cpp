@@ -71,6 +71,10 @@ float* Attention::out_of(const Step& step, const Tile& tile, int kv_head, int qu
     return step.out + (token * net_.num_heads + kv_head * groups_ + (tile.first + query) % groups_) * head_dim_;
 }
 
+int64_t Attention::number_of(const Tile& tile, int kv_head, int query) const {
+    return static_cast<int64_t>(tile.before) * net_.num_kv_heads + kv_head * tile.count + query;
+}
+
 void Attention::make_tiles(int64_t window) {
     tiles_.clear();
     int before = 0;
@@ -146,15 +150,15 @@ void Attention::run_shared(const Step& step) {
         share(static_cast<int>(items), member_, team_.size(), from, to);
         for (const Tile& tile : tiles_) {
             const int count = static_cast<int>(std::clamp<int64_t>(tile.pieces - begin, 0, room));
-            for (int item = std::max(0, from); item < std::min(count * net_.num_kv_heads, to); ++item) {
+            for (int item = std::max(0, from), end = std::min(count * net_.num_kv_heads, to), next; item < end; item = next) {
                 const int kv_head = item / count;
-                const int64_t index = begin + item % count;
+                next = std::min(end, (kv_head + 1) * count);
+                const int64_t first = begin + item % count;
                 const auto result = [&](int query, int64_t piece) {
-                    const int64_t number = (tile.before + query) * static_cast<int64_t>(net_.num_kv_heads) + kv_head;
-                    return kept_ + (number * room + piece - begin) * result_floats_;
+                    return kept_ + (number_of(tile, kv_head, query) * room + piece - begin) * result_floats_;
                 };
                 with_numbers(cache_, [&](auto number) {
-                    attend<decltype(number)>(step, tile, kv_head, index, index + 1, result, [](int, int) {});
+                    attend<decltype(number)>(step, tile, kv_head, first, first + next - item, result, [](int, int) {});
                 });
             }
             from -= count * net_.num_kv_heads, to -= count * net_.num_kv_heads;
@@ -165,26 +169,43 @@ void Attention::run_shared(const Step& step) {
     }
 }
 
-// Put together the results of pieces from `begin` on.
+// Put together the results of pieces from `begin` on. Members take the queries of one head after the other, as they did
+// the pieces, so that most of what a member reads here is what it has written.
 void Attention::merge_kept(const Step& step, int pieces, int64_t begin) {
     const int kv_heads = net_.num_kv_heads;
+    int from, to;
+    share((tiles_.back().before + tiles_.back().count) * kv_heads, member_, team_.size(), from, to);
     for (const Tile& tile : tiles_) {
-        for (int item = 0; item < tile.count * kv_heads; ++item) {
-            const int64_t number = static_cast<int64_t>(tile.before) * kv_heads + item;
-            if (number % team_.size() != member_ || begin >= tile.pieces) continue;
-            float* state = kept_ + kKept - 2 * (number + 1);
-            float* out = out_of(step, tile, item % kv_heads, item / kv_heads);
-            if (begin == 0) {
-                state[0] = -kInfinity, state[1] = 0;
-                std::fill(out, out + head_dim_, 0.0f);
-            }
-            const int64_t end = std::min<int64_t>(tile.pieces, begin + pieces);
-            for (int64_t piece = begin; piece < end; ++piece) {
-                float* result = kept_ + (number * pieces + piece - begin) * result_floats_;
-                merge(&result, 1, head_dim_, state, state + 1, &out);
-            }
-            if (end == tile.pieces) divide(out, state[1], head_dim_);
+        for (int kv_head = 0; kv_head < kv_heads && begin < tile.pieces; ++kv_head) {
+            const int before = static_cast<int>(number_of(tile, kv_head, 0));
+            const int end = std::min(tile.count, to - before);
+            for (int query = std::max(0, from - before); query < end; query += kWideLanes)
+                merge_some(step, tile, kv_head, query, std::min(kWideLanes, end - query), pieces, begin);
         }
+    }
+}
+
+// The same of at most 16 queries of a head.
+void Attention::merge_some(const Step& step, const Tile& tile, int kv_head, int first, int size, int pieces,
+                           int64_t begin) {
+    float most[kWideLanes], total[kWideLanes], *outs[kWideLanes], *results[kWideLanes];
+    const int64_t number = number_of(tile, kv_head, first);
+    for (int q = 0; q < size; ++q) {
+        const float* state = kept_ + kKept - 2 * (number + q + 1);
+        most[q] = begin == 0 ? -kInfinity : state[0], total[q] = begin == 0 ? 0 : state[1];
+        outs[q] = out_of(step, tile, kv_head, first + q);
+        results[q] = kept_ + (number + q) * pieces * result_floats_;
+        if (begin == 0) std::fill(outs[q], outs[q] + head_dim_, 0.0f);
+    }
+    const int64_t end = std::min<int64_t>(tile.pieces, begin + pieces);
+    for (int64_t piece = begin; piece < end; ++piece) {
+        merge(results, size, head_dim_, most, total, outs);
+        for (int q = 0; q < size; ++q) results[q] += result_floats_;
+    }
+    for (int q = 0; q < size; ++q) {
+        float* state = kept_ + kKept - 2 * (number + q + 1);
+        state[0] = most[q], state[1] = total[q];
+        if (end == tile.pieces) divide(outs[q], total[q], head_dim_);
     }
 }
 

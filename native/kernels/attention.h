@@ -60,6 +60,7 @@ class Attention {
     template <typename Number>
     void whole(const Step& step, const Tile& tile, int kv_head);
     void merge_kept(const Step& step, int pieces, int64_t begin);
+    void merge_some(const Step& step, const Tile& tile, int kv_head, int first, int size, int pieces, int64_t begin);
     template <typename Number, typename Results, typename Done>
     void attend(const Step& step, const Tile& tile, int kv_head, int64_t begin, int64_t end, const Results& results,
                 const Done& done);
@@ -71,6 +72,7 @@ class Attention {
     Span span_of(int64_t position, int64_t window) const;
     int64_t position_of(const Tile& tile, int query) const;
     float* out_of(const Step& step, const Tile& tile, int kv_head, int query) const;
+    int64_t number_of(const Tile& tile, int kv_head, int query) const;  // of a query, among those of all heads
 
     const Network& net_;
     const Cache& cache_;

@@ -304,11 +304,14 @@ class Pass {
     }
 
     // Head norms and rotation of queries (in place) and keys, and keys and values into the cache; from head `first` on.
+    // Members take one head after the other, as in the product before: most of what a member reads, it has written.
     void place_keys(const Layer& layer, int index, int first) {
         const int heads = net_.num_heads + 2 * net_.num_kv_heads, used = heads - first;
         const int64_t head_dim = net_.head_dim;
-        for (int task = member_; task < tokens_ * used; task += team_.size()) {
-            const int token = task / used, head = first + task % used;
+        int start, stop;
+        share(tokens_ * used, member_, team_.size(), start, stop);
+        for (int task = start; task < stop; ++task) {
+            const int token = task % tokens_, head = first + task / tokens_;
             float* x = qkv_ + (token * heads + head) * head_dim;
             if (head < net_.num_heads) {
                 turn(layer, layer.q_norm, x, token);

@@ -283,6 +283,7 @@ Piece<float> Attention::in_floats(const Piece<Number>& piece) const {
         fetch(piece.next_keys + t * piece.stride, head_dim_);
         fetch(piece.next_keys + (piece.values - piece.keys) + t * piece.stride, head_dim_);
     }
+    if constexpr (std::is_same_v<Number, float>) return piece;
     copy(piece.keys, keys_);
     copy(piece.values, values_);
     return {keys_, values_, nullptr, piece.key_scales, piece.value_scales, head_dim_, piece.scale_stride, piece.slot,

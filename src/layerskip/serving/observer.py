@@ -1,5 +1,6 @@
 """What is told of requests while they run: hooks that do nothing, and for metrics and logs are given a body."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,8 +14,8 @@ class Observer:
     def load(self, running: int, waiting: int, engine: "Engine") -> None:
         """Texts that run and wait, before a step."""
 
-    def gained(self, job: "Job", piece: "RoundPiece") -> None:
-        """A job has gained tokens."""
+    def gained(self, job: "Job", pieces: "Sequence[RoundPiece]") -> None:
+        """A job has gained tokens, in the rounds of one step."""
 
     def ended(self, job: "Job", end: "JobEnd") -> None:
         """A job has ended by itself."""

@@ -8,8 +8,8 @@ import asyncio
 import logging
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 
 from layerskip.decoding.engine import Engine
 from layerskip.decoding.event import Event
@@ -175,47 +175,42 @@ class Scheduler:
 
     def _hand_out(self, events: Iterable[Event], started: float) -> None:
         """Turn a step's events into deliveries, and hand them to the loops that wait for them."""
-        events = list(events)
-        rounds = max(Counter(id(event.row) for event in events).values(), default=1)
+        by_row: dict[Row, list[Event]] = {}
+        for event in events:
+            by_row.setdefault(event.row, []).append(event)
+        rounds = max(map(len, by_row.values()), default=1)
         seconds = (time.perf_counter() - started) / rounds
         mail: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, Delivery]]] = {}
-        for event in events:
-            known = self._writers.get(event.row)
+        for row, own in by_row.items():
+            known = self._writers.get(row)
             if known is None:
                 continue
             job, writer = known
-            for delivery in self._deliveries(job, writer, event, seconds):
+            for delivery in self._deliveries(job, writer, own, seconds):
                 mail.setdefault(job.ticket.loop, []).append((job.ticket, delivery))
         for loop, box in mail.items():
             _post(loop, box)
 
-    def _deliveries(self, job: Job, writer: RowWriter, event: Event, seconds: float) -> list[Delivery]:
-        texts = writer.spell(event.drafts) if job.ticket.show_drafts and event.drafts else ()
-        tokens = tuple(writer.write(event))
-        piece = RoundPiece(
-            place=job.place,
-            text="".join(token.text for token in tokens),
-            tokens=tokens,
-            drafts=event.drafts,
-            draft_texts=texts,
-            num_accepted=event.num_accepted,
-            drafter=event.drafter,
-            exit_layer=event.exit_layer,
-            seconds=seconds,
-            prompt_logprobs=tuple(event.row.prompt_logprobs) if job.first_token_at is None else (),
-        )
-        self._observer.gained(job, piece)
+    def _deliveries(self, job: Job, writer: RowWriter, events: Sequence[Event], seconds: float) -> list[Delivery]:
+        """What a job gets of a step: its rounds one by one for clients that want to see drafts, else in one piece."""
+        begins = job.first_token_at is None
+        pieces = [
+            _piece(job, writer, event, seconds, is_first=begins and place == 0) for place, event in enumerate(events)
+        ]
+        self._observer.gained(job, pieces)
         job.last_token_at = time.monotonic()
         job.first_token_at = job.first_token_at or job.last_token_at
-        pieces: list[Delivery] = [piece] if job.ticket.in_pieces else []
-        if not event.ends:
-            return pieces
-        del self._writers[event.row]
+        shown: list[Delivery] = []
+        if job.ticket.in_pieces:
+            shown += pieces if job.ticket.show_drafts else [RoundPiece.together(pieces)]
+        if not events[-1].ends:
+            return shown
+        del self._writers[writer.row]
         end = JobEnd(place=job.place, text=writer.finish().text, result=writer.result())
         job.ticket.ends.append(end)
         self._end(job)
         self._observer.ended(job, end)
-        return [*pieces, _unless_stuck(end)]
+        return [*shown, _unless_stuck(end)]
 
     def _drop(self, tickets: Iterable[Ticket]) -> None:
         """Take the jobs of some tickets out of the queue and of the engine."""
@@ -275,6 +270,24 @@ class Scheduler:
                 log.error("no new engine: %s", again)
                 self._fail(list(self._tickets), api_error(again))
                 time.sleep(CHECK_SECONDS)
+
+
+def _piece(job: Job, writer: RowWriter, event: Event, seconds: float, *, is_first: bool) -> RoundPiece:
+    """A round of a job."""
+    draft_texts = writer.spell(event.drafts) if job.ticket.show_drafts and event.drafts else ()
+    tokens = tuple(writer.write(event))
+    return RoundPiece(
+        place=job.place,
+        text="".join(token.text for token in tokens),
+        tokens=tokens,
+        drafts=event.drafts,
+        draft_texts=draft_texts,
+        num_accepted=event.num_accepted,
+        drafter=event.drafter,
+        exit_layer=event.exit_layer,
+        seconds=seconds,
+        prompt_logprobs=tuple(event.row.prompt_logprobs) if is_first else (),
+    )
 
 
 def _unless_stuck(end: JobEnd) -> JobEnd | JobFailure:

@@ -27,7 +27,7 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundPiece:
-    """What a job gained in one round."""
+    """What a job gained in one round, or in those of one step."""
 
     place: int
     """The job's place in its ticket."""
@@ -46,6 +46,19 @@ class RoundPiece:
     """Of the step in which the round was run."""
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
     """Of the prompt's tokens, in a job's first piece, if they are asked for."""
+
+    @classmethod
+    def together(cls, pieces: "Sequence[RoundPiece]") -> "RoundPiece":
+        """What a job has gained in several rounds, one after the other, without their drafts."""
+        if len(pieces) == 1:
+            return pieces[0]
+        return cls(
+            place=pieces[0].place,
+            text="".join(piece.text for piece in pieces),
+            tokens=tuple(token for piece in pieces for token in piece.tokens),
+            seconds=sum(piece.seconds for piece in pieces),
+            prompt_logprobs=pieces[0].prompt_logprobs,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

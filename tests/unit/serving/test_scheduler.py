@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,6 +26,10 @@ class Seen(Observer):
 
     def __init__(self) -> None:
         self.told: list[str] = []
+        self.rounds: list[RoundPiece] = []
+
+    def gained(self, job: Job, pieces: Sequence[RoundPiece]) -> None:
+        self.rounds += pieces
 
     def ended(self, job: Job, end: JobEnd) -> None:
         self.told.append("ended")
@@ -86,6 +91,29 @@ def test_more_texts_than_rows_are_those_of_the_library(lm: LanguageModel, schedu
     assert [ends[place].result.token_ids for place in range(4)] == [result.token_ids for result in results]
     assert sampled[0] == lm.generate(PROMPTS[0], max_new_tokens=24, seed=5, temperature=0.9)[0].text
     assert scheduler.num_running == scheduler.num_waiting == scheduler.num_tickets == 0
+
+
+def test_a_step_of_several_rounds_is_one_piece_unless_drafts_are_shown(lm: LanguageModel, scheduler: Scheduler) -> None:
+    """All of them are there at the same moment; drafts are of single rounds, and so is what is counted."""
+    told = scheduler._observer.rounds  # type: ignore[attr-defined]
+
+    async def run(show_drafts: bool) -> tuple[list[RoundPiece], int]:
+        fixed = {"generation_strategy": "self_speculative", "exit_layer": 4, "num_speculations": 2}
+        given = replace(ticket(lm, PROMPTS[:1], max_new_tokens=120, ignore_eos=True, **fixed), show_drafts=show_drafts)
+        given.jobs[0].ticket = given
+        told.clear()
+        scheduler.submit(given)
+        pieces = [piece async for piece in given.deliveries() if isinstance(piece, RoundPiece)]
+        return pieces, len(told)
+
+    together, rounds = asyncio.run(run(show_drafts=False))
+    apart, num_pieces = asyncio.run(run(show_drafts=True))
+    assert len(together) < len(apart) == num_pieces == rounds
+    assert "".join(piece.text for piece in together) == "".join(piece.text for piece in apart)
+    ids = [[token.token_id for piece in pieces for token in piece.tokens] for pieces in (together, apart)]
+    assert ids[0] == ids[1] == lm.generate(PROMPTS[0], max_new_tokens=120, ignore_eos=True)[0].token_ids
+    assert sum(len(piece.drafts) for piece in apart) > 60
+    assert any(piece.num_accepted for piece in apart)
 
 
 def test_cancelled_tickets_make_room_within_a_round(lm: LanguageModel, scheduler: Scheduler) -> None:

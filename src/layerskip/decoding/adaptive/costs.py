@@ -31,7 +31,7 @@ NEXT_EXIT = 4
 """Layers between the two exits at which drafting is timed, at most."""
 DRAFT_ROW_COST = 0.7
 """Estimated cost of each further row in a pass of drafting without padding, as a share of the first one's."""
-ROW_COST_CPU, ROW_COST_ROUNDED, ROW_COST_GPU = 0.22, 0.03, 0.01
+ROW_COST_CPU, ROW_COST_ROUNDED, ROW_COST_GPU = 0.25, 0.1, 0.01
 """Estimated cost of each further token in a call, as a share of the first one's: on a CPU in float32, there in int8 or
 bfloat16, and on a GPU."""
 BYTES_PER_SECOND = 1e10

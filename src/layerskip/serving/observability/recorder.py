@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from collections.abc import Sequence
 
 from layerskip.decoding.engine import Engine
 from layerskip.decoding.prefix.blocks import PrefixCounts
@@ -42,12 +43,13 @@ class Recorder(Observer):
             self._metrics.observe_prefix(counts.queries - known.queries, counts.hits - known.hits)
             self._prefix = counts
 
-    def gained(self, job: Job, piece: RoundPiece) -> None:
+    def gained(self, job: Job, pieces: Sequence[RoundPiece]) -> None:
         """As `Observer.gained`."""
         now = time.monotonic()
-        self._metrics.observe_round(piece.drafter, len(piece.drafts), piece.num_accepted)
+        for piece in pieces:
+            self._metrics.observe_round(piece.drafter, len(piece.drafts), piece.num_accepted)
         since = None if job.last_token_at is None else now - job.last_token_at
-        self._metrics.observe_tokens(len(piece.tokens), since)
+        self._metrics.observe_tokens(sum(len(piece.tokens) for piece in pieces), since)
         if job.first_token_at is None:
             self._metrics.observe_first_token(now - job.ticket.created)
 

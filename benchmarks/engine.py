@@ -34,7 +34,7 @@ from rich.table import Table
 from roofline import Roofline
 
 import layerskip
-from layerskip.decoding.adaptive.costs import CallTimer
+from layerskip.decoding.adaptive.call_timer import CallTimer
 from layerskip.model.decoders.graphs import GraphDecoder
 
 ADAPTIVE = -1

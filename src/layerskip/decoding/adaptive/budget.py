@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from layerskip.decoding.policy import DraftSource, Plan
+
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
@@ -91,3 +93,17 @@ def budget_of(
     """What rows with these numbers of drafts may expect; arguments as for `share_out`."""
     gained = sum(sum(each[:length]) for each, length in zip(chances, lengths, strict=True))
     return Budget(lengths=lengths, tokens=len(lengths) + gained, seconds=seconds(sum(lengths), max(lengths)))
+
+
+def plan_of(budget: Budget, source: DraftSource, exit_layer: int = 0) -> Plan | None:
+    """The plan with these drafts; None without drafts."""
+    most = max(budget.lengths)
+    if not most:
+        return None
+    return Plan(
+        source=source,
+        exit_layer=exit_layer,
+        num_speculations=most,
+        lengths=() if min(budget.lengths) == most else budget.lengths,
+        tokens_per_second=budget.speed / len(budget.lengths),
+    )

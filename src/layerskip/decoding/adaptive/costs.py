@@ -3,16 +3,13 @@
 Shapes: B rows, n tokens of each row in one call, L layers, E exit, K drafts.
 """
 
-import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-
+from layerskip.decoding.adaptive.call_timer import CONTEXT, CallTimer, Measuring, finish
 from layerskip.model.decoder import Decoder
-from layerskip.model.drafts import CONFIDENCE_CLASSES, DraftRequest, StopRule
+from layerskip.model.drafts import CONFIDENCE_CLASSES, StopRule
 
 MEASURED_QUERIES = (1, 2, 3, 5, 9)
 """Tokens of each row in one call that are timed; others lie on lines through these."""
@@ -24,9 +21,6 @@ FIRST_QUERIES = 3
 """Of these, the number that are timed first, with drafting: enough for costs that are better than estimates."""
 MOST_QUERIES = 13
 """Tokens in one call whose costs are known."""
-CONTEXT = 64
-"""Tokens before those that are timed."""
-REPETITIONS = 3
 NEXT_EXIT = 4
 """Layers between the two exits at which drafting is timed, at most."""
 DRAFT_ROW_COST = 0.7
@@ -38,8 +32,6 @@ BYTES_PER_SECOND = 1e10
 """Estimated; what counts is how plans compare, and rounds correct it."""
 DISTURBED = 1.3
 """Ratio of a call's seconds to those of a larger one above which it must have been disturbed while it was timed."""
-SLOW_SECONDS = 0.1
-"""Calls that take longer are timed once: they vary less, and nobody wants to wait."""
 NEVER_STOP = StopRule(rates=(1.0,) * CONFIDENCE_CLASSES, least=0.0)
 """Asks after each draft, and goes on."""
 
@@ -219,22 +211,6 @@ def measure_costs(
         return finish(measuring(decoder, num_rows, context=context, queries=queries))
 
 
-Part = TypeVar("Part")
-Result = TypeVar("Result")
-Measuring = Generator[Part | None, None, Result]
-"""Work that pauses after each call of the network, so that it can be done in between; partial results come out."""
-
-
-def finish(work: Measuring[Any, Result]) -> Result:
-    """Do all of it at once."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            result: Result = end.value
-            return result
-
-
 def measuring(
     decoder: Decoder, num_rows: int, *, context: int = CONTEXT, queries: Sequence[int] | None = None
 ) -> Measuring[Costs, Costs]:
@@ -336,82 +312,6 @@ def _measuring_draft_row(decoder: Decoder, most_queries: int, context: int) -> M
     alone = yield from CallTimer(decoder, 1, 2, context, summary=min).draft_timing(exit_layer, 1)
     together = yield from CallTimer(decoder, MEASURED_ROWS, 2, context, summary=min).draft_timing(exit_layer, 1)
     return min(1.0, max(0.0, together / alone - 1) / (MEASURED_ROWS - 1))
-
-
-class CallTimer:
-    """Times calls of a network over tokens that follow some context, as greedy decoding makes them."""
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        num_rows: int,
-        most: int,
-        context: int = CONTEXT,
-        summary: Callable[[list[float]], float] = median,
-    ) -> None:
-        """Make a cache for calls of up to `most` tokens in each row, after `context` tokens.
-
-        Several repetitions of a call are summarised by `summary`.
-        """
-        self._decoder, self._rows, self._summary = decoder, num_rows, summary
-        context = min(context, decoder.max_context - most)
-        self._cache = decoder.new_cache(num_rows, context + most)
-        for row in range(num_rows):
-            self._cache.commit(row, context)
-
-    def seconds(
-        self, start: int, stop: int, num_queries: int, *, head: bool = True, repetitions: int = REPETITIONS
-    ) -> float:
-        """Seconds of layers start..stop-1, of the embedding if these are the first, and of the head."""
-        return finish(self.timing(start, stop, num_queries, head=head, repetitions=repetitions))
-
-    def timing(
-        self, start: int, stop: int, num_queries: int, *, head: bool = True, repetitions: int = REPETITIONS
-    ) -> Measuring[Any, float]:
-        """As `seconds`, call by call."""
-        decoder, cache, shape = self._decoder, self._cache, (self._rows, num_queries)
-
-        def call() -> None:
-            tokens = torch.zeros(shape, dtype=torch.long, device=decoder.device)
-            positions = decoder.place(cache, cache.lengths, num_queries)
-            inputs = tokens if start == 0 else decoder.embed(tokens)
-            if head:
-                decoder.choose(inputs, positions, cache, start, stop).tolist()
-            else:
-                hidden = decoder.embed(tokens) if start == 0 else inputs
-                decoder.run_layers(hidden, positions, cache, start, stop)
-
-        return (yield from self._time(call, repetitions))
-
-    def drafting(self, exit_layer: int, num_drafts: int) -> float:
-        """Seconds of drafting at an exit."""
-        return finish(self.draft_timing(exit_layer, num_drafts))
-
-    def draft_timing(self, exit_layer: int, num_drafts: int, stop: StopRule | None = None) -> Measuring[Any, float]:
-        """As `drafting`, call by call."""
-        decoder, cache = self._decoder, self._cache
-        tokens = torch.zeros((self._rows, 1), dtype=torch.long, device=decoder.device)
-        request = DraftRequest(exit_layer=exit_layer, num_drafts=num_drafts, stop=stop)
-
-        def call() -> None:
-            decoder.draft(tokens, cache, request)
-
-        return (yield from self._time(call, REPETITIONS))
-
-    def _time(self, call: Callable[[], None], repetitions: int) -> Measuring[Any, float]:
-        times: list[float] = []
-        while len(times) <= repetitions and (len(times) < 2 or times[-1] < SLOW_SECONDS):
-            provisional = self._decoder.provisional_rounds
-            with self._decoder.uncounted(), torch.inference_mode():
-                started = time.perf_counter()
-                call()
-                if self._decoder.device.type == "cuda":
-                    torch.cuda.synchronize(self._decoder.device)
-                seconds = self._decoder.stopwatch.since(started)
-            if self._decoder.provisional_rounds == provisional:  # what isn't captured yet, or just now, says nothing
-                times.append(seconds)
-            yield None
-        return self._summary(times[1:])
 
 
 def _completed(counts: Sequence[int], values: Sequence[float], most: int) -> tuple[float, ...]:

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from layerskip.decoding.adaptive.call_timer import Measuring
 from layerskip.decoding.adaptive.cost_cache import read_costs, write_costs
-from layerskip.decoding.adaptive.costs import Costs, Measuring, asks_apart, estimate_costs, measuring
+from layerskip.decoding.adaptive.costs import Costs, asks_apart, estimate_costs, measuring
 from layerskip.decoding.adaptive.pace import TRIAL_ROUNDS, TRIAL_ROUNDS_OF_SEVERAL, Pace
 from layerskip.decoding.adaptive.policy import MOST_DRAFTS, AdaptivePolicy, candidate_exits
 from layerskip.decoding.adaptive.rates import PRIOR_RATE, AcceptanceRates

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from layerskip.decoding.adaptive.budget import Budget, budget_of, share_out
+from layerskip.decoding.adaptive.budget import budget_of, plan_of, share_out
 from layerskip.decoding.adaptive.knowledge import Knowledge
 from layerskip.decoding.adaptive.outlook import Classes, Outlook, best_outlook
 from layerskip.decoding.adaptive.pace import (
@@ -22,8 +22,9 @@ from layerskip.decoding.adaptive.pace import (
     STEPS_EVERY,
     TIMED_STEPS,
 )
-from layerskip.decoding.adaptive.rates import AcceptanceRates
+from layerskip.decoding.adaptive.rates import ENOUGH_TOKENS, AcceptanceRates
 from layerskip.decoding.adaptive.round_times import RoundTimes
+from layerskip.decoding.adaptive.texts import chances_after, observe_match, worth_watching
 from layerskip.decoding.ngrams.index import Match
 from layerskip.decoding.policy import BatchView, DraftSource, Plan, RoundResult
 from layerskip.model.drafts import StopRule
@@ -37,10 +38,6 @@ ROW_WEIGHT = 12.0
 """Drafts: the weight of what is known of all rows against a row's own latest drafts."""
 FIRST_ROUNDS = 8
 """Rounds before plain steps are timed, at the start of the first generation."""
-REPEATED = (2, 4, 8, 16)
-"""Numbers of repeated tokens that are told apart: the least of each class of matches (`AcceptanceRates.of_match`)."""
-KNOWN_TOKENS = 6
-"""Tokens by which the acceptance of an exit, or of what follows a match, counts as known."""
 WORTH_MEASURING = 0.95
 """Speedup that drafting must be expected to bring for its costs to be measured."""
 
@@ -141,10 +138,7 @@ class AdaptivePolicy:
             self._observe_time(plan, result)
         for row, match in enumerate(self._matches):
             if match is not None:  # observed where it wasn't used, too
-                tokens = result.gained(row)
-                accepted, guesses = match.agreement(tokens), match.continuation(len(tokens))
-                rates, tried = self.knowledge.rates(samples=self._samples[row]), min(accepted + 1, len(guesses))
-                rates.observe_match(match.length, accepted, tried, foreign=match.foreign)
+                observe_match(match, result.gained(row), self.knowledge.rates(samples=self._samples[row]))
         self._matches = ()  # rounds that follow in the same lease are at other places of the text
         self._learning_seconds = self.knowledge.since(started)
 
@@ -209,7 +203,7 @@ class AdaptivePolicy:
         rates = [self.knowledge.rates(samples=samples) for samples in set(self._samples)]
         tried = min(each.of_exit(exit_layer).overall.long.tried for each in rates for exit_layer in self.exits)
         expected = len(self.exits) * self.times.costs.fixed[0] * self.times.correction("none")
-        return self.pace.probe_is_due(expected, first=tried < KNOWN_TOKENS)
+        return self.pace.probe_is_due(expected, first=tried < ENOUGH_TOKENS)
 
     def _choose(self, remaining: int) -> Plan:
         if remaining <= 1 or self._times_steps():
@@ -253,24 +247,10 @@ class AdaptivePolicy:
         drafts = planned is not None
         if self.uses_text and (self._rounds - self._watched_at >= PLAN_EVERY or drafts != self._watched_drafts):
             self._watched_at, self._watched_drafts = self._rounds, drafts
-            worth = (length for length in REPEATED if self._is_unknown(length) or self._text_pays(length, speed))
-            self._watched = next(worth, 0)
+            rates = [self.knowledge.rates(samples=samples) for samples in set(self._samples)]
+            seconds = self.times.of_rows("text", 0, self._num_rows)
+            self._watched = worth_watching(rates, self._num_rows, self.most_drafts, seconds, speed)
         return self._watched if self.uses_text else 0
-
-    def _is_unknown(self, length: int) -> bool:
-        """Whether too few drafts after matches of this length have been seen to tell what they are worth."""
-        rates = [self.knowledge.rates(samples=samples) for samples in set(self._samples)]
-        return any(each.of_match(length).long.tried < KNOWN_TOKENS for each in rates)
-
-    def _text_pays(self, length: int, speed: float) -> bool:
-        """Whether drafts after a match of this length, in one row, are expected to give more tokens/s of each row."""
-        seconds, others = self._seconds_of("text", 0), [list[float]()] * (self._num_rows - 1)
-        for samples in set(self._samples):
-            chances = self.knowledge.rates(samples=samples).match_chances(length, self.most_drafts)
-            plan = self._plan_of(share_out([chances, *others], seconds), "text")
-            if plan is not None and plan.tokens_per_second > speed:
-                return True
-        return False
 
     def _count(self, source: DraftSource, exit_layer: int, rounds: int = 1) -> None:
         self._rounds += rounds
@@ -341,9 +321,10 @@ class AdaptivePolicy:
 
     def _by_lengths(self, exit_layer: int, most: int) -> Plan | None:
         """The best numbers of drafts that are known before any is drawn; one for each row where none gain."""
-        chances, seconds = self._chances(exit_layer, most), self._seconds_of("layers", exit_layer)
-        plan = self._plan_of(share_out(chances, seconds), "layers", exit_layer)
-        return plan or self._plan_of(budget_of(chances, (1,) * self._num_rows, seconds), "layers", exit_layer)
+        chances = self._chances(exit_layer, most)
+        seconds = self.times.of_rows("layers", exit_layer, self._num_rows)
+        plan = plan_of(share_out(chances, seconds), "layers", exit_layer)
+        return plan or plan_of(budget_of(chances, (1,) * self._num_rows, seconds), "layers", exit_layer)
 
     def _by_thresholds(self, exit_layer: int, most: int) -> Plan:
         """As many drafts as are likely to be accepted: each must be worth more than its time."""
@@ -407,38 +388,12 @@ class AdaptivePolicy:
         by_row = [values[samples] for samples in self._samples]
         return tuple(sum(row) / len(row) for row in zip(*by_row, strict=True))
 
-    def _seconds_of(self, source: DraftSource, exit_layer: int) -> Callable[[int, int], float]:
-        """What rounds take, by the drafts of all rows together and those of the row that has most."""
-        known, num_rows = self.times.of_lengths(source, exit_layer), self._num_rows
-        if not self.times.costs.ragged or num_rows == 1:
-            return lambda _, longest: known[longest]
-
-        def seconds(total: int, _: int) -> float:
-            below, more = divmod(total, num_rows)
-            return known[below] + (more * (known[below + 1] - known[below]) / num_rows if more else 0.0)
-
-        return seconds
-
-    def _plan_of(self, budget: Budget, source: DraftSource, exit_layer: int = 0) -> Plan | None:
-        """None without drafts."""
-        most = max(budget.lengths)
-        if not most:
-            return None
-        return Plan(
-            source=source,
-            exit_layer=exit_layer,
-            num_speculations=most,
-            lengths=() if min(budget.lengths) == most else budget.lengths,
-            tokens_per_second=budget.speed / self._num_rows,
-        )
-
     def _better_text(self, best: Plan, most: int) -> Plan:
         """The best numbers of drafts from the sequences themselves, if they are better than `best`."""
-        chances = []
-        for match, samples in zip(self._matches, self._samples, strict=True):
-            rates = self.knowledge.rates(samples=samples)
-            chances.append([] if match is None else rates.match_chances(match.length, most, foreign=match.foreign))
-        plan = self._plan_of(share_out(chances, self._seconds_of("text", 0)), "text")
+        chances = chances_after(
+            self._matches, [self.knowledge.rates(samples=samples) for samples in self._samples], most
+        )
+        plan = plan_of(share_out(chances, self.times.of_rows("text", 0, self._num_rows)), "text")
         # The best of many rows' chances is likelier to be overestimated than underestimated.
         least = best.tokens_per_second * (MARGIN if self._num_rows > 1 else 1.0)
         return plan if plan is not None and plan.tokens_per_second > least else best

@@ -18,6 +18,8 @@ SHARE_WEIGHT = 0.25
 """Drafts of each class that are assumed to have been drawn before any was."""
 PART_WEIGHT = 4.0
 """Observations: how strongly rates by depth and by confidence are pulled towards the exit's overall rate."""
+ENOUGH_TOKENS = 6
+"""Tokens by which the acceptance of an exit, or of what follows a match, counts as known."""
 
 
 @dataclass(kw_only=True)

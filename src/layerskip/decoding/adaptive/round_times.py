@@ -6,6 +6,7 @@ how fast the machine is at present, for all kinds alike.
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
@@ -70,6 +71,18 @@ class RoundTimes:
             * (slowness * known[source, drafts] if (source, drafts) in known else common)
             for drafts, uncorrected in enumerate(self._uncorrected[exit_layer])
         ]
+
+    def of_rows(self, source: DraftSource, exit_layer: int, num_rows: int) -> Callable[[int, int], float]:
+        """What rounds of several rows take, by the drafts of all rows together and those of the row that has most."""
+        known = self.of_lengths(source, exit_layer)
+        if not self.costs.ragged or num_rows == 1:
+            return lambda _, longest: known[longest]
+
+        def seconds(total: int, _: int) -> float:
+            below, more = divmod(total, num_rows)
+            return known[below] + (more * (known[below + 1] - known[below]) / num_rows if more else 0.0)
+
+        return seconds
 
     def _predicted(self, exit_layer: int, num_drafts: float, drawn: float | None, most: float) -> float:
         """By the costs alone."""

@@ -4,13 +4,12 @@ import math
 
 import pytest
 
+from layerskip.decoding.adaptive.call_timer import CallTimer, finish
 from layerskip.decoding.adaptive.costs import (
     MEASURED_TOKENS,
     MOST_QUERIES,
-    CallTimer,
     Costs,
     estimate_costs,
-    finish,
     measure_costs,
 )
 from layerskip.language_model import LanguageModel
@@ -32,7 +31,7 @@ def test_all_that_a_round_needs_is_measured(text_lm: LanguageModel, num_rows: in
 
 
 def test_slow_calls_are_timed_once(text_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layerskip.decoding.adaptive.costs.SLOW_SECONDS", 0.0)
+    monkeypatch.setattr("layerskip.decoding.adaptive.call_timer.SLOW_SECONDS", 0.0)
     timer, made = CallTimer(text_lm.decoder, 1, 4), []
     finish(timer._time(lambda: made.append(1), 50))
     assert len(made) == 2

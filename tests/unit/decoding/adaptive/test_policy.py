@@ -26,12 +26,12 @@ from layerskip.decoding.adaptive.policy import (
     MARGIN,
     MOST_KEPT,
     PLAN_EVERY,
-    REPEATED,
     STAYING,
     AdaptivePolicy,
     candidate_exits,
 )
 from layerskip.decoding.adaptive.round_times import RoundTimes
+from layerskip.decoding.adaptive.texts import REPEATED
 from layerskip.decoding.ngrams.index import Match
 from layerskip.decoding.policy import FixedPolicy, Plan, RoundResult
 from layerskip.model.drafts import CONFIDENCE_CLASSES, StopRule

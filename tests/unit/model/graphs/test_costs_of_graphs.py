@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import layerskip
+from layerskip.decoding.adaptive.call_timer import CallTimer
 from layerskip.decoding.adaptive.cost_cache import read_costs, write_costs
-from layerskip.decoding.adaptive.costs import CallTimer, estimate_costs, measure_costs
+from layerskip.decoding.adaptive.costs import estimate_costs, measure_costs
 from layerskip.decoding.adaptive.experience import Experience
 from layerskip.language_model import LanguageModel
 from layerskip.model.decoders.graphs import GraphDecoder

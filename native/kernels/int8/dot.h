@@ -35,6 +35,15 @@ inline Ints broadcast_shifted(int32_t value) {
 
 inline Wide to_wide(Ints value) { return (Wide)_mm512_maskz_cvtepi32_ps(kAll, (__m512i)value); }
 
+// A sum that begins with these bits is, as a float, 1.5 * 2^23 and the sum: converting it and multiplying it by a scale
+// is then one operation. Scales have so few bits that their products with 1.5 * 2^23 are exact, so the result is rounded
+// once, as `to_wide(sum) * scale` is.
+constexpr float kStart = 12582912.0f;
+inline Ints start_as_floats() { return (Ints)_mm512_set1_ps(kStart); }
+inline Wide scaled_as_floats(Ints sum, Wide scale) {
+    return (Wide)_mm512_fmsub_ps((__m512)sum, (__m512)scale, (__m512)(scale * kStart));
+}
+
 // sum += bytes times numbers: of each word the four unsigned bytes, times the four signed numbers of `x`. Where there is
 // no instruction for it, products are added up in pairs of 16 bits first, which hold bytes of up to seven bits.
 template <bool Full>
@@ -77,6 +86,10 @@ inline Ints broadcast_shifted(int32_t value) {
 inline WideWords load_wide_words(const uint32_t* from) { return {load_words(from), load_words(from + kLanes)}; }
 
 inline Wide to_wide(Ints value) { return {to_float(value.low), to_float(value.high)}; }
+
+// With fewer registers nothing is gained by beginning elsewhere than at zero.
+inline Ints start_as_floats() { return {}; }
+inline Wide scaled_as_floats(Ints sum, Wide scale) { return to_wide(sum) * scale; }
 
 #if defined(__ARM_FEATURE_DOTPROD)
 

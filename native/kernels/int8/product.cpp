@@ -59,9 +59,11 @@ struct Int8Product {
     using Bytes = Four<Type>;
     using Unit = typename Type::Unit;
     static constexpr int kWords = kGroup / 4;  // of a group's inputs, for each output
+    static constexpr bool kAsFloats = Type::kGrouped && !Bytes::kOffset;  // sums begin with `start_as_floats`
 
     // What a group's sums begin with: it takes away what the offset of the weights adds.
     static Ints first_sum(const Tokens& tokens, int64_t place) {
+        if constexpr (kAsFloats) return start_as_floats();
         if constexpr (!Bytes::kOffset) return Ints{};
         return broadcast_shifted<Bytes::kOffsetBits>(tokens.negative_sums[place]);
     }
@@ -74,8 +76,10 @@ struct Int8Product {
 
     // sum += a group's sum for a panel, times scale and step, and its minimum.
     static void add_group_sum(Wide& sum, const Linear& w, const Tokens& tokens, int64_t place, int64_t group, Ints dot) {
-        Wide value = to_wide(dot);
-        if constexpr (Type::kGrouped) value = value * Type::scale(w.scales, group);
+        Wide value;
+        if constexpr (kAsFloats) value = scaled_as_floats(dot, Type::scale(w.scales, group));
+        else if constexpr (Type::kGrouped) value = to_wide(dot) * Type::scale(w.scales, group);
+        else value = to_wide(dot);
         add_product(sum, value, broadcast_wide(tokens.steps[place]));
         if constexpr (Bytes::kMinimum)
             add_product(sum, Type::minimum(w.scales, group), broadcast_wide(tokens.group_sums[place]));

@@ -88,7 +88,7 @@ inline WideWords load_wide_words(const uint32_t* from) { return {load_words(from
 inline Wide to_wide(Ints value) { return {to_float(value.low), to_float(value.high)}; }
 
 // With fewer registers nothing is gained by beginning elsewhere than at zero.
-inline Ints start_as_floats() { return {}; }
+inline Ints start_as_floats() { return Ints{}; }
 inline Wide scaled_as_floats(Ints sum, Wide scale) { return to_wide(sum) * scale; }
 
 #if defined(__ARM_FEATURE_DOTPROD)

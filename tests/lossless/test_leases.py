@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import layerskip
 from layerskip.decoding.policy import FixedPolicy, Plan, RoundResult
+from layerskip.decoding.rounds.verifying import FOREIGN_ROUNDS
 from layerskip.errors import NotFiniteError
 from layerskip.language_model import LanguageModel
 from layerskip.model.drafts import DraftRequest, Lease, StopRule
@@ -178,6 +179,21 @@ def test_a_policy_learns_of_every_round_of_a_lease(load: Callable[[str], Languag
         assert ours.confidences
         assert ours.settled
         assert ours.seconds > ours.seconds_drafting + ours.seconds_verifying > 0
+
+
+@pytest.mark.parametrize(("watched", "most"), [(0, 1000), (40, FOREIGN_ROUNDS)])
+def test_texts_of_other_requests_are_looked_at_every_few_rounds(
+    load: Callable[[str], LanguageModel], watched: int, most: int
+) -> None:
+    """Compiled code sees repetitions in a row's own text only; where texts are watched, it comes back for the others."""
+    lm, options = load("plain"), {"exit_layer": 2, "num_speculations": 1, "max_new_tokens": 60}
+    plan = Plan(source="layers", exit_layer=2, num_speculations=1, lease=1000, until_repeated=watched)
+    single, _ = run(lm, **options)
+    found, steps = run(lm, lease_seconds=LONG, policy=FixedPolicy(fixed=plan), shares_suffixes=True, **options)
+    check_same(found, single, alone=False)
+    longest = max(len(each) for each in single.rounds) - 1
+    assert longest > 2 * FOREIGN_ROUNDS
+    assert longest / most <= steps <= longest / most + 2 * len(PROMPTS)
 
 
 @pytest.mark.parametrize("kind", ["plain", "adapters"])

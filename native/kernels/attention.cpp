@@ -151,9 +151,10 @@ void Attention::run_shared(const Step& step) {
         share(static_cast<int>(items), member_, team_.size(), from, to);
         for (const Tile& tile : tiles_) {
             const int count = static_cast<int>(std::clamp<int64_t>(tile.pieces - begin, 0, room));
-            for (int item = std::max(0, from), end = std::min(count * net_.num_kv_heads, to), next; item < end; item = next) {
+            const int end = std::min(count * net_.num_kv_heads, to);
+            for (int item = std::max(0, from), next; item < end; item = next) {
                 const int kv_head = item / count;
-                next = std::min(end, (kv_head + 1) * count);
+                next = std::min(end, (kv_head + 1) * count);  // all of this member's pieces of a head
                 const int64_t first = begin + item % count;
                 const auto result = [&](int query, int64_t piece) {
                     return kept_ + (number_of(tile, kv_head, query) * room + piece - begin) * result_floats_;

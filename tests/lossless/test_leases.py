@@ -185,7 +185,7 @@ def test_a_policy_learns_of_every_round_of_a_lease(load: Callable[[str], Languag
 def test_texts_of_other_requests_are_looked_at_every_few_rounds(
     load: Callable[[str], LanguageModel], watched: int, most: int
 ) -> None:
-    """Compiled code sees repetitions in a row's own text only; where texts are watched, it comes back for the others."""
+    """Compiled code sees repetitions in a row's own text only; where it watches that, it comes back for the others."""
     lm, options = load("plain"), {"exit_layer": 2, "num_speculations": 1, "max_new_tokens": 60}
     plan = Plan(source="layers", exit_layer=2, num_speculations=1, lease=1000, until_repeated=watched)
     single, _ = run(lm, **options)

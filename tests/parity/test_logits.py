@@ -18,6 +18,8 @@ from layerskip.model.decoder import Decoder
 
 TOLERANCE = 1e-4
 BLOCKS = (3, 1, 5, 8, 2, 9, 1, 1)
+SHORT = 5
+"""Tokens of a text where an early token may change what the others give."""
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
@@ -140,21 +142,25 @@ def test_exits(pair: Any) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_16_bit_weights_are_close(pair: Any, dtype: str) -> None:
-    """As close to the float32 logits as transformers is in that dtype; with experts, a quarter of the tokens.
+    """As close to the float32 logits as transformers is in that dtype; most of them, where rounding changes experts.
 
-    A token that goes to another expert changes those after it, and on some processors that is an early one.
+    A token that goes to another expert changes those after it, so texts are short there, and it changes few.
     """
     lm = layerskip.load(str(pair.folder), dtype=dtype, max_context=pair.case.max_context)
     assert lm.decoder.dtype == getattr(torch, dtype)
-    logits = lm.logits(pair.tokens)
-    assert logits.dtype == torch.float32
     theirs = AutoModelForCausalLM.from_pretrained(pair.folder, dtype=lm.decoder.dtype).eval()
+    sparse, length = lm.config.sparse_layers, len(pair.tokens)
+    size = SHORT if sparse else length
+    texts = [pair.tokens[start : start + size] for start in range(0, length, size)]
+    wanted = torch.cat([pair.reference(text) for text in texts]) if sparse else pair.logits
+    logits = torch.cat([lm.logits(text) for text in texts])
+    assert logits.dtype == torch.float32
     with torch.inference_mode():
-        other = theirs(torch.tensor([pair.tokens])).logits[0].float()
-    if lm.config.sparse_layers:
-        errors = ((x - pair.logits).norm(dim=-1) / pair.logits.norm(dim=-1) for x in (logits, other))
-        ours, usual = (float(error.quantile(0.25)) for error in errors)
+        other = torch.cat([theirs(torch.tensor([text])).logits[0].float() for text in texts])
+    if sparse:
+        errors = ((x - wanted).norm(dim=-1) / wanted.norm(dim=-1) for x in (logits, other))
+        ours, usual = (float(error.median()) for error in errors)
     else:
-        ours, usual = (float((x - pair.logits).norm() / pair.logits.norm()) for x in (logits, other))
+        ours, usual = (float((x - wanted).norm() / wanted.norm()) for x in (logits, other))
     assert ours < max(2e-2, 1.25 * usual)
     assert ours < 6e-2
